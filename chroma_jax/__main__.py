@@ -1,0 +1,8 @@
+"""``python -m chroma_jax``."""
+
+import sys
+
+from chroma_jax.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

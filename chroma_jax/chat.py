@@ -1,0 +1,43 @@
+"""How a spoken turn is written down for the Reasoner (ChatML, as Qwen2.5-Omni was trained)."""
+
+import dataclasses
+from collections.abc import Callable
+
+Encode = Callable[[str], list[int]]  # text → token ids, without special tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class SpecialTokens:
+    """Token ids with a meaning of their own; the defaults are Qwen2.5's and Chroma's."""
+
+    pad: int = 151_643
+    im_start: int = 151_644
+    im_end: int = 151_645
+    audio: int = 151_646
+    audio_start: int = 151_647
+    audio_end: int = 151_648
+    text_start: int = 151_665
+    text_end: int = 151_666
+
+
+def question(encode: Encode, tokens: SpecialTokens, *, audio_outputs: int, system: str = "") -> list[int]:
+    """Token ids of a conversation up to where the reply begins.
+
+    audio_outputs: how many encoder outputs the user's recording has; each gets a placeholder ``tokens.audio``.
+    """
+    newline = encode("\n")
+    turns = []
+    if system:
+        turns += [tokens.im_start, *encode("system\n" + system), tokens.im_end, *newline]
+    turns += [tokens.im_start, *encode("user\n"), tokens.audio_start, *[tokens.audio] * audio_outputs, tokens.audio_end]
+    return [*turns, tokens.im_end, *newline, tokens.im_start, *encode("assistant\n")]
+
+
+def answer(encode: Encode, tokens: SpecialTokens, text: str) -> list[int]:
+    """Token ids of a reply, im_end included."""
+    return [*encode(text), tokens.im_end]
+
+
+def voice_prompt(encode: Encode, tokens: SpecialTokens, transcript: str) -> list[int]:
+    """Token ids of the text half of a voice prompt."""
+    return [tokens.text_start, *encode(transcript), tokens.text_end]

@@ -1,0 +1,238 @@
+"""The command line. Bad input ends in one line on standard error and exit code 2."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from chroma_jax.errors import ChromaError, near
+
+PROGRAM = "chroma-jax"
+Positional = tyro.conf.Positional
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepare:
+    """Turns a corpus of spoken dialogues into packed training rows.
+
+    out: dataset folder to write. codec: safetensors file of a trained Codec; without it, a fresh one is made, its codebooks
+    fitted to the corpus.
+    """
+
+    out: Positional[Path]
+    codec: Path | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """Trains; on an existing run folder, goes on from its newest checkpoint.
+
+    run: run folder. prepared: dataset folder that ``prepare`` wrote.
+    """
+
+    run: Positional[Path]
+    prepared: Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Info:
+    """Prints parameters, bytes and FLOPs of a configuration, part by part."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Reply:
+    """Answers a spoken question in the voice of a reference recording.
+
+    run: run folder, or an exported one. question: recording of the user. reference: a few seconds of the voice to speak in.
+    transcript: what is said in the reference (text, or a file that holds it). out: folder for reply.wav, reply.txt,
+    reply.png and summary.json. Flags beginning with --reply override the run's settings.
+    """
+
+    run: Positional[Path]
+    question: Path
+    reference: Path
+    transcript: str
+    out: Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """Writes a run's newest checkpoint in the released model's Hugging Face layout.
+
+    run: run folder. dest: folder to write. dtype: of the weights; "float32" keeps every bit. shard_gb: largest file.
+    """
+
+    run: Positional[Path]
+    dest: Positional[Path]
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    shard_gb: float = 4.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Verify:
+    """Runs a suite of golden cases on the device at hand; exit code 1 if any fails.
+
+    folder: the suite (or one case). every: print every quantity, not only the worst of each case.
+    """
+
+    folder: Positional[Path]
+    every: Literal["quantity", "case"] = "case"
+
+
+def prepare(args: Prepare, config) -> int:
+    from data_pipelines.prepare import prepare
+
+    dataset = prepare(config.data, config.model, args.codec, args.out)
+    print(f"{args.out}: {summary(dataset.manifest)}")
+    return 0
+
+
+def summary(manifest: dict) -> str:
+    splits = ", ".join(f"{name} {s['conversations']} dialogues in {s['rows']} rows" for name, s in manifest["splits"].items())
+    skipped = manifest["skipped"]
+    kinds = ", ".join(f"{n} × {kind}" for kind, n in skipped["kinds"].items())
+    return splits + (f"; skipped {skipped['count']}: {kinds}" if skipped["count"] else "; nothing skipped")
+
+
+def train(args: Train, config) -> int:
+    import jax
+
+    # enough virtual devices for the mesh where there is no accelerator; real devices are not affected
+    jax.config.update("jax_num_cpu_devices", config.mesh.num_devices)
+    from chroma_jax.training.train import train
+
+    train(config, args.run, args.prepared)
+    return 0
+
+
+def info(args: Info, config) -> int:
+    from chroma_jax import flops
+
+    print(flops.describe(config))
+    return 0
+
+
+def reply(args: Reply, config) -> int:
+    from chroma_jax.streaming.reply import reply
+
+    transcript = Path(args.transcript).read_text() if Path(args.transcript).is_file() else args.transcript
+    report = reply(args.run, config, args.question, args.reference, transcript.strip(), args.out)
+    print(json.dumps(report, indent=1, ensure_ascii=False))
+    return 0
+
+
+def export(args: Export) -> int:
+    from chroma_jax.convert.export import export
+
+    print(export(args.run, args.dest, args.dtype, int(args.shard_gb * 2**30)))
+    return 0
+
+
+def verify(args: Verify) -> int:
+    from chroma_jax.golden.verify import table, verify
+
+    passed = failed = 0
+    for result in verify(args.folder):
+        print(table(result, every=args.every == "quantity"), flush=True)
+        passed, failed = passed + result.passed, failed + (not result.passed)
+    print(f"{passed} cases passed, {failed} failed")
+    return 1 if failed else 0
+
+
+# Command → (its arguments, what it does, where its configuration comes from: a file named first, a run folder, or none).
+COMMANDS: dict[str, tuple[type, Callable, Literal["file", "run", "none"]]] = {
+    "prepare": (Prepare, prepare, "file"),
+    "train": (Train, train, "file"),
+    "reply": (Reply, reply, "run"),
+    "export": (Export, export, "none"),
+    "info": (Info, info, "file"),
+    "verify": (Verify, verify, "none"),
+}
+
+
+def usage() -> str:
+    lines = [f"usage: {PROGRAM} COMMAND …", "", "commands (COMMAND --help tells more):"]
+    for name, (args, _, source) in COMMANDS.items():
+        first = args.__doc__.strip().splitlines()[0]
+        lines.append(f"  {name + (' CONFIG' if source == 'file' else ''):<16} {first}")
+    lines += ["", "CONFIG is a configuration file or the name of a shipped one (nano, mini, chroma_4b); any field of it can be"]
+    lines += ["overridden, as in --model.backbone.num_layers 4."]
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code: 0 done, 1 a check failed, 2 bad input."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        if not argv or argv[0] in ("-h", "--help", "help"):
+            print(usage())
+            return 0
+        if argv[0] not in COMMANDS:
+            raise ChromaError(f"unknown command {argv[0]!r}{near(argv[0], COMMANDS)}; commands: {', '.join(COMMANDS)}")
+        return dispatch(argv[0], argv[1:])
+    except ChromaError as e:
+        print(f"{PROGRAM}: error: {' '.join(str(e).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{PROGRAM}: interrupted", file=sys.stderr)
+        return 130
+
+
+def dispatch(command: str, argv: list[str]) -> int:
+    from chroma_jax import config as configs
+
+    arguments, function, source = COMMANDS[command]
+    program = f"{PROGRAM} {command}"
+    if source == "none":
+        return function(parse(arguments, argv, program))
+    if source == "file" and (not argv or argv[0].startswith("-")):
+        if set(argv) & {"-h", "--help"}:
+            argv = ["nano", *argv]  # help lists the fields of a configuration; any will do
+        else:
+            raise ChromaError(f"{command} wants a configuration first: a file, or one of nano, mini, chroma_4b")
+    if source == "file":
+        base, argv, program = configs.read_python(argv[0]), argv[1:], f"{program} {argv[0]}"
+    else:
+        named = [a for a in argv if not a.startswith("-")][:1] if not set(argv) & {"-h", "--help"} else []
+        base = configs.load(Path(argv[0])) if argv and named == argv[:1] else configs.Config()
+    whole = dataclasses.make_dataclass(
+        arguments.__name__,
+        [("config", Annotated[configs.Config, tyro.conf.arg(name="")], dataclasses.field(default=base))],
+        bases=(arguments,),
+        frozen=True,
+        kw_only=True,
+    )
+    whole.__doc__ = arguments.__doc__
+    args = parse(whole, argv, program)
+    return function(args, args.config)
+
+
+def parse(arguments: type, argv: list[str], program: str):
+    """tyro's parser, its error box folded into one line."""
+    out, err = io.StringIO(), io.StringIO()
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            return tyro.cli(arguments, args=argv, prog=program, config=(tyro.conf.AvoidSubcommands,), use_underscores=True)
+    except SystemExit as e:
+        if not e.code:
+            print(out.getvalue(), end="")
+            sys.exit(0)
+        raise ChromaError(one_line(err.getvalue())) from e
+
+
+def one_line(box: str) -> str:
+    lines = [line.strip() for line in re.sub(r"[│╭╮╰╯─]", " ", box).splitlines()]
+    kept: list[str] = []
+    for line in lines[1:]:
+        if line.startswith(("Argument helptext", "For full helptext")):
+            break
+        if line and set(line) != {"-"}:
+            kept.append(line)
+    return " ".join(kept) or " ".join(lines).strip()

@@ -1,0 +1,169 @@
+"""The configuration of a run: one tree of frozen dataclasses, made by a Python file, overridden by flags, kept as text."""
+
+import ast
+import dataclasses
+import importlib.util
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+from chroma_jax.errors import ChromaError, near
+from chroma_jax.layers.sharding import MeshConfig
+from chroma_jax.models.chroma import ChromaConfig
+from chroma_jax.training.checkpoint import CheckpointConfig
+from chroma_jax.training.loss import LossConfig
+from chroma_jax.training.optimizer import OptimizerConfig
+from chroma_jax.training.state import PrecisionConfig
+from data_pipelines.prepare import DataConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+    """global_batch: rows per step over all devices. eval_every, log_every: in steps."""
+
+    steps: int = 100_000
+    global_batch: int = 32
+    eval_every: int = 1000
+    log_every: int = 10
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("steps", "global_batch", "eval_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"training.{name} is {getattr(self, name)}, must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class ReplyConfig:
+    """temperature 0 is greedy; top_k 0 keeps every code. max_seconds bounds a reply."""
+
+    temperature: float = 0.0
+    top_k: int = 50
+    seed: int = 0
+    max_seconds: float = 20.0
+    dtype: typing.Literal["float32", "bfloat16"] = "float32"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Everything about a run. Each part's dataclass stands beside the code that it configures."""
+
+    model: ChromaConfig = ChromaConfig()
+    data: DataConfig = DataConfig()
+    mesh: MeshConfig = MeshConfig()
+    training: TrainingConfig = TrainingConfig()
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    reply: ReplyConfig = ReplyConfig()
+
+
+def read_python(source: str) -> Config:
+    """The `Config` that a configuration file's ``config()`` returns.
+
+    source: a path, or the bare name of a shipped one (``nano``).
+    Raises: ChromaError naming the file and what is wrong with it.
+    """
+    path = Path(source)
+    if not path.suffix and not path.exists():
+        import configs
+
+        shipped = Path(configs.__file__).parent
+        path = shipped / f"{source}.py"
+        if not path.exists():
+            names = sorted(p.stem for p in shipped.glob("*.py") if not p.stem.startswith("_"))
+            raise ChromaError(f"configuration {source!r} is neither a file nor one of {', '.join(names)}{near(source, names)}")
+    if not path.is_file():
+        raise ChromaError(f"{path}: no such configuration file")
+    spec = importlib.util.spec_from_file_location(f"chroma_config_{path.stem}", path)
+    if spec is None:
+        raise ChromaError(f"{path}: not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.config()
+    except Exception as e:
+        raise ChromaError(f"{path}: {type(e).__name__}: {e}") from e
+    if not isinstance(config, Config):
+        raise ChromaError(f"{path}: config() returned {type(config).__name__}, expected chroma_jax.config.Config")
+    return config
+
+
+def fields(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted name → value of every leaf, in order."""
+    out: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), prefix + field.name
+        if dataclasses.is_dataclass(value):
+            out |= fields(value, name + ".")
+        else:
+            out[name] = value
+    return out
+
+
+def dump(config: Config) -> str:
+    """One ``name = value`` line per field; `parse` reads it back."""
+    return "".join(f"{name} = {value!r}\n" for name, value in fields(config).items())
+
+
+def parse(text: str, source: str) -> Config:
+    """The inverse of `dump`. source: for messages.
+
+    Raises: ChromaError naming the line or field that is unknown, missing or ill-typed.
+    """
+    tree: dict[str, Any] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            name, value = line.split(" = ", 1)
+            value = ast.literal_eval(value)
+        except (ValueError, SyntaxError) as e:
+            raise ChromaError(f"{source}:{number}: not a 'name = value' line: {line[:80]!r}") from e
+        *parents, leaf = name.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = value
+    return _build(Config, tree, source, "")
+
+
+def _build(cls: type, tree: dict, source: str, prefix: str):
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]
+    for name in tree:
+        if name not in names:
+            raise ChromaError(f"{source}: unknown field {prefix + name!r}{near(name, names)}")
+    missing = [prefix + name for name in names if name not in tree]
+    if missing:
+        raise ChromaError(f"{source}: missing field {missing[0]!r}")
+    values = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            nested = [t for t in _options(hints[name]) if dataclasses.is_dataclass(t)]
+            if not nested:
+                raise ChromaError(f"{source}: {prefix + name!r} has no fields of its own")
+            value = _build(nested[0], value, source, f"{prefix}{name}.")
+        values[name] = value
+    try:
+        return cls(**values)
+    except (TypeError, ValueError) as e:
+        raise ChromaError(f"{source}: {prefix.rstrip('.') or 'config'}: {e}") from e
+
+
+def _options(hint) -> tuple:
+    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return typing.get_args(hint) if is_union else (hint,)
+
+
+def load(run: Path) -> Config:
+    """The configuration kept in a run folder (``config.txt``).
+
+    Raises: ChromaError when the folder is not a run.
+    """
+    path = Path(run) / "config.txt"
+    if not path.is_file():
+        raise ChromaError(f"{run}: not a run folder (no config.txt in it)")
+    return parse(path.read_text(), str(path))

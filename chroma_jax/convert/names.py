@@ -1,0 +1,190 @@
+"""One table between the released checkpoint's tensors and our weights; import and export both read it.
+
+A row says: foreign name (``{i}`` counts the layers that we stack), our path, and how one layer's tensor is turned.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from chroma_jax.models.chroma import ChromaConfig
+
+
+class Transform(NamedTuple):
+    """to_ours: (foreign tensor, our shape) → ours. to_foreign: ours → foreign tensor. Exact inverses."""
+
+    to_ours: Callable[[np.ndarray, tuple[int, ...]], np.ndarray]
+    to_foreign: Callable[[np.ndarray], np.ndarray]
+
+
+SAME = Transform(lambda x, shape: x, lambda x: x)
+VECTOR = Transform(lambda x, shape: x.reshape(shape), lambda x: x.reshape(-1))
+CONV = Transform(lambda x, shape: x.transpose(2, 1, 0), lambda x: x.transpose(2, 1, 0))  # [out, in, k] ↔ [k, in, out]
+
+
+def linear(inputs: int = 1) -> Transform:
+    """[out, in] ↔ [in…, out…] with ``inputs`` leading in-axes."""
+
+    def to_foreign(x: np.ndarray) -> np.ndarray:
+        return x.reshape(math.prod(x.shape[:inputs]), -1).T
+
+    return Transform(lambda x, shape: x.T.reshape(shape), to_foreign)
+
+
+class Row(NamedTuple):
+    """One line of the table. layers: how many foreign tensors are stacked on our leading axis, or None. optional: another
+    foreign name to read when this one is absent (a tied weight)."""
+
+    foreign: str
+    path: str
+    transform: Transform
+    layers: int | None = None
+    tied_to: str | None = None
+
+    def foreign_names(self) -> Iterator[str]:
+        return iter([self.foreign]) if self.layers is None else (self.foreign.format(i=i) for i in range(self.layers))
+
+
+UNUSED_PREFIXES = ("thinker.visual.",)  # vision: in the released checkpoint, not read by a speaking model
+
+
+def attention_rows(foreign: str, path: str, layers: int, *, out: str, bias: str) -> list[Row]:
+    names = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": out}
+    rows = []
+    for letter, name in names.items():
+        rows.append(Row(f"{foreign}.{name}.weight", f"{path}/{letter}/kernel", linear(3 if letter == "o" else 1), layers))
+        if letter in bias:
+            rows.append(Row(f"{foreign}.{name}.bias", f"{path}/{letter}/bias", VECTOR, layers))
+    return rows
+
+
+def llama_rows(foreign: str, path: str, layers: int, bias: str = "") -> list[Row]:
+    block, ours = foreign + ".layers.{i}", f"{path}/blocks"
+    return [
+        *attention_rows(f"{block}.self_attn", f"{ours}/attention", layers, out="o_proj", bias=bias),
+        Row(f"{block}.mlp.gate_proj.weight", f"{ours}/gate/kernel", linear(), layers),
+        Row(f"{block}.mlp.up_proj.weight", f"{ours}/up/kernel", linear(), layers),
+        Row(f"{block}.mlp.down_proj.weight", f"{ours}/down/kernel", linear(), layers),
+        Row(f"{block}.input_layernorm.weight", f"{ours}/attention_norm/scale", SAME, layers),
+        Row(f"{block}.post_attention_layernorm.weight", f"{ours}/mlp_norm/scale", SAME, layers),
+        Row(f"{foreign}.norm.weight", f"{path}/norm/scale", SAME),
+    ]
+
+
+def norm_rows(foreign: str, path: str, layers: int | None = None) -> list[Row]:
+    return [Row(f"{foreign}.weight", f"{path}/scale", SAME, layers), Row(f"{foreign}.bias", f"{path}/bias", SAME, layers)]
+
+
+def reasoner_rows(config: ChromaConfig, foreign: str = "thinker") -> list[Row]:
+    tower, audio, layers = f"{foreign}.audio_tower", "reasoner/audio", config.reasoner.audio.num_layers
+    block, ours = tower + ".layers.{i}", f"{audio}/encoder/blocks"
+    return [
+        Row(f"{tower}.conv1.weight", f"{audio}/conv1/kernel", CONV),
+        Row(f"{tower}.conv1.bias", f"{audio}/conv1/bias", SAME),
+        Row(f"{tower}.conv2.weight", f"{audio}/conv2/kernel", CONV),
+        Row(f"{tower}.conv2.bias", f"{audio}/conv2/bias", SAME),
+        *attention_rows(f"{block}.self_attn", f"{ours}/attention", layers, out="out_proj", bias="qvo"),
+        *norm_rows(f"{block}.self_attn_layer_norm", f"{ours}/attention_norm", layers),
+        *norm_rows(f"{block}.final_layer_norm", f"{ours}/mlp_norm", layers),
+        *(
+            row
+            for name in ("fc1", "fc2")
+            for row in (
+                Row(f"{block}.{name}.weight", f"{ours}/{name}/kernel", linear(), layers),
+                Row(f"{block}.{name}.bias", f"{ours}/{name}/bias", VECTOR, layers),
+            )
+        ),
+        *norm_rows(f"{tower}.ln_post", f"{audio}/norm"),
+        Row(f"{tower}.proj.weight", f"{audio}/projection/kernel", linear()),
+        Row(f"{tower}.proj.bias", f"{audio}/projection/bias", SAME),
+        Row(f"{tower}.audio_bos_eos_token.weight", f"{audio}/unused_markers", SAME),
+        Row(f"{foreign}.model.embed_tokens.weight", "reasoner/embedding/table", SAME),
+        *llama_rows(f"{foreign}.model", "reasoner/text", config.reasoner.text.num_layers, bias="qkv"),
+        Row(f"{foreign}.lm_head.weight", "reasoner/head/kernel", linear(), tied_to=f"{foreign}.model.embed_tokens.weight"),
+    ]
+
+
+def backbone_rows(config: ChromaConfig) -> list[Row]:
+    return [
+        *llama_rows("backbone.model", "backbone/model", config.backbone.num_layers),
+        Row("backbone.codebook0_head.weight", "backbone/head/kernel", linear()),
+    ]
+
+
+def decoder_rows(config: ChromaConfig) -> list[Row]:
+    return [
+        Row("decoder.audio_embedding.embed_audio_tokens.weight", "audio_embedding/rows/table", SAME),
+        Row("decoder.projection.weight", "decoder/projection/kernel", linear()),
+        *llama_rows("decoder.model", "decoder/model", config.decoder.num_layers),
+        Row("decoder.codebook_head.weight", "decoder/heads", SAME),
+    ]
+
+
+# The Codec stands apart from the speaking model; its paths begin with ``codec/``.
+
+CONV_TRANSPOSE = Transform(lambda x, shape: x.transpose(0, 2, 1), lambda x: x.transpose(0, 2, 1))  # [in, out, k] ↔ [in, k, out]
+POINTWISE = Transform(lambda x, shape: x[:, :, 0].T, lambda x: x.T[:, :, None])  # [out, in, 1] ↔ [in, out]
+
+
+def conv_rows(foreign: str, path: str, transform: Transform = CONV) -> list[Row]:
+    return [Row(f"{foreign}.conv.weight", f"{path}/kernel", transform), Row(f"{foreign}.conv.bias", f"{path}/bias", SAME)]
+
+
+def seanet_rows(config: ChromaConfig, foreign: str, path: str) -> list[Row]:
+    """Foreign numbers count the activations too: the encoder's stages are residuals …, ELU, convolution; the decoder's ELU,
+    convolution, residuals …"""
+    seanet = config.codec.seanet
+    stages, residuals = len(seanet.ratios), seanet.num_residual_layers
+    rows = []
+    for side, sample, transform in (("encoder", "down", CONV), ("decoder", "up", CONV_TRANSPOSE)):
+        rows += conv_rows(f"{foreign}.{side}.layers.0", f"{path}/{side}/first")
+        for i in range(stages):
+            start = 1 + i * (residuals + 2)
+            resample, first = (start + residuals + 1, start) if side == "encoder" else (start + 1, start + 2)
+            for j in range(residuals):
+                layer, ours = f"{foreign}.{side}.layers.{first + j}", f"{path}/{side}/stages/{i}/residuals/{j}"
+                rows += conv_rows(f"{layer}.block.1", f"{ours}/conv1") + conv_rows(f"{layer}.block.3", f"{ours}/conv2")
+                if seanet.shortcut == "conv":
+                    rows += conv_rows(f"{layer}.shortcut", f"{ours}/shortcut")
+            rows += conv_rows(f"{foreign}.{side}.layers.{resample}", f"{path}/{side}/stages/{i}/{sample}", transform)
+        rows += conv_rows(f"{foreign}.{side}.layers.{2 + stages * (residuals + 2)}", f"{path}/{side}/last")
+    return rows
+
+
+def codec_transformer_rows(foreign: str, path: str, layers: int) -> list[Row]:
+    block, ours = foreign + ".layers.{i}", f"{path}/blocks"
+    return [
+        *attention_rows(f"{block}.self_attn", f"{ours}/attention", layers, out="o_proj", bias=""),
+        Row(f"{block}.mlp.fc1.weight", f"{ours}/fc1/kernel", linear(), layers),
+        Row(f"{block}.mlp.fc2.weight", f"{ours}/fc2/kernel", linear(), layers),
+        *norm_rows(f"{block}.input_layernorm", f"{ours}/attention_norm", layers),
+        *norm_rows(f"{block}.post_attention_layernorm", f"{ours}/mlp_norm", layers),
+        Row(f"{block}.self_attn_layer_scale.scale", f"{ours}/attention_scale/scale", SAME, layers),
+        Row(f"{block}.mlp_layer_scale.scale", f"{ours}/mlp_scale/scale", SAME, layers),
+    ]
+
+
+def codec_rows(config: ChromaConfig, foreign: str = "codec_model", path: str = "codec") -> list[Row]:
+    codec = config.codec
+    rows = seanet_rows(config, foreign, path)
+    for side in ("encoder", "decoder"):
+        rows += codec_transformer_rows(f"{foreign}.{side}_transformer", f"{path}/{side}_transformer", codec.transformer.num_layers)
+    semantic = codec.quantizer.num_semantic
+    for branch, count in (("semantic", semantic), ("acoustic", codec.num_codebooks - semantic)):
+        theirs, ours = f"{foreign}.quantizer.{branch}_residual_vector_quantizer", f"{path}/quantizer/{branch}"
+        for name in ("embed_sum", "cluster_usage", "initialized"):
+            rows.append(Row(theirs + ".layers.{i}.codebook." + name, f"{ours}/codebooks/{name}", SAME, count))
+        if codec.quantizer.codebook_dim != codec.width:
+            for side in ("input", "output"):
+                rows.append(Row(f"{theirs}.{side}_proj.weight", f"{ours}/{side}/kernel", POINTWISE))
+    if codec.stride > 1:
+        rows.append(Row(f"{foreign}.downsample.conv.weight", f"{path}/downsample/kernel", CONV))
+        rows.append(Row(f"{foreign}.upsample.conv.weight", f"{path}/upsample/kernel", CONV_TRANSPOSE))
+    return rows
+
+
+def chroma_rows(config: ChromaConfig) -> list[Row]:
+    """The whole released checkpoint but the Codec and the unused vision tower, in its order."""
+    return [*reasoner_rows(config), *backbone_rows(config), *decoder_rows(config)]

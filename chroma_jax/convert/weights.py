@@ -1,0 +1,96 @@
+"""Weights in and out of safetensors by the name table."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from safetensors import SafetensorError, safe_open
+
+from chroma_jax.convert.names import UNUSED_PREFIXES, Row
+from chroma_jax.errors import ChromaError
+
+Reader = Mapping[str, Callable[[], np.ndarray]]  # tensor name → a call that reads it
+
+
+def open_safetensors(source: Path) -> Reader:
+    """Tensors of one file, or of all shards of a folder, read lazily one by one.
+
+    Raises: ChromaError naming the file that is missing or damaged.
+    """
+    source = Path(source)
+    files = sorted(source.glob("*.safetensors")) if source.is_dir() else [source]
+    if not files or not files[0].exists():
+        raise ChromaError(f"{source}: no safetensors file there")
+    index = source / "model.safetensors.index.json"
+    if source.is_dir() and index.exists():
+        named = set(json.loads(index.read_text())["weight_map"].values())
+        absent = sorted(named - {f.name for f in files})
+        if absent:
+            raise ChromaError(f"{index}: names shards that are missing: {', '.join(absent)}")
+    reader: dict[str, Callable[[], np.ndarray]] = {}
+    for file in files:
+        try:
+            handle = safe_open(file, framework="flax")
+            reader |= {name: (lambda h=handle, n=name: np.asarray(h.get_tensor(n))) for name in handle.keys()}
+        except (SafetensorError, OSError) as e:
+            raise ChromaError(f"{file}: not a readable safetensors file ({e})") from e
+    return reader
+
+
+def import_weights(module: nnx.Module, prefix: str, rows: Iterable[Row], reader: Reader) -> nnx.Module:
+    """Fills the weights of an abstract ``module`` (from ``nnx.eval_shape``) whose paths in the table start with ``prefix``.
+
+    Raises: one ChromaError that lists every missing and misshapen tensor.
+    """
+    graph, state = nnx.split(module)
+    flat = {"/".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
+    problems, filled = [], {}
+    for row in rows:
+        variable = flat[row.path.removeprefix(prefix)]
+        layer_shape = variable.shape[1:] if row.layers is not None else variable.shape
+        parts = []
+        for name in row.foreign_names():
+            name = name if name in reader or row.tied_to is None else row.tied_to
+            if name not in reader:
+                problems.append(f"missing: {name}")
+                continue
+            tensor = reader[name]()
+            if tensor.shape != expected_shape(row, layer_shape):
+                problems.append(f"misshapen: {name} is {tensor.shape}, expected {expected_shape(row, layer_shape)}")
+                continue
+            parts.append(row.transform.to_ours(tensor, layer_shape))
+        filled[row.path.removeprefix(prefix)] = parts if row.layers is not None else parts[0] if parts else None
+    if problems:
+        raise ChromaError(f"{len(problems)} tensors do not fit: " + "; ".join(problems))
+    values = [
+        (path, variable.replace(jnp.asarray(np.stack(v) if isinstance(v, list) else v, variable.dtype)) if v is not None else variable)
+        for path, variable in nnx.to_flat_state(state)
+        for v in [filled.get("/".join(map(str, path)))]
+    ]
+    return nnx.merge(graph, nnx.from_flat_state(values))
+
+
+def expected_shape(row: Row, layer_shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The foreign shape of one layer's tensor, without computing it."""
+    return jax.eval_shape(lambda: row.transform.to_foreign(jnp.zeros(layer_shape))).shape
+
+
+def foreign_tensors(module: nnx.Module, prefix: str, rows: Iterable[Row]) -> Iterable[tuple[str, Callable[[], np.ndarray]]]:
+    """(foreign name, a call that gives the tensor) for every row of the table, in order."""
+    flat = {prefix + "/".join(map(str, path)): variable for path, variable in nnx.to_flat_state(nnx.state(module))}
+    for row in rows:
+        value = flat[row.path].get_value()
+        for i, name in enumerate(row.foreign_names()):
+            yield name, lambda v=value, i=i, row=row: np.ascontiguousarray(
+                row.transform.to_foreign(np.asarray(v if row.layers is None else v[i]))
+            )
+
+
+def unknown_names(reader: Reader, rows: Iterable[Row]) -> list[str]:
+    """Tensors of ``reader`` that no row accounts for; vision, which is known to be unused, is not among them."""
+    known = {name for row in rows for name in row.foreign_names()}
+    return sorted(n for n in reader if n not in known and not n.startswith(UNUSED_PREFIXES))

@@ -1,0 +1,211 @@
+"""From waves to what the models hear: Whisper's log-mel features (arXiv 2212.04356) and the resampler of the voice prompt.
+
+Numpy only: features are computed by the data pipeline's threads and by the streaming front end, never on the accelerator.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import scipy.fft
+import scipy.sparse
+import soxr
+
+from chroma_jax.errors import ChromaError
+
+FLOOR = 1e-10  # power below which a mel bin counts as silent
+RANGE = 8.0  # decades below the loudest bin at which features are cut off
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureConfig:
+    """Log-mel front end. n_fft, hop: samples. max_seconds: the longest recording, which is also the length that the
+    reference pads every recording to. top: upper edge of the mel filters in Hz, whatever the sample rate."""
+
+    sample_rate: int = 16_000
+    n_fft: int = 400
+    hop: int = 160
+    mel_bins: int = 128
+    max_seconds: float = 300.0
+    top: float = 8000.0
+
+    @classmethod
+    def from_json(cls, fields: Mapping) -> "FeatureConfig":
+        """From the contents of a ``preprocessor_config.json``. Raises ChromaError for a missing field."""
+        try:
+            rate = int(fields["sampling_rate"])
+            seconds = fields["n_samples"] / rate if "n_samples" in fields else float(fields["chunk_length"])
+            return cls(rate, int(fields["n_fft"]), int(fields["hop_length"]), int(fields["feature_size"]), seconds)
+        except KeyError as error:
+            raise ChromaError(f"preprocessor_config.json: no field {error}") from error
+
+    @classmethod
+    def from_preprocessor(cls, path: Path | str) -> "FeatureConfig":
+        """Reads a ``preprocessor_config.json``. Raises ChromaError when it is missing, broken or lacks a field."""
+        try:
+            return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            raise ChromaError(f"{path}: not a readable preprocessor configuration ({error})") from error
+
+    @property
+    def max_samples(self) -> int:
+        return round(self.max_seconds * self.sample_rate)
+
+
+def mel_to_hz(mel: np.ndarray) -> np.ndarray:
+    """Slaney's mel scale (Auditory Toolbox, 1998): 66.7 Hz per mel up to 1 kHz, then 27 mels per factor of 6.4."""
+    return np.where(mel < 15, mel * 200 / 3, 1000 * np.exp((mel - 15) * math.log(6.4) / 27))
+
+
+def hz_to_mel(hz: float) -> float:
+    """The inverse of `mel_to_hz`."""
+    return hz * 3 / 200 if hz < 1000 else 15 + math.log(hz / 1000) * 27 / math.log(6.4)
+
+
+@functools.cache
+def mel_filters(config: FeatureConfig) -> np.ndarray:
+    """Triangles between neighbouring mels, each of area one (Slaney's normalisation): float64 [1 + n_fft / 2, bins]."""
+    edges = mel_to_hz(np.linspace(0.0, hz_to_mel(config.top), config.mel_bins + 2))
+    low, centre, high = edges[:-2], edges[1:-1], edges[2:]
+    hz = np.linspace(0.0, config.sample_rate / 2, 1 + config.n_fft // 2)[:, None]
+    triangles = np.minimum((hz - low) / (centre - low), (high - hz) / (high - centre))
+    return np.maximum(triangles, 0.0) * 2 / (high - low)
+
+
+@functools.cache
+def sparse_filters(config: FeatureConfig) -> scipy.sparse.csr_array:
+    """The same, transposed: a power bin enters two filters at most, so that the dense product would be 98 % zeros."""
+    return scipy.sparse.csr_array(mel_filters(config).T)
+
+
+@functools.cache
+def window(n_fft: int) -> np.ndarray:
+    """Periodic Hann window, float64 [n_fft]."""
+    return 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(n_fft) / n_fft)
+
+
+def num_frames(samples, config: FeatureConfig = FeatureConfig()):
+    """Mel frames of a recording of ``samples`` samples: ceil(samples / hop)."""
+    return -(-samples // config.hop)
+
+
+def log_power(wave: np.ndarray, config: FeatureConfig = FeatureConfig()) -> np.ndarray:
+    """log10 of the mel power of every whole window of ``wave``, without any padding at the edges.
+
+    wave: float [S]. Returns float32 [1 + (S − n_fft) // hop, bins]; window i begins at sample i · hop. In double precision:
+    the range is eight decades of power, and single precision's rounding of a loud bin would show in a silent one.
+    """
+    frames = np.lib.stride_tricks.sliding_window_view(wave.astype(np.float64), config.n_fft)[:: config.hop]
+    spectrum = scipy.fft.rfft(frames * window(config.n_fft), axis=1)
+    power = spectrum.real**2 + spectrum.imag**2
+    mel = (sparse_filters(config) @ power.T).T
+    return np.log10(np.maximum(mel, FLOOR)).astype(np.float32)
+
+
+def compress(log: np.ndarray, loudest: float) -> np.ndarray:
+    """Whisper's range: log-mel power cut off eight decades below ``loudest``, then (x + 4) / 4. float32, any shape.
+
+    Offline, ``loudest`` is the whole utterance's maximum; a streaming front end passes the maximum so far.
+    """
+    return ((np.maximum(log, np.float32(loudest - RANGE)) + 4.0) / 4.0).astype(np.float32)
+
+
+def log_mel(
+    wave: np.ndarray,
+    config: FeatureConfig = FeatureConfig(),
+    *,
+    edge: Literal["max_length", "reflect"] = "max_length",
+    frames: int | None = None,
+) -> np.ndarray:
+    """Features of one recording: `log_mel_padded`, as Qwen2.5-Omni hears it, or `log_mel_unpadded` for edge "reflect".
+
+    wave: float [S], S ≥ 1. frames: how many, when some of the padding is wanted too. Returns float32 [A, bins], with
+    A = ceil(S / hop), or S // hop for "reflect".
+    """
+    if edge == "reflect":
+        return log_mel_unpadded(wave, config)
+    return log_mel_padded(wave, config, num_frames(len(wave), config) if frames is None else frames)
+
+
+def log_mel_padded(wave: np.ndarray, config: FeatureConfig, frames: int) -> np.ndarray:
+    """The first ``frames`` frames of a recording that is followed by zeros up to ``config.max_seconds``.
+
+    The padding comes before anything is computed (``padding="max_length"``), so the last frames of the recording see zeros;
+    the left edge is reflected. The window of frame t is centred on sample t · hop. wave: float [S], S ≥ 1. Returns float32
+    [frames, bins], at most max_samples / hop frames. Raises ChromaError when the recording is empty or too long.
+    """
+    if not len(wave):
+        raise ChromaError("log_mel: the recording holds no samples")
+    if len(wave) > config.max_samples:
+        raise ChromaError(f"log_mel: {len(wave) / config.sample_rate:.1f} s long, the limit is {config.max_seconds:g} s")
+    half, total = config.n_fft // 2, config.max_samples // config.hop
+    # frames past the end still see the last samples, and the loudest value counts them; all later ones are silent
+    computed = min((len(wave) + half) // config.hop + 1, total)
+    if len(wave) <= half:  # too short to be reflected on its own: what the reflection sees is the padding
+        wave = np.pad(wave, (0, half + 1 - len(wave)))
+    right = max((computed - 1) * config.hop + half - len(wave), 0)
+    log = np.full((max(computed, min(frames, total)), config.mel_bins), math.log10(FLOOR), np.float32)
+    log[:computed] = log_power(np.pad(np.pad(wave, (half, 0), mode="reflect"), (0, right)), config)[:computed]
+    return compress(log[:frames], log.max())
+
+
+def log_mel_unpadded(wave: np.ndarray, config: FeatureConfig = FeatureConfig()) -> np.ndarray:
+    """Whisper's features without any padding: both edges are reflected. float [S], S > n_fft / 2 → float32 [S // hop, bins]."""
+    log = log_power(np.pad(wave, config.n_fft // 2, mode="reflect"), config)[: len(wave) // config.hop]
+    return compress(log, log.max(initial=math.log10(FLOOR)))
+
+
+def log_mel_longest(waves: Sequence[np.ndarray], config: FeatureConfig = FeatureConfig()) -> tuple[np.ndarray, np.ndarray]:
+    """Features of several recordings, each followed by zeros up to the longest (``padding="longest"``), reflected there.
+
+    waves: float [S_i]. Returns (float32 [B, A, bins], bool [B, A] which frames belong to a recording), A = max S // hop.
+    """
+    longest = max(map(len, waves))
+    mel = [log_mel_unpadded(np.pad(wave, (0, longest - len(wave))), config) for wave in waves]
+    lengths = np.array([num_frames(len(wave), config) for wave in waves])
+    return np.stack(mel), np.arange(longest // config.hop)[None, :] < lengths[:, None]
+
+
+def resample_soxr(wave: np.ndarray, source_rate: int, target_rate: int) -> np.ndarray:
+    """soxr's high quality, the one that ``librosa.load`` and so the reference use for user speech.
+
+    wave: float32 [S]. Returns float32 [ceil(S · target / source)].
+    """
+    wave = np.ascontiguousarray(wave, np.float32)
+    if source_rate == target_rate:
+        return wave
+    out = soxr.resample(wave, source_rate, target_rate, quality="HQ")
+    length = -(-len(wave) * target_rate // source_rate)
+    return np.pad(out, (0, max(length - len(out), 0)))[:length]
+
+
+@functools.cache
+def sinc_kernel(source: int, target: int, zeros: int, rolloff: float) -> tuple[np.ndarray, int]:
+    """The polyphase filters of `resample_sinc` for coprime rates: (float32 [target, taps], samples before the window)."""
+    cutoff = min(source, target) * rolloff
+    width = math.ceil(zeros * source / cutoff)
+    tap = np.arange(-width, width + source)[None, :] / source
+    time = np.clip((tap - np.arange(target)[:, None] / target) * cutoff, -zeros, zeros)
+    hann = np.cos(time * np.pi / zeros / 2) ** 2
+    return (np.sinc(time) * hann * cutoff / source).astype(np.float32), width
+
+
+def resample_sinc(wave: np.ndarray, source_rate: int, target_rate: int, *, zeros: int = 6, rolloff: float = 0.99) -> np.ndarray:
+    """Band-limited interpolation by a Hann-windowed sinc (torchaudio's default, which the reference uses for voice prompts).
+
+    wave: float [S]. Returns float32 [ceil(S · target / source)]. zeros: zero crossings on each side of the filter.
+    """
+    common = math.gcd(source_rate, target_rate)
+    source, target = source_rate // common, target_rate // common
+    wave = np.asarray(wave, np.float32)
+    if source == target:
+        return wave
+    kernel, width = sinc_kernel(source, target, zeros, rolloff)
+    padded = np.pad(wave, (width, width + source))
+    views = np.lib.stride_tricks.sliding_window_view(padded, kernel.shape[1])[::source]
+    return (views @ kernel.T).reshape(-1)[: -(-len(wave) * target // source)]

@@ -1,0 +1,157 @@
+"""Parameters, bytes and floating-point operations of a configuration, counted from its shapes."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from chroma_jax.layers.transformer import LlamaConfig
+from chroma_jax.models.audio_encoder import AudioEncoderConfig
+from chroma_jax.models.chroma import Chroma, ChromaConfig
+from chroma_jax.models.codec import Codec
+from chroma_jax.rows import RowShape
+from chroma_jax.training.loss import LossConfig
+
+# Peak dense bf16 FLOP/s of a device, by how its ``device_kind`` begins; a device that is not here has no utilisation.
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6": 918e12,
+    "TPU7": 2307e12 / 2,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA A100": 312e12,
+}
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """Peak bf16 FLOP/s of one device, or None when it is not known."""
+    matches = [peak for kind, peak in PEAK_FLOPS.items() if device.device_kind.startswith(kind)]
+    return matches[0] if matches else None
+
+
+def llama(c: LlamaConfig, positions: int, context: float) -> float:
+    """Forward FLOPs of a stack over ``positions`` positions that see ``context`` positions each, on average."""
+    attention = c.width * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)
+    weights = c.num_layers * (attention + 3 * c.width * c.mlp_width)
+    return 2 * positions * weights + 4 * positions * context * c.num_layers * c.num_heads * c.head_dim
+
+
+def audio_encoder(c: AudioEncoderConfig) -> float:
+    """Forward FLOPs of one block."""
+    frames, positions = c.block_frames, c.block_frames // 2
+    convolutions = 6 * frames * c.mel_bins * c.width + 6 * positions * c.width**2
+    layers = c.num_layers * (2 * positions * (4 * c.width**2 + 2 * c.width * c.mlp_width) + 4 * positions**2 * c.width)
+    return convolutions + layers + positions * c.width * c.output_width
+
+
+class PartFlops(NamedTuple):
+    """Forward FLOPs of one packed row, by part, at the row's full capacity (padding is computed too)."""
+
+    audio_encoder: float
+    text_model: float
+    backbone: float
+    decoder: float
+
+
+def forward_flops(model: ChromaConfig, row: RowShape, loss: LossConfig) -> PartFlops:
+    """Causal attention counts half of the square; heads count the positions they are applied to."""
+    c, q = model, model.codebooks
+    text = llama(c.reasoner.text, row.text, row.text / 2)
+    if loss.text_weight:
+        text += 2 * row.answers * c.reasoner.text.width * c.reasoner.vocab_size
+    backbone = llama(c.backbone, row.positions, row.positions / 2) + 2 * row.frames * c.backbone.width * c.audio_vocab
+    frame = llama(c.decoder, q, q / 2) + 2 * q * c.backbone.width * c.decoder.width + 2 * (q - 1) * c.decoder.width * c.audio_vocab
+    frames = math.ceil(row.frames * loss.decoder_frames)
+    return PartFlops(row.blocks * audio_encoder(c.reasoner.audio), text, backbone, frames * frame)
+
+
+def train_flops(forward: PartFlops, trained: set[str]) -> float:
+    """FLOPs of one row's training step. trained: first two path elements of the trained weights, such as "reasoner/text".
+
+    The backward pass costs twice the forward one where weights are trained, once where gradients only pass through, and
+    nothing below the last trained weight.
+    """
+    has = {
+        "audio_encoder": any(t.startswith("reasoner/audio") for t in trained),
+        "text_model": any(t.startswith("reasoner/") and not t.startswith("reasoner/audio") for t in trained),
+        "backbone": any(t.startswith(("backbone/", "audio_embedding/")) for t in trained),
+        "decoder": any(t.startswith("decoder/") for t in trained),
+    }
+    total, below = 0.0, False
+    for part in ("audio_encoder", "text_model", "backbone"):
+        total += getattr(forward, part) * (1 + 2 * has[part] + (below and not has[part]))
+        below |= has[part]
+    return total + forward.decoder * (1 + 2 * has["decoder"] + (has["backbone"] and not has["decoder"]))
+
+
+class PartSize(NamedTuple):
+    """Weights of one part."""
+
+    name: str
+    parameters: int
+
+
+def part_sizes(model: ChromaConfig) -> list[PartSize]:
+    """Parameters by part; counted from abstract shapes, so the 4B configuration costs no memory. The table of audio
+    embeddings is the Decoder's, as in the released checkpoint's names."""
+    speaking = nnx.eval_shape(lambda: Chroma(nnx.Rngs(0), model))
+    codec = nnx.eval_shape(lambda: Codec(nnx.Rngs(0), model.codec))
+
+    def count(module) -> int:
+        return sum(math.prod(x.shape) for x in jax.tree.leaves(nnx.state(module)))
+
+    reasoner, audio = count(speaking.reasoner), count(speaking.reasoner.audio)
+    return [
+        PartSize("Reasoner: audio encoder", audio),
+        PartSize("Reasoner: text model", reasoner - audio),
+        PartSize("Backbone", count(speaking.backbone)),
+        PartSize("Decoder (with the audio embedding)", count(speaking.decoder) + count(speaking.audio_embedding)),
+        PartSize("Codec", count(codec) - codebook_values(model)),
+    ]
+
+
+def frame_bytes(model: ChromaConfig, dtype=jnp.bfloat16) -> float:
+    """Weight bytes that one reply frame has to read: the text model every other frame, Backbone, the Decoder seven times,
+    the Codec's decoder half, each once; the embedding tables only by row."""
+    c, size = model, jnp.dtype(dtype).itemsize
+    text = sum(p.parameters for p in part_sizes(model) if p.name == "Reasoner: text model")
+    text -= c.reasoner.vocab_size * c.reasoner.text.width  # the input embedding is read by row
+    backbone = next(p.parameters for p in part_sizes(model) if p.name == "Backbone")
+    decoder = next(p.parameters for p in part_sizes(model) if p.name.startswith("Decoder"))
+    table = c.codebooks * c.audio_vocab * c.backbone.width
+    heads = (c.codebooks - 1) * c.decoder.width * c.audio_vocab
+    codec = next(p.parameters for p in part_sizes(model) if p.name == "Codec") / 2
+    return size * (text / 2 + backbone + (c.codebooks - 1) * (decoder - table - heads) + heads + codec)
+
+
+def describe(config) -> str:
+    """A table of a configuration's parts: parameters, bytes in float32 and bf16, forward GFLOPs of one packed row."""
+    model, row = config.model, config.data.row
+    forward = forward_flops(model, row, config.loss)
+    per_part = {"Reasoner: audio encoder": forward.audio_encoder, "Reasoner: text model": forward.text_model}
+    per_part |= {"Backbone": forward.backbone, "Decoder (with the audio embedding)": forward.decoder}
+    lines = [f"{'part':<36}{'parameters':>16}{'float32 GB':>12}{'bf16 GB':>10}{'GFLOP per row':>15}"]
+    sizes = part_sizes(model)
+    for part in [*sizes, PartSize("total", sum(p.parameters for p in sizes))]:
+        flop = per_part.get(part.name) if part.name != "total" else sum(forward)
+        shown = f"{flop / 1e9:15,.2f}" if flop is not None else f"{'–':>15}"
+        lines.append(f"{part.name:<36}{part.parameters:>16,}{4 * part.parameters / 1e9:>12.3f}{2 * part.parameters / 1e9:>10.3f}{shown}")
+    books = codebook_values(model)
+    lines += [
+        f"Reasoner in all: {sizes[0].parameters + sizes[1].parameters:,}. The Codec also holds {books:,} codebook values, "
+        "which are running sums, not parameters.",
+        f"A row: {row.blocks} blocks of speech, {row.text} text, {row.positions} Backbone positions, {row.frames} target frames.",
+        f"Weight bytes read per reply frame in bf16: {frame_bytes(model) / 1e9:.3f} GB.",
+    ]
+    return "\n".join(lines)
+
+
+def codebook_values(model: ChromaConfig) -> int:
+    """embed_sum, cluster_usage and initialized of every codebook."""
+    q = model.codec.quantizer
+    return q.num_codebooks * (q.codebook_size * (q.codebook_dim + 1) + 1)

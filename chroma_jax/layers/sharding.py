@@ -1,0 +1,173 @@
+"""Mesh and rules: the one place that says which axis of which array lies on which devices.
+
+Arrays carry *logical axes* (``embed``, ``heads``, ``batch`` …); ``AxisRules`` maps them to mesh axes. The mesh is in
+explicit-sharding mode (`jax.sharding.AxisType.Explicit`): an array's sharding is part of its type, and a layer that
+would need a hidden collective is an error instead of a slow program. Without a mesh every helper here does nothing,
+so the same model code runs on one device.
+"""
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from chroma_jax.errors import ChromaError
+
+MESH_AXES = ("data", "fsdp", "tensor", "context")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the mesh axes; their product is the number of devices used.
+
+    data: copies of the model, each on its own rows. fsdp: rows too, with the weights divided among the devices.
+    tensor: heads and MLP columns. context: sequence positions of the Reasoner and the Backbone.
+    """
+
+    data: int = 1
+    fsdp: int = 1
+    tensor: int = 1
+    context: int = 1
+
+    @property
+    def num_devices(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(getattr(self, axis) for axis in MESH_AXES)
+
+    @property
+    def num_row_shards(self) -> int:
+        """How many parts the global batch is cut into."""
+        return self.data * self.fsdp
+
+
+@dataclasses.dataclass(frozen=True)
+class AxisRules:
+    """Logical axis → mesh axes. An axis that has no field here is an error, never a silent replication."""
+
+    # activations
+    batch: tuple[str, ...] = ("data", "fsdp")
+    sequence: tuple[str, ...] = ("context",)
+    # weights and activations
+    heads: tuple[str, ...] = ("tensor",)  # key/value heads; the query heads of a group lie with their key/value head
+    mlp: tuple[str, ...] = ("tensor",)
+    vocab: tuple[str, ...] = ("tensor",)
+    # weights at rest; gathered for use
+    embed: tuple[str, ...] = ("fsdp",)
+    # never divided
+    layers: tuple[str, ...] = ()
+    group: tuple[str, ...] = ()  # query heads per key/value head
+    head: tuple[str, ...] = ()
+    codes: tuple[str, ...] = ()  # codebook entries (2051 is odd)
+    codebook: tuple[str, ...] = ()
+    channels: tuple[str, ...] = ()  # convolutions
+    kernel: tuple[str, ...] = ()
+    norm: tuple[str, ...] = ()
+    width: tuple[str, ...] = ()  # a second model width of the same weight
+
+    def at_rest(self, axes: tuple[str | None, ...]) -> P:
+        """PartitionSpec of an array as it is stored."""
+        return P(*(self._mesh_axes(axis) for axis in axes))
+
+    def in_use(self, axes: tuple[str | None, ...]) -> P:
+        """PartitionSpec of a weight while it is multiplied: what is divided for storage alone is gathered."""
+        return P(*(None if axis == "embed" else self._mesh_axes(axis) for axis in axes))
+
+    def _mesh_axes(self, axis: str | None):
+        if axis is None:
+            return None
+        if not hasattr(self, axis):
+            raise ChromaError(f"logical axis {axis!r} has no sharding rule; AxisRules knows {[f.name for f in dataclasses.fields(self)]}")
+        names = getattr(self, axis)
+        return None if not names else names[0] if len(names) == 1 else tuple(names)
+
+
+RULES = AxisRules()
+
+
+def make_mesh(config: MeshConfig, devices=None) -> Mesh:
+    """Mesh over the first ``config.num_devices`` devices, every axis explicit.
+
+    Raises: ChromaError when there are too few devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    if min(config.shape) < 1:
+        raise ChromaError(f"mesh axes must be at least 1, got {dict(zip(MESH_AXES, config.shape))}")
+    if len(devices) < config.num_devices:
+        raise ChromaError(
+            f"mesh {dict(zip(MESH_AXES, config.shape))} needs {config.num_devices} devices, {len(devices)} present"
+            + (" (--devices N makes N virtual CPU devices)" if devices[0].platform == "cpu" else "")
+        )
+    if config.num_devices == len(devices):
+        return jax.make_mesh(config.shape, MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES), devices=devices)
+    chosen = np.asarray(devices[: config.num_devices]).reshape(config.shape)
+    return Mesh(chosen, MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES))
+
+
+def active() -> bool:
+    """Whether a mesh is set (``jax.set_mesh``)."""
+    return not jax.sharding.get_abstract_mesh().empty
+
+
+def reshard(x: jax.Array, spec: P) -> jax.Array:
+    """``x`` laid out as ``spec`` on the current mesh; ``x`` itself when no mesh is set."""
+    return jax.sharding.reshard(x, spec) if active() else x
+
+
+def constrain(x: jax.Array, *axes: str | None, rules: AxisRules = RULES) -> jax.Array:
+    """``x`` laid out by its logical axes."""
+    return reshard(x, rules.at_rest(axes))
+
+
+def leading_spec(x: jax.Array, count: int) -> tuple:
+    """The sharding of the first ``count`` axes of ``x``, as entries of a PartitionSpec."""
+    spec = tuple(jax.typeof(x).sharding.spec)[:count]
+    return spec + (None,) * (count - len(spec))
+
+
+def take_rows(x: jax.Array, index: jax.Array) -> jax.Array:
+    """Gathers x[b, index[b, t]] along axis 1, rows staying where they are.
+
+    x: [B, A, …]; index: int32 [B, T], within 0 … A−1. Returns [B, T, …].
+    """
+    if not active():
+        return jax.vmap(lambda row, i: row[i])(x, index)
+    batch = leading_spec(x, 1)
+    x = reshard(x, P(*batch))
+    out = P(*leading_spec(index, 2))
+    rows = jax.lax.broadcasted_iota(np.int32, index.shape, 0)
+    rows = reshard(rows, out)
+    return x.at[rows, index].get(out_sharding=P(*out, *(None,) * (x.ndim - 2)))
+
+
+def state_shardings(state: nnx.State, mesh: Mesh, rules: AxisRules = RULES) -> nnx.State:
+    """NamedSharding of every weight in ``state`` (arrays or ShapeDtypeStructs), by its declared logical axes.
+
+    Raises: ChromaError naming every weight that has no axes, or whose axis the mesh does not divide.
+    """
+    problems: list[str] = []
+
+    def one(path, variable):
+        name = "/".join(map(str, path))
+        axes = variable.get_metadata().get("axes")
+        if axes is None or len(axes) != len(variable.shape):
+            problems.append(f"{name}: no logical axis for each of {tuple(variable.shape)}")
+            return variable.replace(NamedSharding(mesh, P()))
+        spec = rules.at_rest(axes)
+        for axis, size, names in zip(axes, variable.shape, spec):
+            parts = math.prod(mesh.shape[n] for n in ((names,) if isinstance(names, str) else names or ()))
+            if size % parts:
+                problems.append(f"{name}: axis {axis!r} of {size} is not divisible by mesh axes {names} = {parts}")
+        return variable.replace(NamedSharding(mesh, spec))
+
+    flat = nnx.to_flat_state(state)
+    result = nnx.from_flat_state([(path, one(path, variable)) for path, variable in flat])
+    if problems:
+        raise ChromaError("cannot shard: " + "; ".join(problems))
+    return result

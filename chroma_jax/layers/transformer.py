@@ -1,0 +1,236 @@
+"""The two kinds of transformer stack, each with its layers stacked and scanned.
+
+`Llama`: RMSNorm, grouped heads, SwiGLU (Reasoner text model, Backbone, Decoder).
+`Encoder`: LayerNorm, plain heads, GELU (audio encoder, Codec).
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from chroma_jax.layers import rope
+from chroma_jax.layers.attention import Attention, KVCache, Rotation, cached_mask
+from chroma_jax.layers.linear import LayerNorm, Linear, RMSNorm, in_use, weight, zeros
+from chroma_jax.layers.rope import RopeConfig
+from chroma_jax.layers.sharding import RULES, AxisRules
+
+Remat = Literal["none", "dots", "full"]
+
+
+def rematerialise(body, policy: Remat):
+    """Wraps a scan body: "none" keeps every activation for the backward pass, "dots" the matrix products without batch
+    axes, "full" only the layer's input."""
+    if policy == "none":
+        return body
+    saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if policy == "dots" else None
+    return jax.checkpoint(body, policy=saved, prevent_cse=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """Sizes of a Llama stack."""
+
+    num_layers: int
+    width: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_width: int
+    norm_eps: float = 1e-5
+    qkv_bias: Literal["none", "qkv"] = "none"
+    rope: RopeConfig = RopeConfig()
+    remat: Remat = "none"
+    rules: AxisRules = RULES
+
+    def __post_init__(self):
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
+
+    def empty_cache(self, batch: int, capacity: int, dtype) -> KVCache:
+        return KVCache.zeros(self.num_layers, batch, capacity, self.num_kv_heads, self.head_dim, dtype)
+
+
+class LlamaBlock(nnx.Module):
+    """x + attention(norm(x)); x + down(silu(gate(norm(x))) · up(norm(x)))."""
+
+    def __init__(self, rngs: nnx.Rngs, config: LlamaConfig):
+        c, layers = config, config.num_layers
+        model, mlp = {"embed": c.width}, {"mlp": c.mlp_width}
+        self.attention_norm = RMSNorm(rngs, c.width, c.norm_eps, layers=layers)
+        self.attention = Attention(
+            rngs,
+            width=c.width,
+            num_heads=c.num_heads,
+            num_kv_heads=c.num_kv_heads,
+            head_dim=c.head_dim,
+            bias="qkv" if c.qkv_bias == "qkv" else "",
+            layers=layers,
+            rules=c.rules,
+        )
+        self.mlp_norm = RMSNorm(rngs, c.width, c.norm_eps, layers=layers)
+        self.gate = Linear(rngs, model, mlp, layers=layers, rules=c.rules)
+        self.up = Linear(rngs, model, mlp, layers=layers, rules=c.rules)
+        self.down = Linear(rngs, mlp, model, layers=layers, rules=c.rules)
+
+    def mlp(self, x: jax.Array) -> jax.Array:
+        y = self.mlp_norm(x)
+        return x + self.down(jax.nn.silu(self.gate(y)) * self.up(y))
+
+    def __call__(self, x: jax.Array, rotation: Rotation, mask: jax.Array) -> jax.Array:
+        return self.mlp(x + self.attention(self.attention_norm(x), rotation, mask))
+
+    def cached(self, x, rotation, mask, cache, layer, slots) -> tuple[jax.Array, KVCache]:
+        y, cache = self.attention.cached(self.attention_norm(x), rotation, mask, cache, layer, slots)
+        return self.mlp(x + y), cache
+
+
+class Llama(nnx.Module):
+    """A scanned stack of Llama blocks and the final norm."""
+
+    def __init__(self, rngs: nnx.Rngs, config: LlamaConfig):
+        self.config = config
+        self.blocks = LlamaBlock(rngs, config)
+        self.norm = RMSNorm(rngs, config.width, config.norm_eps)
+
+    def __call__(self, x: jax.Array, positions: jax.Array, mask: jax.Array) -> jax.Array:
+        """x: [B, T, D]; positions: int32 [B, T]; mask: bool [B, T, T]. Returns [B, T, D] after the final norm."""
+        rotation = self._rotation(positions)
+        body = rematerialise(lambda x, block: (block(x, rotation, mask), None), self.config.remat)
+        x, _ = jax.lax.scan(body, x, self.blocks)
+        return self.norm(x)
+
+    def cached(
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        cache: KVCache,
+        mask: jax.Array | None = None,
+        slots: jax.Array | None = None,
+    ) -> tuple[jax.Array, KVCache]:
+        """Continues a sequence: new keys and values go to the cache entries ``slots``, by default the positions.
+
+        x: [B, T, D]; positions: int32 [B, T]; mask: bool [B, T, S], by default everything at or before each position;
+        slots: int32 [B, T]; an entry at or past the capacity is not written. Returns ([B, T, D] after the final norm, cache).
+        """
+        rotation = self._rotation(positions)
+        slots = positions if slots is None else slots
+        mask = cached_mask(slots, cache.keys.shape[2]) if mask is None else mask
+
+        def body(carry, block_and_layer):
+            x, cache = carry
+            block, layer = block_and_layer
+            return block.cached(x, rotation, mask, cache, layer, slots), None
+
+        (x, cache), _ = jax.lax.scan(body, (x, cache), (self.blocks, jnp.arange(self.config.num_layers)))
+        return self.norm(x), cache
+
+    def _rotation(self, positions: jax.Array) -> Rotation:
+        return Rotation(*rope.rotation(self.config.rope, self.config.head_dim, positions))
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderConfig:
+    """Sizes of an encoder stack. attention_bias: letters of "qkvo". layer_scale: initial value, or None for none."""
+
+    num_layers: int
+    width: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_width: int
+    norm_eps: float = 1e-5
+    attention_bias: str = ""
+    mlp_bias: Literal["none", "both"] = "none"
+    layer_scale: float | None = None
+    rope: RopeConfig | None = None
+    remat: Remat = "none"
+    rules: AxisRules = RULES
+
+    def empty_cache(self, batch: int, capacity: int, dtype) -> KVCache:
+        return KVCache.zeros(self.num_layers, batch, capacity, self.num_kv_heads, self.head_dim, dtype)
+
+
+class LayerScale(nnx.Module):
+    """x · scale, one learnt factor per channel (Touvron et al., arXiv 2103.17239)."""
+
+    def __init__(self, rngs: nnx.Rngs, width: int, initial: float, layers: int):
+        self.scale = weight(rngs, {"norm": width}, lambda key, shape, dtype: jnp.full(shape, initial, dtype), layers=layers)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x * in_use(self.scale, x.dtype)
+
+
+class EncoderBlock(nnx.Module):
+    """x + scale · attention(norm(x)); x + scale · fc2(gelu(fc1(norm(x))))."""
+
+    def __init__(self, rngs: nnx.Rngs, config: EncoderConfig):
+        c, layers = config, config.num_layers
+        model, mlp = {"embed": c.width}, {"mlp": c.mlp_width}
+        bias = zeros if c.mlp_bias == "both" else None
+        self.attention_norm = LayerNorm(rngs, c.width, c.norm_eps, layers=layers)
+        self.attention = Attention(
+            rngs,
+            width=c.width,
+            num_heads=c.num_heads,
+            num_kv_heads=c.num_kv_heads,
+            head_dim=c.head_dim,
+            bias=c.attention_bias,
+            layers=layers,
+            rules=c.rules,
+        )
+        self.mlp_norm = LayerNorm(rngs, c.width, c.norm_eps, layers=layers)
+        self.fc1 = Linear(rngs, model, mlp, layers=layers, bias=bias, rules=c.rules)
+        self.fc2 = Linear(rngs, mlp, model, layers=layers, bias=bias, rules=c.rules)
+        scaled = c.layer_scale is not None
+        self.attention_scale = LayerScale(rngs, c.width, c.layer_scale, layers) if scaled else None
+        self.mlp_scale = LayerScale(rngs, c.width, c.layer_scale, layers) if scaled else None
+
+    def _add(self, x, y, scale):
+        return x + (y if scale is None else scale(y))
+
+    def mlp(self, x: jax.Array) -> jax.Array:
+        return self._add(x, self.fc2(jax.nn.gelu(self.fc1(self.mlp_norm(x)), approximate=False)), self.mlp_scale)
+
+    def __call__(self, x: jax.Array, rotation: Rotation | None, mask: jax.Array) -> jax.Array:
+        return self.mlp(self._add(x, self.attention(self.attention_norm(x), rotation, mask), self.attention_scale))
+
+    def cached(self, x, rotation, mask, cache, layer, slots) -> tuple[jax.Array, KVCache]:
+        y, cache = self.attention.cached(self.attention_norm(x), rotation, mask, cache, layer, slots)
+        return self.mlp(self._add(x, y, self.attention_scale)), cache
+
+
+class Encoder(nnx.Module):
+    """A scanned stack of encoder blocks, without a final norm."""
+
+    def __init__(self, rngs: nnx.Rngs, config: EncoderConfig):
+        self.config = config
+        self.blocks = EncoderBlock(rngs, config)
+
+    def __call__(self, x: jax.Array, positions: jax.Array, mask: jax.Array) -> jax.Array:
+        """x: [B, T, D]; positions: int32 [B, T]; mask: bool [B, T, T]. Returns [B, T, D]."""
+        rotation = self._rotation(positions)
+        body = rematerialise(lambda x, block: (block(x, rotation, mask), None), self.config.remat)
+        return jax.lax.scan(body, x, self.blocks)[0]
+
+    def cached(
+        self, x: jax.Array, positions: jax.Array, cache: KVCache, slots: jax.Array, mask: jax.Array
+    ) -> tuple[jax.Array, KVCache]:
+        """Continues a sequence. slots: int32 [B, T], cache entries to write (a ring, for a sliding window);
+        mask: bool [B, T, S] over the cache after writing."""
+        rotation = self._rotation(positions)
+
+        def body(carry, block_and_layer):
+            x, cache = carry
+            block, layer = block_and_layer
+            return block.cached(x, rotation, mask, cache, layer, slots), None
+
+        (x, cache), _ = jax.lax.scan(body, (x, cache), (self.blocks, jnp.arange(self.config.num_layers)))
+        return x, cache
+
+    def _rotation(self, positions: jax.Array) -> Rotation | None:
+        if self.config.rope is None:
+            return None
+        return Rotation(*rope.rotation(self.config.rope, self.config.head_dim, positions))

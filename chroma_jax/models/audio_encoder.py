@@ -1,0 +1,163 @@
+"""The Reasoner's streaming audio encoder (Qwen2.5-Omni): 16 kHz log-mel features → one vector per 40 ms.
+
+Features are cut into blocks of ``block_frames`` mel frames (2 s). Nothing in one block depends on another, so speech can
+be encoded exactly, block by block, while it is still being spoken.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from chroma_jax.layers.linear import LayerNorm, Linear, in_use, normal, weight, zeros
+from chroma_jax.layers.sharding import RULES, AxisRules, active, leading_spec, reshard
+from chroma_jax.layers.transformer import Encoder, EncoderConfig, Remat
+
+
+@dataclasses.dataclass(frozen=True)
+class AudioEncoderConfig:
+    """Sizes of the audio encoder. block_frames: mel frames per attention block, even."""
+
+    num_layers: int = 32
+    width: int = 1280
+    num_heads: int = 20
+    mlp_width: int = 5120
+    mel_bins: int = 128
+    block_frames: int = 200
+    output_width: int = 2048
+    remat: Remat = "none"
+    rules: AxisRules = RULES
+
+    def __post_init__(self):
+        if self.width % self.num_heads:
+            raise ValueError(f"audio encoder width {self.width} is not a multiple of num_heads {self.num_heads}")
+        if self.block_frames % 2:
+            raise ValueError(f"block_frames {self.block_frames} is odd")
+
+    @property
+    def encoder(self) -> EncoderConfig:
+        return EncoderConfig(
+            num_layers=self.num_layers,
+            width=self.width,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_heads,
+            head_dim=self.width // self.num_heads,
+            mlp_width=self.mlp_width,
+            attention_bias="qvo",
+            mlp_bias="both",
+            remat=self.remat,
+            rules=self.rules,
+        )
+
+
+def num_blocks(mel_frames: int, block_frames: int) -> int:
+    """Blocks of a recording of ``mel_frames`` frames."""
+    return -(-mel_frames // block_frames)
+
+
+def num_outputs(mel_frames):
+    """Encoder outputs of a recording: the strided convolution halves the frames, rounding up, the pooling again, down."""
+    return ((mel_frames - 1) // 2 + 1) // 2
+
+
+def cut_blocks(mel: np.ndarray, block_frames: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cuts one recording into encoder blocks.
+
+    mel: float32 [A, bins]. Returns ([blocks, block_frames, bins], the last one padded with zeros; int32 [blocks] lengths).
+    """
+    blocks = num_blocks(len(mel), block_frames)
+    padded = np.zeros((blocks * block_frames, mel.shape[1]), np.float32)
+    padded[: len(mel)] = mel
+    lengths = np.minimum(len(mel) - block_frames * np.arange(blocks), block_frames)
+    return padded.reshape(blocks, block_frames, -1), lengths.astype(np.int32)
+
+
+def sinusoids(length: int, channels: int) -> np.ndarray:
+    """Fixed positions of Whisper (arXiv 2212.04356): float32 [length, channels], sines then cosines."""
+    scale = math.log(10_000) / (channels // 2 - 1)
+    angle = np.arange(length)[:, None] * np.exp(-scale * np.arange(channels // 2))
+    return np.concatenate([np.sin(angle), np.cos(angle)], axis=1).astype(np.float32)
+
+
+class Convolution(nnx.Module):
+    """One-dimensional convolution of kernel 3 with one frame of zeros on either side."""
+
+    def __init__(self, rngs: nnx.Rngs, inputs: int, outputs: int, stride: int):
+        self.stride = stride
+        dims = (("kernel", 3), ("channels", inputs), ("channels", outputs))
+        self.kernel = weight(rngs, dims, normal((3 * inputs) ** -0.5))
+        self.bias = weight(rngs, {"channels": outputs}, zeros)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x: [B, A, C]. Returns [B, (A − 1) // stride + 1, outputs]. A sum of three products, which keeps the matrix units
+        busy and lets the rows stay where they are."""
+        kernel = in_use(self.kernel, x.dtype)
+        out = (x.shape[1] - 1) // self.stride + 1
+        x = jnp.pad(x, ((0, 0), (1, 1 + self.stride), (0, 0)))
+        taps = [x[:, k : k + out * self.stride : self.stride] for k in range(3)]
+        spec = P(*leading_spec(x, 2), None) if active() else None
+        return sum(jnp.einsum("BAC,CE->BAE", tap, kernel[k], out_sharding=spec) for k, tap in enumerate(taps)) + in_use(
+            self.bias, x.dtype
+        )
+
+
+class AudioEncoder(nnx.Module):
+    """Convolutions, positions, blockwise attention, pooling by 2, projection."""
+
+    def __init__(self, rngs: nnx.Rngs, config: AudioEncoderConfig):
+        c = config
+        self.config = c
+        self.conv1 = Convolution(rngs, c.mel_bins, c.width, 1)
+        self.conv2 = Convolution(rngs, c.width, c.width, 2)
+        self.encoder = Encoder(rngs, c.encoder)
+        self.norm = LayerNorm(rngs, c.width, 1e-5)
+        self.projection = Linear(rngs, {"embed": c.width}, {"width": c.output_width}, bias=zeros, rules=c.rules)
+        # two embeddings that the released checkpoint carries; nothing reads them
+        self.unused_markers = weight(rngs, (("codebook", 2), ("embed", c.output_width)), normal(0.02))
+
+    def front(self, mel: jax.Array, lengths: jax.Array, dtype) -> jax.Array:
+        """Convolutions and positions of blocks. mel: [R, block_frames, bins]; lengths: int32 [R]. Returns [R, A, D], with
+        A = block_frames / 2; frames at or past a block's length count as zeros, as they would if they were not there."""
+        valid = jnp.arange(mel.shape[1])[None, :] < lengths[:, None]
+        x = jnp.where(valid[..., None], mel.astype(dtype), 0)
+        x = jnp.where(valid[..., None], jax.nn.gelu(self.conv1(x), approximate=False), 0)
+        x = jax.nn.gelu(self.conv2(x), approximate=False)
+        return x + sinusoids(x.shape[1], x.shape[2]).astype(dtype)
+
+    def attend(self, x: jax.Array, lengths: jax.Array) -> jax.Array:
+        """The encoder stack on blocks. x: [R, A, D]; lengths: int32 [R] in mel frames. Returns [R, A, D]."""
+        a = x.shape[1]
+        valid = jnp.arange(a)[None, :] < ((lengths - 1) // 2 + 1)[:, None]
+        mask = jnp.broadcast_to(valid[:, None, :], (x.shape[0], a, a))
+        mask = reshard(mask, P(*leading_spec(x, 1), None, None))
+        return self.encoder(x, jnp.zeros(x.shape[:2], jnp.int32), mask)
+
+    def pool(self, x: jax.Array) -> jax.Array:
+        """Averages pairs over a recording's whole sequence. x: [B, blocks · A, D]. Returns [B, blocks · A / 2, output]."""
+        b, a, d = x.shape
+        x = jnp.pad(x, ((0, 0), (0, a % 2), (0, 0)))
+        x = jnp.mean(x.reshape(b, -1, 2, d), axis=2)
+        return self.projection(self.norm(x))
+
+    def __call__(self, mel: jax.Array, lengths: jax.Array, dtype=jnp.float32) -> jax.Array:
+        """mel: [B, blocks, block_frames, bins]; lengths: int32 [B, blocks] valid frames of each block (0: none).
+
+        Returns [B, blocks · block_frames / 4, output_width]. The outputs of a recording that begins at block r begin at
+        r · block_frames / 4, and the first ``num_outputs(mel_frames)`` of them are valid; recordings may be packed into one row when
+        block_frames is a multiple of 4.
+        """
+        b, r, f, bins = mel.shape
+        blocks = constrain_rows(mel.reshape(b * r, f, bins), mel)
+        flat = constrain_rows(lengths.reshape(b * r), mel)
+        x = self.attend(self.front(blocks, flat, dtype), flat)
+        x = x.reshape(b, r * x.shape[1], x.shape[2])
+        return self.pool(constrain_rows(x, mel))
+
+
+def constrain_rows(x: jax.Array, like: jax.Array) -> jax.Array:
+    """Keeps axis 0 of ``x`` divided as axis 0 of ``like`` is."""
+    return reshard(x, P(*leading_spec(like, 1), *(None,) * (x.ndim - 1)))

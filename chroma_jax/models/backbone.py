@@ -1,0 +1,50 @@
+"""The Backbone: a Llama over the interleaved sequence that predicts codebook 0 of the next frame."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from chroma_jax.layers.attention import KVCache, causal_mask
+from chroma_jax.layers.linear import Embedding, Linear
+from chroma_jax.layers.transformer import Llama, LlamaConfig
+from chroma_jax.rows import is_present
+
+
+class AudioEmbedding(nnx.Module):
+    """The one table of audio embeddings, shared by Backbone and Decoder: row = code + audio_vocab · level."""
+
+    def __init__(self, rngs: nnx.Rngs, codebooks: int, audio_vocab: int, width: int):
+        self.codebooks, self.audio_vocab = codebooks, audio_vocab
+        self.rows = Embedding(rngs, {"codes": codebooks * audio_vocab}, width)
+
+    def __call__(self, codes: jax.Array, levels: jax.Array, dtype) -> jax.Array:
+        """codes, levels: int32, of one shape up to broadcasting. Returns [… , D]; an absent code (−1) counts as 0, as in the
+        reference."""
+        return self.rows(jnp.maximum(codes, 0) + self.audio_vocab * levels, dtype)
+
+    def frames(self, codes: jax.Array, dtype) -> jax.Array:
+        """A frame's embedding is the sum over its codes. codes: int32 [… , Q]. Returns [… , D]; an absent frame (its first
+        code −1) is a zero vector."""
+        rows = self(codes, jnp.arange(codes.shape[-1]), dtype)
+        return jnp.where(is_present(codes[..., :1]), jnp.sum(rows, axis=-2), 0)
+
+
+class Backbone(nnx.Module):
+    """Llama stack and codebook-0 head."""
+
+    def __init__(self, rngs: nnx.Rngs, config: LlamaConfig, audio_vocab: int):
+        self.config = config
+        self.model = Llama(rngs, config)
+        self.head = Linear(rngs, {"embed": config.width}, {"codes": audio_vocab}, rules=config.rules)
+
+    def __call__(self, inputs: jax.Array, positions: jax.Array, segments: jax.Array) -> jax.Array:
+        """inputs: [B, T, D]; positions, segments: int32 [B, T]. Returns h after the final norm, [B, T, D]."""
+        return self.model(inputs, positions, causal_mask(segments))
+
+    def cached(self, inputs: jax.Array, positions: jax.Array, cache: KVCache, mask=None) -> tuple[jax.Array, KVCache]:
+        """Continues sequences; see `Llama.cached`."""
+        return self.model.cached(inputs, positions, cache, mask)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """[…, D] → codebook-0 logits [… , audio_vocab]."""
+        return self.head(hidden)

@@ -1,0 +1,27 @@
+"""The Codec (Mimi): waveform ↔ codes."""
+
+from chroma_jax.models.codec.codec import (
+    Codec,
+    CodecConfig,
+    CodecState,
+    DecodeStages,
+    EncodeStages,
+    check_codes,
+    reset_rows,
+)
+from chroma_jax.models.codec.fit import fit_codebooks
+from chroma_jax.models.codec.quantizer import QuantizerConfig
+from chroma_jax.models.codec.seanet import SeanetConfig
+
+__all__ = [
+    "Codec",
+    "CodecConfig",
+    "CodecState",
+    "DecodeStages",
+    "EncodeStages",
+    "QuantizerConfig",
+    "SeanetConfig",
+    "check_codes",
+    "fit_codebooks",
+    "reset_rows",
+]

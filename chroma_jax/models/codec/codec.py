@@ -1,0 +1,313 @@
+"""The Codec: Mimi, a causal neural audio codec (Défossez et al., arXiv 2410.00037, section 3.3).
+
+    waveform [B, S] → SEANet encoder → transformer → strided convolution → latents [B, F, D] → codes [B, F, Q]
+    codes → quantized [B, F, D] → transposed convolution → transformer → SEANet decoder → waveform [B, F · 1920]
+
+Every stage is causal. Streaming runs the same stages over pieces of whole frames, with the convolutions' memories and the
+last keys and values of the attention window in a `CodecState`.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from chroma_jax.errors import ChromaError
+from chroma_jax.layers.attention import KVCache
+from chroma_jax.layers.rope import RopeConfig
+from chroma_jax.layers.transformer import Encoder, EncoderConfig
+from chroma_jax.models.codec.conv import Carry, Conv, ConvTranspose
+from chroma_jax.models.codec.quantizer import QuantizerConfig, SplitQuantizer
+from chroma_jax.models.codec.seanet import SeanetConfig, SeanetDecoder, SeanetEncoder
+
+MIMI_TRANSFORMER = EncoderConfig(
+    num_layers=8,
+    width=512,
+    num_heads=8,
+    num_kv_heads=8,
+    head_dim=64,
+    mlp_width=2048,
+    layer_scale=0.01,
+    rope=RopeConfig(theta=10_000.0),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class CodecConfig:
+    """Sizes of the Codec; the defaults are kyutai's Mimi.
+
+    transformer: of the encoder's and of the decoder's stack, which are alike; its width is the Codec's width D.
+    stride: transformer positions per frame; at 1 there is no resampling between transformer and codes.
+    upsample_groups: groups of the transposed convolution before the decoder.
+    window: how many positions a position attends to, itself included; None is full causal attention, as in
+    transformers ≤ 5.0, which has no bounded state and therefore cannot stream.
+    """
+
+    sampling_rate: int = 24_000
+    seanet: SeanetConfig = SeanetConfig()
+    transformer: EncoderConfig = MIMI_TRANSFORMER
+    quantizer: QuantizerConfig = QuantizerConfig()
+    stride: int = 2
+    upsample_groups: int = 512
+    window: int | None = 250
+
+    def __post_init__(self):
+        for name in ("sampling_rate", "stride", "upsample_groups"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.transformer.width % self.upsample_groups:
+            raise ValueError(f"upsample_groups {self.upsample_groups} does not divide the width {self.transformer.width}")
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window must be at least 1 or None, got {self.window}")
+
+    @property
+    def samples_per_frame(self) -> int:
+        return self.seanet.hop * self.stride
+
+    @property
+    def frame_rate(self) -> float:
+        """Frames per second."""
+        return self.sampling_rate / self.samples_per_frame
+
+    @property
+    def width(self) -> int:
+        return self.transformer.width
+
+    @property
+    def num_codebooks(self) -> int:
+        return self.quantizer.num_codebooks
+
+    @property
+    def codebook_size(self) -> int:
+        return self.quantizer.codebook_size
+
+    def num_frames(self, num_samples: int) -> int:
+        """Frames that ``encode`` makes of so many samples."""
+        return -(-num_samples // self.samples_per_frame)
+
+
+class CodecState(NamedTuple):
+    """What streaming remembers, of the encoder or of the decoder; the rows are independent of each other.
+
+    position: int32 [B], frames done in each row; a row at 0 begins anew, whatever else is in its state.
+    memories: of the convolutions, [B, M, C] each, in the order of the calls. cache: ring of keys and values.
+    """
+
+    position: jax.Array
+    memories: tuple[jax.Array, ...]
+    cache: KVCache
+
+
+class EncodeStages(NamedTuple):
+    """features: SEANet's output, [B, T, D]; hidden: the transformer's, [B, T, D]; latents: [B, F, D]."""
+
+    features: jax.Array
+    hidden: jax.Array
+    latents: jax.Array
+
+
+class DecodeStages(NamedTuple):
+    """quantized: [B, F, D]; upsampled: [B, T, D]; hidden: the transformer's output, [B, T, D]; audio: [B, S]."""
+
+    quantized: jax.Array
+    upsampled: jax.Array
+    hidden: jax.Array
+    audio: jax.Array
+
+
+def check_codes(codes: np.ndarray, config: CodecConfig) -> None:
+    """Checks codes on the host before they are decoded, where a bad one would be clamped silently.
+
+    codes: integers [B, F, Q] or [F, Q]. Raises: ChromaError for a wrong shape or type, or a code outside the codebook.
+    """
+    codes = np.asarray(codes)
+    if codes.ndim not in (2, 3) or not np.issubdtype(codes.dtype, np.integer):
+        got = f"{codes.dtype} {codes.shape}"
+        raise ChromaError(f"codes must be integers [frames, codebooks] or [batch, frames, codebooks], got {got}")
+    if not 1 <= codes.shape[-1] <= config.num_codebooks:
+        raise ChromaError(f"codes have {codes.shape[-1]} codebooks, the codec has {config.num_codebooks}")
+    bad = np.argwhere((codes < 0) | (codes >= config.codebook_size))
+    if len(bad):
+        place = dict(zip(("row", "frame", "codebook")[-codes.ndim :], bad[0].tolist()))
+        where = ", ".join(f"{name} {index}" for name, index in place.items())
+        code, last = codes[tuple(bad[0])], config.codebook_size - 1
+        raise ChromaError(f"code {code} at {where} is outside 0 … {last} ({len(bad)} such codes)")
+
+
+def reset_rows(state: CodecState, mask: jax.Array) -> CodecState:
+    """mask: bool [B], the rows that begin a new utterance with the next step."""
+    return state._replace(position=jnp.where(mask, 0, state.position))
+
+
+class Codec(nnx.Module):
+    """Waveform ↔ codes. Audio is [B, S] in −1 … 1 at ``config.sampling_rate``; codes are int32 [B, F, Q].
+
+    The audio's type (encoding) or ``dtype`` (decoding) is the type computed in; codebooks are searched in float32.
+    Methods are pure and meant for `jax.jit`.
+    """
+
+    def __init__(self, rngs: nnx.Rngs, config: CodecConfig):
+        c, width, kernel = config, config.width, 2 * config.stride
+        self.config = c
+        self.encoder = SeanetEncoder(rngs, c.seanet, width)
+        self.encoder_transformer = Encoder(rngs, c.transformer)
+        downsample = upsample = None
+        if c.stride > 1:
+            downsample = Conv(rngs, width, width, kernel, stride=c.stride, padding="replicate", bias="none")
+            upsample = ConvTranspose(rngs, width, width, kernel, stride=c.stride, groups=c.upsample_groups, bias="none")
+        self.downsample, self.upsample = downsample, upsample
+        self.quantizer = SplitQuantizer(rngs, c.quantizer, width)
+        self.decoder_transformer = Encoder(rngs, c.transformer)
+        self.decoder = SeanetDecoder(rngs, c.seanet, width)
+
+    def encode(self, audio: jax.Array, num_codebooks: int | None = None) -> jax.Array:
+        """audio: [B, S], S ≥ 1. Returns int32 [B, F, Q], F = ⌈S / samples_per_frame⌉, Q = num_codebooks (default: all).
+
+        A row padded with silence differs from the row alone only in frames that reach into the padding.
+        """
+        return self._quantize(self.latents(audio), num_codebooks)
+
+    def latents(self, audio: jax.Array) -> jax.Array:
+        """audio: [B, S]. Returns what is quantized, [B, F, D]."""
+        return self.encode_stages(audio).latents
+
+    def encode_stages(self, audio: jax.Array) -> EncodeStages:
+        if audio.ndim != 2 or audio.shape[1] < 1:
+            raise ValueError(f"audio must be [batch, samples] with at least one sample, got {audio.shape}")
+        return self._encode(audio, Carry(), self._attend_whole)
+
+    def decode(self, codes: jax.Array, dtype=jnp.float32) -> jax.Array:
+        """codes: int32 [B, F, Q], Q ≤ num_codebooks; a code outside the codebook is clamped into it (see `check_codes`).
+
+        Returns audio [B, F · samples_per_frame].
+        """
+        return self.decode_stages(codes, dtype).audio
+
+    def decode_stages(self, codes: jax.Array, dtype=jnp.float32) -> DecodeStages:
+        self._check_levels(codes)
+        return self._decode(codes, dtype, Carry(), self._attend_whole)
+
+    def encoder_state(self, batch: int, dtype=jnp.float32, *, frames_per_step: int = 4) -> CodecState:
+        """State before the first frame. frames_per_step: up to so many frames go through attention in one pass."""
+        audio = jax.ShapeDtypeStruct((batch, self.config.samples_per_frame), dtype)
+        run = lambda carry, x: self._encode(x, carry, self._attend_whole)
+        return self._state(batch, dtype, frames_per_step, run, audio)
+
+    def encode_step(
+        self, state: CodecState, audio: jax.Array, num_codebooks: int | None = None
+    ) -> tuple[CodecState, jax.Array]:
+        """audio: [B, n · samples_per_frame], n ≥ 1. Returns (state, codes int32 [B, n, Q])."""
+        if audio.shape[1] < 1 or audio.shape[1] % self.config.samples_per_frame:
+            raise ValueError(f"audio must be whole frames of {self.config.samples_per_frame} samples, got {audio.shape[1]}")
+        carry, attend, cache = self._resume(state)
+        latents = self._encode(audio, carry, attend).latents
+        return CodecState(state.position + latents.shape[1], carry.memories, *cache), self._quantize(latents, num_codebooks)
+
+    def decoder_state(self, batch: int, dtype=jnp.float32, *, frames_per_step: int = 4) -> CodecState:
+        """State before the first frame. frames_per_step: up to so many frames go through attention in one pass."""
+        codes = jax.ShapeDtypeStruct((batch, 1, 1), jnp.int32)
+        run = lambda carry, x: self._decode(x, dtype, carry, self._attend_whole)
+        return self._state(batch, dtype, frames_per_step, run, codes)
+
+    def decode_step(self, state: CodecState, codes: jax.Array) -> tuple[CodecState, jax.Array]:
+        """codes: int32 [B, n, Q], n ≥ 1. Returns (state, audio [B, n · samples_per_frame]), computed in the state's type."""
+        self._check_levels(codes)
+        carry, attend, cache = self._resume(state)
+        audio = self._decode(codes, state.cache.keys.dtype, carry, attend).audio
+        return CodecState(state.position + codes.shape[1], carry.memories, *cache), audio
+
+    # The two directions, for whole utterances and pieces alike.
+
+    def _encode(self, audio, carry, attend) -> EncodeStages:
+        with jax.named_scope("codec_encode"):
+            features = self.encoder(audio[..., None], carry)
+            hidden = attend(self.encoder_transformer, features)
+            latents = hidden if self.downsample is None else self.downsample(hidden, carry)
+            return EncodeStages(features, hidden, latents)
+
+    def _quantize(self, latents, num_codebooks) -> jax.Array:
+        count = self.config.num_codebooks if num_codebooks is None else num_codebooks
+        if not 1 <= count <= self.config.num_codebooks:
+            raise ValueError(f"num_codebooks must lie in 1 … {self.config.num_codebooks}, got {count}")
+        with jax.named_scope("codec_quantize"):
+            return self.quantizer.encode(latents, count)
+
+    def _decode(self, codes, dtype, carry, attend) -> DecodeStages:
+        with jax.named_scope("codec_decode"):
+            quantized = self.quantizer.decode(codes, dtype)
+            upsampled = quantized if self.upsample is None else self.upsample(quantized, carry)
+            hidden = attend(self.decoder_transformer, upsampled)
+            return DecodeStages(quantized, upsampled, hidden, self.decoder(hidden, carry)[..., 0])
+
+    def _check_levels(self, codes) -> None:
+        if codes.ndim != 3 or not 1 <= codes.shape[2] <= self.config.num_codebooks:
+            most = self.config.num_codebooks
+            raise ValueError(f"codes must be [batch, frames, codebooks] with at most {most} codebooks, got {codes.shape}")
+
+    def _attend_whole(self, transformer: Encoder, x: jax.Array) -> jax.Array:
+        positions = jnp.arange(x.shape[1])
+        return transformer(x, positions[None], self._visible(positions[None], positions))
+
+    def _visible(self, queries: jax.Array, keys: jax.Array) -> jax.Array:
+        """queries: positions [B, T]; keys: positions [S] or [B, 1, S]. Returns bool [B, T, S]."""
+        age = queries[:, :, None] - keys
+        return (age >= 0) & (age < self.config.window) if self.config.window is not None else age >= 0
+
+    # Streaming.
+
+    def _state(self, batch, dtype, frames_per_step, run, example) -> CodecState:
+        if self.config.window is None:
+            raise ValueError("window must be set to stream: full attention has no bounded state")
+        if frames_per_step < 1:
+            raise ValueError(f"frames_per_step must be at least 1, got {frames_per_step}")
+
+        def memories(x):
+            carry = Carry()
+            run(carry, x)
+            return carry.memories
+
+        # A step's first query still needs its whole window after the step's last key has been written.
+        capacity = self.config.window - 1 + frames_per_step * self.config.stride
+        return CodecState(
+            jnp.zeros((batch,), jnp.int32),
+            tuple(jnp.zeros(m.shape, m.dtype) for m in jax.eval_shape(memories, example)),
+            self.config.transformer.empty_cache(batch, capacity, dtype),
+        )
+
+    def _resume(self, state: CodecState):
+        """The convolutions' carry, an attention over the ring, and a list that holds the new ring once it has run."""
+        ring = []
+
+        def attend(transformer, x):
+            x, cache = self._attend_ring(transformer, x, state.position * self.config.stride, state.cache)
+            ring.append(cache)
+            return x
+
+        return Carry(state.memories, state.position == 0), attend, ring
+
+    def _attend_ring(self, transformer: Encoder, x: jax.Array, start: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+        """x: [B, T, D]; start: int32 [B], position of x[:, 0]. Position p lies in entry p mod capacity."""
+        capacity, length = cache.keys.shape[2], x.shape[1]
+        room = capacity - self.config.window + 1
+        size = max(d for d in range(1, room + 1) if length % d == 0)
+
+        def part(carry, x):
+            start, cache = carry
+            positions = start[:, None] + jnp.arange(size)
+            last = positions[:, -1:]
+            # The newest position that lies in each entry; negative where the row has not come that far, which also
+            # hides what a row's former utterance left behind.
+            held = last - (last - jnp.arange(capacity)) % capacity
+            mask = self._visible(positions, held[:, None]) & (held >= 0)[:, None]
+            x, cache = transformer.cached(x, positions, cache, positions % capacity, mask)
+            return (start + size, cache), x
+
+        if size == length:
+            (_, cache), x = part((start, cache), x)
+            return x, cache
+        parts = jnp.moveaxis(x.reshape(x.shape[0], length // size, size, -1), 1, 0)
+        (_, cache), parts = jax.lax.scan(part, (start, cache), parts)
+        return jnp.moveaxis(parts, 0, 1).reshape(x.shape), cache

@@ -1,0 +1,121 @@
+"""Residual vector quantization, split into a semantic and an acoustic branch (Défossez et al., arXiv 2410.00037)."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from chroma_jax.layers.linear import Linear, in_use, normal, ones, weight
+from chroma_jax.layers.sharding import active, leading_spec
+
+MIN_USAGE = 1e-5  # a code is never divided by less
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizerConfig:
+    """num_codebooks: both branches together, the first num_semantic being semantic. codebook_dim: width of a code; where it
+    differs from the Codec's width, each branch has projections in and out."""
+
+    num_codebooks: int = 32
+    num_semantic: int = 1
+    codebook_size: int = 2048
+    codebook_dim: int = 256
+
+    def __post_init__(self):
+        if not 1 <= self.num_semantic < self.num_codebooks:
+            most = self.num_codebooks - 1
+            raise ValueError(f"num_semantic must lie in 1 … num_codebooks − 1 = {most}, got {self.num_semantic}")
+        for name in ("codebook_size", "codebook_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+class Codebooks(nnx.Module):
+    """A stack of codebooks, held as running sums: code = embed_sum / max(cluster_usage, 1e-5)."""
+
+    def __init__(self, rngs: nnx.Rngs, count: int, size: int, dim: int):
+        self.embed_sum = weight(rngs, {"codebook": count, "codes": size, "channels": dim}, normal(dim**-0.5))
+        self.cluster_usage = weight(rngs, {"codebook": count, "codes": size}, ones)
+        self.initialized = weight(rngs, {"codebook": count, "codes": 1}, ones)
+
+    def stacked(self, count: int) -> tuple[jax.Array, jax.Array]:
+        """embed_sum and cluster_usage of the first ``count`` codebooks, float32."""
+        return in_use(self.embed_sum, jnp.float32)[:count], in_use(self.cluster_usage, jnp.float32)[:count]
+
+    def rows(self, codes: jax.Array) -> jax.Array:
+        """codes: int32 [B, F, Q], level q from codebook q. Returns the codes' vectors, float32 [B, F, Q, C]."""
+        count, (size, dim) = codes.shape[-1], self.embed_sum.shape[1:]
+        embed_sum, usage = self.stacked(count)
+        # Two look-ups and a division by row: the table of all codes is never formed.
+        index = jnp.clip(codes, 0, size - 1) + size * jnp.arange(count)
+        embed_sum, usage = embed_sum.reshape(-1, dim), usage.reshape(-1)
+        lead = leading_spec(index, 2) if active() else None
+        vectors = embed_sum[index] if lead is None else embed_sum.at[index].get(out_sharding=P(*lead, None, None))
+        counts = usage[index] if lead is None else usage.at[index].get(out_sharding=P(*lead, None))
+        return vectors / jnp.maximum(counts, MIN_USAGE)[..., None]
+
+
+def nearest(x: jax.Array, codebook: jax.Array) -> jax.Array:
+    """The row of ``codebook`` [N, C] with the smallest Euclidean distance to each x [..., C]; the first one of a tie."""
+    # |x|² is the same for every row. Full precision, for a rounded product would change codes.
+    product = jnp.einsum("...C,NC->...N", x, codebook, precision=jax.lax.Precision.HIGHEST)
+    return jnp.argmin(jnp.sum(jnp.square(codebook), axis=-1) - 2 * product, axis=-1).astype(jnp.int32)
+
+
+class ResidualQuantizer(nnx.Module):
+    """One branch: each codebook quantizes what the ones before it left over."""
+
+    def __init__(self, rngs: nnx.Rngs, count: int, config: QuantizerConfig, width: int):
+        self.codebooks = Codebooks(rngs, count, config.codebook_size, config.codebook_dim)
+        outer, inner = {"embed": width}, {"channels": config.codebook_dim}
+        projected = config.codebook_dim != width
+        self.input = Linear(rngs, outer, inner) if projected else None
+        self.output = Linear(rngs, inner, outer) if projected else None
+
+    def project(self, x: jax.Array) -> jax.Array:
+        """x: [..., D]. Returns what the codebooks see, float32 [..., C]."""
+        x = x.astype(jnp.float32)
+        return x if self.input is None else self.input(x)
+
+    def encode(self, x: jax.Array, count: int) -> jax.Array:
+        """x: [B, F, D]. Returns the codes of the first ``count`` codebooks, int32 [B, F, count]."""
+
+        def level(residual, codebook):
+            embed_sum, usage = codebook
+            table = embed_sum / jnp.maximum(usage, MIN_USAGE)[:, None]
+            codes = nearest(residual, table)
+            chosen = table.at[codes].get(out_sharding=P(*leading_spec(codes, 2), None)) if active() else table[codes]
+            return residual - chosen, codes
+
+        _, codes = jax.lax.scan(level, self.project(x), self.codebooks.stacked(count))
+        return jnp.moveaxis(codes, 0, -1)
+
+    def decode(self, codes: jax.Array, dtype) -> jax.Array:
+        """codes: int32 [B, F, Q]. Returns [B, F, D] in ``dtype``."""
+        x = jnp.sum(self.codebooks.rows(codes), axis=2).astype(dtype)
+        return x if self.output is None else self.output(x)
+
+
+class SplitQuantizer(nnx.Module):
+    """Both branches see the same latent; their decoded sums are added."""
+
+    def __init__(self, rngs: nnx.Rngs, config: QuantizerConfig, width: int):
+        self.config = config
+        self.semantic = ResidualQuantizer(rngs, config.num_semantic, config, width)
+        self.acoustic = ResidualQuantizer(rngs, config.num_codebooks - config.num_semantic, config, width)
+
+    def encode(self, x: jax.Array, num_codebooks: int) -> jax.Array:
+        """x: [B, F, D]. Returns int32 [B, F, num_codebooks]."""
+        split = self.config.num_semantic
+        codes = self.semantic.encode(x, min(num_codebooks, split))
+        if num_codebooks <= split:
+            return codes
+        return jnp.concatenate([codes, self.acoustic.encode(x, num_codebooks - split)], axis=-1)
+
+    def decode(self, codes: jax.Array, dtype) -> jax.Array:
+        """codes: int32 [B, F, Q], Q at most num_codebooks. Returns [B, F, D] in ``dtype``."""
+        split = self.config.num_semantic
+        x = self.semantic.decode(codes[..., :split], dtype)
+        return x if codes.shape[-1] <= split else x + self.acoustic.decode(codes[..., split:], dtype)

@@ -1,0 +1,136 @@
+"""SEANet: the convolutional encoder and decoder of the Codec (Défossez et al., arXiv 2210.13438, section 3.1)."""
+
+import dataclasses
+import math
+from typing import Literal
+
+import jax
+from flax import nnx
+
+from chroma_jax.models.codec.conv import Carry, Conv, ConvTranspose
+
+
+@dataclasses.dataclass(frozen=True)
+class SeanetConfig:
+    """Sizes of the convolutional stacks.
+
+    num_filters: channels next to the waveform, doubled at every ratio. ratios: strides in the decoder's order (the encoder
+    goes backwards); a stride's kernel is twice as long. dilation_growth: residual layer j of a stage has dilation
+    dilation_growth^j. compress: a residual layer is that many times narrower inside.
+    """
+
+    num_filters: int = 64
+    ratios: tuple[int, ...] = (8, 6, 5, 4)
+    kernel_size: int = 7
+    last_kernel_size: int = 3
+    residual_kernel_size: int = 3
+    num_residual_layers: int = 1
+    dilation_growth: int = 2
+    compress: int = 2
+    shortcut: Literal["identity", "conv"] = "identity"
+
+    def __post_init__(self):
+        for name in ("num_filters", "kernel_size", "last_kernel_size", "residual_kernel_size", "dilation_growth", "compress"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.ratios or min(self.ratios) < 1:
+            raise ValueError(f"ratios must be strides of at least 1, got {self.ratios}")
+        if self.num_residual_layers < 0:
+            raise ValueError(f"num_residual_layers must not be negative, got {self.num_residual_layers}")
+        if self.num_filters // self.compress < 1:
+            raise ValueError(f"compress {self.compress} leaves nothing of num_filters {self.num_filters}")
+        if self.shortcut not in ("identity", "conv"):
+            raise ValueError(f"shortcut must be 'identity' or 'conv', got {self.shortcut!r}")
+
+    @property
+    def hop(self) -> int:
+        """Samples per encoder output."""
+        return math.prod(self.ratios)
+
+
+class ResidualLayer(nnx.Module):
+    """shortcut(x) + conv2(elu(conv1(elu(x))))."""
+
+    def __init__(self, rngs: nnx.Rngs, config: SeanetConfig, width: int, dilation: int):
+        inner = width // config.compress
+        self.conv1 = Conv(rngs, width, inner, config.residual_kernel_size, dilation=dilation)
+        self.conv2 = Conv(rngs, inner, width, 1)
+        self.shortcut = Conv(rngs, width, width, 1) if config.shortcut == "conv" else None
+
+    def __call__(self, x: jax.Array, carry: Carry) -> jax.Array:
+        y = self.conv1(jax.nn.elu(x), carry)
+        y = self.conv2(jax.nn.elu(y), carry)
+        return y + (x if self.shortcut is None else self.shortcut(x, carry))
+
+
+def residual_layers(rngs: nnx.Rngs, config: SeanetConfig, width: int) -> nnx.List:
+    dilations = (config.dilation_growth**j for j in range(config.num_residual_layers))
+    return nnx.List([ResidualLayer(rngs, config, width, dilation) for dilation in dilations])
+
+
+class EncoderStage(nnx.Module):
+    """Residual layers, then a strided convolution to twice the channels."""
+
+    def __init__(self, rngs: nnx.Rngs, config: SeanetConfig, width: int, ratio: int):
+        self.residuals = residual_layers(rngs, config, width)
+        self.down = Conv(rngs, width, 2 * width, 2 * ratio, stride=ratio)
+
+    def __call__(self, x: jax.Array, carry: Carry) -> jax.Array:
+        for layer in self.residuals:
+            x = layer(x, carry)
+        return self.down(jax.nn.elu(x), carry)
+
+
+class DecoderStage(nnx.Module):
+    """A transposed convolution to half the channels, then residual layers."""
+
+    def __init__(self, rngs: nnx.Rngs, config: SeanetConfig, width: int, ratio: int):
+        self.up = ConvTranspose(rngs, width, width // 2, 2 * ratio, stride=ratio)
+        self.residuals = residual_layers(rngs, config, width // 2)
+
+    def __call__(self, x: jax.Array, carry: Carry) -> jax.Array:
+        x = self.up(jax.nn.elu(x), carry)
+        for layer in self.residuals:
+            x = layer(x, carry)
+        return x
+
+
+class SeanetEncoder(nnx.Module):
+    """Waveform [B, S, 1] → features [B, ⌈S / hop⌉, D]."""
+
+    def __init__(self, rngs: nnx.Rngs, config: SeanetConfig, width: int):
+        filters = config.num_filters
+        # Speech has a level of about 0.1; without the gain, ELU would be almost linear in an encoder at its random start.
+        self.first = Conv(rngs, 1, filters, config.kernel_size, gain=8.0)
+        stages = []
+        for i, ratio in enumerate(reversed(config.ratios)):
+            stages.append(EncoderStage(rngs, config, filters << i, ratio))
+        self.stages = nnx.List(stages)
+        self.last = Conv(rngs, filters << len(config.ratios), width, config.last_kernel_size)
+
+    def __call__(self, x: jax.Array, carry: Carry) -> jax.Array:
+        x = self.first(x, carry)
+        for i, stage in enumerate(self.stages):
+            with jax.named_scope(f"stage{i}"):
+                x = stage(x, carry)
+        return self.last(jax.nn.elu(x), carry)
+
+
+class SeanetDecoder(nnx.Module):
+    """Features [B, T, D] → waveform [B, T · hop, 1]."""
+
+    def __init__(self, rngs: nnx.Rngs, config: SeanetConfig, width: int):
+        filters, count = config.num_filters, len(config.ratios)
+        self.first = Conv(rngs, width, filters << count, config.kernel_size)
+        stages = []
+        for i, ratio in enumerate(config.ratios):
+            stages.append(DecoderStage(rngs, config, filters << (count - i), ratio))
+        self.stages = nnx.List(stages)
+        self.last = Conv(rngs, filters, 1, config.last_kernel_size, gain=0.1)  # about the level of speech at the start
+
+    def __call__(self, x: jax.Array, carry: Carry) -> jax.Array:
+        x = self.first(x, carry)
+        for i, stage in enumerate(self.stages):
+            with jax.named_scope(f"stage{i}"):
+                x = stage(x, carry)
+        return self.last(jax.nn.elu(x), carry)

@@ -1,0 +1,42 @@
+"""The Decoder: a small Llama that runs over the codebooks of one frame, [h, c0 … c6] → logits of c1 … c7."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from chroma_jax.layers.attention import KVCache
+from chroma_jax.layers.linear import Linear, in_use, normal, weight
+from chroma_jax.layers.transformer import Llama, LlamaConfig
+
+
+class Decoder(nnx.Module):
+    """Input projection, Llama stack over at most Q positions, one output head per codebook."""
+
+    def __init__(self, rngs: nnx.Rngs, config: LlamaConfig, *, input_width: int, codebooks: int, audio_vocab: int):
+        self.config, self.codebooks = config, codebooks
+        self.projection = Linear(rngs, {"embed": input_width}, {"width": config.width}, rules=config.rules)
+        self.model = Llama(rngs, config)
+        dims = (("codebook", codebooks - 1), ("embed", config.width), ("codes", audio_vocab))
+        self.heads = weight(rngs, dims, normal(config.width**-0.5))
+
+    def __call__(self, hidden: jax.Array, code_embeddings: jax.Array) -> jax.Array:
+        """All levels at once, teacher-forced; positions 0 … Q−1.
+
+        hidden: [N, D], the Backbone's h of N frames; code_embeddings: [N, Q−1, D] of c0 … c(Q−2).
+        Returns logits [N, Q−1, audio_vocab] of c1 … c(Q−1).
+        """
+        x = self.projection(jnp.concatenate([hidden[:, None], code_embeddings], axis=1))
+        n, q = x.shape[:2]
+        positions = jnp.broadcast_to(jnp.arange(q), (n, q))
+        mask = jnp.broadcast_to(jnp.tril(jnp.ones((q, q), bool)), (n, q, q))
+        x = self.model(x, positions, mask)[:, 1:]
+        return jnp.einsum("NQD,QDV->NQV", x, in_use(self.heads, x.dtype, self.config.rules))
+
+    def cached(self, inputs: jax.Array, positions: jax.Array, slots: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+        """Continues a frame. inputs: [B, T, input width]; positions, slots: int32 [B, T]. Returns ([B, T, D], cache)."""
+        return self.model.cached(self.projection(inputs), positions, cache, slots=slots)
+
+    def level_logits(self, x: jax.Array, level: jax.Array) -> jax.Array:
+        """x: [B, D] after the stack at slot ``level`` (1 … Q−1). Returns the logits of that level, [B, audio_vocab]."""
+        head = jax.lax.dynamic_index_in_dim(in_use(self.heads, x.dtype, self.config.rules), level - 1, keepdims=False)
+        return x @ head

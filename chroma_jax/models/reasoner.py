@@ -1,0 +1,75 @@
+"""The Reasoner (Qwen2.5-Omni Thinker without vision): speech and text in, text tokens and hidden states out."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from chroma_jax.layers.attention import KVCache, causal_mask
+from chroma_jax.layers.linear import Embedding, Linear
+from chroma_jax.layers.rope import RopeConfig
+from chroma_jax.layers.sharding import constrain, take_rows
+from chroma_jax.layers.transformer import Llama, LlamaConfig
+from chroma_jax.models.audio_encoder import AudioEncoder, AudioEncoderConfig
+from chroma_jax.rows import is_present
+
+
+@dataclasses.dataclass(frozen=True)
+class ReasonerConfig:
+    """Audio encoder, text model and vocabulary. The defaults are those of the released checkpoint."""
+
+    audio: AudioEncoderConfig = AudioEncoderConfig()
+    text: LlamaConfig = LlamaConfig(
+        num_layers=36,
+        width=2048,
+        num_heads=16,
+        num_kv_heads=2,
+        head_dim=128,
+        mlp_width=11008,
+        norm_eps=1e-6,
+        qkv_bias="qkv",
+        rope=RopeConfig(theta=1e6),
+    )
+    vocab_size: int = 151_936
+
+    def __post_init__(self):
+        if self.audio.output_width != self.text.width:
+            raise ValueError(f"audio.output_width {self.audio.output_width} differs from text.width {self.text.width}")
+
+
+class Reasoner(nnx.Module):
+    """Audio encoder, token embedding, Llama stack, output head."""
+
+    def __init__(self, rngs: nnx.Rngs, config: ReasonerConfig):
+        self.config = config
+        self.audio = AudioEncoder(rngs, config.audio)
+        self.embedding = Embedding(rngs, {"vocab": config.vocab_size}, config.text.width, rules=config.text.rules)
+        self.text = Llama(rngs, config.text)
+        self.head = Linear(rngs, {"embed": config.text.width}, {"vocab": config.vocab_size}, rules=config.text.rules)
+
+    def embed(self, tokens: jax.Array, audio_index: jax.Array, audio: jax.Array) -> jax.Array:
+        """Token embeddings with encoder outputs in the places that are audio.
+
+        tokens, audio_index: int32 [B, L]; audio: [B, A, D]. Returns [B, L, D].
+        """
+        heard = take_rows(audio, jnp.maximum(audio_index, 0))
+        return jnp.where(is_present(audio_index)[..., None], heard, self.embedding(tokens, audio.dtype))
+
+    def __call__(self, embeddings: jax.Array, positions: jax.Array, segments: jax.Array) -> jax.Array:
+        """embeddings: [B, L, D]; positions, segments: int32 [B, L]. Returns hidden states after the final norm, [B, L, D]."""
+        return self.text(embeddings, positions, causal_mask(segments))
+
+    def hear(self, mel, mel_length, tokens, positions, segments, audio_index, dtype) -> jax.Array:
+        """Hidden states of packed rows from speech and tokens (shapes as in `chroma_jax.rows`). Returns [B, L, D]."""
+        audio = self.audio(mel, mel_length, dtype)
+        embeddings = constrain(self.embed(tokens, audio_index, audio), "batch", "sequence", None, rules=self.config.text.rules)
+        return self(embeddings, positions, segments)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """[…, D] → [… , V], in the compute type."""
+        return self.head(hidden)
+
+    def cached(self, embeddings: jax.Array, positions: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+        """Continues a conversation; see `Llama.cached`."""
+        return self.text.cached(embeddings, positions, cache)

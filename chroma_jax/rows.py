@@ -1,0 +1,95 @@
+"""The packed training row: what a batch is made of. The packer writes it, the model reads it.
+
+A row holds several conversations, told apart by segment ids (1, 2, …; 0 = padding). Positions restart in every
+conversation. NOTHING (−1) marks an empty entry everywhere. Written once per row, with the capacities of a `RowShape`:
+
+| array | shape | meaning |
+|---|---|---|
+| mel | float32 [blocks, block frames, mel bins] | log-mel features of the user's speech, cut into encoder blocks |
+| mel_length | int32 [blocks] | valid frames of each block |
+| text | int32 [text] | Reasoner input tokens |
+| text_segment, text_position | int32 [text] | conversation, position in it |
+| audio_index | int32 [text] | which encoder output stands here instead of the token's embedding |
+| answer_position | int32 [answers] | where in ``text`` each reply token is predicted |
+| answer_token | int32 [answers] | that token |
+| token | int32 [positions] | Backbone: token whose embedding is fed |
+| hidden_index | int32 [positions] | Backbone: answer whose predicting hidden state is fed |
+| codes | int32 [positions, Q] | Backbone: frame that is fed |
+| segment, position | int32 [positions] | conversation, position in it |
+| target_position | int32 [frames] | Backbone position that predicts each target frame |
+| target_codes | int32 [frames, Q] | that frame (EOS: zeros) |
+
+At a Backbone position with no token, hidden state or frame, a zero vector is fed.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class RowShape:
+    """Capacities of one packed row.
+
+    blocks: audio-encoder blocks of user speech. text: Reasoner positions. answers: reply tokens. positions: Backbone
+    positions. frames: target frames, EOS included.
+    """
+
+    blocks: int = 8
+    text: int = 512
+    answers: int = 64
+    positions: int = 768
+    frames: int = 256
+
+
+class Batch(NamedTuple):
+    """Rows stacked on a leading axis B (absent for a single row); see the table above."""
+
+    mel: jax.Array
+    mel_length: jax.Array
+    text: jax.Array
+    text_segment: jax.Array
+    text_position: jax.Array
+    audio_index: jax.Array
+    answer_position: jax.Array
+    answer_token: jax.Array
+    token: jax.Array
+    hidden_index: jax.Array
+    codes: jax.Array
+    segment: jax.Array
+    position: jax.Array
+    target_position: jax.Array
+    target_codes: jax.Array
+
+
+def empty_batch(shape: RowShape, *, rows: int, block_frames: int, mel_bins: int, codebooks: int) -> Batch:
+    """A batch of ``rows`` empty rows as ShapeDtypeStructs: the shapes that a training step is compiled for."""
+    s = shape
+
+    def struct(*dims, dtype=jnp.int32):
+        return jax.ShapeDtypeStruct((rows, *dims), dtype)
+
+    return Batch(
+        mel=struct(s.blocks, block_frames, mel_bins, dtype=jnp.float32),
+        mel_length=struct(s.blocks),
+        text=struct(s.text),
+        text_segment=struct(s.text),
+        text_position=struct(s.text),
+        audio_index=struct(s.text),
+        answer_position=struct(s.answers),
+        answer_token=struct(s.answers),
+        token=struct(s.positions),
+        hidden_index=struct(s.positions),
+        codes=struct(s.positions, codebooks),
+        segment=struct(s.positions),
+        position=struct(s.positions),
+        target_position=struct(s.frames),
+        target_codes=struct(s.frames, codebooks),
+    )
+
+
+def is_present(x: jax.Array) -> jax.Array:
+    """Where an index array names something; any negative entry is empty."""
+    return x >= 0

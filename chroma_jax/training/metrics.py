@@ -1,0 +1,61 @@
+"""Metrics to JSON lines and TensorBoard."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+
+
+def flat(metrics: dict, prefix: str = "") -> dict[str, float]:
+    """Scalars by name; a vector becomes ``name_0``, ``name_1`` … ."""
+    out: dict[str, float] = {}
+    for name, value in metrics.items():
+        value = np.asarray(value)
+        if value.ndim == 0:
+            out[prefix + name] = float(value)
+        else:
+            out |= {f"{prefix}{name}_{i}": float(v) for i, v in enumerate(value)}
+    return out
+
+
+class MetricsWriter:
+    """Appends to RUN/metrics.jsonl and writes RUN/tensorboard. Only one process of a run should hold one.
+
+    Steps past ``step`` that an interrupted run left in the file are dropped, so that the file reads as one straight run.
+    """
+
+    def __init__(self, run: Path, step: int):
+        from tensorboardX import SummaryWriter
+
+        self.path = run / "metrics.jsonl"
+        kept = [line for line in read_lines(self.path) if line["step"] <= step]
+        aside = self.path.with_suffix(".tmp")
+        aside.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        aside.replace(self.path)
+        self.file = self.path.open("a")
+        self.board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+        self.file.write(json.dumps({"step": step, **finite}) + "\n")
+        self.file.flush()
+        for name, value in metrics.items():
+            self.board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.file.close()
+        self.board.close()
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The lines of a metrics file; a last line cut short by a crash is left out."""
+    if not path.exists():
+        return []
+    lines = []
+    for line in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines

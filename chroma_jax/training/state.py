@@ -1,0 +1,113 @@
+"""The training state, and the one compiled step that advances it."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from chroma_jax.layers.sharding import RULES, state_shardings
+from chroma_jax.models.chroma import Chroma, ChromaConfig
+from chroma_jax.rows import Batch
+from chroma_jax.training.loss import LossConfig, loss
+from chroma_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer, split_trainable
+
+DType = Literal["float32", "bfloat16"]
+Metrics = dict[str, jax.Array]
+
+
+class TrainState(NamedTuple):
+    """step: int32 [], optimizer steps taken; also the data position, as a step consumes one global batch."""
+
+    step: jax.Array
+    trained: nnx.State
+    frozen: nnx.State
+    optimizer: optax.OptState
+
+
+@dataclasses.dataclass(frozen=True)
+class PrecisionConfig:
+    """compute: type of activations and of weights in products. frozen: type in which frozen weights are kept; trained
+    weights and their moments are always float32."""
+
+    compute: DType = "bfloat16"
+    frozen: DType = "float32"
+
+
+class Trainer(NamedTuple):
+    """What a run is made of once its configuration is known; nothing here holds an array."""
+
+    graph: nnx.GraphDef
+    abstract: TrainState
+    init: Callable[[], TrainState]
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+    eval_step: Callable[[TrainState, Batch], Metrics]
+    batch_sharding: NamedSharding
+
+
+def make_trainer(
+    model: ChromaConfig, optimizer: OptimizerConfig, losses: LossConfig, precision: PrecisionConfig, seed: int, mesh: Mesh
+) -> Trainer:
+    """Builds the step functions for a mesh (which must be set, ``jax.set_mesh``).
+
+    Raises: ChromaError for weights that the mesh does not divide, or freeze patterns that do not fit.
+    """
+    tx, compute = make_optimizer(optimizer), jnp.dtype(precision.compute)
+    rate = learning_rate(optimizer)
+
+    def build() -> Chroma:
+        return Chroma(nnx.Rngs(seed), model)
+
+    graph, trained, frozen = split_trainable(nnx.eval_shape(build), optimizer)
+    shardings = [state_shardings(s, mesh, RULES) for s in (trained, frozen)]
+
+    def initial_weights():
+        _, trained, frozen = split_trainable(build(), optimizer)
+        return trained, jax.tree.map(lambda x: x.astype(precision.frozen), frozen)
+
+    weights = jax.jit(initial_weights, out_shardings=tuple(shardings))
+
+    def init() -> TrainState:
+        trained, frozen = weights()
+        return TrainState(jax.device_put(jnp.int32(0), NamedSharding(mesh, P())), trained, frozen, jax.jit(tx.init)(trained))
+
+    def forward(trained: nnx.State, state: TrainState, batch: Batch):
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        return loss(nnx.merge(graph, trained, state.frozen), batch, losses, key, compute)
+
+    def train_step(state: TrainState, batch: Batch):
+        (_, metrics), gradient = jax.value_and_grad(forward, has_aux=True)(state.trained, state, batch)
+        with jax.named_scope("optimizer"):
+            updates, optimizer_state = tx.update(gradient, state.optimizer, state.trained)
+            trained = optax.apply_updates(state.trained, updates)
+        metrics |= {"gradient_norm": optax.global_norm(gradient), "learning_rate": rate(state.step)}
+        return TrainState(state.step + 1, trained, state.frozen, optimizer_state), metrics
+
+    def eval_step(state: TrainState, batch: Batch) -> Metrics:
+        return forward(state.trained, state, batch)[1]
+
+    return Trainer(
+        graph=graph,
+        abstract=_abstract_state(trained, frozen, shardings, tx, precision, mesh),
+        init=init,
+        train_step=jax.jit(train_step, donate_argnums=0),
+        eval_step=jax.jit(eval_step),
+        batch_sharding=NamedSharding(mesh, RULES.at_rest(("batch",))),
+    )
+
+
+def _abstract_state(trained, frozen, shardings, tx, precision: PrecisionConfig, mesh: Mesh) -> TrainState:
+    def struct(state, sharding, dtype):
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=s), state, sharding)
+
+    trained = struct(trained, shardings[0], None)
+    frozen = struct(frozen, shardings[1], jnp.dtype(precision.frozen))
+    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, P()))
+    moments = jax.eval_shape(tx.init, trained)
+    moments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec)), moments)
+    return TrainState(step, trained, frozen, moments)

@@ -1,0 +1,177 @@
+"""Training, in the order in which it happens.
+
+A run folder holds config.txt, metrics.jsonl, tensorboard/ and checkpoints/. Weights come from, in this order: the newest
+checkpoint of the run folder; else a fresh initialisation. One step consumes one global batch, so the step is also the data
+position, whatever the mesh and the number of hosts.
+"""
+
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+from tqdm import tqdm
+
+from chroma_jax import config as configs
+from chroma_jax import flops
+from chroma_jax.config import Config
+from chroma_jax.errors import ChromaError
+from chroma_jax.layers.sharding import make_mesh
+from chroma_jax.rows import Batch
+from chroma_jax.training.checkpoint import Checkpoints
+from chroma_jax.training.metrics import MetricsWriter, flat
+from chroma_jax.training.state import Trainer, TrainState, make_trainer
+from data_pipelines.records import batches, evaluation_batches, open_dataset
+
+
+def train(config: Config, run: Path, prepared: Path) -> TrainState:
+    """Trains from the run folder's newest checkpoint (or from scratch) to ``config.training.steps``. Returns the last state.
+
+    run: created when absent. prepared: a folder that ``chroma-jax prepare`` wrote.
+    Raises: ChromaError for a run folder of another model, data of another model, a mesh or batch that does not fit.
+    """
+    t = config.training
+    dataset = open_dataset(prepared, config.model)
+    if dataset.shape != config.data.row:
+        raise ChromaError(f"{prepared}: rows are {dataset.shape}, the configuration says {config.data.row}; prepare the data again")
+    if t.global_batch % config.mesh.num_row_shards:
+        raise ChromaError(
+            f"training.global_batch {t.global_batch} is not a multiple of mesh.data × mesh.fsdp = {config.mesh.num_row_shards}"
+        )
+    mesh = make_mesh(config.mesh)
+    keep_configuration(config, run)
+    with jax.set_mesh(mesh), Checkpoints(run, config.checkpoint) as checkpoints:
+        trainer = make_trainer(config.model, config.optimizer, config.loss, config.precision, t.seed, mesh)
+        if checkpoints.latest is None:
+            state, step = trainer.init(), 0
+        else:
+            state = checkpoints.restore(trainer.abstract)
+            step = int(state.step)
+            print(f"resuming {run} from step {step}")
+        if step >= t.steps:
+            print(f"{run} has reached step {step} of {t.steps}; nothing to do")
+            return state
+
+        host = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+        data = batches(prepared, "train", config.model, global_batch=t.global_batch, seed=t.seed, position=step, **host)
+        meter = Meter(config, trainer)
+        writer = MetricsWriter(run, step) if jax.process_index() == 0 else None
+        bar = tqdm(total=t.steps, initial=step, unit="step", desc="train", disable=jax.process_index() > 0)
+        try:
+            while True:
+                if step % t.eval_every == 0 or step == t.steps:
+                    record(writer, bar, step, evaluate(trainer, state, config, prepared))
+                if checkpoints.due(step, t.steps):
+                    checkpoints.save(step, state)
+                if step == t.steps:
+                    return state
+                batch = meter.next(data, trainer)
+                with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                    state, metrics = trainer.train_step(state, batch)
+                step += 1
+                meter.count(metrics)
+                if step % t.log_every == 0 or step == t.steps:
+                    record(writer, bar, step, meter.read())
+                bar.update()
+        finally:
+            bar.close()
+            if writer is not None:
+                writer.close()
+
+
+def keep_configuration(config: Config, run: Path) -> None:
+    """Writes config.txt, after making sure that an existing run is of the same model and data."""
+    path = run / "config.txt"
+    if path.exists():
+        before, now = configs.fields(configs.load(run)), configs.fields(config)
+        fixed = [n for n in now if n.startswith(("model.", "data.")) or n in ("training.global_batch", "training.seed")]
+        changed = [f"{n} {before.get(n)!r} → {now[n]!r}" for n in fixed if before.get(n) != now[n]]
+        if changed:
+            raise ChromaError(f"{run}: holds another run ({'; '.join(changed[:5])}); choose another run folder")
+    elif run.exists() and any(run.iterdir()):
+        raise ChromaError(f"{run}: exists and is not a run folder (no config.txt in it)")
+    if jax.process_index() == 0:
+        run.mkdir(parents=True, exist_ok=True)
+        aside = run / "config.txt.tmp"
+        aside.write_text(configs.dump(config))
+        aside.replace(path)
+
+
+def place(batch: Batch, trainer: Trainer) -> Batch:
+    """This host's rows as part of a global batch on the mesh."""
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(trainer.batch_sharding, x), batch)
+
+
+def evaluate(trainer: Trainer, state: TrainState, config: Config, prepared: Path) -> dict[str, float]:
+    """Means over the valid split, each loss weighted by its own number of targets."""
+    totals: dict[str, float] = {}
+    frames = tokens = 0.0
+    host = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    for batch in evaluation_batches(prepared, "valid", config.model, global_batch=config.training.global_batch, **host):
+        metrics = flat(jax.device_get(trainer.eval_step(state, place(batch, trainer))))
+        for name, value in metrics.items():
+            weight = metrics["tokens"] if name.startswith("text") else metrics["frames"]
+            totals[name] = totals.get(name, 0.0) + weight * value
+        frames, tokens = frames + metrics["frames"], tokens + metrics["tokens"]
+    if not frames:
+        return {}
+    shown = {n: v for n, v in totals.items() if n not in ("frames", "tokens")}
+    return {f"valid/{n}": v / (tokens if n.startswith("text") else frames) for n, v in shown.items()}
+
+
+def record(writer: MetricsWriter | None, bar: tqdm, step: int, metrics: dict[str, float]) -> None:
+    if writer is not None and metrics:
+        writer.write(step, metrics)
+        names = ("c0_loss", "residual_loss", "text_loss")
+        shown = {n: metrics[f"{p}{n}"] for n in names for p in ("train/",) if f"{p}{n}" in metrics}
+        if shown:
+            bar.set_postfix({n.removesuffix("_loss"): f"{v:.3f}" for n, v in shown.items()})
+
+
+class Meter:
+    """Sums up what happens between two log lines; reads the device only when a line is due."""
+
+    def __init__(self, config: Config, trainer: Trainer):
+        self.config = config
+        self.metrics: list[dict[str, jax.Array]] = []
+        trained = {"/".join(map(str, path[:2])) for path, _ in nnx.to_flat_state(trainer.abstract.trained)}
+        forward = flops.forward_flops(config.model, config.data.row, config.loss)
+        self.step_flops = flops.train_flops(forward, trained) * config.training.global_batch
+        devices = config.mesh.num_devices
+        peak = flops.peak_flops(jax.devices()[0])
+        self.peak = None if peak is None else peak * devices
+        self.reset()
+
+    def reset(self) -> None:
+        self.metrics, self.waited, self.started = [], 0.0, time.perf_counter()
+
+    def next(self, data, trainer: Trainer) -> Batch:
+        started = time.perf_counter()
+        batch = next(data)
+        self.waited += time.perf_counter() - started
+        return place(batch, trainer)
+
+    def count(self, metrics: dict[str, jax.Array]) -> None:
+        self.metrics.append(metrics)
+
+    def read(self) -> dict[str, float]:
+        """Means since the last call, and rates; waits for the device."""
+        metrics = [flat(m) for m in jax.device_get(self.metrics)]
+        seconds, steps = time.perf_counter() - self.started, len(metrics)
+        out = {f"train/{n}": float(np.mean([m[n] for m in metrics])) for n in metrics[0]}
+        frames, tokens = out.pop("train/frames") * steps, out.pop("train/tokens") * steps
+        positions = self.config.training.global_batch * (self.config.data.row.positions + self.config.data.row.text)
+        rate = self.step_flops * steps / seconds
+        out |= {
+            "speed/steps_per_second": steps / seconds,
+            "speed/reply_tokens_per_second": tokens / seconds,
+            "speed/positions_per_second": positions * steps / seconds,
+            "speed/reply_audio_seconds_per_second": frames / self.config.model.codec.frame_rate / seconds,
+            "speed/flops_per_second": rate,
+            "speed/data_wait": self.waited / seconds,
+        }
+        if self.peak is not None:
+            out["speed/utilisation"] = rate / self.peak
+        self.reset()
+        return out

@@ -1,0 +1,70 @@
+"""About 50M parameters: large enough to measure, small enough for one accelerator or a patient CPU."""
+
+from chroma_jax.config import Config, TrainingConfig
+from chroma_jax.layers.rope import RopeConfig
+from chroma_jax.layers.sharding import MeshConfig
+from chroma_jax.layers.transformer import EncoderConfig, LlamaConfig
+from chroma_jax.models.audio_encoder import AudioEncoderConfig
+from chroma_jax.models.chroma import ChromaConfig
+from chroma_jax.models.codec import CodecConfig, QuantizerConfig, SeanetConfig
+from chroma_jax.models.reasoner import ReasonerConfig
+from chroma_jax.rows import RowShape
+from chroma_jax.training.checkpoint import CheckpointConfig
+from chroma_jax.training.loss import LossConfig
+from chroma_jax.training.optimizer import OptimizerConfig
+from configs.nano import special_tokens
+from data_pipelines.prepare import DataConfig
+
+VOCABULARY = 4096
+
+
+def model() -> ChromaConfig:
+    return ChromaConfig(
+        reasoner=ReasonerConfig(
+            audio=AudioEncoderConfig(num_layers=4, width=384, num_heads=6, mlp_width=1152, output_width=448),
+            text=LlamaConfig(
+                num_layers=6,
+                width=448,
+                num_heads=8,
+                num_kv_heads=2,
+                head_dim=64,
+                mlp_width=1344,
+                norm_eps=1e-6,
+                qkv_bias="qkv",
+                rope=RopeConfig(theta=1e6),
+            ),
+            vocab_size=VOCABULARY,
+        ),
+        backbone=LlamaConfig(num_layers=6, width=448, num_heads=8, num_kv_heads=2, head_dim=64, mlp_width=1344),
+        decoder=LlamaConfig(num_layers=4, width=192, num_heads=4, num_kv_heads=2, head_dim=48, mlp_width=768),
+        codec=CodecConfig(
+            seanet=SeanetConfig(num_filters=16),
+            transformer=EncoderConfig(
+                num_layers=4,
+                width=128,
+                num_heads=4,
+                num_kv_heads=4,
+                head_dim=32,
+                mlp_width=512,
+                layer_scale=0.01,
+                rope=RopeConfig(theta=10_000.0),
+            ),
+            quantizer=QuantizerConfig(num_codebooks=8, codebook_size=1024, codebook_dim=64),
+            upsample_groups=128,
+        ),
+        tokens=special_tokens(VOCABULARY),
+        audio_vocab=1027,
+        codebook_pad=1026,
+    )
+
+
+def config() -> Config:
+    return Config(
+        model=model(),
+        data=DataConfig(row=RowShape(blocks=16, text=1024, answers=192, positions=1536, frames=640), prompts_per_dialogue=4),
+        mesh=MeshConfig(),
+        training=TrainingConfig(steps=20_000, global_batch=16, eval_every=500),
+        loss=LossConfig(text_weight=1.0),
+        optimizer=OptimizerConfig(learning_rate=6e-4, warmup_steps=500, schedule="cosine", decay_steps=19_500, weight_decay=0.05),
+        checkpoint=CheckpointConfig(every=1000),
+    )

@@ -1,0 +1,57 @@
+"""Reading recordings. The Codec hears 24 kHz, the Reasoner 16 kHz."""
+
+from pathlib import Path
+
+import numpy as np
+import soundfile
+
+from chroma_jax.errors import ChromaError
+from chroma_jax.features import resample_soxr
+
+CODEC_RATE = 24_000
+REASONER_RATE = 16_000
+
+
+def load(path: Path | str, sample_rate: int, *, max_seconds: float | None = None) -> np.ndarray:
+    """Reads any format that libsndfile knows, as mono at ``sample_rate``.
+
+    Returns float32 [S] in [−1, 1]; several channels are averaged. Resampling is soxr's high quality, the one that the
+    reference uses for the user's speech. Raises ChromaError, naming the file, for one that is missing, not readable,
+    empty, longer than ``max_seconds`` or holds values that are not finite.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ChromaError(f"{path}: no such recording")
+    try:
+        with soundfile.SoundFile(path) as file:
+            seconds = file.frames / file.samplerate
+            if max_seconds is not None and seconds > max_seconds:  # before the samples are read: it may be hours
+                raise ChromaError(f"{path}: {seconds:.1f} s long, the limit is {max_seconds:g} s")
+            wave = file.read(dtype="float32", always_2d=True)
+            source_rate = file.samplerate
+    except (soundfile.SoundFileError, OSError) as error:
+        raise ChromaError(f"{path}: not a readable recording ({error})") from error
+    return prepared(wave, source_rate, sample_rate, str(path))
+
+
+def prepared(wave: np.ndarray, source_rate: int, sample_rate: int, name: str) -> np.ndarray:
+    """Samples that are already in memory, as `load` returns them.
+
+    wave: float32 [S] or [S, channels] at ``source_rate``; name: what an error calls it.
+    """
+    wave = wave.mean(axis=1) if wave.ndim == 2 else wave
+    if not len(wave):
+        raise ChromaError(f"{name}: holds no samples")
+    if not np.all(np.isfinite(wave)):
+        raise ChromaError(f"{name}: holds values that are not finite")
+    return resample_soxr(wave, source_rate, sample_rate)
+
+
+def to_int16(wave: np.ndarray) -> np.ndarray:
+    """float32 [S] in [−1, 1] → int16 [S], rounded; louder values are clipped."""
+    return np.clip(np.rint(wave * 32768.0), -32768, 32767).astype(np.int16)
+
+
+def from_int16(wave: np.ndarray) -> np.ndarray:
+    """int16 [S] → float32 [S] in [−1, 1)."""
+    return wave.astype(np.float32) / 32768.0

@@ -1,0 +1,226 @@
+"""From one spoken dialogue to arrays, and from several to a packed training row (`chroma_jax.rows`).
+
+Pure numpy. A `Conversation` has its own indices, from zero; `place` moves several into one row and shifts the indices.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from chroma_jax.chat import Encode, SpecialTokens, answer, question, voice_prompt
+from chroma_jax.errors import ChromaError
+from chroma_jax.features import FeatureConfig, num_frames
+from chroma_jax.models.audio_encoder import num_blocks, num_outputs
+from chroma_jax.models.chroma import ChromaConfig
+from chroma_jax.rows import RowShape
+from chroma_jax.schedule import NOTHING, Counts, Kind, layout
+
+OPEN_ROWS = 64  # rows that first-fit looks at: keeps packing linear in the number of conversations
+
+
+@dataclasses.dataclass(frozen=True)
+class PackConfig:
+    """What packing needs to know about the model. block_frames: mel frames per encoder block. hop: samples per mel frame."""
+
+    tokens: SpecialTokens
+    block_frames: int
+    hop: int
+    codebooks: int
+    codebook_eos: int
+    system: str = ""
+
+    def __post_init__(self):
+        if self.block_frames % 4:  # else encoder outputs of one recording would straddle the next one's block
+            raise ChromaError(f"reasoner.audio.block_frames {self.block_frames} is not a multiple of 4: rows cannot be packed")
+
+    @property
+    def outputs_per_block(self) -> int:
+        return self.block_frames // 4
+
+
+def pack_config(model: ChromaConfig, features: FeatureConfig, system: str = "") -> PackConfig:
+    return PackConfig(
+        model.tokens, model.reasoner.audio.block_frames, features.hop, model.codebooks, model.codebook_eos, system
+    )
+
+
+class Conversation(NamedTuple):
+    """One dialogue with one voice prompt. Arrays are int32; indices count from this conversation's own start.
+
+    wave: int16 [S], the user's speech at 16 kHz. mel_length [blocks]. text, audio_index [L]. answer_position,
+    answer_token [N]. token, hidden_index [T]. codes [T, Q]. target_position [F + 1]. target_codes [F + 1, Q].
+    """
+
+    id: str
+    wave: np.ndarray
+    mel_length: np.ndarray
+    text: np.ndarray
+    audio_index: np.ndarray
+    answer_position: np.ndarray
+    answer_token: np.ndarray
+    token: np.ndarray
+    hidden_index: np.ndarray
+    codes: np.ndarray
+    target_position: np.ndarray
+    target_codes: np.ndarray
+
+    @property
+    def size(self) -> RowShape:
+        """How much of each of a row's capacities it takes."""
+        lengths = (self.mel_length, self.text, self.answer_token, self.token, self.target_position)
+        return RowShape(*map(len, lengths))
+
+
+def conversation(
+    name: str,
+    *,
+    wave: np.ndarray,
+    answer_text: str,
+    transcript: str,
+    reference_codes: np.ndarray,
+    answer_codes: np.ndarray,
+    encode: Encode,
+    config: PackConfig,
+) -> Conversation:
+    """Lays out one dialogue.
+
+    wave: int16 [S] at 16 kHz, the user's speech. transcript: what is said in the reference recording. reference_codes:
+    int [R, Q]; answer_codes: int [F, Q], without EOS; Q may exceed ``config.codebooks``, the rest is not used.
+    """
+    c = config
+    frames = num_frames(len(wave), FeatureConfig(hop=c.hop))
+    outputs = num_outputs(frames)
+    asked = np.array(question(encode, c.tokens, audio_outputs=outputs, system=c.system), np.int32)
+    answered = np.array(answer(encode, c.tokens, answer_text), np.int32)
+    text = np.concatenate([asked, answered[:-1]])  # the last token is predicted, never read
+    audio_index = np.full(len(text), NOTHING, np.int32)
+    audio_index[: len(asked)][asked == c.tokens.audio] = np.arange(outputs)
+
+    prompt = np.array(voice_prompt(encode, c.tokens, transcript), np.int32)
+    reply = np.asarray(answer_codes, np.int32)[:, : c.codebooks]
+    reference = np.asarray(reference_codes, np.int32)[:, : c.codebooks]
+    kind, index, target = layout(Counts(len(prompt), len(reference), len(answered), len(reply)))
+
+    def fill(shape: tuple[int, ...], pieces: dict[Kind, np.ndarray]) -> np.ndarray:
+        out = np.full(shape, NOTHING, np.int32)
+        for k, stream in pieces.items():
+            out[kind == k] = stream[index[kind == k]]
+        return out
+
+    blocks = num_blocks(frames, c.block_frames)
+    return Conversation(
+        id=name,
+        wave=wave,
+        mel_length=np.minimum(frames - c.block_frames * np.arange(blocks), c.block_frames).astype(np.int32),
+        text=text,
+        audio_index=audio_index,
+        answer_position=np.arange(len(answered), dtype=np.int32) + len(asked) - 1,
+        answer_token=answered,
+        token=fill(kind.shape, {Kind.PROMPT_TEXT: prompt, Kind.TOKEN: answered}),
+        hidden_index=fill(kind.shape, {Kind.HIDDEN: np.arange(len(answered), dtype=np.int32)}),
+        codes=fill((*kind.shape, c.codebooks), {Kind.PROMPT_FRAME: reference, Kind.FRAME: reply}),
+        # targets come in the order of their positions, so frame f is target number f
+        target_position=np.flatnonzero(target != NOTHING).astype(np.int32),
+        target_codes=np.concatenate([reply, np.full((1, c.codebooks), c.codebook_eos, np.int32)]),
+    )
+
+
+def excess(size: RowShape, shape: RowShape) -> list[str]:
+    """The capacities of a row that something of this size exceeds, in words."""
+    have, limit = dataclasses.asdict(size), dataclasses.asdict(shape)
+    return [f"{name} {have[name]} > {limit[name]}" for name in have if have[name] > limit[name]]
+
+
+def first_fit(sizes: Sequence[RowShape], shape: RowShape) -> list[list[int]]:
+    """Which items go into which row: each into the first open row with room in all five capacities, else into a new one.
+
+    The oldest of more than ``OPEN_ROWS`` rows is closed. Every item must fit alone.
+    """
+    capacity = np.array(dataclasses.astuple(shape))
+    rows: list[list[int]] = []
+    left = np.zeros((0, len(capacity)), np.int64)  # of the last OPEN_ROWS rows
+    for item, size in enumerate(np.array([dataclasses.astuple(s) for s in sizes]).reshape(-1, len(capacity))):
+        fits = np.flatnonzero(np.all(left >= size, axis=1))
+        if len(fits):
+            where = fits[0]
+        else:
+            rows.append([])
+            left = np.concatenate([left, capacity[None]])[-OPEN_ROWS:]
+            where = len(left) - 1
+        left[where] -= size
+        rows[len(rows) - len(left) + where].append(item)
+    return rows
+
+
+class Row(NamedTuple):
+    """A packed row as it is stored: everything of `chroma_jax.rows.Batch` but ``mel``, which is computed when it is read.
+
+    ids: of the conversations. waves: int16 [S] each, their users' speech at 16 kHz. arrays: by the names of `Batch`.
+    """
+
+    ids: tuple[str, ...]
+    waves: tuple[np.ndarray, ...]
+    arrays: dict[str, np.ndarray]
+
+
+# Batch field → (capacity it is cut to, value of an empty entry). The Reasoner embeds padding too, so that text is 0 there;
+# segment 0 keeps it from being attended to.
+FIELDS = {
+    "mel_length": ("blocks", 0),
+    "text": ("text", 0),
+    "text_segment": ("text", 0),
+    "text_position": ("text", 0),
+    "audio_index": ("text", NOTHING),
+    "answer_position": ("answers", NOTHING),
+    "answer_token": ("answers", NOTHING),
+    "token": ("positions", NOTHING),
+    "hidden_index": ("positions", NOTHING),
+    "codes": ("positions", NOTHING),
+    "segment": ("positions", 0),
+    "position": ("positions", 0),
+    "target_position": ("frames", NOTHING),
+    "target_codes": ("frames", NOTHING),
+}
+
+
+def place(conversations: Sequence[Conversation], shape: RowShape, config: PackConfig) -> Row:
+    """Puts conversations one after the other into a row; none at all gives an empty row.
+
+    Raises ChromaError when they do not fit.
+    """
+    arrays = {}
+    for name, (capacity, empty) in FIELDS.items():
+        width = (config.codebooks,) if name.endswith("codes") else ()
+        arrays[name] = np.full((getattr(shape, capacity), *width), empty, np.int32)
+    start = RowShape(0, 0, 0, 0, 0)
+    for segment, c in enumerate(conversations, 1):
+        end = RowShape(*(a + b for a, b in zip(dataclasses.astuple(start), dataclasses.astuple(c.size), strict=True)))
+        if over := excess(end, shape):
+            raise ChromaError(f"{c.id}: does not fit into the row: {', '.join(over)}")
+
+        def shifted(index: np.ndarray, by: int) -> np.ndarray:
+            return np.where(index == NOTHING, NOTHING, index + by)
+
+        values = {
+            "mel_length": c.mel_length,
+            "text": c.text,
+            "text_segment": np.full(len(c.text), segment),
+            "text_position": np.arange(len(c.text)),
+            "audio_index": shifted(c.audio_index, start.blocks * config.outputs_per_block),
+            "answer_position": shifted(c.answer_position, start.text),
+            "answer_token": c.answer_token,
+            "token": c.token,
+            "hidden_index": shifted(c.hidden_index, start.answers),
+            "codes": c.codes,
+            "segment": np.full(len(c.token), segment),
+            "position": np.arange(len(c.token)),
+            "target_position": shifted(c.target_position, start.positions),
+            "target_codes": c.target_codes,
+        }
+        for name, value in values.items():
+            capacity = FIELDS[name][0]
+            arrays[name][getattr(start, capacity) : getattr(end, capacity)] = value
+        start = end
+    return Row(tuple(c.id for c in conversations), tuple(c.wave for c in conversations), arrays)

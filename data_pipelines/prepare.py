@@ -1,0 +1,323 @@
+"""Turns a corpus folder into a dataset folder that training reads: codes, tokenizer, packed rows, and what was done.
+
+Everything is written into a temporary folder beside the target, which takes its name at the end: a dataset folder is
+either complete or not there. User speech stays in memory while packing: about 115 MB per hour.
+"""
+
+import collections
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from chroma_jax.errors import ChromaError
+from chroma_jax.models.chroma import ChromaConfig
+from chroma_jax.rows import RowShape
+from data_pipelines import audio
+from data_pipelines.codes import (
+    CodecLike,
+    Progress,
+    bar,
+    encode_recordings,
+    fingerprint,
+    latents,
+    loaded,
+    save_codes,
+)
+from data_pipelines.dialogues import (
+    SPLITS,
+    Corpus,
+    Dialogue,
+    OnProblem,
+    Problem,
+    Reference,
+    counted,
+    raise_problems,
+    read_corpus,
+)
+from data_pipelines.pack import Conversation, conversation, excess, first_fit, pack_config, place
+from data_pipelines.records import (
+    VERSION,
+    Dataset,
+    differences,
+    feature_config,
+    model_facts,
+    open_dataset,
+    read_manifest,
+    write_rows,
+)
+from data_pipelines.tokenizer import encoder, load_tokenizer, train_tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What to prepare.
+
+    corpus: a corpus folder, or "embedded" for the one that comes with the code. tokenizer: "train", "qwen", or a path (see
+    `data_pipelines.tokenizer.load_tokenizer`). row: capacities of a packed row. prompts_per_dialogue: how often a training
+    dialogue is packed, each time with another reference recording of its assistant's voice as far as there are several;
+    valid and test dialogues are packed once. max_seconds: of any single recording; longer ones are a problem. system: system
+    prompt of every conversation. on_problem: leave unusable entries out and count them, or stop.
+    """
+
+    corpus: str = "embedded"
+    tokenizer: str = "train"
+    row: RowShape = RowShape()
+    prompts_per_dialogue: int = 2
+    max_seconds: float = 30.0
+    system: str = ""
+    seed: int = 0
+    on_problem: OnProblem = "skip"
+
+    def __post_init__(self):
+        if self.prompts_per_dialogue < 1:
+            raise ValueError(f"prompts_per_dialogue must be at least 1, got {self.prompts_per_dialogue}")
+        if self.on_problem not in ("skip", "strict"):
+            raise ValueError(f"on_problem must be 'skip' or 'strict', got {self.on_problem!r}")
+
+
+def prepare(
+    config: DataConfig, model: ChromaConfig, codec: CodecLike, out: Path | str, *, progress: Progress = "bar"
+) -> Dataset:
+    """Prepares a dataset, or opens the one that is already there with the same configuration.
+
+    codec: a `chroma_jax.models.codec.Codec` whose weights stay the same from here to the end of training. Raises
+    ChromaError when ``out`` exists and is not a dataset or was prepared otherwise (it says what differs), when nothing
+    usable is left, and at the first problems when ``config.on_problem`` is "strict".
+    """
+    out = Path(out)
+    corpus = read_corpus(config.corpus, on_problem=config.on_problem)
+    wanted = configuration(config, model, codec, corpus)
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        return existing(out, wanted, progress)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        os.chmod(partial, 0o755)  # mkdtemp's folder is for its owner only
+        fill(partial, config, model, codec, corpus, wanted, progress)
+        os.rename(partial, out)
+    except BaseException:  # an interruption too leaves nothing behind
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return open_dataset(out, model)
+
+
+def configuration(config: DataConfig, model: ChromaConfig, codec: CodecLike, corpus: Corpus) -> dict:
+    """Everything the result depends on, as plain values: two datasets with equal ones are interchangeable."""
+    manifests = b"".join((corpus.folder / name).read_bytes() for name in ("dialogues.jsonl", "references.jsonl"))
+    data = dataclasses.asdict(config)
+    if config.tokenizer not in ("train", "qwen"):
+        data["tokenizer"] = str(Path(config.tokenizer).resolve())
+    if config.corpus != "embedded":
+        data["corpus"] = str(Path(config.corpus).resolve())
+    return {
+        "data": data,
+        "model": model_facts(model),
+        "codec": fingerprint(codec),
+        "corpus": hashlib.sha256(manifests).hexdigest()[:16],
+    }
+
+
+def existing(out: Path, wanted: dict, progress: Progress) -> Dataset:
+    """Opens a folder that is already there, if it is what would be prepared."""
+    if different := differences(read_manifest(out)["config"], wanted):
+        raise ChromaError(f"{out}: already holds a dataset that differs: {'; '.join(different)}; choose another folder")
+    if progress == "bar":
+        print(f"{out}: already prepared with the same configuration; using it")
+    return open_dataset(out)
+
+
+def fill(
+    out: Path, config: DataConfig, model: ChromaConfig, codec: CodecLike, corpus: Corpus, wanted: dict, progress: Progress
+) -> None:
+    """Writes all files of a dataset into an empty folder."""
+    problems = list(corpus.problems)
+    tokenizer = make_tokenizer(config, model, corpus)
+    tokenizer.save(str(out / "tokenizer.json"))
+
+    recordings = [d.answer_audio for d in corpus.dialogues] + [r.audio for r in corpus.references]
+    codes = encode_recordings(
+        recordings,
+        codec,
+        model.codec.samples_per_frame,
+        max_seconds=config.max_seconds,
+        problems=problems,
+        progress=progress,
+    )
+    waves = user_speech(corpus, config.max_seconds, problems, progress)
+    if config.on_problem == "strict":
+        raise_problems(problems)
+    save_codes(out / "codes.npz", codes, corpus.folder)
+
+    splits, packed = {}, {}
+    for split in SPLITS:
+        passes = config.prompts_per_dialogue if split == "train" else 1
+        pairs = paired(corpus, split, passes, config.seed, codes)
+        found = conversations(pairs, config, model, encoder(tokenizer), waves, codes, problems)
+        splits[split] = found
+        packed[split] = write_split(out / f"{split}.array_record", found, config.row, model, config.system, progress)
+    problems = list(dict.fromkeys(problems))  # a dialogue that is packed twice may be too long twice
+    if config.on_problem == "strict":
+        raise_problems(problems)
+    if not splits["train"]:
+        first = next(iter(problems), "no training dialogue")
+        raise ChromaError(f"{corpus.folder}: nothing left to train on; {len(problems)} problems, the first: {first}")
+    manifest = {
+        "version": VERSION,
+        "config": wanted,
+        "corpus": {"folder": corpus.folder.name, "licence": licence(corpus.folder)},
+        "splits": packed,
+        "skipped": {"count": len(problems), "kinds": counted(problems), "entries": [str(p) for p in problems]},
+        "unigram": unigram(splits, model),
+    }
+    (out / "dataset.json").write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def make_tokenizer(config: DataConfig, model: ChromaConfig, corpus: Corpus) -> Tokenizer:
+    """Trains a tokenizer on the train split and the references, or loads the one that is configured."""
+    vocab_size = model.reasoner.vocab_size
+    if config.tokenizer != "train":
+        return load_tokenizer(config.tokenizer, model.tokens, vocab_size)
+    texts = [text for d in corpus.dialogues if d.split == "train" for text in (d.question, d.answer)]
+    roles = ["system\n", "user\n", "assistant\n", config.system]  # what every conversation contains
+    return train_tokenizer(texts + [r.text for r in corpus.references] + roles * 8, vocab_size, model.tokens)
+
+
+def user_speech(corpus: Corpus, max_seconds: float, problems: list[Problem], progress: Progress) -> dict[Path, np.ndarray]:
+    """The users' recordings: path → int16 [S] at 16 kHz. Unusable ones are added to ``problems``."""
+    paths = list(dict.fromkeys(d.question_audio for d in corpus.dialogues))
+    found = {}
+    for path, wave in bar(loaded(paths, audio.REASONER_RATE, max_seconds), "speech", len(paths), "recording", progress):
+        if isinstance(wave, ChromaError):
+            problems.append(Problem("bad audio", str(path), str(wave).removeprefix(f"{path}: ")))
+        else:
+            found[path] = audio.to_int16(wave)
+    return found
+
+
+def paired(
+    corpus: Corpus, split: str, passes: int, seed: int, codes: dict[Path, np.ndarray]
+) -> list[tuple[Dialogue, Reference]]:
+    """Each dialogue of a split with a reference of its assistant's voice, ``passes`` times over.
+
+    Every pass is in a random order of its own; from pass to pass a dialogue goes through the references of its voice.
+    """
+    dialogues = [d for d in corpus.dialogues if d.split == split]
+    of_voice = collections.defaultdict(list)
+    for r in corpus.references:
+        if r.audio in codes:
+            of_voice[r.voice].append(r)
+    rng = np.random.default_rng((seed, SPLITS.index(split)))
+    first = rng.integers(1 << 30, size=len(dialogues))
+    pairs = []
+    for turn in range(passes):
+        for i in rng.permutation(len(dialogues)):
+            if choices := of_voice[dialogues[i].assistant_voice]:
+                pairs.append((dialogues[i], choices[(first[i] + turn) % len(choices)]))
+    return pairs
+
+
+def conversations(
+    pairs: Sequence[tuple[Dialogue, Reference]],
+    config: DataConfig,
+    model: ChromaConfig,
+    encode,
+    waves: dict[Path, np.ndarray],
+    codes: dict[Path, np.ndarray],
+    problems: list[Problem],
+) -> list[Conversation]:
+    """Lays out dialogues whose audio is usable. One that is too long for a row is added to ``problems``."""
+    packing, found = pack_config(model, feature_config(model), config.system), []
+    for d, reference in pairs:
+        if d.question_audio not in waves or d.answer_audio not in codes:
+            continue  # named already, when its audio was read
+        c = conversation(
+            d.id,
+            wave=waves[d.question_audio],
+            answer_text=d.answer,
+            transcript=reference.text,
+            reference_codes=codes[reference.audio],
+            answer_codes=codes[d.answer_audio],
+            encode=encode,
+            config=packing,
+        )
+        if over := excess(c.size, config.row):
+            problems.append(Problem("too long for a row", d.id, ", ".join(over)))
+        else:
+            found.append(c)
+    return found
+
+
+def write_split(path: Path, found: list[Conversation], shape: RowShape, model: ChromaConfig, system: str, progress) -> dict:
+    """Packs and writes one split. Returns its entry in dataset.json."""
+    packing = pack_config(model, feature_config(model), system)
+    sizes = [c.size for c in found]
+    rows = first_fit(sizes, shape)
+    placed = (place([found[i] for i in row], shape, packing) for row in rows)
+    count = write_rows(path, bar(placed, f"{path.stem} rows", len(rows), "row", progress))
+    used = np.array([dataclasses.astuple(s) for s in sizes]).reshape(-1, 5).sum(axis=0)
+    capacity = np.array(dataclasses.astuple(shape)) * max(count, 1)
+    frames = sum(len(c.target_codes) - 1 for c in found)
+    return {
+        "rows": count,
+        "bytes": path.stat().st_size,
+        "conversations": len(found),
+        "user_hours": round(sum(len(c.wave) for c in found) / audio.REASONER_RATE / 3600, 4),
+        "assistant_hours": round(frames * model.codec.samples_per_frame / audio.CODEC_RATE / 3600, 4),
+        "fill": {f.name: round(float(x), 4) for f, x in zip(dataclasses.fields(RowShape), used / capacity, strict=True)},
+    }
+
+
+def unigram(splits: dict[str, list[Conversation]], model: ChromaConfig) -> dict:
+    """What a model would score that knows how often each code and token occurs in train, and nothing else.
+
+    Mean cross-entropy in nats over the targets of valid and test, with add-one smoothing: ``c0``, ``codes`` (all levels)
+    and ``text`` (answer tokens), of every split that has any.
+    """
+
+    def counts(stream: np.ndarray, size: int) -> np.ndarray:
+        return np.bincount(stream, minlength=size) + 1.0
+
+    def entropy(seen: np.ndarray, stream: np.ndarray) -> float:
+        return round(float(-np.mean(np.log(seen / seen.sum())[stream])), 4)
+
+    def targets(split: str) -> tuple[np.ndarray, np.ndarray]:
+        found = splits[split]
+        return np.concatenate([c.target_codes for c in found]), np.concatenate([c.answer_token for c in found])
+
+    codes, text = targets("train")
+    seen_codes = [counts(level, model.audio_vocab) for level in codes.T]
+    seen_text = counts(text, model.reasoner.vocab_size)
+    result = {"uniform": {"c0": round(math.log(model.audio_vocab), 4), "text": round(math.log(model.reasoner.vocab_size), 4)}}
+    for split in ("valid", "test"):
+        if splits[split]:
+            codes, text = targets(split)
+            levels = [entropy(seen, level) for seen, level in zip(seen_codes, codes.T, strict=True)]
+            result[split] = {"c0": levels[0], "codes": levels, "text": entropy(seen_text, text)}
+    return result
+
+
+def licence(folder: Path) -> str:
+    """The first lines of the corpus's licence file, as far as there is one."""
+    for name in ("LICENSE", "LICENSE.txt", "LICENSE.TXT"):
+        if (folder / name).is_file():
+            lines = [s.strip() for s in (folder / name).read_text(encoding="utf-8", errors="replace").splitlines()]
+            return " ".join([s for s in lines if s][:2])
+    return "not stated in the corpus folder"
+
+
+def codec_latents(config: DataConfig, model: ChromaConfig, codec: CodecLike) -> np.ndarray:
+    """Latents of all training answers and references, float32 [N, D]: what the codebooks of a new Codec are fitted on."""
+    corpus = read_corpus(config.corpus, on_problem=config.on_problem)
+    train = [d for d in corpus.dialogues if d.split == "train"]
+    voices = {d.assistant_voice for d in train}
+    paths = [d.answer_audio for d in train] + [r.audio for r in corpus.references if r.voice in voices]
+    return latents(paths, codec, model.codec.samples_per_frame, max_seconds=config.max_seconds)

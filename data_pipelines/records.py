@@ -1,0 +1,321 @@
+"""Prepared datasets on disk, and the batches that training reads from them.
+
+    dataset.json            what was prepared, from what, by which configuration
+    tokenizer.json
+    codes.npz               Codec codes of every recording (see `data_pipelines.codes`)
+    <split>.array_record    one packed row per record
+
+The whole state of the training iterator is one integer, the number of global batches consumed: the order of the rows is a
+function of the seed alone, and every host reads its contiguous slice of the same global batch.
+"""
+
+import dataclasses
+import json
+import struct
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import grain
+import numpy as np
+from array_record.python import array_record_module
+
+from chroma_jax.errors import ChromaError, near
+from chroma_jax.features import FeatureConfig, log_mel
+from chroma_jax.models.audio_encoder import cut_blocks
+from chroma_jax.models.chroma import ChromaConfig
+from chroma_jax.rows import Batch, RowShape
+from data_pipelines.audio import from_int16
+from data_pipelines.pack import FIELDS, Row, pack_config, place
+
+VERSION = 1
+MAGIC = b"ChR1"
+HEAD = struct.Struct("<4sII")  # magic, crc32 of the rest, bytes of the JSON header
+DTYPES = ("int16", "int32")
+
+
+# A row as bytes
+
+
+def to_bytes(row: Row) -> bytes:
+    """A row as one record: a checksum, a JSON header with the names and shapes, then the arrays' bytes."""
+    arrays = {f"wave/{i}": wave for i, wave in enumerate(row.waves)} | row.arrays
+    header = {"ids": row.ids, "arrays": [[name, str(a.dtype), a.shape] for name, a in arrays.items()]}
+    head = json.dumps(header).encode()
+    body = head + b"".join(np.ascontiguousarray(a).tobytes() for a in arrays.values())
+    return HEAD.pack(MAGIC, zlib.crc32(body), len(head)) + body
+
+
+def from_bytes(data: bytes) -> Row:
+    """The inverse of `to_bytes`. Raises ValueError when the record is not one, or damaged."""
+    if len(data) < HEAD.size or data[:4] != MAGIC:
+        raise ValueError("not a row")
+    _, checksum, size = HEAD.unpack_from(data)
+    if zlib.crc32(memoryview(data)[HEAD.size :]) != checksum:
+        raise ValueError("checksum differs")
+    at = HEAD.size + size
+    header = json.loads(data[HEAD.size : at])
+    arrays = {}
+    for name, dtype, shape in header["arrays"]:
+        if dtype not in DTYPES:
+            raise ValueError(f"array {name} has type {dtype}")
+        count = int(np.prod(shape))
+        arrays[name] = np.frombuffer(data, dtype, count, at).reshape(shape)
+        at += arrays[name].nbytes
+    waves = tuple(arrays.pop(f"wave/{i}") for i in range(len(header["ids"])))
+    return Row(tuple(header["ids"]), waves, arrays)
+
+
+def write_rows(path: Path, rows: Iterator[Row]) -> int:
+    """Writes an ArrayRecord file. Returns the number of rows."""
+    writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1,zstd:3")
+    count = 0
+    for row in rows:
+        writer.write(to_bytes(row))
+        count += 1
+    writer.close()
+    return count
+
+
+# A dataset folder
+
+
+def model_facts(model: ChromaConfig) -> dict:
+    """What of the model the stored rows depend on."""
+    return {
+        "block_frames": model.reasoner.audio.block_frames,
+        "mel_bins": model.reasoner.audio.mel_bins,
+        "vocab_size": model.reasoner.vocab_size,
+        "codebooks": model.codebooks,
+        "codebook_eos": model.codebook_eos,
+        "audio_vocab": model.audio_vocab,
+        "samples_per_frame": model.codec.samples_per_frame,
+        "tokens": dataclasses.asdict(model.tokens),
+    }
+
+
+def differences(there: dict, here: dict, prefix: str = "") -> list[str]:
+    """The leaves in which two nested dictionaries differ: 'data.row.text: 384 there, 512 here'."""
+    found = []
+    for key in sorted({*there, *here}):
+        a, b = there.get(key), here.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append(f"{prefix}{key}: {a!r} there, {b!r} here")
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """A prepared folder that has been checked. manifest: the contents of its dataset.json."""
+
+    folder: Path
+    manifest: dict
+
+    @property
+    def shape(self) -> RowShape:
+        return RowShape(**self.manifest["config"]["data"]["row"])
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.folder / "tokenizer.json"
+
+    def rows(self, split: str) -> int:
+        """Number of rows of a split. Raises ChromaError when there is no such split."""
+        splits = self.manifest["splits"]
+        if split not in splits:
+            raise ChromaError(f"{self.folder}: no split {split!r}{near(split, splits)}; it has {', '.join(splits)}")
+        return splits[split]["rows"]
+
+
+def read_manifest(folder: Path) -> dict:
+    """dataset.json of a prepared folder. Raises ChromaError when it is missing or broken."""
+    path = folder / "dataset.json"
+    if not path.is_file():
+        raise ChromaError(f"{folder}: not a prepared dataset (no dataset.json)")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        version = manifest["version"]
+        if version == VERSION:
+            RowShape(**manifest["config"]["data"]["row"])
+            _ = manifest["config"]["model"], [s["rows"] + s["bytes"] for s in manifest["splits"].values()]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ChromaError(f"{path}: damaged ({type(error).__name__}: {error}); remove the folder and prepare it again") from error
+    if version != VERSION:
+        raise ChromaError(f"{path}: version {version}, this code reads {VERSION}; prepare the data again")
+    return manifest
+
+
+def open_dataset(folder: Path | str, model: ChromaConfig | None = None) -> Dataset:
+    """Opens a prepared folder.
+
+    Raises ChromaError when it is not one, a file in it is missing or has another size than was written, or, given
+    ``model``, when it was prepared for a model that differs in what the rows depend on.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    for split, facts in manifest["splits"].items():
+        path = folder / f"{split}.array_record"
+        if not path.is_file():
+            raise ChromaError(f"{path}: missing; remove the folder and prepare it again")
+        if path.stat().st_size != facts["bytes"]:
+            raise ChromaError(f"{path}: {path.stat().st_size} bytes, {facts['bytes']} were written; prepare the data again")
+    if model is not None and (wrong := differences(manifest["config"]["model"], model_facts(model), "model.")):
+        raise ChromaError(f"{folder}: prepared for another model: {'; '.join(wrong)}")
+    return Dataset(folder, manifest)
+
+
+# Rows and batches
+
+
+class RowReader:
+    """Random access to the rows of a split. Rows may be read from several threads."""
+
+    def __init__(self, dataset: Dataset, split: str):
+        self.path = dataset.folder / f"{split}.array_record"
+        expected = dataset.rows(split)
+        try:
+            self.source = grain.sources.ArrayRecordDataSource([str(self.path)])
+            count = len(self.source)
+        except Exception as error:  # the reader raises its own types, by kind of damage
+            raise ChromaError(f"{self.path}: not a readable ArrayRecord file ({error})") from error
+        if count != expected:
+            raise ChromaError(f"{self.path}: {count} rows, dataset.json says {expected}")
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Row:
+        """Raises ChromaError naming file and record when it is damaged."""
+        try:
+            return from_bytes(self.source[index])
+        except Exception as error:
+            raise ChromaError(f"{self.path}: record {index} is damaged ({error})") from error
+
+
+Augment = Callable[[np.ndarray, np.random.Generator], np.ndarray]  # float32 [S] → float32 [S], the same length
+
+
+def to_example(row: Row, features: FeatureConfig, block_frames: int, heard: Callable = lambda wave: wave) -> Batch:
+    """A stored row as the model reads it (no leading axis): log-mel features are computed here, for each conversation alone.
+
+    heard: what happens to each wave (float32 [S]) before.
+    """
+    lengths = row.arrays["mel_length"]
+    mel = np.zeros((len(lengths), block_frames, features.mel_bins), np.float32)
+    block = 0
+    for name, wave in zip(row.ids, row.waves, strict=True):
+        cut, valid = cut_blocks(log_mel(heard(from_int16(wave)), features), block_frames)
+        if not np.array_equal(lengths[block : block + len(cut)], valid):
+            raise ChromaError(f"conversation {name}: {valid.sum()} mel frames, packed for {lengths[block : block + len(cut)]}")
+        mel[block : block + len(cut)] = cut
+        block += len(cut)
+    return Batch(mel=mel, **{name: row.arrays[name] for name in FIELDS})
+
+
+def stack(examples: list[Batch]) -> Batch:
+    return Batch(*(np.stack(arrays) for arrays in zip(*examples, strict=True)))
+
+
+def local_rows(global_batch: int, process_index: int, process_count: int) -> slice:
+    """Which rows of a global batch a host reads. Raises ChromaError when they cannot be divided evenly."""
+    if global_batch < 1 or global_batch % process_count:
+        raise ChromaError(f"global batch of {global_batch} rows cannot be divided among {process_count} hosts")
+    if not 0 <= process_index < process_count:
+        raise ChromaError(f"process_index {process_index} is outside 0 … {process_count - 1}")
+    rows = global_batch // process_count
+    return slice(process_index * rows, (process_index + 1) * rows)
+
+
+class BatchIterator:
+    """Iterates over batches; `position` is the number of global batches consumed, and all there is to save."""
+
+    def __init__(self, load: Callable[[int], Batch], position: int, stop: int, threads: int, prefetch: int):
+        self.position = position
+        steps = grain.MapDataset.range(position, stop).map(load)
+        # threads only: worker processes would be spawned, each importing JAX again
+        self.batches = iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)))
+
+    def __iter__(self) -> "BatchIterator":
+        return self
+
+    def __next__(self) -> Batch:
+        batch = next(self.batches)
+        self.position += 1
+        return batch
+
+
+def batches(
+    folder: Path | str,
+    split: str,
+    model: ChromaConfig,
+    *,
+    global_batch: int,
+    seed: int,
+    position: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    threads: int = 4,
+    prefetch: int = 4,
+    augment: Augment | None = None,
+) -> BatchIterator:
+    """Endless shuffled batches for training: this host's rows of global batch ``position``, ``position`` + 1, …
+
+    Returns an iterator of `Batch` of numpy arrays with global_batch / process_count rows. Which rows a global batch holds,
+    and in which order, depends on the split, ``global_batch`` and ``seed`` alone; each pass over the split is shuffled anew.
+    augment gets each conversation's speech and a generator that depends on the seed and on the row's place in the stream, so
+    that it too repeats after a resume. Raises ChromaError: see `open_dataset` and `local_rows`; on damaged records while
+    iterating.
+    """
+    dataset = open_dataset(folder, model)
+    reader = RowReader(dataset, split)
+    if not len(reader):
+        raise ChromaError(f"{reader.path}: holds no rows")
+    mine = local_rows(global_batch, process_index, process_count)
+    features, block_frames = feature_config(model), model.reasoner.audio.block_frames
+    order = grain.MapDataset.range(len(reader)).shuffle(seed=seed).repeat()
+
+    def example(place_in_stream: int) -> Batch:
+        rng = np.random.default_rng((seed, place_in_stream))
+        heard = (lambda wave: augment(wave, rng)) if augment else (lambda wave: wave)
+        return to_example(reader[order[place_in_stream]], features, block_frames, heard)
+
+    def load(step: int) -> Batch:
+        return stack([example(step * global_batch + i) for i in range(mine.start, mine.stop)])
+
+    return BatchIterator(load, position, sys.maxsize // global_batch, threads, prefetch)
+
+
+def evaluation_batches(
+    folder: Path | str,
+    split: str,
+    model: ChromaConfig,
+    *,
+    global_batch: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    threads: int = 4,
+    prefetch: int = 4,
+) -> BatchIterator:
+    """Each row of a split once, in stored order; the last global batch is filled up with empty rows.
+
+    All hosts get the same number of batches. Otherwise as `batches`.
+    """
+    dataset = open_dataset(folder, model)
+    reader = RowReader(dataset, split)
+    mine = local_rows(global_batch, process_index, process_count)
+    features, block_frames = feature_config(model), model.reasoner.audio.block_frames
+    empty = place([], dataset.shape, pack_config(model, features))
+
+    def load(step: int) -> Batch:
+        wanted = range(step * global_batch + mine.start, step * global_batch + mine.stop)
+        return stack([to_example(reader[i] if i < len(reader) else empty, features, block_frames) for i in wanted])
+
+    return BatchIterator(load, 0, -(-len(reader) // global_batch), threads, prefetch)
+
+
+def feature_config(model: ChromaConfig) -> FeatureConfig:
+    """The log-mel front end of a model's audio encoder."""
+    return FeatureConfig(mel_bins=model.reasoner.audio.mel_bins)

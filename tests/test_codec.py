@@ -1,0 +1,301 @@
+"""What the Codec promises: the reference's numbers, and streaming that equals the whole utterance."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from codec_weights import load
+from flax import nnx
+from safetensors.numpy import load_file
+
+from chroma_jax.errors import ChromaError
+from chroma_jax.layers.rope import RopeConfig
+from chroma_jax.layers.transformer import EncoderConfig
+from chroma_jax.models.codec import (
+    Codec,
+    CodecConfig,
+    QuantizerConfig,
+    SeanetConfig,
+    check_codes,
+    fit_codebooks,
+    reset_rows,
+)
+
+GOLDEN = pathlib.Path(__file__).parent / "golden" / "codec"
+# Float32 sums of some hundred terms in another order than the reference's, through about twenty layers.
+HIDDEN = 2e-4
+# The waveform is the last layer's sum of few small terms.
+AUDIO = 1e-4
+# The same program on other shapes: only the order of sums differs.
+SAME = 1e-5
+
+# These tests wait for the compiler, not for the program.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def golden_config(window: bool) -> CodecConfig:
+    c = json.loads((GOLDEN / "config.json").read_text())["codec_config"]
+    return CodecConfig(
+        sampling_rate=c["sampling_rate"],
+        seanet=SeanetConfig(
+            num_filters=c["num_filters"],
+            ratios=tuple(c["upsampling_ratios"]),
+            kernel_size=c["kernel_size"],
+            last_kernel_size=c["last_kernel_size"],
+            residual_kernel_size=c["residual_kernel_size"],
+            num_residual_layers=c["num_residual_layers"],
+            dilation_growth=c["dilation_growth_rate"],
+            compress=c["compress"],
+        ),
+        transformer=EncoderConfig(
+            num_layers=c["num_hidden_layers"],
+            width=c["hidden_size"],
+            num_heads=c["num_attention_heads"],
+            num_kv_heads=c["num_key_value_heads"],
+            head_dim=c["head_dim"],
+            mlp_width=c["intermediate_size"],
+            norm_eps=c["norm_eps"],
+            layer_scale=c["layer_scale_initial_scale"],
+            rope=RopeConfig(theta=c["rope_parameters"]["rope_theta"]),
+        ),
+        quantizer=QuantizerConfig(
+            num_codebooks=c["num_quantizers"],
+            num_semantic=c["num_semantic_quantizers"],
+            codebook_size=c["codebook_size"],
+            codebook_dim=c["codebook_dim"],
+        ),
+        upsample_groups=c["upsample_groups"],
+        window=c["sliding_window"] if window else None,
+    )
+
+
+@functools.cache
+def golden_codec(window: bool) -> Codec:
+    weights = load_file(GOLDEN / "weights.safetensors")
+    return load(golden_config(window), {name.removeprefix("codec_model."): w for name, w in weights.items()})
+
+
+@pytest.fixture(scope="module")
+def given() -> dict[str, np.ndarray]:
+    return load_file(GOLDEN / "inputs.safetensors")
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, np.ndarray]:
+    return load_file(GOLDEN / "outputs.safetensors")
+
+
+@functools.cache
+def odd_codec() -> Codec:
+    """Sizes that share no factor with Mimi's."""
+    config = CodecConfig(
+        sampling_rate=8_000,
+        seanet=SeanetConfig(
+            num_filters=3, ratios=(5, 3), kernel_size=5, last_kernel_size=2, num_residual_layers=2, dilation_growth=3,
+            compress=1, shortcut="conv",
+        ),  # fmt: skip
+        transformer=EncoderConfig(
+            num_layers=1, width=12, num_heads=4, num_kv_heads=2, head_dim=6, mlp_width=20, layer_scale=0.5,
+            rope=RopeConfig(theta=100.0),
+        ),  # fmt: skip
+        quantizer=QuantizerConfig(num_codebooks=5, num_semantic=2, codebook_size=11, codebook_dim=12),
+        stride=3,
+        upsample_groups=4,
+        window=5,
+    )
+    return jit(lambda: Codec(nnx.Rngs(1), config))()
+
+
+encode_stages = jit(lambda codec, audio: (codec.encode_stages(audio), codec.encode(audio)))
+decode_stages = jit(lambda codec, codes: codec.decode_stages(codes))
+decode_step = jit(lambda codec, state, codes: codec.decode_step(state, codes), donate_argnums=1)
+encode_step = jit(lambda codec, state, audio: codec.encode_step(state, audio), donate_argnums=1)
+
+
+def encode(codec, audio):
+    return encode_stages(codec, audio)[1]
+
+
+def decode(codec, codes):
+    return decode_stages(codec, codes).audio
+
+
+def frames_first(codes: np.ndarray) -> np.ndarray:
+    return np.moveaxis(codes, -1, -2)
+
+
+@pytest.mark.parametrize("window", [False, True], ids=["full", "sliding"])
+@pytest.mark.parametrize("wave", range(5))
+def test_encoding_gives_the_references_latents_and_codes(given, expected, wave, window):
+    codec, prefix, audio = golden_codec(window), "sliding_" if window else "", jnp.asarray(given[f"wave_{wave}"])
+    stages, codes = encode_stages(codec, audio)
+    np.testing.assert_allclose(stages.latents[0].T, expected[f"{prefix}latents_{wave}"], atol=HIDDEN, rtol=0)
+    assert codes.dtype == jnp.int32 and codes.shape[1] == codec.config.num_frames(audio.shape[1])
+    np.testing.assert_array_equal(codes[0].T, expected[f"{prefix}codes_{wave}"])
+
+
+def test_encoder_stages_equal_the_references(given, expected):
+    stages, _ = encode_stages(golden_codec(False), jnp.asarray(given["wave_1"]))
+    np.testing.assert_allclose(stages.features[0].T, expected["seanet_1"], atol=HIDDEN, rtol=0)
+    np.testing.assert_allclose(stages.hidden[0], expected["enc_transformer_1"], atol=HIDDEN, rtol=0)
+
+
+def test_a_padded_row_encodes_like_the_references_padded_row(given, expected):
+    long, short = given["wave_1"], given["wave_0"]
+    short = np.pad(short, ((0, 0), (0, long.shape[1] - short.shape[1])))
+    codes = encode(golden_codec(False), jnp.asarray(np.concatenate([long, short])))
+    np.testing.assert_array_equal(codes, frames_first(expected["batch_codes"]))
+
+
+def test_fewer_codebooks_are_a_prefix_of_all(given, expected):
+    codes = jit(lambda codec, audio: codec.encode(audio, num_codebooks=3))(golden_codec(False), jnp.asarray(given["wave_0"]))
+    np.testing.assert_array_equal(codes[0].T, expected["codes_0"][:3])
+
+
+@pytest.mark.parametrize("window", [False, True], ids=["full", "sliding"])
+def test_decoding_gives_the_references_audio(given, expected, window):
+    prefix = "sliding_" if window else ""
+    stages = decode_stages(golden_codec(window), jnp.asarray(frames_first(given["codes"])))
+    np.testing.assert_allclose(stages.quantized.mT, expected["dec_quantized"], atol=HIDDEN, rtol=0)
+    np.testing.assert_allclose(stages.upsampled.mT, expected["dec_upsampled"], atol=HIDDEN, rtol=0)
+    np.testing.assert_allclose(stages.hidden.mT, expected[f"{prefix}dec_transformer"], atol=HIDDEN, rtol=0)
+    np.testing.assert_allclose(stages.audio[:, None], expected[f"{prefix}audio"], atol=AUDIO, rtol=0)
+
+
+def test_decoding_the_first_codebooks_gives_the_references_audio(given, expected):
+    audio = decode(golden_codec(False), jnp.asarray(frames_first(given["codes"])[..., :3]))
+    np.testing.assert_allclose(audio[:, None], expected["audio_first3"], atol=AUDIO, rtol=0)
+
+
+def stream_decode(codec, codes, step, state=None):
+    state = codec.decoder_state(codes.shape[0], frames_per_step=2) if state is None else state
+    pieces = []
+    for start in range(0, codes.shape[1], step):
+        state, audio = decode_step(codec, state, codes[:, start : start + step])
+        pieces.append(audio)
+    return state, jnp.concatenate(pieces, axis=1)
+
+
+# 1: frame by frame; 5: more than one pass of attention takes.
+@pytest.mark.parametrize("step", [1, 5])
+def test_streaming_decode_equals_the_references_sliding_window(given, expected, step):
+    codes = jnp.asarray(frames_first(given["codes"]))  # 40 positions, a window of 16
+    _, audio = stream_decode(golden_codec(True), codes, step)
+    np.testing.assert_allclose(audio, decode(golden_codec(True), codes), atol=SAME, rtol=0)
+    np.testing.assert_allclose(audio[:, None], expected["sliding_audio"], atol=AUDIO, rtol=0)
+
+
+@pytest.mark.parametrize("step", [1, 4])
+def test_streaming_encode_equals_whole(given, expected, step):
+    codec, audio = golden_codec(True), jnp.asarray(given["wave_4"])
+    state, samples, codes = codec.encoder_state(1, frames_per_step=step), step * codec.config.samples_per_frame, []
+    for start in range(0, audio.shape[1], samples):
+        state, new = encode_step(codec, state, audio[:, start : start + samples])
+        codes.append(new)
+    np.testing.assert_array_equal(jnp.concatenate(codes, axis=1)[0].T, expected["sliding_codes_4"])
+
+
+def test_a_reset_row_begins_anew_and_the_others_go_on(given):
+    codec, codes = golden_codec(True), jnp.asarray(frames_first(given["codes"]))
+    state, _ = stream_decode(codec, codes[:, :11], 1)
+    state = reset_rows(state, jnp.array([True, False]))
+    next_codes = jnp.concatenate([codes[1:, :9], codes[1:, 11:]])
+    state, audio = stream_decode(codec, next_codes, 1, state)
+    np.testing.assert_array_equal(state.position, [9, 20])
+    samples = codec.config.samples_per_frame
+    whole = decode(codec, codes)[1]  # causal: its first 9 frames are also those of a shorter utterance
+    np.testing.assert_allclose(audio[0], whole[: 9 * samples], atol=SAME, rtol=0)
+    np.testing.assert_allclose(audio[1], whole[11 * samples :], atol=SAME, rtol=0)
+
+
+def test_a_reset_row_encodes_anew(given):
+    codec, audio = odd_codec(), jnp.asarray(given["wave_4"])
+    length = 7 * codec.config.samples_per_frame
+    first, second = audio[:, :length], audio[:, 5_000 : 5_000 + length]
+    state, _ = encode_step(codec, codec.encoder_state(1), first)
+    _, codes = encode_step(codec, reset_rows(state, jnp.array([True])), second)
+    np.testing.assert_array_equal(codes, encode(codec, second))
+
+
+def test_other_sizes_stream_and_decode_alike(given):
+    codec = odd_codec()
+    assert codec.config.samples_per_frame == 45 and codec.config.num_frames(46) == 2
+    codes = jax.random.randint(jax.random.key(0), (2, 13, 5), 0, 11)
+    _, audio = stream_decode(codec, codes, 1)
+    assert audio.shape == (2, 13 * 45)
+    np.testing.assert_allclose(audio, decode(codec, codes), atol=SAME, rtol=0)
+    wave = jnp.asarray(given["wave_0"][:, : 45 * 14])
+    state, streamed = encode_step(codec, codec.encoder_state(1), wave[:, : 45 * 7])
+    _, more = encode_step(codec, state, wave[:, 45 * 7 :])
+    np.testing.assert_array_equal(jnp.concatenate([streamed, more], axis=1), encode(codec, wave))
+
+
+def test_decoding_in_bfloat16_stays_near_float32(given):
+    codec, codes = golden_codec(True), jnp.asarray(frames_first(given["codes"]))
+    audio = jit(lambda codec, codes: codec.decode(codes, jnp.bfloat16))(codec, codes)
+    reference = decode(codec, codes)
+    assert audio.dtype == jnp.bfloat16
+    # bfloat16 keeps 8 bits; twenty layers of rounding add up to a few percent of the level.
+    assert jnp.std(audio.astype(jnp.float32) - reference) < 0.05 * jnp.std(reference)
+
+
+def test_bad_codes_are_named(given):
+    config, codes = golden_config(True), frames_first(given["codes"]).copy()
+    check_codes(codes, config)
+    codes[1, 3, 2] = 64
+    with pytest.raises(ChromaError, match="code 64 at row 1, frame 3, codebook 2 is outside 0 … 63"):
+        check_codes(codes, config)
+    with pytest.raises(ChromaError, match="9 codebooks"):
+        check_codes(np.zeros((4, 9), np.int32), config)
+    with pytest.raises(ChromaError, match="integers"):
+        check_codes(np.zeros((4, 8), np.float32), config)
+
+
+def test_a_code_outside_the_codebook_is_clamped(given):
+    codec, codes = golden_codec(True), jnp.asarray(frames_first(given["codes"]))
+    np.testing.assert_array_equal(decode(codec, codes.at[0, 0, 0].set(70)), decode(codec, codes.at[0, 0, 0].set(63)))
+
+
+@pytest.mark.parametrize(
+    "make, name",
+    [
+        (lambda: SeanetConfig(ratios=(8, 0)), "ratios"),
+        (lambda: SeanetConfig(num_filters=0), "num_filters"),
+        (lambda: QuantizerConfig(num_semantic=32), "num_semantic"),
+        (lambda: QuantizerConfig(codebook_size=0), "codebook_size"),
+        (lambda: CodecConfig(window=0), "window"),
+        (lambda: CodecConfig(upsample_groups=7), "upsample_groups"),
+        (lambda: golden_codec(False).decoder_state(1), "window"),
+    ],
+)
+def test_bad_settings_are_named(make, name):
+    with pytest.raises(ValueError, match=name):
+        make()
+
+
+def test_the_default_is_mimi():
+    config = CodecConfig()
+    assert (config.samples_per_frame, config.frame_rate, config.num_codebooks) == (1920, 12.5, 32)
+    shapes = nnx.state(nnx.eval_shape(lambda: Codec(nnx.Rngs(0), dataclasses.replace(config, quantizer=QuantizerConfig()))))
+    count = sum(v.size for path, v in nnx.to_flat_state(shapes) if path[-1] not in ("embed_sum", "cluster_usage", "initialized"))
+    assert count == 79_308_609  # the released checkpoint's parameters, buffers not counted
+
+
+def test_fitted_codebooks_make_informative_codes_and_the_same_ones_again(given):
+    codec, audio = odd_codec(), jnp.asarray(given["wave_3"])  # 1067 frames, codebooks of 11
+    latents = np.asarray(encode_stages(codec, audio)[0].latents[0])
+    fitted = fit_codebooks(codec, latents, seed=0)
+    shares = [np.bincount(level, minlength=11) / len(level) for level in np.asarray(encode(fitted, audio))[0].T]
+    perplexity = [np.exp(-(p[p > 0] * np.log(p[p > 0])).sum()) for p in shares]
+    # A collapsed codebook has 1, codes in even use 11; most codes must be in use at every level.
+    assert min(perplexity) > 5
+    again = fit_codebooks(codec, latents, seed=0)
+    books, same = fitted.quantizer.acoustic.codebooks, again.quantizer.acoustic.codebooks
+    np.testing.assert_array_equal(books.embed_sum[...], same.embed_sum[...])
+    # The given codec is left as it was.
+    assert (codec.quantizer.semantic.codebooks.cluster_usage[...] == 1).all()

@@ -1,0 +1,121 @@
+"""The order of training rows depends on the seed alone, and the iterator's whole state is one integer."""
+
+import numpy as np
+import pytest
+from tiny_corpus import MODEL, StandInCodec, data_config, write_corpus
+
+from chroma_jax.errors import ChromaError
+from chroma_jax.features import log_mel
+from chroma_jax.models.audio_encoder import cut_blocks
+from chroma_jax.rows import Batch, empty_batch
+from data_pipelines import records
+from data_pipelines.audio import from_int16
+from data_pipelines.prepare import prepare
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    write_corpus(folder / "corpus", train=11)
+    return prepare(data_config(folder / "corpus"), MODEL, StandInCodec(), folder / "set", progress="none")
+
+
+def stream(dataset, count, *, global_batch=4, **options):
+    iterator = records.batches(dataset.folder, "train", MODEL, global_batch=global_batch, **{"seed": 0} | options)
+    return [next(iterator) for _ in range(count)]
+
+
+def assert_same(a: Batch, b: Batch):
+    for name, x, y in zip(Batch._fields, a, b, strict=True):
+        np.testing.assert_array_equal(x, y, err_msg=name)
+
+
+def joined(parts: list[Batch]) -> Batch:
+    return Batch(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+
+
+def names(batch):
+    """Something that tells rows apart."""
+    return [row.tobytes() for row in batch.codes]
+
+
+def test_batches_have_the_shapes_that_training_is_compiled_for(dataset):
+    batch = stream(dataset, 1)[0]
+    expected = empty_batch(dataset.shape, rows=4, block_frames=200, mel_bins=128, codebooks=MODEL.codebooks)
+    for name, x, struct in zip(Batch._fields, batch, expected, strict=True):
+        assert isinstance(x, np.ndarray) and (x.shape, x.dtype) == (struct.shape, struct.dtype), name
+
+
+@pytest.mark.parametrize("hosts", [2, 4])
+def test_any_number_of_hosts_reads_the_same_global_batches(dataset, hosts):
+    alone = stream(dataset, 5)
+    shares = [stream(dataset, 5, process_index=i, process_count=hosts) for i in range(hosts)]
+    for step, batch in enumerate(alone):
+        assert_same(joined([share[step] for share in shares]), batch)
+
+
+def test_a_position_resumes_exactly(dataset):
+    whole = stream(dataset, 7)
+    iterator = records.batches(dataset.folder, "train", MODEL, global_batch=4, seed=0, position=3, threads=1, prefetch=1)
+    assert iterator.position == 3
+    for expected in whole[3:]:
+        assert_same(next(iterator), expected)
+    assert iterator.position == 7
+
+
+def test_each_pass_holds_every_row_once_in_a_new_order(dataset):
+    rows = dataset.rows("train")
+    seen = [name for batch in stream(dataset, 3 * rows, global_batch=1) for name in names(batch)]
+    passes = [seen[i * rows : (i + 1) * rows] for i in range(3)]
+    assert sorted(passes[0]) == sorted(passes[1]) == sorted(passes[2]) and len(set(passes[0])) == rows
+    assert passes[0] != passes[1]
+    assert [n for b in stream(dataset, rows, global_batch=1, seed=1) for n in names(b)] != passes[0]
+
+
+def test_a_global_batch_may_exceed_the_split(dataset):
+    rows = dataset.rows("train")
+    batch = stream(dataset, 1, global_batch=2 * rows)[0]
+    assert len(batch.text) == 2 * rows and len(set(names(batch))) == rows
+
+
+@pytest.mark.parametrize("hosts", [1, 2])
+def test_evaluation_reads_each_row_once_and_fills_up_with_empty_ones(dataset, hosts):
+    reader = records.RowReader(dataset, "train")
+    options = {"global_batch": 4, "process_count": hosts}
+    shares = [list(records.evaluation_batches(dataset.folder, "train", MODEL, process_index=i, **options)) for i in range(hosts)]
+    batches = [joined(list(parts)) for parts in zip(*shares, strict=True)]
+    assert len(batches) == -(-len(reader) // 4) and all(len(b.text) == 4 for b in batches)
+    every = joined(batches)
+    assert names(every)[: len(reader)] == [reader[i].arrays["codes"].tobytes() for i in range(len(reader))]
+    assert not every.segment[len(reader) :].any() and np.all(every.target_position[len(reader) :] == -1)
+
+
+def test_features_are_those_of_each_recording_alone(dataset):
+    row = records.RowReader(dataset, "train")[0]
+    batch = next(records.evaluation_batches(dataset.folder, "train", MODEL, global_batch=1))
+    block = 0
+    assert len(row.ids) > 1
+    for wave in row.waves:
+        cut, lengths = cut_blocks(log_mel(from_int16(wave)), 200)
+        np.testing.assert_array_equal(batch.mel[0, block : block + len(cut)], cut)
+        np.testing.assert_array_equal(batch.mel_length[0, block : block + len(cut)], lengths)
+        block += len(cut)
+    assert not batch.mel[0, block:].any()
+
+
+def test_augmentation_is_the_same_after_a_resume(dataset):
+    def louder(wave, rng):
+        return wave * rng.uniform(0.1, 2.0)
+
+    whole = stream(dataset, 4, augment=louder)
+    assert_same(stream(dataset, 2, augment=louder, position=2)[1], whole[3])
+    assert not np.array_equal(whole[0].mel, stream(dataset, 1)[0].mel)
+
+
+def test_impossible_divisions_and_splits_are_errors(dataset):
+    with pytest.raises(ChromaError, match="global batch of 4 rows cannot be divided among 3 hosts"):
+        stream(dataset, 1, process_count=3)
+    with pytest.raises(ChromaError, match="process_index 2"):
+        stream(dataset, 1, process_index=2, process_count=2)
+    with pytest.raises(ChromaError, match=r"no split 'vaild' \(near: valid\)"):
+        records.evaluation_batches(dataset.folder, "vaild", MODEL, global_batch=1)
