@@ -131,6 +131,12 @@ def leading_spec(x: jax.Array, count: int) -> tuple:
     return spec + (None,) * (count - len(spec))
 
 
+def reshape_rows(x: jax.Array, *shape: int) -> jax.Array:
+    """Reshapes, merging or splitting axis 0 with the axes after it; the rows stay on the devices they are on."""
+    spec = P(*leading_spec(x, 1), *(None,) * (len(shape) - 1)) if active() else None
+    return jax.lax.reshape(x, shape, out_sharding=spec)
+
+
 def take_rows(x: jax.Array, index: jax.Array) -> jax.Array:
     """Gathers x[b, index[b, t]] along axis 1, rows staying where they are.
 

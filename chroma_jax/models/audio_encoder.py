@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from chroma_jax.layers.linear import LayerNorm, Linear, in_use, normal, weight, zeros
-from chroma_jax.layers.sharding import RULES, AxisRules, active, leading_spec, reshard
+from chroma_jax.layers.sharding import RULES, AxisRules, active, leading_spec, reshape_rows, reshard
 from chroma_jax.layers.transformer import Encoder, EncoderConfig, Remat
 
 
@@ -151,13 +151,6 @@ class AudioEncoder(nnx.Module):
         block_frames is a multiple of 4.
         """
         b, r, f, bins = mel.shape
-        blocks = constrain_rows(mel.reshape(b * r, f, bins), mel)
-        flat = constrain_rows(lengths.reshape(b * r), mel)
-        x = self.attend(self.front(blocks, flat, dtype), flat)
-        x = x.reshape(b, r * x.shape[1], x.shape[2])
-        return self.pool(constrain_rows(x, mel))
-
-
-def constrain_rows(x: jax.Array, like: jax.Array) -> jax.Array:
-    """Keeps axis 0 of ``x`` divided as axis 0 of ``like`` is."""
-    return reshard(x, P(*leading_spec(like, 1), *(None,) * (x.ndim - 1)))
+        flat = reshape_rows(lengths, b * r)
+        x = self.attend(self.front(reshape_rows(mel, b * r, f, bins), flat, dtype), flat)
+        return self.pool(reshape_rows(x, b, r * x.shape[1], x.shape[2]))

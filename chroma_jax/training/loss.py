@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from chroma_jax.layers.sharding import active, leading_spec, reshard, take_rows
+from chroma_jax.layers.sharding import active, leading_spec, reshape_rows, reshard, take_rows
 from chroma_jax.models.chroma import Chroma
 from chroma_jax.rows import Batch, is_present
 
@@ -56,12 +56,6 @@ def mean(total: jax.Array, count: jax.Array) -> jax.Array:
     return total / jnp.maximum(count, 1)
 
 
-def merge_rows(x: jax.Array) -> jax.Array:
-    """[B, F, …] → [B · F, …], rows staying where they are."""
-    spec = P(*leading_spec(x, 1), *(None,) * (x.ndim - 2)) if active() else None
-    return jax.lax.reshape(x, (x.shape[0] * x.shape[1], *x.shape[2:]), out_sharding=spec)
-
-
 def choose_frames(present: jax.Array, count: int, key: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Draws ``count`` of each row's target frames without replacement.
 
@@ -91,8 +85,10 @@ def frame_losses(
         hidden, codes = take_rows(hidden, index), jnp.where(chosen[..., None], take_rows(codes, index), -1)
     if config.decoder_hidden == "detached":
         hidden = jax.lax.stop_gradient(hidden)
-    flat = merge_rows(codes)
-    residual_nll, residual_hit = cross_entropy(model.frame_logits(merge_rows(hidden), flat), flat[:, 1:])
+    frames_in_all = codes.shape[0] * codes.shape[1]
+    flat = reshape_rows(codes, frames_in_all, codes.shape[2])
+    residual_logits = model.frame_logits(reshape_rows(hidden, frames_in_all, hidden.shape[2]), flat)
+    residual_nll, residual_hit = cross_entropy(residual_logits, flat[:, 1:])
     count = jnp.sum(is_present(flat[:, 1:]), axis=0)
     residual_loss = mean(jnp.sum(residual_nll), jnp.sum(count))
     accuracy = jnp.concatenate([c0_accuracy[None], mean(jnp.sum(residual_hit, axis=0), count)])

@@ -109,5 +109,10 @@ def _abstract_state(trained, frozen, shardings, tx, precision: PrecisionConfig, 
     frozen = struct(frozen, shardings[1], jnp.dtype(precision.frozen))
     step = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, P()))
     moments = jax.eval_shape(tx.init, trained)
-    moments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec)), moments)
+
+
+    def placed(x):  # the shape carries its sharding, except where nothing is divided
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec if x.sharding else P()))
+
+    moments = jax.tree.map(placed, moments)
     return TrainState(step, trained, frozen, moments)
