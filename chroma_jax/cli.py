@@ -87,9 +87,11 @@ class Verify:
 
 
 def prepare(args: Prepare, config) -> int:
+    from chroma_jax.convert.weights import read_codec
     from data_pipelines.prepare import prepare
 
-    dataset = prepare(config.data, config.model, args.codec, args.out)
+    codec = None if args.codec is None else read_codec(args.codec, config.model)
+    dataset = prepare(config.data, config.model, codec, args.out)
     print(f"{args.out}: {summary(dataset.manifest)}")
     return 0
 

@@ -75,9 +75,9 @@ def model() -> ChromaConfig:
 def config() -> Config:
     return Config(
         model=model(),
-        data=DataConfig(row=RowShape(blocks=8, text=384, answers=64, positions=512, frames=192)),
+        data=DataConfig(row=RowShape(blocks=6, text=256, answers=32, positions=384, frames=112)),
         mesh=MeshConfig(data=2, fsdp=2, tensor=2),
-        training=TrainingConfig(steps=400, global_batch=8, eval_every=100, log_every=10),
+        training=TrainingConfig(steps=400, global_batch=4, eval_every=100, log_every=10),
         loss=LossConfig(decoder_weight=0.5, text_weight=1.0),
         optimizer=OptimizerConfig(
             learning_rate=2e-3, warmup_steps=40, schedule="cosine", decay_steps=360, final_factor=0.1, weight_decay=0.05

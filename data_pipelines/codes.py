@@ -74,11 +74,11 @@ def loaded(paths: Sequence[Path], rate: int, max_seconds: float) -> Iterator[tup
 
 
 def padded_batches(
-    paths: Sequence[Path], samples_per_frame: int, max_seconds: float, problems: list[Problem], progress: Progress
+    paths: Sequence[Path], samples_per_frame: int, max_seconds: float, problems: list[Problem], name: str, progress: Progress
 ) -> Iterator[tuple[np.ndarray, list[tuple[Path, int]]]]:
     """Yields (float32 [ROWS, S] at 24 kHz, (path, frames) of the rows in use), shortest recordings first.
 
-    Recordings end with zeros up to a whole frame. Unusable ones are added to ``problems``.
+    name: of the progress bar. Recordings end with zeros up to a whole frame. Unusable ones are added to ``problems``.
     """
     order = sorted(dict.fromkeys(paths), key=lambda p: (seconds_in_header(p), str(p)))
     group: list[tuple[Path, np.ndarray]] = []
@@ -91,7 +91,7 @@ def padded_batches(
             row[: len(wave)] = wave
         return batch, [(path, n) for (path, _), n in zip(group, frames, strict=True)]
 
-    for path, wave in bar(loaded(order, audio.CODEC_RATE, max_seconds), "codec", len(order), "recording", progress):
+    for path, wave in bar(loaded(order, audio.CODEC_RATE, max_seconds), name, len(order), "recording", progress):
         if isinstance(wave, ChromaError):
             problems.append(Problem("bad audio", str(path), str(wave).removeprefix(f"{path}: ")))
             continue
@@ -117,7 +117,7 @@ def encode_recordings(
     The Codec is causal, so padding a recording with silence leaves its codes as they are.
     """
     encode, found = compiled(codec, "encode"), {}
-    for batch, rows in padded_batches(paths, samples_per_frame, max_seconds, problems, progress):
+    for batch, rows in padded_batches(paths, samples_per_frame, max_seconds, problems, "codec", progress):
         codes = np.asarray(encode(batch))
         for row, (path, frames) in zip(codes, rows, strict=False):
             found[path] = row[:frames].astype(np.int16)
@@ -129,7 +129,7 @@ def latents(
 ) -> np.ndarray:
     """What the Codec would quantize, of all frames of the recordings: float32 [N, D], for fitting codebooks."""
     function, found, problems = compiled(codec, "latents"), [], []
-    for batch, rows in padded_batches(paths, samples_per_frame, max_seconds, problems, progress):
+    for batch, rows in padded_batches(paths, samples_per_frame, max_seconds, problems, "fit codec", progress):
         found += [row[:frames] for row, (_, frames) in zip(np.asarray(function(batch)), rows, strict=False)]
     if not found:
         raise ChromaError(f"no usable recording to fit codebooks on: {next(iter(problems), 'none given')}")

@@ -15,11 +15,17 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
+from flax import nnx
+from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
+from chroma_jax.convert.names import codec_rows
+from chroma_jax.convert.weights import all_tensors
 from chroma_jax.errors import ChromaError
 from chroma_jax.models.chroma import ChromaConfig
+from chroma_jax.models.codec import Codec, fit_codebooks
 from chroma_jax.rows import RowShape
 from data_pipelines import audio
 from data_pipelines.codes import (
@@ -85,11 +91,12 @@ class DataConfig:
 
 
 def prepare(
-    config: DataConfig, model: ChromaConfig, codec: CodecLike, out: Path | str, *, progress: Progress = "bar"
+    config: DataConfig, model: ChromaConfig, codec: CodecLike | None, out: Path | str, *, progress: Progress = "bar"
 ) -> Dataset:
     """Prepares a dataset, or opens the one that is already there with the same configuration.
 
-    codec: a `chroma_jax.models.codec.Codec` whose weights stay the same from here to the end of training. Raises
+    codec: a trained `chroma_jax.models.codec.Codec`; None makes one from ``config.seed``, its codebooks fitted to the
+    corpus: the codes then tell recordings apart, but decoding them gives noise. Its weights are kept in the folder. Raises
     ChromaError when ``out`` exists and is not a dataset or was prepared otherwise (it says what differs), when nothing
     usable is left, and at the first problems when ``config.on_problem`` is "strict".
     """
@@ -121,7 +128,7 @@ def configuration(config: DataConfig, model: ChromaConfig, codec: CodecLike, cor
     return {
         "data": data,
         "model": model_facts(model),
-        "codec": fingerprint(codec),
+        "codec": fingerprint(codec) if codec is not None else {"fitted": repr(model.codec)},
         "corpus": hashlib.sha256(manifests).hexdigest()[:16],
     }
 
@@ -140,6 +147,10 @@ def fill(
 ) -> None:
     """Writes all files of a dataset into an empty folder."""
     problems = list(corpus.problems)
+    if codec is None:
+        codec = fitted_codec(config, model, corpus, progress)
+    if isinstance(codec, Codec):
+        save_file(dict(all_tensors(codec, "codec/", codec_rows(model))), out / "codec.safetensors")
     tokenizer = make_tokenizer(config, model, corpus)
     tokenizer.save(str(out / "tokenizer.json"))
 
@@ -314,10 +325,16 @@ def licence(folder: Path) -> str:
     return "not stated in the corpus folder"
 
 
-def codec_latents(config: DataConfig, model: ChromaConfig, codec: CodecLike) -> np.ndarray:
-    """Latents of all training answers and references, float32 [N, D]: what the codebooks of a new Codec are fitted on."""
-    corpus = read_corpus(config.corpus, on_problem=config.on_problem)
+def fitted_codec(config: DataConfig, model: ChromaConfig, corpus: Corpus, progress: Progress) -> Codec:
+    """A Codec with random convolutions and codebooks fitted to training answers and references (see `fit_codebooks`)."""
+    codec = jax.jit(lambda: Codec(nnx.Rngs(config.seed), model.codec))()
     train = [d for d in corpus.dialogues if d.split == "train"]
     voices = {d.assistant_voice for d in train}
     paths = [d.answer_audio for d in train] + [r.audio for r in corpus.references if r.voice in voices]
-    return latents(paths, codec, model.codec.samples_per_frame, max_seconds=config.max_seconds)
+    # a code needs some tens of examples; one recording has about as many frames
+    most = max(64, 2 * model.codec.codebook_size)
+    chosen = np.random.default_rng(config.seed).permutation(len(paths))[:most]
+    found = latents(
+        [paths[i] for i in chosen], codec, model.codec.samples_per_frame, max_seconds=config.max_seconds, progress=progress
+    )
+    return fit_codebooks(codec, found, config.seed)

@@ -1,7 +1,7 @@
 """Weights in and out of safetensors by the name table."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -10,8 +10,10 @@ import numpy as np
 from flax import nnx
 from safetensors import SafetensorError, safe_open
 
-from chroma_jax.convert.names import UNUSED_PREFIXES, Row
+from chroma_jax.convert.names import UNUSED_PREFIXES, Row, codec_rows
 from chroma_jax.errors import ChromaError
+from chroma_jax.models.chroma import ChromaConfig
+from chroma_jax.models.codec import Codec
 
 Reader = Mapping[str, Callable[[], np.ndarray]]  # tensor name → a call that reads it
 
@@ -79,8 +81,11 @@ def expected_shape(row: Row, layer_shape: tuple[int, ...]) -> tuple[int, ...]:
     return jax.eval_shape(lambda: row.transform.to_foreign(jnp.zeros(layer_shape))).shape
 
 
-def foreign_tensors(module: nnx.Module, prefix: str, rows: Iterable[Row]) -> Iterable[tuple[str, Callable[[], np.ndarray]]]:
-    """(foreign name, a call that gives the tensor) for every row of the table, in order."""
+def foreign_tensors(module: nnx.Module, prefix: str, rows: Iterable[Row]) -> Iterator[tuple[str, Callable[[], np.ndarray]]]:
+    """(foreign name, a call that gives the tensor) for every row of the table, in order.
+
+    prefix: what stands before the module's own paths in the table, such as ``codec/``.
+    """
     flat = {prefix + "/".join(map(str, path)): variable for path, variable in nnx.to_flat_state(nnx.state(module))}
     for row in rows:
         value = flat[row.path].get_value()
@@ -90,7 +95,18 @@ def foreign_tensors(module: nnx.Module, prefix: str, rows: Iterable[Row]) -> Ite
             )
 
 
+def all_tensors(module: nnx.Module, prefix: str, rows: Iterable[Row]) -> Iterator[tuple[str, np.ndarray]]:
+    """As `foreign_tensors`, each tensor read at once."""
+    return ((name, read()) for name, read in foreign_tensors(module, prefix, rows))
+
+
 def unknown_names(reader: Reader, rows: Iterable[Row]) -> list[str]:
     """Tensors of ``reader`` that no row accounts for; vision, which is known to be unused, is not among them."""
     known = {name for row in rows for name in row.foreign_names()}
     return sorted(n for n in reader if n not in known and not n.startswith(UNUSED_PREFIXES))
+
+
+def read_codec(source: Path, config: ChromaConfig) -> Codec:
+    """A Codec from a safetensors file or folder in the released names. Raises ChromaError listing what does not fit."""
+    abstract = nnx.eval_shape(lambda: Codec(nnx.Rngs(0), config.codec))
+    return import_weights(abstract, "codec/", codec_rows(config), open_safetensors(source))

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from chroma_jax.convert import hf_config, names
-from chroma_jax.convert.weights import import_weights, open_safetensors
+from chroma_jax.convert.weights import import_weights, open_safetensors, read_codec
 from chroma_jax.errors import ChromaError
 from chroma_jax.models.chroma import Chroma, ChromaConfig
 from chroma_jax.models.codec import Codec
@@ -82,9 +82,7 @@ class Case:
         return import_weights(abstract, "", rows, open_safetensors(self.folder / "weights.safetensors"))
 
     def codec(self) -> Codec:
-        config = self.config.codec
-        abstract = nnx.eval_shape(lambda: Codec(nnx.Rngs(0), config))
-        return import_weights(abstract, "codec/", names.codec_rows(self.config), open_safetensors(self.folder / "weights.safetensors"))
+        return read_codec(self.folder / "weights.safetensors", self.config)
 
     def check(self, quantity: str, ours, tolerance: float, theirs=None) -> Check:
         """Compares ``ours`` with the output of that name (or with ``theirs``); another shape is an infinite difference."""

@@ -13,7 +13,7 @@ from chroma_jax.convert.weights import foreign_tensors
 from chroma_jax.golden.case import EXACT, GRADIENT, HIDDEN, LOSS, Case, Check, Checks
 from chroma_jax.layers.rope import inverse_frequencies
 from chroma_jax.models.audio_encoder import cut_blocks, num_outputs
-from chroma_jax.models.chroma import Chroma, ChromaConfig
+from chroma_jax.models.chroma import Chroma
 from chroma_jax.models.reasoner import Reasoner
 from chroma_jax.streaming.sampling import Sampling, probabilities
 from chroma_jax.training.loss import LossConfig, cross_entropy, frame_losses, mean
@@ -317,7 +317,7 @@ def _stride3(model: Chroma, inputs: dict):
     hidden, codes = _targets(model, inputs, jnp.asarray(inputs["input_embeddings"]))
     c0, *_ = frame_losses(model, hidden, codes, DETACHED, jax.random.key(0))
     chosen = np.flatnonzero(np.asarray(inputs["labels"])[:, 1:, 0] >= 0)[::3]
-    flat = lambda x: x.reshape(1, -1, x.shape[-1])[:, chosen]  # noqa: E731
+    flat = lambda x: x.reshape(1, -1, x.shape[-1])[:, chosen]
     _, residual, *_ = frame_losses(model, flat(hidden), flat(codes), DETACHED, jax.random.key(0))
     return 0.5 * c0 + 0.5 * residual, (c0, residual)
 

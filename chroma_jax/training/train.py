@@ -5,6 +5,7 @@ checkpoint of the run folder; else a fresh initialisation. One step consumes one
 position, whatever the mesh and the number of hosts.
 """
 
+import shutil
 import time
 from pathlib import Path
 
@@ -41,6 +42,7 @@ def train(config: Config, run: Path, prepared: Path) -> TrainState:
         )
     mesh = make_mesh(config.mesh)
     keep_configuration(config, run)
+    keep_artefacts(prepared, run)
     with jax.set_mesh(mesh), Checkpoints(run, config.checkpoint) as checkpoints:
         trainer = make_trainer(config.model, config.optimizer, config.loss, config.precision, t.seed, mesh)
         if checkpoints.latest is None:
@@ -96,6 +98,16 @@ def keep_configuration(config: Config, run: Path) -> None:
         aside = run / "config.txt.tmp"
         aside.write_text(configs.dump(config))
         aside.replace(path)
+
+
+def keep_artefacts(prepared: Path, run: Path) -> None:
+    """Copies what a reply or an export needs beside the weights, so that a run folder is complete in itself."""
+    if jax.process_index() == 0:
+        for name in ("tokenizer.json", "dataset.json", "codec.safetensors"):
+            if (prepared / name).is_file():
+                aside = run / f"{name}.tmp"
+                shutil.copyfile(prepared / name, aside)
+                aside.replace(run / name)
 
 
 def place(batch: Batch, trainer: Trainer) -> Batch:

@@ -1,0 +1,75 @@
+"""A model that is ready to speak, from either of two kinds of folder.
+
+A training run: config.txt, checkpoints/, and beside them tokenizer.json and codec.safetensors.
+An exported model, in the released layout: config.json, *.safetensors (the Codec among them) and tokenizer.json.
+"""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from tokenizers import Tokenizer
+
+from chroma_jax.config import Config
+from chroma_jax.convert.hf_config import from_hf
+from chroma_jax.convert.names import chroma_rows, codec_rows
+from chroma_jax.convert.weights import import_weights, open_safetensors
+from chroma_jax.errors import ChromaError
+from chroma_jax.models.chroma import Chroma, ChromaConfig
+from chroma_jax.models.codec import Codec
+from chroma_jax.training.checkpoint import Checkpoints
+from chroma_jax.training.optimizer import split_trainable
+from data_pipelines.tokenizer import load_tokenizer
+
+
+def load_run(run: Path, config: Config) -> tuple[Chroma, Codec, Tokenizer]:
+    """Weights on the first device, the speaking model's in ``config.reply.dtype``, the Codec's in float32.
+
+    An exported folder brings its own model configuration, so that ``config.model`` counts for a training run only; read
+    the one in force from the returned model. Raises: ChromaError naming what is missing or does not fit.
+    """
+    run = Path(run)
+    if not run.is_dir():
+        raise ChromaError(f"{run}: no such folder")
+    dtype = jnp.dtype(config.reply.dtype)
+    if (run / "checkpoints").is_dir():
+        model_config, model, codec_source = config.model, from_checkpoint(run, config, dtype), run / "codec.safetensors"
+        if not codec_source.is_file():
+            raise ChromaError(f"{codec_source}: no such file; a run folder keeps the Codec of its training data there")
+    elif (run / "config.json").is_file():
+        model_config, codec_source = exported_config(run / "config.json"), run
+        abstract = placed(nnx.eval_shape(lambda: Chroma(nnx.Rngs(0), model_config)), dtype)
+        model = import_weights(abstract, "", chroma_rows(model_config), open_safetensors(run))
+    else:
+        raise ChromaError(f"{run}: holds neither checkpoints/ (a training run) nor config.json (an exported model)")
+    abstract = nnx.eval_shape(lambda: Codec(nnx.Rngs(0), model_config.codec))
+    codec = import_weights(abstract, "codec/", codec_rows(model_config), open_safetensors(codec_source))
+    if not (run / "tokenizer.json").is_file():
+        raise ChromaError(f"{run / 'tokenizer.json'}: no such file")
+    return model, codec, load_tokenizer(run / "tokenizer.json", model_config.tokens, model_config.reasoner.vocab_size)
+
+
+def exported_config(path: Path) -> ChromaConfig:
+    """The model configuration of an exported folder's config.json."""
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ChromaError(f"{path}: not JSON ({error})") from error
+    return from_hf(fields)
+
+
+def from_checkpoint(run: Path, config: Config, dtype) -> Chroma:
+    """The newest checkpoint's weights, whatever mesh wrote them; the optimizer's moments are not read."""
+    abstract = placed(nnx.eval_shape(lambda: Chroma(nnx.Rngs(0), config.model)), dtype)
+    graph, trained, frozen = split_trainable(abstract, config.optimizer)
+    with Checkpoints(run, config.checkpoint) as checkpoints:
+        return nnx.merge(graph, *checkpoints.restore_weights(trained, frozen))
+
+
+def placed(module: nnx.Module, dtype) -> nnx.Module:
+    """An abstract module with all weights in ``dtype`` on the first device."""
+    graph, state = nnx.split(module)
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return nnx.merge(graph, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=sharding), state))

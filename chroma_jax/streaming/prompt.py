@@ -1,0 +1,87 @@
+"""What a reply starts from: a question, and a voice to answer in. Host arrays only.
+
+Lengths are rounded up to buckets, so that recordings of about the same length share one compiled program.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from chroma_jax.chat import Encode
+from chroma_jax.chat import question as question_tokens
+from chroma_jax.chat import voice_prompt as voice_tokens
+from chroma_jax.features import FeatureConfig, log_mel
+from chroma_jax.models.audio_encoder import cut_blocks, num_outputs
+from chroma_jax.models.chroma import ChromaConfig
+from chroma_jax.schedule import NOTHING
+from chroma_jax.streaming.step import Prompt
+
+# Array → (multiple that its length is rounded up to, value of an empty entry).
+BUCKETS = {
+    "mel": (4, 0),
+    "mel_length": (4, 0),
+    "text": (64, 0),
+    "audio_index": (64, NOTHING),
+    "voice_token": (64, NOTHING),
+    "voice_codes": (64, NOTHING),
+}
+
+
+def rounded_up(length: int, multiple: int) -> int:
+    return -(-length // multiple) * multiple
+
+
+def make_prompt(
+    config: ChromaConfig,
+    encode: Encode,
+    *,
+    question: np.ndarray,
+    reference_codes: np.ndarray,
+    transcript: str,
+    system: str = "",
+) -> Prompt:
+    """One row, without a leading axis and unpadded.
+
+    question: float [S] at 16 kHz. reference_codes: int [R, Q], Q ≥ ``config.codebooks``. transcript: what is said in the
+    reference. Raises ChromaError for a question that is empty or too long.
+    """
+    tokens, audio = config.tokens, config.reasoner.audio
+    mel = log_mel(question, FeatureConfig(mel_bins=audio.mel_bins))
+    blocks, lengths = cut_blocks(mel, audio.block_frames)
+    outputs = num_outputs(len(mel))
+    text = np.array(question_tokens(encode, tokens, audio_outputs=outputs, system=system), np.int32)
+    audio_index = np.full(len(text), NOTHING, np.int32)
+    audio_index[text == tokens.audio] = np.arange(outputs)
+
+    spoken = np.array(voice_tokens(encode, tokens, transcript), np.int32)
+    frames = np.asarray(reference_codes, np.int32)[:, : config.codebooks]
+    length = len(spoken) + len(frames) + 1  # the last position is the zero vector: neither token nor frame
+    voice_token = np.full(length, NOTHING, np.int32)
+    voice_token[: len(spoken)] = spoken
+    voice_codes = np.full((length, config.codebooks), NOTHING, np.int32)
+    voice_codes[len(spoken) : -1] = frames
+    return Prompt(
+        mel=blocks,
+        mel_length=lengths,
+        text=text,
+        audio_index=audio_index,
+        text_length=np.int32(len(text)),
+        voice_token=voice_token,
+        voice_codes=voice_codes,
+        voice_length=np.int32(length),
+    )
+
+
+def stack(rows: Sequence[Prompt]) -> Prompt:
+    """Rows of different lengths as one batch, padded on the right to common, rounded lengths."""
+    arrays = {}
+    for name in Prompt._fields:
+        values = [getattr(row, name) for row in rows]
+        if name in BUCKETS:
+            multiple, empty = BUCKETS[name]
+            length = rounded_up(max(len(v) for v in values), multiple)
+            values = [
+                np.pad(v, ((0, length - len(v)), *((0, 0),) * (v.ndim - 1)), constant_values=empty) for v in values
+            ]
+        arrays[name] = np.stack(values)
+    return Prompt(**arrays)

@@ -1,0 +1,147 @@
+"""A reply as a stream of frames: the compiled programs, and the host's loop over them.
+
+The host asks for a frame, then fetches the one before it: the device never waits for the host. Nothing moves between the
+two but by an explicit transfer.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from chroma_jax.models.chroma import Chroma
+from chroma_jax.models.codec import Codec
+from chroma_jax.streaming import step as steps
+from chroma_jax.streaming.prompt import rounded_up
+from chroma_jax.streaming.sampling import Sampling
+from chroma_jax.streaming.step import Prompt, StepOutput, StreamState
+
+ENCODE_BUCKET = 16  # frames; lengths of reference recordings are rounded up to a multiple of it
+
+
+class Programs(NamedTuple):
+    """weights: the leaves of the model's and the Codec's state, in order.
+
+    encode(weights, audio [1, S]) → codes; prefill(weights, prompt, sampling, keys, max_frames) → state;
+    step(weights, state) → (state, output), the old state is given up.
+    """
+
+    encode: Callable[..., jax.Array]
+    prefill: Callable[..., StreamState]
+    step: Callable[..., tuple[StreamState, StepOutput]]
+
+
+@functools.cache
+def programs(graphs: tuple[nnx.GraphDef, nnx.GraphDef], tree: jax.tree_util.PyTreeDef, dtype: str) -> Programs:
+    """The programs of one architecture; equal architectures share them, and so what is already compiled."""
+
+    def modules(weights) -> tuple[Chroma, Codec]:
+        return tuple(nnx.merge(graph, state) for graph, state in zip(graphs, jax.tree.unflatten(tree, weights), strict=True))
+
+    def encode(weights, audio):
+        model, codec = modules(weights)
+        return codec.encode(audio, model.config.codebooks)
+
+    def prefill(weights, prompt, sampling, keys, max_frames):
+        model, codec = modules(weights)
+        return steps.prefill(
+            model,
+            codec,
+            prompt,
+            sampling,
+            keys,
+            text_capacity=steps.text_capacity(prompt.text.shape[1], max_frames),
+            audio_capacity=steps.audio_capacity(model.config, prompt.voice_token.shape[1], max_frames),
+            dtype=jnp.dtype(dtype),
+        )
+
+    def step(weights, state):
+        return steps.step(*modules(weights), state)
+
+    return Programs(jax.jit(encode), jax.jit(prefill, static_argnums=4), jax.jit(step, donate_argnums=1))
+
+
+class Speaker:
+    """A model and its Codec with their compiled programs, on the device that holds the weights.
+
+    dtype: that activations and caches are in, "float32" or "bfloat16"; the Codec always computes in float32.
+    """
+
+    def __init__(self, model: Chroma, codec: Codec, dtype: str = "float32"):
+        self.config = model.config
+        (model_graph, model_state), (codec_graph, codec_state) = nnx.split(model), nnx.split(codec)
+        self.weights, tree = jax.tree.flatten((model_state, codec_state))
+        self.programs = programs((model_graph, codec_graph), tree, dtype)
+
+    def encode(self, wave: np.ndarray) -> np.ndarray:
+        """wave: float [S] at the Codec's rate, S ≥ 1. Returns codes int32 [F, Q]; the last frame is filled up with silence."""
+        size = self.config.codec.samples_per_frame
+        frames = -(-len(wave) // size)
+        padded = np.zeros((1, rounded_up(frames, ENCODE_BUCKET) * size), np.float32)
+        padded[0, : len(wave)] = wave
+        with jax.transfer_guard("disallow"):
+            return jax.device_get(self.programs.encode(self.weights, jax.device_put(padded)))[0, :frames]
+
+    def start(self, prompt: Prompt, sampling: Sampling, keys: jax.Array, max_frames: int) -> StreamState:
+        """The state before the first frame. prompt, sampling: host arrays of B rows; keys: random keys [B]; max_frames: the
+        most frames that will be asked for, which sizes the caches."""
+        with jax.transfer_guard("disallow"):
+            prompt, sampling = jax.device_put((prompt, sampling))
+            return self.programs.prefill(self.weights, prompt, sampling, keys, max_frames)
+
+    def frames(self, state: StreamState, max_frames: int) -> Iterator[StepOutput]:
+        """Yields each frame of all rows as host arrays, until no row is live; that last frame is yielded too. At most
+        ``max_frames``. ``state`` is used up."""
+        waiting = None
+        for _ in range(max_frames):
+            with jax.transfer_guard("disallow"):
+                state, output = self.programs.step(self.weights, state)
+                for x in output:
+                    x.copy_to_host_async()
+                fetched, waiting = waiting and jax.device_get(waiting), output
+            if fetched is not None:
+                yield fetched
+                if not fetched.live.any():
+                    return
+        if waiting is not None:
+            with jax.transfer_guard("disallow"):
+                fetched = jax.device_get(waiting)
+            yield fetched
+
+    def stream(self, prompt: Prompt, sampling: Sampling, keys: jax.Array, max_frames: int) -> Iterator[StepOutput]:
+        """`start` and `frames` in one."""
+        return self.frames(self.start(prompt, sampling, keys, max_frames), max_frames)
+
+
+def settings(rows: int, *, temperature: float, top_k: int, seed: int) -> tuple[Sampling, jax.Array]:
+    """Sampling settings that all rows share, on the host, and each row's own random key, on the device."""
+    sampling = Sampling(np.full(rows, temperature, np.float32), np.full(rows, top_k, np.int32))
+    return sampling, jax.random.split(jax.random.key(seed), rows)
+
+
+class Compilations:
+    """How many programs were compiled, and how long the backend took. seconds: without tracing."""
+
+    def __init__(self):
+        self.count, self.seconds = 0, 0.0
+
+
+@contextlib.contextmanager
+def counted_compilations() -> Iterator[Compilations]:
+    """Counts what is compiled inside the ``with`` block, anywhere in the process."""
+    found = Compilations()
+
+    def listen(event: str, duration: float, **_) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            found.count, found.seconds = found.count + 1, found.seconds + duration
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield found
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)

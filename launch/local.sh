@@ -1,0 +1,222 @@
+#!/usr/bin/env bash
+# Runs the demo or the tests on this machine, in a virtual environment of their own. See --help.
+set -euo pipefail
+
+ROOT=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
+VENV=${CHROMA_VENV:-$ROOT/.venv}
+MARKER=.made_by_local_sh # lies in every folder that the demo made: nothing else is ever removed
+
+usage() {
+    cat <<'TEXT'
+usage: launch/local.sh COMMAND …
+
+  demo [OUT]       trains a small Chroma on the embedded corpus, lets it answer a spoken question, and exports it
+  test [ARGS …]    runs the fast tests on the CPU
+
+COMMAND --help tells more. Both first install this package into a virtual environment, unless that is done already.
+
+environment variables:
+  CHROMA_VENV      the virtual environment (default: .venv in the repository)
+  CHROMA_EXTRAS    further extras to install: tpu, cuda, cuda12, qwen (several with commas)
+  PYTHON           the Python to make it from, 3.11 or newer (default: python3 on PATH)
+  JAX_COMPILATION_CACHE_DIR   where compiled programs are kept (default: ~/.cache/chroma_jax/jax)
+TEXT
+}
+
+usage_demo() {
+    cat <<'TEXT'
+usage: launch/local.sh demo [OUT] [--steps N] [--fresh]
+
+Prepares the embedded corpus, trains the configuration "nano" in two pieces (the second resumes from the checkpoint of the
+first), answers a question of the test split in a voice that training never heard, and exports the weights. Takes some
+minutes on a laptop's CPU, plus about one for the installation. Uses a GPU or TPU if the environment has JAX for it
+(CHROMA_EXTRAS=cuda). Run again, it goes on where it stopped; once all is trained, only the reply and the export are redone.
+
+  OUT          results (default: runs/demo in the repository)
+                 OUT/data     the packed corpus       OUT/reply    reply.wav, reply.txt, reply.png, summary.json
+                 OUT/run      checkpoints, metrics    OUT/export   weights in the released model's layout
+  --steps N    training steps (default: what the configuration says)
+  --fresh      starts over: removes OUT first, if the demo made it
+TEXT
+}
+
+usage_test() {
+    cat <<'TEXT'
+usage: launch/local.sh test [ARGS …]
+
+Installs the package with its "dev" extra, then runs pytest in the repository: two processes, JAX on the CPU, without the
+tests marked slow. Takes some minutes, plus about one for the installation. ARGS go to pytest, paths among them relative to
+the repository: -k NAME for some tests, -m slow for the slow ones. Results are printed; nothing is kept.
+TEXT
+}
+
+die() {
+    printf 'local.sh: error: %s\n' "$*" >&2
+    exit 2
+}
+
+elapsed() { printf '%d:%02d' $((SECONDS / 60)) $((SECONDS % 60)); }
+
+begin() { printf '\n[%s] %s\n' "$(elapsed)" "$*"; }
+
+is_recent() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
+
+find_python() {
+    local candidate
+    if [[ -n ${PYTHON:-} ]]; then
+        is_recent "$PYTHON" || die "PYTHON=$PYTHON is not a Python 3.11 or newer"
+        printf '%s\n' "$PYTHON"
+        return
+    fi
+    for candidate in python3 python3.13 python3.12 python3.11; do
+        if is_recent "$candidate"; then
+            command -v "$candidate"
+            return
+        fi
+    done
+    die "needs Python 3.11 or newer, and $(python3 --version 2>/dev/null || echo 'no python3') is what PATH has; set PYTHON"
+}
+
+# environment core|dev: makes the virtual environment and installs the package, if what it depends on has changed.
+environment() {
+    local extras=${CHROMA_EXTRAS:-} state python
+    if [[ $1 == dev ]]; then
+        extras=dev${extras:+,$extras}
+    fi
+    state="$(cat "$ROOT/requirements.txt" "$ROOT/pyproject.toml" | cksum) $ROOT ${CHROMA_EXTRAS:-}"
+    if [[ -x $VENV/bin/python && $(cat "$VENV/.chroma_jax.$1" 2>/dev/null) == "$state" ]]; then
+        return
+    fi
+    if [[ -e $VENV && ! -f $VENV/pyvenv.cfg ]]; then
+        die "$VENV is there and is not a virtual environment; set CHROMA_VENV to another folder"
+    fi
+    if [[ ! -x $VENV/bin/python ]]; then
+        python=$(find_python)
+        begin "making the virtual environment $VENV"
+        "$python" -m venv --clear --without-pip "$VENV"
+    fi
+    is_recent "$VENV/bin/python" || die "$VENV has a Python older than 3.11; remove it, or set CHROMA_VENV to another folder"
+    begin "installing chroma-jax${extras:+[$extras]} into $VENV"
+    if command -v uv >/dev/null; then
+        uv pip install --quiet --python "$VENV/bin/python" --editable ".${extras:+[$extras]}"
+    else
+        "$VENV/bin/python" -m pip --version >/dev/null 2>&1 || "$VENV/bin/python" -m ensurepip >/dev/null
+        "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --editable ".${extras:+[$extras]}"
+    fi
+    printf '%s\n' "$state" >"$VENV/.chroma_jax.core" # the core is part of dev
+    printf '%s\n' "$state" >"$VENV/.chroma_jax.$1"
+}
+
+# quick and quiet: a second run finds its programs compiled
+settings() {
+    export PYTHONUTF8=1
+    export TF_CPP_MIN_LOG_LEVEL=${TF_CPP_MIN_LOG_LEVEL:-2}
+    export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-${XDG_CACHE_HOME:-${HOME:-/tmp}/.cache}/chroma_jax/jax}
+    export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=${JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS:-0}
+}
+
+chroma() { "$VENV/bin/python" -m chroma_jax "$@"; }
+
+# Prints four lines: a test question's recording, its assistant's reference recording and what is said there, the question.
+held_out() {
+    "$VENV/bin/python" - "$ROOT/data_pipelines/corpus" <<'PY'
+import json
+import sys
+from pathlib import Path
+
+corpus = Path(sys.argv[1])
+dialogues, references = (
+    [json.loads(line) for line in (corpus / name).read_text().splitlines()] for name in ("dialogues.jsonl", "references.jsonl")
+)
+asked = next(d for d in dialogues if d["split"] == "test")
+voice = next(r for r in references if r["voice"] == asked["assistant_voice"] and r["index"] == 0)
+print(corpus / asked["question_audio"], corpus / voice["audio"], voice["text"], asked["question"], sep="\n")
+PY
+}
+
+demo() {
+    local out='' steps='' fresh=no picked recording voice transcript question
+    while (($#)); do
+        case $1 in
+        -h | --help)
+            usage_demo
+            return
+            ;;
+        --fresh) fresh=yes ;;
+        --steps)
+            [[ ${2-} =~ ^[1-9][0-9]*$ ]] || die "demo: --steps wants a positive number, got '${2-}'"
+            steps=$2
+            shift
+            ;;
+        -*) die "demo: unknown option '$1'; see demo --help" ;;
+        *)
+            [[ -z $out ]] || die "demo: one folder for the results, got '$out' and '$1'"
+            out=$1
+            ;;
+        esac
+        shift
+    done
+    out=${out:-$ROOT/runs/demo}
+    [[ $out == /* ]] || out=$PWD/$out
+    if [[ -e $out && ! -f $out/$MARKER ]]; then
+        [[ -d $out && -z $(ls -A -- "$out") ]] || die "demo: $out was not made by the demo; name another folder"
+    elif [[ $fresh == yes ]]; then
+        rm -rf -- "$out"
+    fi
+
+    cd -- "$ROOT"
+    environment core
+    settings
+    mkdir -p -- "$out"
+    : >"$out/$MARKER"
+    if [[ -z $steps ]]; then
+        steps=$("$VENV/bin/python" -c 'from chroma_jax.config import read_python as r; print(r("nano").training.steps)')
+    fi
+
+    begin "1/5 preparing the corpus → $out/data"
+    chroma prepare nano "$out/data"
+    begin "2/5 training to step $(((steps + 1) / 2)) → $out/run"
+    chroma train nano "$out/run" --prepared "$out/data" --training.steps $(((steps + 1) / 2))
+    begin "3/5 resuming, to step $steps"
+    chroma train nano "$out/run" --prepared "$out/data" --training.steps "$steps"
+    picked=$(held_out)
+    {
+        read -r recording
+        read -r voice
+        read -r transcript
+        read -r question
+    } <<<"$picked"
+    begin "4/5 answering \"$question\" in the voice of $(basename "$voice") → $out/reply"
+    chroma reply "$out/run" --question "$recording" --reference "$voice" --transcript "$transcript" --out "$out/reply"
+    begin "5/5 exporting the weights → $out/export"
+    chroma export "$out/run" "$out/export"
+
+    begin "done; everything is in $out"
+    cat <<'TEXT'
+  data/      the packed corpus
+  run/       config.txt, metrics.jsonl, tensorboard/, checkpoints/
+  reply/     reply.wav, reply.txt, reply.png, summary.json
+  export/    the weights in the released model's layout
+TEXT
+}
+
+run_tests() {
+    if [[ ${1-} == -h || ${1-} == --help ]]; then
+        usage_test
+        return
+    fi
+    cd -- "$ROOT"
+    environment dev
+    settings
+    begin "testing"
+    JAX_PLATFORMS=cpu "$VENV/bin/python" -m pytest -n 2 -m "not slow" "$@"
+}
+
+[[ $VENV == /* ]] || VENV=$PWD/$VENV
+case ${1-} in
+demo) demo "${@:2}" ;;
+test) run_tests "${@:2}" ;;
+-h | --help | help) usage ;;
+'') die "which command? demo or test; see --help" ;;
+*) die "unknown command '$1'; commands: demo, test" ;;
+esac

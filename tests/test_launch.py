@@ -1,0 +1,91 @@
+"""launch/local.sh and .ci/run: they explain themselves, refuse what they do not understand, and work from any folder."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LOCAL = ROOT / "launch" / "local.sh"
+SCRIPTS = sorted([*ROOT.glob("launch/*.sh"), ROOT / ".ci" / "run"])
+
+
+def local(*args, cwd: Path, script: Path = LOCAL, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [script, *args], cwd=cwd, env=os.environ | environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60
+    )
+
+
+def refused(result: subprocess.CompletedProcess) -> str:
+    """The one line that was said."""
+    assert result.returncode == 2, result
+    assert not result.stdout
+    assert len(result.stderr.splitlines()) == 1, result.stderr
+    return result.stderr
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)
+def test_scripts_are_executable_and_shellcheck_finds_nothing(script):
+    assert os.access(script, os.X_OK)
+    if shutil.which("shellcheck") is None:
+        pytest.skip("shellcheck is not installed")
+    result = subprocess.run(["shellcheck", script], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.parametrize("args", [["--help"], ["demo", "--help"], ["test", "--help"], ["demo", "somewhere", "-h"]])
+def test_every_command_says_what_it_does_from_any_folder(args, tmp_path):
+    result = local(*args, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("usage: launch/local.sh " + (args[0] if args[0] != "--help" else "COMMAND"))
+    assert not result.stderr
+    assert not list(tmp_path.iterdir())  # asking does nothing
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        ([], "demo or test"),
+        (["dmeo"], "'dmeo'"),
+        (["demo", "--quick"], "'--quick'"),
+        (["demo", "--steps", "0"], "'0'"),
+        (["demo", "--steps"], "--steps"),
+        (["demo", "a", "b"], "'b'"),
+    ],
+)
+def test_what_is_not_understood_ends_in_one_line_and_exit_code_2(args, named, tmp_path):
+    assert named in refused(local(*args, cwd=tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("option", [[], ["--fresh"]])
+def test_a_folder_that_the_demo_did_not_make_is_left_alone(option, tmp_path):
+    precious = tmp_path / "my results" / "thesis.txt"
+    precious.parent.mkdir()
+    precious.write_text("all of it")
+    assert "my results" in refused(local("demo", "my results", *option, cwd=tmp_path))
+    assert precious.read_text() == "all of it"
+
+
+def test_a_folder_that_is_no_virtual_environment_is_left_alone(tmp_path):
+    (tmp_path / "photos").mkdir()
+    assert "photos" in refused(local("demo", "out", cwd=tmp_path, CHROMA_VENV="photos"))
+
+
+def test_an_old_python_is_named(tmp_path):
+    old = tmp_path / "python3"
+    old.write_text("#!/bin/sh\nexit 1\n")
+    old.chmod(0o755)
+    assert "3.11" in refused(local("demo", "out", cwd=tmp_path, CHROMA_VENV="venv", PYTHON=str(old)))
+
+
+def test_the_script_works_in_a_repository_whose_path_has_spaces(tmp_path):
+    script = tmp_path / "my code" / "launch" / "local.sh"
+    script.parent.mkdir(parents=True)
+    shutil.copy(LOCAL, script)
+    for name in ("requirements.txt", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path / "my code")
+    (tmp_path / "my code" / ".venv").mkdir()
+    assert "my code/.venv" in refused(local("test", cwd=tmp_path, script=script, CHROMA_VENV=""))
