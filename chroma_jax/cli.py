@@ -107,7 +107,8 @@ def train(args: Train, config) -> int:
     import jax
 
     # enough virtual devices for the mesh where there is no accelerator; real devices are not affected
-    jax.config.update("jax_num_cpu_devices", config.mesh.num_devices)
+    if jax.config.jax_num_cpu_devices < config.mesh.num_devices:
+        jax.config.update("jax_num_cpu_devices", config.mesh.num_devices)
     from chroma_jax.training.train import train
 
     train(config, args.run, args.prepared)

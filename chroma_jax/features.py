@@ -1,6 +1,6 @@
 """From waves to what the models hear: Whisper's log-mel features (arXiv 2212.04356) and the resampler of the voice prompt.
 
-Numpy only: features are computed by the data pipeline's threads and by the streaming front end, never on the accelerator.
+On the host: features are computed by the data pipeline's threads and by the streaming front end, never on the accelerator.
 """
 
 import dataclasses
@@ -14,7 +14,6 @@ from typing import Literal
 import numpy as np
 import scipy.fft
 import scipy.sparse
-import soxr
 
 from chroma_jax.errors import ChromaError
 
@@ -57,24 +56,13 @@ class FeatureConfig:
         return round(self.max_seconds * self.sample_rate)
 
 
-def mel_to_hz(mel: np.ndarray) -> np.ndarray:
-    """Slaney's mel scale (Auditory Toolbox, 1998): 66.7 Hz per mel up to 1 kHz, then 27 mels per factor of 6.4."""
-    return np.where(mel < 15, mel * 200 / 3, 1000 * np.exp((mel - 15) * math.log(6.4) / 27))
-
-
-def hz_to_mel(hz: float) -> float:
-    """The inverse of `mel_to_hz`."""
-    return hz * 3 / 200 if hz < 1000 else 15 + math.log(hz / 1000) * 27 / math.log(6.4)
-
-
 @functools.cache
 def mel_filters(config: FeatureConfig) -> np.ndarray:
-    """Triangles between neighbouring mels, each of area one (Slaney's normalisation): float64 [1 + n_fft / 2, bins]."""
-    edges = mel_to_hz(np.linspace(0.0, hz_to_mel(config.top), config.mel_bins + 2))
-    low, centre, high = edges[:-2], edges[1:-1], edges[2:]
-    hz = np.linspace(0.0, config.sample_rate / 2, 1 + config.n_fft // 2)[:, None]
-    triangles = np.minimum((hz - low) / (centre - low), (high - hz) / (high - centre))
-    return np.maximum(triangles, 0.0) * 2 / (high - low)
+    """Triangles between neighbouring mels on Slaney's scale, each of area one: float64 [1 + n_fft / 2, bins]."""
+    import librosa.filters  # here, since importing it takes seconds
+
+    c = config
+    return librosa.filters.mel(sr=c.sample_rate, n_fft=c.n_fft, n_mels=c.mel_bins, fmax=c.top, dtype=np.float64).T
 
 
 @functools.cache
@@ -179,9 +167,9 @@ def resample_soxr(wave: np.ndarray, source_rate: int, target_rate: int) -> np.nd
     wave = np.ascontiguousarray(wave, np.float32)
     if source_rate == target_rate:
         return wave
-    out = soxr.resample(wave, source_rate, target_rate, quality="HQ")
-    length = -(-len(wave) * target_rate // source_rate)
-    return np.pad(out, (0, max(length - len(out), 0)))[:length]
+    import librosa  # here, since importing it takes seconds
+
+    return librosa.resample(wave, orig_sr=source_rate, target_sr=target_rate, res_type="soxr_hq")
 
 
 @functools.cache

@@ -29,7 +29,7 @@ usage: launch/local.sh demo [OUT] [--steps N] [--fresh]
 
 Prepares the embedded corpus, trains the configuration "nano" in two pieces (the second resumes from the checkpoint of the
 first), answers a question of the test split in a voice that training never heard, and exports the weights. Takes some
-minutes on a laptop's CPU, plus about one for the installation. Uses a GPU or TPU if the environment has JAX for it
+minutes on a laptop's CPU, plus one or two for the installation. Uses a GPU or TPU if the environment has JAX for it
 (CHROMA_EXTRAS=cuda). Run again, it goes on where it stopped; once all is trained, only the reply and the export are redone.
 
   OUT          results (default: runs/demo in the repository)
@@ -45,7 +45,7 @@ usage_test() {
 usage: launch/local.sh test [ARGS …]
 
 Installs the package with its "dev" extra, then runs pytest in the repository: two processes, JAX on the CPU, without the
-tests marked slow. Takes some minutes, plus about one for the installation. ARGS go to pytest, paths among them relative to
+tests marked slow. Takes some minutes, plus one or two for the installation. ARGS go to pytest, paths among them relative to
 the repository: -k NAME for some tests, -m slow for the slow ones. Results are printed; nothing is kept.
 TEXT
 }
@@ -134,8 +134,25 @@ print(corpus / asked["question_audio"], corpus / voice["audio"], voice["text"], 
 PY
 }
 
+# Prints the configured number of steps and, where there are fewer accelerators than its mesh wants, flags for a smaller mesh.
+configured() {
+    "$VENV/bin/python" - <<'PY'
+import math
+
+import jax
+
+from chroma_jax.config import read_python
+
+config, flags = read_python("nano"), []
+if jax.default_backend() != "cpu" and jax.device_count() < config.mesh.num_devices:  # a CPU counts as many as are wanted
+    rows = math.gcd(2 ** int(math.log2(jax.device_count())), config.training.global_batch)
+    flags = [f"--mesh.data={rows}", "--mesh.fsdp=1", "--mesh.tensor=1"]
+print(config.training.steps, *flags)
+PY
+}
+
 demo() {
-    local out='' steps='' fresh=no picked recording voice transcript question
+    local out='' steps='' fresh=no found picked recording voice transcript question
     while (($#)); do
         case $1 in
         -h | --help)
@@ -169,16 +186,17 @@ demo() {
     settings
     mkdir -p -- "$out"
     : >"$out/$MARKER"
-    if [[ -z $steps ]]; then
-        steps=$("$VENV/bin/python" -c 'from chroma_jax.config import read_python as r; print(r("nano").training.steps)')
-    fi
+    found=$(configured)
+    read -ra found <<<"$found"
+    steps=${steps:-${found[0]}}
+    set -- --prepared "$out/data" "${found[@]:1}"
 
     begin "1/5 preparing the corpus → $out/data"
     chroma prepare nano "$out/data"
     begin "2/5 training to step $(((steps + 1) / 2)) → $out/run"
-    chroma train nano "$out/run" --prepared "$out/data" --training.steps $(((steps + 1) / 2))
+    chroma train nano "$out/run" "$@" --training.steps $(((steps + 1) / 2))
     begin "3/5 resuming, to step $steps"
-    chroma train nano "$out/run" --prepared "$out/data" --training.steps "$steps"
+    chroma train nano "$out/run" "$@" --training.steps "$steps"
     picked=$(held_out)
     {
         read -r recording
@@ -189,6 +207,7 @@ demo() {
     begin "4/5 answering \"$question\" in the voice of $(basename "$voice") → $out/reply"
     chroma reply "$out/run" --question "$recording" --reference "$voice" --transcript "$transcript" --out "$out/reply"
     begin "5/5 exporting the weights → $out/export"
+    rm -rf -- "$out/export" # of an earlier run
     chroma export "$out/run" "$out/export"
 
     begin "done; everything is in $out"

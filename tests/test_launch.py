@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,8 @@ SCRIPTS = sorted([*ROOT.glob("launch/*.sh"), ROOT / ".ci" / "run"])
 
 
 def local(*args, cwd: Path, script: Path = LOCAL, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [script, *args], cwd=cwd, env=os.environ | environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60
-    )
+    options = {"cwd": cwd, "env": os.environ | environment, "stdin": subprocess.DEVNULL, "timeout": 60}
+    return subprocess.run([script, *args], capture_output=True, text=True, **options)
 
 
 def refused(result: subprocess.CompletedProcess) -> str:
@@ -29,9 +29,11 @@ def refused(result: subprocess.CompletedProcess) -> str:
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)
 def test_scripts_are_executable_and_shellcheck_finds_nothing(script):
     assert os.access(script, os.X_OK)
-    if shutil.which("shellcheck") is None:
+    beside = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # a virtual environment need not be activated
+    shellcheck = shutil.which("shellcheck", path=beside)
+    if shellcheck is None:
         pytest.skip("shellcheck is not installed")
-    result = subprocess.run(["shellcheck", script], capture_output=True, text=True)
+    result = subprocess.run([shellcheck, script], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
 
 

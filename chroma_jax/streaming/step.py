@@ -189,28 +189,20 @@ def _text_pair(model: Chroma, state: StreamState):
 
 
 def _advance_backbone(model: Chroma, state: StreamState, paired: jax.Array, pair: jax.Array):
-    """Feeds the last frame, and the text pair where there is one; rows that lack either write nothing for it.
+    """Feeds the last frame, and the text pair where there is one; what a row lacks is not written.
 
+    Three positions every time: reading the weights costs as much for one, and a choice between programs would copy the cache.
     Returns (h [B, D] at each row's last fed position, state).
     """
     has_frame = is_present(state.codes[:, 0])
     frame = model.audio_embedding.frames(state.codes, pair.dtype)[:, None]
     nowhere = state.backbone_cache.keys.shape[2]
-    first = jnp.where(has_frame, state.backbone_position, nowhere)[:, None]
-
-    def with_pair(cache):
-        after = (state.backbone_position + has_frame)[:, None] + jnp.arange(2)
-        positions = jnp.concatenate([first, jnp.where(paired[:, None], after, nowhere)], axis=1)
-        hidden, cache = model.backbone.cached(jnp.concatenate([frame, pair], axis=1), positions, cache)
-        return jnp.where(paired[:, None], hidden[:, 2], hidden[:, 0]), cache
-
-    def alone(cache):
-        hidden, cache = model.backbone.cached(frame, first, cache)
-        return hidden[:, 0], cache
-
-    hidden, cache = jax.lax.cond(jnp.any(paired), with_pair, alone, state.backbone_cache)
-    position = state.backbone_position + has_frame + 2 * paired
-    return hidden, state._replace(backbone_cache=cache, backbone_position=position)
+    offset = jnp.stack([jnp.zeros_like(has_frame), has_frame, has_frame + 1], axis=1)  # of frame, hidden state, token
+    fed = jnp.stack([has_frame, paired, paired], axis=1)
+    positions = jnp.where(fed, state.backbone_position[:, None] + offset, nowhere)
+    hidden, cache = model.backbone.cached(jnp.concatenate([frame, pair], axis=1), positions, state.backbone_cache)
+    hidden = jnp.where(paired[:, None], hidden[:, 2], hidden[:, 0])
+    return hidden, state._replace(backbone_cache=cache, backbone_position=state.backbone_position + jnp.sum(fed, axis=1))
 
 
 def text_capacity(prompt_length: int, max_frames: int) -> int:

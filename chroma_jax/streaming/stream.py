@@ -103,7 +103,8 @@ class Speaker:
                 state, output = self.programs.step(self.weights, state)
                 for x in output:
                     x.copy_to_host_async()
-                fetched, waiting = waiting and jax.device_get(waiting), output
+                fetched = None if waiting is None else jax.device_get(waiting)
+                waiting = output
             if fetched is not None:
                 yield fetched
                 if not fetched.live.any():

@@ -1,0 +1,20 @@
+"""Eight virtual CPU devices, modules as plain pytrees."""
+
+import jax
+import pytest
+from flax import nnx
+
+jax.config.update("jax_num_cpu_devices", 8)
+nnx.set_graph_mode(False)
+
+
+@pytest.fixture(scope="session")
+def tiny_prepared(tmp_path_factory):
+    """A prepared dataset of a dozen dialogues for `tiny.config`, with a tokenizer and stand-in codes."""
+    from data_pipelines.prepare import prepare
+    from tiny import TinyCodec, config
+    from tiny_corpus import write_corpus
+
+    folder = tmp_path_factory.mktemp("tiny")
+    c = config(write_corpus(folder / "corpus"))
+    return c, prepare(c.data, c.model, TinyCodec(), folder / "data", progress="none").folder

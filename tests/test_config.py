@@ -1,0 +1,67 @@
+"""Configurations: every shipped one is held by a dump, kept text reads back, and only known fields exist."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from chroma_jax import config as configs
+from chroma_jax.errors import ChromaError
+from chroma_jax.flops import part_sizes
+
+DUMPS = Path(__file__).parent / "golden" / "configs"
+SHIPPED = sorted(p.stem for p in (Path(__file__).parents[1] / "configs").glob("*.py") if p.stem != "__init__")
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_configuration_is_what_its_dump_says(name):
+    """After a wanted change: python -c "from chroma_jax.config import *; print(dump(read_python('NAME')), end='')"."""
+    assert configs.dump(configs.read_python(name)) == (DUMPS / f"{name}.txt").read_text()
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_kept_text_reads_back(name):
+    config = configs.read_python(name)
+    assert configs.parse(configs.dump(config), "config.txt") == config
+
+
+def test_chroma_4b_has_the_released_sizes():
+    sizes = {p.name: p.parameters for p in part_sizes(configs.read_python("chroma_4b").model)}
+    vision = 668_684_288
+    assert sizes["Reasoner: audio encoder"] + sizes["Reasoner: text model"] == 4_703_464_448 - vision
+    assert sizes["Backbone"] == 977_346_560
+    assert sizes["Decoder (with the audio embedding)"] == 161_560_576
+    assert sizes["Codec"] == 79_308_609
+
+
+def test_mini_has_about_fifty_million_parameters():
+    assert sum(p.parameters for p in part_sizes(configs.read_python("mini").model)) == pytest.approx(50e6, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "before, after, message",
+    [
+        ("training.steps = ", "training.stepz = ", "unknown field 'training.stepz' (near: steps"),
+        ("training.steps = ", "# ", "not a 'name = value' line"),
+        ("training.steps = 400", "training.steps = 0", "training.steps is 0"),
+        ("model.backbone.num_heads = 4", "model.backbone.num_heads = 3", "not a multiple of num_kv_heads"),
+    ],
+)
+def test_broken_text_is_an_error_that_names_the_field(before, after, message):
+    text = configs.dump(configs.read_python("nano"))
+    assert before in text
+    with pytest.raises(ChromaError, match="config.txt") as error:
+        configs.parse(text.replace(before, after, 1), "config.txt")
+    assert message in str(error.value)
+
+
+def test_a_missing_field_is_an_error():
+    lines = configs.dump(configs.read_python("nano")).splitlines()
+    with pytest.raises(ChromaError, match="missing field 'mesh.data'"):
+        configs.parse("\n".join(line for line in lines if not line.startswith("mesh.data")), "config.txt")
+
+
+def test_every_field_is_plain_data():
+    for name, value in configs.fields(configs.read_python("nano")).items():
+        assert isinstance(value, (int, float, str, tuple, type(None))), name
+        assert not dataclasses.is_dataclass(value)

@@ -1,0 +1,52 @@
+"""The reference implementation's outputs are reproduced, case by case, through the command that users have."""
+
+from pathlib import Path
+
+import pytest
+
+from chroma_jax.cli import main
+from chroma_jax.golden.verify import verify
+
+SUITE = Path(__file__).parent / "golden"
+
+
+@pytest.mark.parametrize("case", ["features", "audio_encoder", "thinker", "backbone", "decoder", "codec", "train_grad"])
+def test_case(case):
+    (result,) = verify(SUITE / case)
+    assert result.error is None, result.error
+    assert result.checks
+    assert not [check for check in result.checks if not check.passed]
+
+
+def test_an_unknown_kind_of_case_is_listed_and_fails(tmp_path, capsys):
+    (tmp_path / "telepathy").mkdir()
+    (tmp_path / "telepathy" / "outputs.safetensors").write_bytes(b"")
+    assert main(["verify", str(tmp_path)]) == 1
+    out = capsys.readouterr().out
+    assert "telepathy" in out and "unknown kind" in out and "0 cases passed, 1 failed" in out
+
+
+def test_a_wrong_output_fails(tmp_path, capsys):
+    import shutil
+
+    from safetensors.numpy import load_file, save_file
+
+    shutil.copytree(SUITE / "audio_encoder", tmp_path / "audio_encoder")
+    outputs = load_file(tmp_path / "audio_encoder" / "outputs.safetensors")
+    outputs["audio_features"] = outputs["audio_features"] + 1e-3
+    save_file(outputs, tmp_path / "audio_encoder" / "outputs.safetensors")
+    assert main(["verify", str(tmp_path), "--every", "quantity"]) == 1
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("FAIL")]
+    assert len(lines) == 2 and "audio_features" in lines[1]
+
+
+def test_an_output_that_nothing_compares_fails(tmp_path):
+    import shutil
+
+    from safetensors.numpy import load_file, save_file
+
+    shutil.copytree(SUITE / "audio_encoder", tmp_path / "audio_encoder")
+    outputs = load_file(tmp_path / "audio_encoder" / "outputs.safetensors")
+    save_file(outputs | {"mystery": outputs["num_tokens"]}, tmp_path / "audio_encoder" / "outputs.safetensors")
+    (result,) = verify(tmp_path)
+    assert [c.quantity for c in result.checks if not c.passed] == ["mystery: not compared"]

@@ -1,0 +1,249 @@
+"""What training promises: the mesh does not matter, an interruption does not matter, frozen parts cost nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from chroma_jax.config import dump
+from chroma_jax.errors import ChromaError
+from chroma_jax.layers.sharding import AxisRules, MeshConfig, make_mesh, state_shardings
+from chroma_jax.models.chroma import Chroma
+from chroma_jax.training.checkpoint import Checkpoints
+from chroma_jax.training.loss import LossConfig, choose_frames, cross_entropy, frame_losses
+from chroma_jax.training.metrics import read_lines
+from chroma_jax.training.optimizer import OptimizerConfig, split_trainable
+from chroma_jax.training.state import make_trainer
+from chroma_jax.training.train import place, train
+from data_pipelines.records import batches
+from tiny import replace
+
+
+@pytest.fixture(scope="module")
+def batch(tiny_prepared):
+    config, prepared = tiny_prepared
+    return next(batches(prepared, "train", config.model, global_batch=8, seed=0))
+
+
+def trainer_on(config, mesh):
+    return make_trainer(config.model, config.optimizer, config.loss, config.precision, config.training.seed, mesh)
+
+
+def evaluated(config, mesh_config, batch) -> dict:
+    mesh = make_mesh(mesh_config)
+    with jax.set_mesh(mesh):
+        trainer = trainer_on(config, mesh)
+        return jax.device_get(trainer.eval_step(trainer.init(), place(batch, trainer)))
+
+
+@pytest.fixture(scope="module")
+def losses_on_one_device(tiny_prepared, batch):
+    return evaluated(tiny_prepared[0], MeshConfig(), batch)
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [MeshConfig(data=8), MeshConfig(fsdp=8), MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(data=2, tensor=2, context=2)],
+    ids=["8x1x1", "1x8x1", "2x2x2", "2x1x2 context 2"],
+)
+def test_a_batch_has_the_same_loss_on_every_mesh(tiny_prepared, batch, losses_on_one_device, mesh):
+    got = evaluated(tiny_prepared[0], mesh, batch)
+    for name in ("loss", "c0_loss", "residual_loss", "text_loss"):
+        # float32 sums in another order
+        np.testing.assert_allclose(got[name], losses_on_one_device[name], rtol=1e-5, err_msg=name)
+
+
+def test_hidden_states_are_paired_with_the_next_frame(batch):
+    """The frame that stands right after a predicting position is its target; its own frame is not."""
+    own = following = 0
+    for row in range(len(batch.token)):
+        for position, target in zip(batch.target_position[row], batch.target_codes[row]):
+            if position < 0:
+                continue
+            if position + 1 < len(batch.token[row]) and batch.codes[row, position + 1, 0] >= 0:
+                following += 1
+                np.testing.assert_array_equal(target, batch.codes[row, position + 1])
+                own += np.array_equal(target, batch.codes[row, position])
+    assert following > 50 and own < following / 2
+
+
+def test_a_target_is_scored_at_its_own_position_only(tiny_prepared, batch):
+    """Moving h at the position that predicts frame f moves the loss; moving it where frame f is fed does not."""
+    config, _ = tiny_prepared
+    model = jax.jit(lambda: Chroma(nnx.Rngs(0), config.model))()
+    hidden = jax.random.normal(jax.random.key(0), (1, 6, config.model.backbone.width))
+    codes = np.full((1, 6, config.model.codebooks), -1, np.int32)
+    codes[0, 2] = 5
+    gradient = jax.grad(lambda h: sum(frame_losses(model, h, codes, LossConfig(decoder_hidden="attached"), jax.random.key(0))[:2]))
+    moved = np.abs(np.asarray(gradient(hidden))).sum(-1)[0]
+    assert moved[2] > 0 and not moved[[0, 1, 3, 4, 5]].any()
+
+
+def test_the_decoder_leaves_the_backbone_alone_when_detached(tiny_prepared):
+    config, _ = tiny_prepared
+    model = jax.jit(lambda: Chroma(nnx.Rngs(0), config.model))()
+    hidden = jax.random.normal(jax.random.key(0), (1, 3, config.model.backbone.width))
+    codes = np.ones((1, 3, config.model.codebooks), np.int32)
+
+    def residual(h, kind):
+        return frame_losses(model, h, codes, LossConfig(decoder_hidden=kind), jax.random.key(0))[1]
+
+    assert not np.any(jax.grad(residual)(hidden, "detached"))
+    assert np.any(jax.grad(residual)(hidden, "attached"))
+
+
+def test_a_fixed_number_of_frames_is_drawn_without_replacement():
+    present = np.arange(40)[None, :] < np.array([[40], [25], [2], [0]])
+    index, chosen = jax.jit(choose_frames, static_argnums=1)(present, 3, jax.random.key(1))
+    assert index.shape == (4, 3) and list(chosen.sum(1)) == [3, 3, 2, 0]
+    for row, (where, valid) in enumerate(zip(np.asarray(index), np.asarray(chosen))):
+        assert len(set(where[valid])) == valid.sum() and present[row][where[valid]].all()
+    other, _ = choose_frames(present, 3, jax.random.key(2))
+    assert not np.array_equal(other[:2], index[:2])
+
+
+def test_cross_entropy_is_the_negative_log_likelihood():
+    logits = np.random.default_rng(0).normal(size=(3, 7)).astype(np.float32)
+    nll, hit = cross_entropy(jnp.asarray(logits), jnp.array([2, -1, int(logits[2].argmax())]))
+    expected = -jax.nn.log_softmax(logits)[0, 2]
+    np.testing.assert_allclose(nll[0], expected, rtol=1e-6)
+    assert nll[1] == 0 and hit[1] == 0 and hit[2] == 1
+
+
+def test_frozen_parts_have_no_gradient_and_no_moments(tiny_prepared, batch):
+    config, _ = tiny_prepared
+    config = replace(config, "optimizer.freeze", ("reasoner/", "backbone/model/blocks/attention"))
+    mesh = make_mesh(MeshConfig())
+    with jax.set_mesh(mesh):
+        trainer = trainer_on(config, mesh)
+        state = trainer.init()
+        frozen, trained = jax.device_get((state.frozen, state.trained))
+        size = lambda tree: sum(x.size for x in jax.tree.leaves(tree))  # noqa: E731
+        moments = [x for x in jax.tree.leaves(state.optimizer) if x.ndim]
+        assert sum(x.size for x in moments) == 2 * size(trained)  # first and second moments of what is trained
+        after, _ = trainer.train_step(state, place(batch, trainer))
+        jax.tree.map(np.testing.assert_array_equal, frozen, jax.device_get(after.frozen))
+        changed = jax.tree.map(lambda a, b: bool(np.any(a != np.asarray(b))), trained, after.trained)
+        assert any(jax.tree.leaves(changed))
+
+
+def test_a_freeze_pattern_that_fits_nothing_is_an_error(tiny_prepared):
+    abstract = nnx.eval_shape(lambda: Chroma(nnx.Rngs(0), tiny_prepared[0].model))
+    with pytest.raises(ChromaError, match=r"'bakbone' matches no weight"):
+        split_trainable(abstract, OptimizerConfig(freeze=("bakbone",)))
+    with pytest.raises(ChromaError, match="nothing is left to train"):
+        split_trainable(abstract, OptimizerConfig(freeze=("",)))
+
+
+def test_every_weight_has_logical_axes_with_a_rule(tiny_prepared):
+    abstract = nnx.eval_shape(lambda: Chroma(nnx.Rngs(0), tiny_prepared[0].model))
+    for _, variable in nnx.to_flat_state(nnx.state(abstract)):
+        assert len(variable.get_metadata()["axes"]) == len(variable.shape)
+        AxisRules().at_rest(variable.get_metadata()["axes"])
+
+
+def test_a_mesh_that_does_not_divide_a_weight_is_an_error_that_names_it(tiny_prepared):
+    abstract = nnx.eval_shape(lambda: Chroma(nnx.Rngs(0), tiny_prepared[0].model))
+    with pytest.raises(ChromaError, match=r"attention/k/kernel: axis 'heads' of 2 is not divisible"):
+        state_shardings(nnx.state(abstract), make_mesh(MeshConfig(tensor=4)))
+
+
+def lines_of(run: Path) -> list[dict]:
+    return [{k: v for k, v in line.items() if not k.startswith("speed/")} for line in read_lines(run / "metrics.jsonl")]
+
+
+def leaves_of(state) -> list[np.ndarray]:
+    return [np.asarray(x) for x in jax.tree.leaves(jax.device_get(state))]
+
+
+@pytest.fixture(scope="module")
+def straight(tiny_prepared, tmp_path_factory):
+    """Four steps without an interruption."""
+    config, prepared = tiny_prepared
+    run = tmp_path_factory.mktemp("straight") / "run"
+    return run, leaves_of(train(config, run, prepared))
+
+
+def test_a_killed_run_goes_on_bit_for_bit(tiny_prepared, straight, tmp_path):
+    """kill −9 after the checkpoint of step 2, with later steps already in the metrics file."""
+    config, prepared = tiny_prepared
+    run, source = tmp_path / "run", tmp_path / "source.py"
+    source.write_text(f"from tiny import config as tiny\ndef config():\n    return tiny({config.data.corpus!r})\n")
+    command = [sys.executable, "-m", "chroma_jax", "train", source, run, "--prepared", prepared, "--training.steps", "100000"]
+    process = subprocess.Popen(
+        command, env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(map(str, (Path(__file__).parent, Path(__file__).parents[1])))}, stderr=subprocess.DEVNULL
+    )
+    deadline = time.time() + 300
+    while not (run / "checkpoints" / "2").exists() and time.time() < deadline and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    with Checkpoints(run, config.checkpoint) as checkpoints:
+        at = checkpoints.latest
+    assert at is not None and at >= 2
+    for late in range(at + 1, at + 3):  # what a killed run leaves behind: lines past its last checkpoint, one cut short
+        with (run / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": late, "train/loss": -1.0}) + "\n")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9, "tr')
+    if at > 4:
+        pytest.skip("the machine was too fast to be stopped before step 4")
+    resumed = train(config, run, prepared)
+    assert lines_of(run) == lines_of(straight[0])
+    for ours, theirs in zip(leaves_of(resumed), straight[1], strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_run_goes_on_on_another_mesh(tiny_prepared, straight, tmp_path):
+    config, prepared = tiny_prepared
+    run = tmp_path / "run"
+    train(replace(config, "training.steps", 2), run, prepared)
+    train(replace(config, "mesh", MeshConfig(data=2, fsdp=2, tensor=2)), run, prepared)
+    ours, theirs = lines_of(run), lines_of(straight[0])
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs]
+    for a, b in zip(ours, theirs):
+        if "train/loss" in a:
+            # sums in another order, and Adam turns tiny gradients into steps of full size
+            assert a["train/loss"] == pytest.approx(b["train/loss"], rel=1e-3)
+
+
+def test_a_finished_run_is_left_as_it_is(tiny_prepared, straight, capsys):
+    config, prepared = tiny_prepared
+    before = (straight[0] / "metrics.jsonl").read_text()
+    train(config, straight[0], prepared)
+    assert "nothing to do" in capsys.readouterr().out
+    assert (straight[0] / "metrics.jsonl").read_text() == before
+
+
+def test_a_run_folder_keeps_its_configuration_and_what_a_reply_needs(tiny_prepared, straight):
+    config, _ = tiny_prepared
+    assert (straight[0] / "config.txt").read_text() == dump(config)
+    assert (straight[0] / "tokenizer.json").exists() and (straight[0] / "dataset.json").exists()
+
+
+def test_tiny_losses_fall(straight):
+    losses = [line["train/loss"] for line in lines_of(straight[0]) if "train/loss" in line]
+    assert len(losses) == 4 and losses[-1] < losses[0]
+
+
+def test_no_step_is_compiled_twice(tiny_prepared, batch):
+    config, _ = tiny_prepared
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    with jax.set_mesh(mesh):
+        trainer = trainer_on(config, mesh)
+        state = trainer.init()
+        for _ in range(3):
+            state, _ = trainer.train_step(state, place(batch, trainer))
+        assert trainer.train_step._cache_size() == 1
+        # what is restored must fit what is trained: abstract and real states agree in shape, type and place
+        same = jax.tree.map(lambda a, x: (a.shape, a.dtype, a.sharding) == (x.shape, x.dtype, x.sharding), trainer.abstract, state)
+        assert all(jax.tree.leaves(same))

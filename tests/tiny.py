@@ -1,0 +1,82 @@
+"""The smallest configuration that has every part, for tests of training and of the command line."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+from chroma_jax.chat import SpecialTokens
+from chroma_jax.config import Config, TrainingConfig
+from chroma_jax.layers.rope import RopeConfig
+from chroma_jax.layers.sharding import MeshConfig
+from chroma_jax.layers.transformer import EncoderConfig, LlamaConfig
+from chroma_jax.models.audio_encoder import AudioEncoderConfig
+from chroma_jax.models.chroma import ChromaConfig
+from chroma_jax.models.codec import CodecConfig, QuantizerConfig, SeanetConfig
+from chroma_jax.models.reasoner import ReasonerConfig
+from chroma_jax.rows import RowShape
+from chroma_jax.training.checkpoint import CheckpointConfig
+from chroma_jax.training.loss import LossConfig
+from chroma_jax.training.optimizer import OptimizerConfig
+from chroma_jax.training.state import PrecisionConfig
+from data_pipelines.prepare import DataConfig
+from tiny_corpus import StandInCodec
+
+CODES = 61  # odd, as 2051 is
+
+
+class TinyCodec(StandInCodec):
+    def encode(self, audio: np.ndarray) -> np.ndarray:
+        return super().encode(audio)[..., :4] % 58
+
+
+def model() -> ChromaConfig:
+    stack = LlamaConfig(num_layers=2, width=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=64)
+    return ChromaConfig(
+        reasoner=ReasonerConfig(
+            audio=AudioEncoderConfig(num_layers=1, width=32, num_heads=2, mlp_width=64, output_width=32),
+            text=dataclasses.replace(stack, qkv_bias="qkv", norm_eps=1e-6, rope=RopeConfig(theta=1e6)),
+            vocab_size=512,
+        ),
+        backbone=stack,
+        decoder=dataclasses.replace(stack, width=24, num_layers=1, head_dim=6),
+        codec=CodecConfig(
+            seanet=SeanetConfig(num_filters=4),
+            transformer=EncoderConfig(
+                num_layers=1,
+                width=16,
+                num_heads=2,
+                num_kv_heads=2,
+                head_dim=8,
+                mlp_width=16,
+                layer_scale=0.01,
+                rope=RopeConfig(theta=1e4),
+            ),
+            quantizer=QuantizerConfig(num_codebooks=4, codebook_size=58, codebook_dim=8),
+            upsample_groups=16,
+            window=20,
+        ),
+        tokens=SpecialTokens(*range(504, 512)),
+        codebooks=4,
+        audio_vocab=CODES,
+        codebook_pad=CODES - 1,
+    )
+
+
+def config(corpus: Path | str = "embedded") -> Config:
+    return Config(
+        model=model(),
+        data=DataConfig(corpus=str(corpus), row=RowShape(blocks=4, text=256, answers=64, positions=160, frames=48)),
+        mesh=MeshConfig(),
+        training=TrainingConfig(steps=4, global_batch=8, eval_every=100, log_every=1),
+        loss=LossConfig(text_weight=1.0),
+        optimizer=OptimizerConfig(learning_rate=1e-2),
+        precision=PrecisionConfig(compute="float32"),
+        checkpoint=CheckpointConfig(every=2, keep=3),
+    )
+
+
+def replace(config, name: str, value):
+    """``config`` with one field, named with dots, changed."""
+    head, _, rest = name.partition(".")
+    return dataclasses.replace(config, **{head: replace(getattr(config, head), rest, value) if rest else value})
