@@ -203,8 +203,7 @@ def dispatch(command: str, argv: list[str]) -> int:
     if source == "file":
         base, argv, program = configs.read_python(argv[0]), argv[1:], f"{program} {argv[0]}"
     else:
-        named = [a for a in argv if not a.startswith("-")][:1] if not set(argv) & {"-h", "--help"} else []
-        base = configs.load(Path(argv[0])) if argv and named == argv[:1] else configs.Config()
+        base = run_configuration(argv)
     whole = dataclasses.make_dataclass(
         arguments.__name__,
         [("config", Annotated[configs.Config, tyro.conf.arg(name="")], dataclasses.field(default=base))],
@@ -215,6 +214,16 @@ def dispatch(command: str, argv: list[str]) -> int:
     whole.__doc__ = arguments.__doc__
     args = parse(whole, argv, program)
     return function(args, args.config)
+
+
+def run_configuration(argv: list[str]):
+    """The configuration that the run folder named first keeps; an exported folder brings its own model, and defaults will do
+    for the rest, as for a command line without a folder, which is about to be refused or only wants help."""
+    from chroma_jax import config as configs
+
+    if not argv or argv[0].startswith("-") or (Path(argv[0]) / "config.json").is_file():
+        return configs.Config()
+    return configs.load(Path(argv[0]))
 
 
 def parse(arguments: type, argv: list[str], program: str):

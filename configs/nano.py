@@ -77,11 +77,11 @@ def config() -> Config:
         model=model(),
         data=DataConfig(row=RowShape(blocks=6, text=256, answers=32, positions=384, frames=112)),
         mesh=MeshConfig(data=2, fsdp=2, tensor=2),
-        training=TrainingConfig(steps=400, global_batch=4, eval_every=100, log_every=10),
+        training=TrainingConfig(steps=160, global_batch=4, eval_every=40, log_every=10),
         loss=LossConfig(decoder_weight=0.5, text_weight=1.0),
         optimizer=OptimizerConfig(
-            learning_rate=2e-3, warmup_steps=40, schedule="cosine", decay_steps=360, final_factor=0.1, weight_decay=0.05
+            learning_rate=2e-3, warmup_steps=20, schedule="cosine", decay_steps=140, final_factor=0.1, weight_decay=0.1
         ),
         precision=PrecisionConfig(compute="float32"),
-        checkpoint=CheckpointConfig(every=200, keep=2),
+        checkpoint=CheckpointConfig(every=40, keep=2),
     )

@@ -28,8 +28,8 @@ usage_demo() {
 usage: launch/local.sh demo [OUT] [--steps N] [--fresh]
 
 Prepares the embedded corpus, trains the configuration "nano" in two pieces (the second resumes from the checkpoint of the
-first), answers a question of the test split in a voice that training never heard, and exports the weights. Takes some
-minutes on a laptop's CPU, plus one or two for the installation. Uses a GPU or TPU if the environment has JAX for it
+first), answers a question of the test split in a voice that training never heard, and exports the weights. Takes ten
+minutes or so on two CPU cores, plus one or two for the installation. Uses a GPU or TPU if the environment has JAX for it
 (CHROMA_EXTRAS=cuda). Run again, it goes on where it stopped; once all is trained, only the reply and the export are redone.
 
   OUT          results (default: runs/demo in the repository)
@@ -228,7 +228,8 @@ run_tests() {
     environment dev
     settings
     begin "testing"
-    JAX_PLATFORMS=cpu "$VENV/bin/python" -m pytest -n 2 -m "not slow" "$@"
+    export JAX_PLATFORMS=cpu
+    exec "$VENV/bin/python" -m pytest -n 2 -m "not slow" "$@" # in place of the shell: whoever stops this stops the tests
 }
 
 [[ $VENV == /* ]] || VENV=$PWD/$VENV

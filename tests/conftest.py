@@ -1,4 +1,9 @@
-"""Eight virtual CPU devices, modules as plain pytrees."""
+"""Eight virtual CPU devices, modules as plain pytrees, and quick compilation: the models are tiny, so that unoptimised
+machine code costs less than optimising it."""
+
+import os
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"  # before jax; for children too
 
 import jax
 import pytest

@@ -91,3 +91,13 @@ def test_the_script_works_in_a_repository_whose_path_has_spaces(tmp_path):
         shutil.copy(ROOT / name, tmp_path / "my code")
     (tmp_path / "my code" / ".venv").mkdir()
     assert "my code/.venv" in refused(local("test", cwd=tmp_path, script=script, CHROMA_VENV=""))
+
+
+def test_fresh_removes_only_what_the_demo_made(tmp_path):
+    (tmp_path / "photos").mkdir()  # no virtual environment: the demo ends before it installs anything
+    for out in ("old", "other"):
+        (tmp_path / out).mkdir()
+        (tmp_path / out / ".made_by_local_sh").touch()
+    refused(local("demo", "other", cwd=tmp_path, CHROMA_VENV="photos"))
+    refused(local("demo", "old", "--fresh", cwd=tmp_path, CHROMA_VENV="photos"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["other", "photos"]

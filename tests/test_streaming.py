@@ -126,10 +126,24 @@ CASES = (case(0, 5000, 5, "abc"), case(1, 32_000, 60, "a longer text"), case(2, 
 @pytest.fixture(scope="session")
 def modules() -> tuple[Chroma, Codec]:
     """Random weights. Codes that may not be spoken are made the likeliest of all, so that only their exclusion keeps them out."""
-    model, codec = Chroma(nnx.Rngs(3), CONFIG), Codec(nnx.Rngs(4), CONFIG.codec)
-    likely = jnp.where(jnp.arange(AUDIO_VOCAB) >= CODES, 8.0, 4.0)
-    model = edited(model, {"backbone/head/kernel": lambda w: w * likely, "decoder/heads": lambda w: w * likely})
-    return model, codec
+    rng = np.random.default_rng(3)
+    model, codec = drawn(lambda: Chroma(nnx.Rngs(0), CONFIG), rng), drawn(lambda: Codec(nnx.Rngs(0), CONFIG.codec), rng)
+    likely = np.where(np.arange(AUDIO_VOCAB) >= CODES, 3.0, 1.0).astype(np.float32)
+    return edited(model, {"backbone/head/kernel": lambda w: w * likely, "decoder/heads": lambda w: w * likely}), codec
+
+
+def drawn(make, rng: np.random.Generator) -> nnx.Module:
+    """A module with random weights, drawn by numpy: compiling its own initialisation takes longer than all tests."""
+    graph, state = nnx.split(nnx.eval_shape(make))
+
+    def one(path, variable):
+        if path[-1] in ("scale", "cluster_usage", "initialized"):
+            value = np.ones(variable.shape)
+        else:
+            value = rng.normal(size=variable.shape) * (0.02 if path[-1] == "bias" else variable.shape[-2] ** -0.5)
+        return variable.replace(jnp.asarray(value, jnp.float32))
+
+    return nnx.merge(graph, nnx.from_flat_state([(path, one(path, v)) for path, v in nnx.to_flat_state(state)]))
 
 
 def edited(model: nnx.Module, changes: dict) -> nnx.Module:
@@ -189,7 +203,14 @@ def test_stepwise_codes_equal_the_teacher_forced_argmax(modules, greedy, row):
     np.testing.assert_array_equal(frames[:MAX_FRAMES, :, :CODES].argmax(-1), codes)
 
 
-def test_streaming_and_training_agree_on_logits(modules, greedy, monkeypatch):
+class Silent:
+    """In place of a Codec, for speed."""
+
+    def decode_step(self, state, codes):
+        return state, jnp.zeros((len(codes), 1))
+
+
+def test_streaming_and_training_agree_on_logits(modules, speaker, greedy, monkeypatch):
     seen: list[np.ndarray] = []
 
     def recording(logits, sampling, keys):
@@ -198,12 +219,10 @@ def test_streaming_and_training_agree_on_logits(modules, greedy, monkeypatch):
 
     monkeypatch.setattr(steps, "sample", recording)
     sampling, keys = settings(len(CASES), temperature=0.0, top_k=5, seed=7)
-    prompt = jax.device_put(stack([c.prompt for c in CASES]))
-    capacity = {"text_capacity": 160, "audio_capacity": 160, "dtype": jnp.float32}
-    state = jax.jit(lambda modules: steps.prefill(*modules, prompt, sampling, keys, **capacity))(modules)
-    step = jax.jit(lambda modules, state: steps.step(*modules, state)[0])
+    state = speaker.start(stack([c.prompt for c in CASES]), sampling, keys, MAX_FRAMES)
+    step = jax.jit(lambda model, state: steps.step(model, Silent(), state)[0])
     for _ in range(MAX_FRAMES):
-        state = step(modules, state)
+        state = step(modules[0], state)
     jax.effects_barrier()
     streamed = np.stack(seen).reshape(MAX_FRAMES, LEVELS, len(CASES), AUDIO_VOCAB)
     for row, c in enumerate(CASES):
@@ -215,15 +234,15 @@ def test_streamed_audio_equals_decoding_the_whole_reply(modules, greedy):
     codes = jnp.asarray(np.moveaxis(greedy.codes, 0, 1))
     whole = jax.jit(lambda codec, codes: codec.decode(codes))(modules[1], codes)
     streamed = np.moveaxis(greedy.samples, 0, 1).reshape(len(CASES), -1)
-    assert streamed.std() > 0
-    np.testing.assert_allclose(streamed, whole, atol=1e-5)
+    loudest = np.abs(whole).max()
+    np.testing.assert_allclose(streamed / loudest, whole / loudest, atol=1e-5)
 
 
 # Rows
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("row", [0, 1])
+@pytest.mark.parametrize("row", [0, 2])
 def test_a_row_in_a_batch_says_what_it_says_alone(speaker, row, temperature):
     _, keys = settings(len(CASES), temperature=temperature, top_k=5, seed=7)
     together = run(speaker, CASES, temperature=temperature)
@@ -287,26 +306,25 @@ def test_a_first_frame_of_zeros_is_an_empty_reply(mute, modules):
 # Sampling
 
 
-def logits_of(rows: int, seed: int = 0) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).normal(size=(rows, 20)), jnp.float32)
+DRAWS = 4000
+draw = jax.jit(sample)
 
 
 def test_temperature_zero_is_the_argmax_row_by_row():
-    logits, keys = logits_of(64), jax.random.split(jax.random.key(0), 64)
-    greedy_rows = np.arange(64) % 2 == 0
-    mixed = Sampling(jnp.where(greedy_rows, 0.0, 3.0), jnp.zeros(64, jnp.int32))
-    chosen = np.asarray(sample(logits, mixed, keys))
-    best = np.asarray(logits.argmax(-1))
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(DRAWS, 20)), jnp.float32)
+    greedy_rows = np.arange(DRAWS) % 2 == 0
+    mixed = Sampling(jnp.where(greedy_rows, 0.0, 3.0), jnp.zeros(DRAWS, jnp.int32))
+    chosen, best = np.asarray(draw(logits, mixed, jax.random.split(jax.random.key(0), DRAWS))), np.argmax(logits, -1)
     np.testing.assert_array_equal(chosen[greedy_rows], best[greedy_rows])
     assert (chosen[~greedy_rows] != best[~greedy_rows]).any()
 
 
 def test_top_k_never_leaves_the_top_k_and_reaches_all_of_it():
-    logits = jnp.tile(logits_of(1), (4000, 1))
-    chosen = sample(logits, Sampling.of(2.0, 4), jax.random.split(jax.random.key(1), 4000))
-    assert set(np.asarray(chosen).tolist()) == set(np.argsort(-np.asarray(logits[0]))[:4].tolist())
-    frequency = np.bincount(np.asarray(chosen), minlength=20) / 4000
-    np.testing.assert_allclose(frequency, probabilities(logits[:1], Sampling.of(2.0, 4))[0], atol=0.04)
+    logits = np.tile(np.random.default_rng(1).normal(size=20).astype(np.float32), (DRAWS, 1))
+    chosen = np.asarray(draw(logits, Sampling.of(2.0, 4, DRAWS), jax.random.split(jax.random.key(0), DRAWS)))
+    assert set(chosen.tolist()) == set(np.argsort(-logits[0])[:4].tolist())
+    expected = probabilities(jnp.asarray(logits[:1]), Sampling.of(2.0, 4))[0]
+    np.testing.assert_allclose(np.bincount(chosen, minlength=20) / DRAWS, expected, atol=0.04)
 
 
 def test_codes_that_the_codec_does_not_have_are_never_spoken(speaker, greedy):

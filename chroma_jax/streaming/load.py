@@ -14,8 +14,8 @@ from tokenizers import Tokenizer
 
 from chroma_jax.config import Config
 from chroma_jax.convert.hf_config import from_hf
-from chroma_jax.convert.names import chroma_rows, codec_rows
-from chroma_jax.convert.weights import import_weights, open_safetensors
+from chroma_jax.convert.names import chroma_rows
+from chroma_jax.convert.weights import import_weights, open_safetensors, read_codec
 from chroma_jax.errors import ChromaError
 from chroma_jax.models.chroma import Chroma, ChromaConfig
 from chroma_jax.models.codec import Codec
@@ -44,8 +44,7 @@ def load_run(run: Path, config: Config) -> tuple[Chroma, Codec, Tokenizer]:
         model = import_weights(abstract, "", chroma_rows(model_config), open_safetensors(run))
     else:
         raise ChromaError(f"{run}: holds neither checkpoints/ (a training run) nor config.json (an exported model)")
-    abstract = nnx.eval_shape(lambda: Codec(nnx.Rngs(0), model_config.codec))
-    codec = import_weights(abstract, "codec/", codec_rows(model_config), open_safetensors(codec_source))
+    codec = read_codec(codec_source, model_config)
     if not (run / "tokenizer.json").is_file():
         raise ChromaError(f"{run / 'tokenizer.json'}: no such file")
     return model, codec, load_tokenizer(run / "tokenizer.json", model_config.tokens, model_config.reasoner.vocab_size)
@@ -64,7 +63,7 @@ def from_checkpoint(run: Path, config: Config, dtype) -> Chroma:
     """The newest checkpoint's weights, whatever mesh wrote them; the optimizer's moments are not read."""
     abstract = placed(nnx.eval_shape(lambda: Chroma(nnx.Rngs(0), config.model)), dtype)
     graph, trained, frozen = split_trainable(abstract, config.optimizer)
-    with Checkpoints(run, config.checkpoint) as checkpoints:
+    with Checkpoints(run, config.checkpoint, access="read") as checkpoints:
         return nnx.merge(graph, *checkpoints.restore_weights(trained, frozen))
 
 

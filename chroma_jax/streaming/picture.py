@@ -185,8 +185,8 @@ def schedule_key(axes, picture: Picture) -> None:
     axes.set(xlim=(0, 1), ylim=(0, 1))
     milliseconds = 1000 * picture.frame_seconds
     axes.text(0, 0.75, "Schedule", size=11, va="center")
-    told = f"each text token is followed by {FRAMES_PER_PAIR} frames of {milliseconds:g} ms; a cell is a frame, its number the code"
-    axes.text(0.062, 0.75, f"{told} of codebook 0", size=9, va="center", color=MUTED)
+    told = f"each text token is followed by {FRAMES_PER_PAIR} frames of {milliseconds:g} ms; a cell is a frame, its number the"
+    axes.text(0.062, 0.75, f"{told} code of codebook 0", size=9, va="center", color=MUTED)
     left, right = 0.86, 0.97
     axes.imshow(np.linspace(0, 1, 64)[None], cmap=colours(), aspect="auto", extent=(left, right, 0.55, 0.95))
     axes.text(left - 0.005, 0.75, "0", size=9, va="center", ha="right", color=MUTED)

@@ -75,7 +75,9 @@ class Speaker:
     def __init__(self, model: Chroma, codec: Codec, dtype: str = "float32"):
         self.config = model.config
         (model_graph, model_state), (codec_graph, codec_state) = nnx.split(model), nnx.split(codec)
-        self.weights, tree = jax.tree.flatten((model_state, codec_state))
+        leaves, tree = jax.tree.flatten((model_state, codec_state))
+        # bound to their device, wherever they come from: else the same shapes would be compiled twice
+        self.weights = jax.device_put(leaves, leaves[0].devices().pop())
         self.programs = programs((model_graph, codec_graph), tree, dtype)
 
     def encode(self, wave: np.ndarray) -> np.ndarray:

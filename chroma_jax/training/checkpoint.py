@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 from pathlib import Path
+from typing import Literal
 
 import jax
 import orbax.checkpoint.experimental.v1 as ocp
@@ -27,7 +28,8 @@ class CheckpointConfig:
 class Checkpoints:
     """The checkpoints of one run folder. Close it, or use it as a context manager, to wait for the last write."""
 
-    def __init__(self, run: Path, config: CheckpointConfig):
+    def __init__(self, run: Path, config: CheckpointConfig, *, access: Literal["write", "read"] = "write"):
+        """access "read" leaves the folder as it is, also what another process is just writing there."""
         logging.getLogger("absl").setLevel(logging.ERROR)
         self.folder = (run / "checkpoints").absolute()
         self.config = config
@@ -35,7 +37,7 @@ class Checkpoints:
             self.folder,
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
             preservation_policy=ocp.training.preservation_policies.LatestN(config.keep),
-            cleanup_tmp_directories=True,
+            cleanup_tmp_directories=access == "write",
         )
 
     def __enter__(self) -> "Checkpoints":

@@ -70,7 +70,10 @@ def make_trainer(
         _, trained, frozen = split_trainable(build(), optimizer)
         return trained, jax.tree.map(lambda x: x.astype(precision.frozen), frozen)
 
-    weights = jax.jit(initial_weights, out_shardings=tuple(shardings))
+    # run once: on CPU, optimising the random generator of every weight would take longer than all the rest of the start
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    options = {"xla_backend_optimization_level": 0} if on_cpu else None
+    weights = jax.jit(initial_weights, out_shardings=tuple(shardings), compiler_options=options)
 
     def init() -> TrainState:
         trained, frozen = weights()

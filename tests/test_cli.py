@@ -1,0 +1,200 @@
+"""Bad input ends in one line that names the thing, exit code 2, and nothing half-written."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from chroma_jax.cli import COMMANDS, main
+from chroma_jax.config import dump
+from chroma_jax.convert.names import codec_rows
+from chroma_jax.convert.weights import all_tensors
+from chroma_jax.layers.sharding import make_mesh
+from chroma_jax.models.codec import Codec
+from chroma_jax.training.checkpoint import Checkpoints
+from chroma_jax.training.state import TrainState, make_trainer
+
+
+@pytest.fixture(scope="module")
+def run(tiny_prepared, tmp_path_factory) -> Path:
+    """A run folder with one checkpoint of untrained weights, complete with tokenizer and Codec."""
+    import jax
+
+    config, prepared = tiny_prepared
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    folder.mkdir()
+    (folder / "config.txt").write_text(dump(config))
+    shutil.copy(prepared / "tokenizer.json", folder)
+    codec = jax.jit(lambda: Codec(nnx.Rngs(0), config.model.codec))()
+    save_file(dict(all_tensors(codec, "codec/", codec_rows(config.model))), folder / "codec.safetensors")
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh), Checkpoints(folder, config.checkpoint) as checkpoints:
+        trainer = make_trainer(config.model, config.optimizer, config.loss, config.precision, 0, mesh)
+        state: TrainState = trainer.init()
+        checkpoints.save(0, state)
+    return folder
+
+
+@pytest.fixture
+def files(tmp_path, tiny_prepared, run):
+    """Things to name on a command line; ``out`` is where nothing may appear."""
+    config, prepared = tiny_prepared
+    here = Path(__file__).parent
+    source = f"import sys\nsys.path.insert(0, {str(here)!r})\nfrom tiny import config as tiny\n"
+    (tmp_path / "tiny.py").write_text(source + f"def config():\n    return tiny({config.data.corpus!r})\n")
+    (tmp_path / "broken.py").write_text("def config(:\n")
+    (tmp_path / "other.py").write_text("def config():\n    return {'model': 1}\n")
+    (tmp_path / "raises.py").write_text("def config():\n    return undefined_name\n")
+    (tmp_path / "text.txt").write_text("this is not audio")
+    soundfile.write(tmp_path / "empty.wav", np.zeros(0, np.float32), 16_000)
+    soundfile.write(tmp_path / "speech.wav", 0.1 * np.ones(16_000, np.float32), 16_000)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "precious").write_text("keep me")
+    tensors = load_file(run / "codec.safetensors")
+    first, second, *_ = tensors
+    save_file({k: v for k, v in tensors.items() if k != first} | {second: np.zeros(3, np.float32)}, tmp_path / "bad.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes((run / "codec.safetensors").read_bytes()[:1000])
+    return {"tmp": tmp_path, "prepared": prepared, "run": run, "out": tmp_path / "out"}
+
+
+REPLY = "reply {run} --question {tmp}/speech.wav --reference {tmp}/speech.wav --transcript hello --out {out}"
+TRAIN = "train {tmp}/tiny.py {out} --prepared {prepared}"
+
+# name → (command line, what the message must contain)
+BAD = {
+    "unknown command": ("trian nano x", ["unknown command 'trian'", "train"]),
+    "unknown configuration": ("info nanno", ["'nanno'", "near: nano"]),
+    "configuration missing": ("prepare", ["wants a configuration first"]),
+    "configuration file absent": ("info {tmp}/none.py", ["none.py", "no such configuration file"]),
+    "configuration with a syntax error": ("info {tmp}/broken.py", ["broken.py", "SyntaxError"]),
+    "configuration that raises": ("info {tmp}/raises.py", ["raises.py", "undefined_name"]),
+    "configuration of another type": ("info {tmp}/other.py", ["other.py", "returned dict", "Config"]),
+    "unknown field": ("info nano --model.backbone.num_layer 3", ["--model.backbone.num_layer", "--model.backbone.num_layers"]),
+    "ill-typed field": ("info nano --model.backbone.num_layers many", ["--model.backbone.num_layers", "many"]),
+    "unknown choice": ("info nano --optimizer.schedule stepwise", ["stepwise", "cosine"]),
+    "fields that contradict each other": ("info nano --model.backbone.num_kv_heads 3", ["num_heads 4", "num_kv_heads 3"]),
+    "value out of range": ("info nano --loss.decoder_frames 1.5", ["decoder_frames", "1.5"]),
+    "missing argument": ("train nano", ["run"]),
+    "corpus absent": ("prepare {tmp}/tiny.py {out} --data.corpus {tmp}/nowhere", ["nowhere"]),
+    "data folder is something else": ("prepare {tmp}/tiny.py {tmp}/full --codec {run}/codec.safetensors", ["full"]),
+    "codec absent": ("prepare {tmp}/tiny.py {out} --codec {tmp}/no.safetensors", ["no.safetensors"]),
+    "codec cut short": ("prepare {tmp}/tiny.py {out} --codec {tmp}/cut.safetensors", ["cut.safetensors"]),
+    "codec with wrong tensors": (
+        "prepare {tmp}/tiny.py {out} --codec {tmp}/bad.safetensors",
+        ["2 tensors do not fit", "missing: codec_model.", "misshapen: codec_model."],
+    ),
+    "not prepared data": ("train {tmp}/tiny.py {out} --prepared {tmp}/full", ["full", "dataset.json"]),
+    "data of another model": (TRAIN + " --model.codebooks 3", ["codebooks"]),
+    "rows of another shape": (TRAIN + " --data.row.text 300", ["text=300"]),
+    "batch that the mesh does not divide": (TRAIN + " --mesh.data 3", ["training.global_batch 8", "= 3"]),
+    "more devices than there are": (TRAIN + " --mesh.context 16 --training.global_batch 16", ["16 devices", "8 present"]),
+    "mesh that does not divide a weight": (TRAIN + " --mesh.tensor 8", ["kernel", "heads", "not divisible"]),
+    "freeze pattern that fits nothing": (TRAIN + " --optimizer.freeze bakbone", ["bakbone", "matches no weight"]),
+    "run folder is something else": ("train {tmp}/tiny.py {tmp}/full --prepared {prepared}", ["full", "not a run folder"]),
+    "run of another model": ("train {tmp}/tiny.py {run} --prepared {prepared} --model.decoder.norm_eps 1e-4", ["norm_eps", "another run"]),
+    "reply from no run": (REPLY.replace("{run}", "{tmp}/full"), ["full", "not a run folder"]),
+    "question absent": (REPLY.replace("{tmp}/speech.wav --reference", "{tmp}/no.wav --reference"), ["no.wav"]),
+    "question not readable": (REPLY.replace("{tmp}/speech.wav --reference", "{tmp}/text.txt --reference"), ["text.txt"]),
+    "reference empty": (REPLY.replace("--reference {tmp}/speech.wav", "--reference {tmp}/empty.wav"), ["empty.wav", "no samples"]),
+    "export onto something": ("export {run} {tmp}/full", ["full", "exists"]),
+    "export of no run": ("export {tmp}/full {out}", ["full", "not a run folder"]),
+    "suite absent": ("verify {tmp}/nowhere", ["nowhere", "no such folder"]),
+    "suite without cases": ("verify {tmp}/full", ["full", "no golden case"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(name, files, capsys):
+    command, expected = BAD[name]
+    before = sorted(p for p in files["tmp"].rglob("*"))
+    run_before = sorted(files["run"].rglob("*"))
+    assert main([word.format(**files) for word in command.split()]) == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]  # progress bars may stand before it
+    assert message.startswith("chroma-jax: error: ")
+    for part in expected:
+        assert part in message, message
+    after = [p for p in files["tmp"].rglob("*") if "__pycache__" not in p.parts]
+    assert sorted(after) == before, "something was left behind"
+    assert sorted(files["run"].rglob("*")) == run_before
+
+
+def test_a_damaged_checkpoint_is_named(files, capsys):
+    copy = files["tmp"] / "damaged"
+    shutil.copytree(files["run"], copy)
+    for file in (copy / "checkpoints" / "0").rglob("*"):
+        if file.is_file() and file.stat().st_size > 20:
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    command = REPLY.replace("{run}", str(copy)).split()
+    assert main([word.format(**files) for word in command]) == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "checkpoints" in message and "chroma-jax: error: " in message
+    assert not files["out"].exists()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    assert COMMANDS[command][0].__doc__.split()[0] in capsys.readouterr().out
+
+
+def test_help_lists_every_command(capsys):
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in COMMANDS)
+
+
+def test_info_prints_the_parts(capsys):
+    assert main(["info", "chroma_4b"]) == 0
+    out = capsys.readouterr().out
+    for figure in ("637,676,544", "3,397,103,616", "977,346,560", "161,560,576", "79,308,609"):
+        assert figure in out
+
+
+def test_a_field_is_overridden(capsys):
+    assert main(["info", "nano", "--model.backbone.num_layers", "1"]) == 0
+    one = capsys.readouterr().out
+    main(["info", "nano"])
+    assert one != capsys.readouterr().out
+
+
+def test_export_reads_back_bit_for_bit(files):
+    import jax
+
+    from chroma_jax.config import load
+    from chroma_jax.convert.hf_config import from_hf, to_hf
+    from chroma_jax.streaming.load import load_run
+
+    dest = files["tmp"] / "export"
+    assert main(["export", str(files["run"]), str(dest), "--shard_gb", "0.0001"]) == 0
+    assert len(list(dest.glob("*.safetensors"))) > 1
+    config = load(files["run"])
+    trained, exported = load_run(files["run"], config), load_run(dest, config)
+    for ours, theirs in zip(trained[:2], exported[:2], strict=True):
+        jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(nnx.state(ours)), nnx.to_pure_dict(nnx.state(theirs)))
+    assert trained[2].to_str() == exported[2].to_str()
+    assert exported[0].config == config.model
+    assert from_hf(to_hf(config.model)) == config.model
+
+
+def test_exported_names_are_the_released_ones(files):
+    """Every tensor of the reference's own checkpoint of a full model, but vision, has a counterpart of the same name."""
+    from safetensors import safe_open
+
+    dest = files["tmp"] / "export"
+    main(["export", str(files["run"]), str(dest)])
+    ours = set()
+    for shard in dest.glob("*.safetensors"):
+        with safe_open(shard, "np") as file:
+            ours |= set(file.keys())
+    strip = lambda names: {".".join("0" if part.isdigit() else part for part in n.split(".")) for n in names}  # noqa: E731
+    theirs = set()
+    for case in ("thinker", "backbone", "decoder", "codec"):
+        with safe_open(Path(__file__).parent / "golden" / case / "weights.safetensors", "np") as file:
+            theirs |= {n for n in file.keys() if not n.startswith("thinker.visual.")}
+    assert strip(ours) == strip(theirs)
