@@ -65,7 +65,8 @@ def forward_flops(model: ChromaConfig, row: RowShape, loss: LossConfig) -> PartF
     if loss.text_weight:
         text += 2 * row.answers * c.reasoner.text.width * c.reasoner.vocab_size
     backbone = llama(c.backbone, row.positions, row.positions / 2) + 2 * row.frames * c.backbone.width * c.audio_vocab
-    frame = llama(c.decoder, q, q / 2) + 2 * q * c.backbone.width * c.decoder.width + 2 * (q - 1) * c.decoder.width * c.audio_vocab
+    frame = llama(c.decoder, q, q / 2) + 2 * q * c.backbone.width * c.decoder.width
+    frame += 2 * (q - 1) * c.decoder.width * c.audio_vocab
     frames = math.ceil(row.frames * loss.decoder_frames)
     return PartFlops(row.blocks * audio_encoder(c.reasoner.audio), text, backbone, frames * frame)
 
@@ -140,7 +141,8 @@ def describe(config) -> str:
     for part in [*sizes, PartSize("total", sum(p.parameters for p in sizes))]:
         flop = per_part.get(part.name) if part.name != "total" else sum(forward)
         shown = f"{flop / 1e9:15,.2f}" if flop is not None else f"{'–':>15}"
-        lines.append(f"{part.name:<36}{part.parameters:>16,}{4 * part.parameters / 1e9:>12.3f}{2 * part.parameters / 1e9:>10.3f}{shown}")
+        gigabytes = f"{4 * part.parameters / 1e9:>12.3f}{2 * part.parameters / 1e9:>10.3f}"
+        lines.append(f"{part.name:<36}{part.parameters:>16,}{gigabytes}{shown}")
     books = codebook_values(model)
     lines += [
         f"Reasoner in all: {sizes[0].parameters + sizes[1].parameters:,}. The Codec also holds {books:,} codebook values, "

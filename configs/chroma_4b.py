@@ -1,6 +1,5 @@
 """The released Chroma 1.0: 4.7B parameters with its vision tower, 4.0B without, which is what speaks."""
 
-
 from chroma_jax.config import Config, TrainingConfig
 from chroma_jax.layers.sharding import MeshConfig
 from chroma_jax.models.chroma import ChromaConfig

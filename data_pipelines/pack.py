@@ -41,9 +41,7 @@ class PackConfig:
 
 
 def pack_config(model: ChromaConfig, features: FeatureConfig, system: str = "") -> PackConfig:
-    return PackConfig(
-        model.tokens, model.reasoner.audio.block_frames, features.hop, model.codebooks, model.codebook_eos, system
-    )
+    return PackConfig(model.tokens, model.reasoner.audio.block_frames, features.hop, model.codebooks, model.codebook_eos, system)
 
 
 class Conversation(NamedTuple):

@@ -214,9 +214,7 @@ def user_speech(corpus: Corpus, max_seconds: float, problems: list[Problem], pro
     return found
 
 
-def paired(
-    corpus: Corpus, split: str, passes: int, seed: int, codes: dict[Path, np.ndarray]
-) -> list[tuple[Dialogue, Reference]]:
+def paired(corpus: Corpus, split: str, passes: int, seed: int, codes: dict[Path, np.ndarray]) -> list[tuple[Dialogue, Reference]]:
     """Each dialogue of a split with a reference of its assistant's voice, ``passes`` times over.
 
     Every pass is in a random order of its own; from pass to pass a dialogue goes through the references of its voice.

@@ -19,7 +19,7 @@ class Parley(tfds.core.GeneratorBasedBuilder):
     """Spoken questions and answers."""
 
     VERSION = tfds.core.Version("1.0.0")
-    url_infos = {}  # nothing is downloaded; looking for checksums would need a package that TFDS does not declare
+    url_infos = {}  # noqa: RUF012  nothing is downloaded; looking for checksums would need a package that TFDS does not declare
     CORPUS = "embedded"  # a subclass may name another corpus folder
 
     def __init__(self, *, file_format="array_record", **kwargs):
@@ -54,12 +54,15 @@ class Parley(tfds.core.GeneratorBasedBuilder):
 
         for d in corpus.dialogues:
             if d.split == split:
-                yield d.id, {
-                    "id": d.id,
-                    "question": d.question,
-                    "answer": d.answer,
-                    "user_voice": d.user_voice,
-                    "assistant_voice": d.assistant_voice,
-                    "question_audio": samples(d.question_audio),
-                    "answer_audio": samples(d.answer_audio),
-                }
+                yield (
+                    d.id,
+                    {
+                        "id": d.id,
+                        "question": d.question,
+                        "answer": d.answer,
+                        "user_voice": d.user_voice,
+                        "assistant_voice": d.assistant_voice,
+                        "question_audio": samples(d.question_audio),
+                        "answer_audio": samples(d.answer_audio),
+                    },
+                )

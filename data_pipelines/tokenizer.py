@@ -6,6 +6,7 @@ Special tokens are found by id, as `SpecialTokens` has it; the text of a transcr
 import base64
 import dataclasses
 import importlib.util
+import itertools
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,9 +17,7 @@ from chroma_jax.chat import Encode, SpecialTokens
 from chroma_jax.errors import ChromaError
 
 # Qwen2.5's pattern: contractions, words with the character before them, single digits, punctuation, line ends, spaces
-PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 CONTENT = {
     "pad": "<|endoftext|>",
@@ -116,7 +115,7 @@ def last_merge(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes]:
     """The two parts that BPE with the ranks below ``token``'s own leaves of it."""
     parts = [bytes([b]) for b in token]
     while len(parts) > 2:
-        pairs = [ranks.get(a + b, len(ranks)) for a, b in zip(parts, parts[1:], strict=False)]
+        pairs = [ranks.get(a + b, len(ranks)) for a, b in itertools.pairwise(parts)]
         best = min(range(len(pairs)), key=pairs.__getitem__)
         if pairs[best] >= ranks[token]:
             break

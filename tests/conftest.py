@@ -16,9 +16,10 @@ nnx.set_graph_mode(False)
 @pytest.fixture(scope="session")
 def tiny_prepared(tmp_path_factory):
     """A prepared dataset of a dozen dialogues for `tiny.config`, with a tokenizer and stand-in codes."""
-    from data_pipelines.prepare import prepare
     from tiny import TinyCodec, config
     from tiny_corpus import write_corpus
+
+    from data_pipelines.prepare import prepare
 
     folder = tmp_path_factory.mktemp("tiny")
     c = config(write_corpus(folder / "corpus"))

@@ -95,11 +95,17 @@ BAD = {
     "mesh that does not divide a weight": (TRAIN + " --mesh.tensor 8", ["kernel", "heads", "not divisible"]),
     "freeze pattern that fits nothing": (TRAIN + " --optimizer.freeze bakbone", ["bakbone", "matches no weight"]),
     "run folder is something else": ("train {tmp}/tiny.py {tmp}/full --prepared {prepared}", ["full", "not a run folder"]),
-    "run of another model": ("train {tmp}/tiny.py {run} --prepared {prepared} --model.decoder.norm_eps 1e-4", ["norm_eps", "another run"]),
+    "run of another model": (
+        "train {tmp}/tiny.py {run} --prepared {prepared} --model.decoder.norm_eps 1e-4",
+        ["norm_eps", "another run"],
+    ),
     "reply from no run": (REPLY.replace("{run}", "{tmp}/full"), ["full", "not a run folder"]),
     "question absent": (REPLY.replace("{tmp}/speech.wav --reference", "{tmp}/no.wav --reference"), ["no.wav"]),
     "question not readable": (REPLY.replace("{tmp}/speech.wav --reference", "{tmp}/text.txt --reference"), ["text.txt"]),
-    "reference empty": (REPLY.replace("--reference {tmp}/speech.wav", "--reference {tmp}/empty.wav"), ["empty.wav", "no samples"]),
+    "reference empty": (
+        REPLY.replace("--reference {tmp}/speech.wav", "--reference {tmp}/empty.wav"),
+        ["empty.wav", "no samples"],
+    ),
     "export onto something": ("export {run} {tmp}/full", ["full", "exists"]),
     "export of no run": ("export {tmp}/full {out}", ["full", "not a run folder"]),
     "suite absent": ("verify {tmp}/nowhere", ["nowhere", "no such folder"]),
@@ -192,7 +198,7 @@ def test_exported_names_are_the_released_ones(files):
     for shard in dest.glob("*.safetensors"):
         with safe_open(shard, "np") as file:
             ours |= set(file.keys())
-    strip = lambda names: {".".join("0" if part.isdigit() else part for part in n.split(".")) for n in names}  # noqa: E731
+    strip = lambda names: {".".join("0" if part.isdigit() else part for part in n.split(".")) for n in names}
     theirs = set()
     for case in ("thinker", "backbone", "decoder", "codec"):
         with safe_open(Path(__file__).parent / "golden" / case / "weights.safetensors", "np") as file:

@@ -9,11 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from codec_weights import load
 from flax import nnx
 from safetensors.numpy import load_file
 
+from chroma_jax.convert.hf_config import from_hf
+from chroma_jax.convert.weights import read_codec
 from chroma_jax.errors import ChromaError
+from chroma_jax.golden.audio import with_window
 from chroma_jax.layers.rope import RopeConfig
 from chroma_jax.layers.transformer import EncoderConfig
 from chroma_jax.models.codec import (
@@ -38,46 +40,10 @@ SAME = 1e-5
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
-def golden_config(window: bool) -> CodecConfig:
-    c = json.loads((GOLDEN / "config.json").read_text())["codec_config"]
-    return CodecConfig(
-        sampling_rate=c["sampling_rate"],
-        seanet=SeanetConfig(
-            num_filters=c["num_filters"],
-            ratios=tuple(c["upsampling_ratios"]),
-            kernel_size=c["kernel_size"],
-            last_kernel_size=c["last_kernel_size"],
-            residual_kernel_size=c["residual_kernel_size"],
-            num_residual_layers=c["num_residual_layers"],
-            dilation_growth=c["dilation_growth_rate"],
-            compress=c["compress"],
-        ),
-        transformer=EncoderConfig(
-            num_layers=c["num_hidden_layers"],
-            width=c["hidden_size"],
-            num_heads=c["num_attention_heads"],
-            num_kv_heads=c["num_key_value_heads"],
-            head_dim=c["head_dim"],
-            mlp_width=c["intermediate_size"],
-            norm_eps=c["norm_eps"],
-            layer_scale=c["layer_scale_initial_scale"],
-            rope=RopeConfig(theta=c["rope_parameters"]["rope_theta"]),
-        ),
-        quantizer=QuantizerConfig(
-            num_codebooks=c["num_quantizers"],
-            num_semantic=c["num_semantic_quantizers"],
-            codebook_size=c["codebook_size"],
-            codebook_dim=c["codebook_dim"],
-        ),
-        upsample_groups=c["upsample_groups"],
-        window=c["sliding_window"] if window else None,
-    )
-
-
 @functools.cache
 def golden_codec(window: bool) -> Codec:
-    weights = load_file(GOLDEN / "weights.safetensors")
-    return load(golden_config(window), {name.removeprefix("codec_model."): w for name, w in weights.items()})
+    codec = read_codec(GOLDEN / "weights.safetensors", from_hf(json.loads((GOLDEN / "config.json").read_text())))
+    return codec if window else with_window(codec, None)
 
 
 @pytest.fixture(scope="module")
@@ -96,13 +62,25 @@ def odd_codec() -> Codec:
     config = CodecConfig(
         sampling_rate=8_000,
         seanet=SeanetConfig(
-            num_filters=3, ratios=(5, 3), kernel_size=5, last_kernel_size=2, num_residual_layers=2, dilation_growth=3,
-            compress=1, shortcut="conv",
-        ),  # fmt: skip
+            num_filters=3,
+            ratios=(5, 3),
+            kernel_size=5,
+            last_kernel_size=2,
+            num_residual_layers=2,
+            dilation_growth=3,
+            compress=1,
+            shortcut="conv",
+        ),
         transformer=EncoderConfig(
-            num_layers=1, width=12, num_heads=4, num_kv_heads=2, head_dim=6, mlp_width=20, layer_scale=0.5,
+            num_layers=1,
+            width=12,
+            num_heads=4,
+            num_kv_heads=2,
+            head_dim=6,
+            mlp_width=20,
+            layer_scale=0.5,
             rope=RopeConfig(theta=100.0),
-        ),  # fmt: skip
+        ),
         quantizer=QuantizerConfig(num_codebooks=5, num_semantic=2, codebook_size=11, codebook_dim=12),
         stride=3,
         upsample_groups=4,

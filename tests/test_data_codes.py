@@ -18,9 +18,7 @@ from data_pipelines.dialogues import read_corpus
 
 CONFIG = CodecConfig(
     seanet=SeanetConfig(num_filters=4, ratios=(32, 30)),  # few layers: these tests wait for the compiler
-    transformer=EncoderConfig(
-        num_layers=1, width=32, num_heads=2, num_kv_heads=2, head_dim=16, mlp_width=32, layer_scale=0.01
-    ),
+    transformer=EncoderConfig(num_layers=1, width=32, num_heads=2, num_kv_heads=2, head_dim=16, mlp_width=32, layer_scale=0.01),
     quantizer=QuantizerConfig(num_codebooks=4, codebook_size=32, codebook_dim=16),
     upsample_groups=32,
 )

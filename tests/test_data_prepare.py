@@ -66,7 +66,7 @@ def test_dataset_json_says_what_is_in_the_folder(prepared):
     assert 0 < train["fill"]["positions"] <= 1 and train["user_hours"] > 0
     assert m["corpus"]["licence"] == "Public domain" and m["skipped"]["count"] == 0
     assert 0 < m["unigram"]["valid"]["text"] < m["unigram"]["uniform"]["text"]
-    assert 0 < m["unigram"]["valid"]["c0"] and len(m["unigram"]["valid"]["codes"]) == MODEL.codebooks
+    assert m["unigram"]["valid"]["c0"] > 0 and len(m["unigram"]["valid"]["codes"]) == MODEL.codebooks
     assert prepared.shape == data_config("x").row and prepared.tokenizer.is_file()
 
 

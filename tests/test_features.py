@@ -40,7 +40,7 @@ def golden():
 
 
 def test_the_default_configuration_is_the_released_preprocessor():
-    assert CONFIG == FeatureConfig()
+    assert FeatureConfig() == CONFIG
 
 
 def test_mel_filters(golden):

@@ -5,7 +5,14 @@ import pytest
 
 from chroma_jax.schedule import FRAMES_PER_PAIR, NOTHING, Counts, Kind, counts, layout, length, opens_pair
 
-LETTERS = {"t": Kind.PROMPT_TEXT, "p": Kind.PROMPT_FRAME, "0": Kind.PROMPT_END, "h": Kind.HIDDEN, "e": Kind.TOKEN, "a": Kind.FRAME}
+LETTERS = {
+    "t": Kind.PROMPT_TEXT,
+    "p": Kind.PROMPT_FRAME,
+    "0": Kind.PROMPT_END,
+    "h": Kind.HIDDEN,
+    "e": Kind.TOKEN,
+    "a": Kind.FRAME,
+}
 
 # (counts, what is fed, which position predicts what): "e1>2" reads: reply token 1 predicts frame 2; EOS is frame F.
 TABLE = {

@@ -295,7 +295,7 @@ def test_im_end_closes_the_text_and_frames_go_on_alone(modules, greedy):
 @pytest.fixture(scope="session")
 def mute(modules) -> Chroma:
     """Always says EOS."""
-    return edited(modules[0], {name: jnp.zeros_like for name in ("backbone/head/kernel", "decoder/heads")})
+    return edited(modules[0], dict.fromkeys(("backbone/head/kernel", "decoder/heads"), jnp.zeros_like))
 
 
 def test_a_first_frame_of_zeros_is_an_empty_reply(mute, modules):

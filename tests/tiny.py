@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 import numpy as np
+from tiny_corpus import StandInCodec
 
 from chroma_jax.chat import SpecialTokens
 from chroma_jax.config import Config, TrainingConfig
@@ -20,7 +21,6 @@ from chroma_jax.training.loss import LossConfig
 from chroma_jax.training.optimizer import OptimizerConfig
 from chroma_jax.training.state import PrecisionConfig
 from data_pipelines.prepare import DataConfig
-from tiny_corpus import StandInCodec
 
 CODES = 61  # odd, as 2051 is
 

@@ -170,7 +170,8 @@ def codec_rows(config: ChromaConfig, foreign: str = "codec_model", path: str = "
     codec = config.codec
     rows = seanet_rows(config, foreign, path)
     for side in ("encoder", "decoder"):
-        rows += codec_transformer_rows(f"{foreign}.{side}_transformer", f"{path}/{side}_transformer", codec.transformer.num_layers)
+        stack, layers = f"{side}_transformer", codec.transformer.num_layers
+        rows += codec_transformer_rows(f"{foreign}.{stack}", f"{path}/{stack}", layers)
     semantic = codec.quantizer.num_semantic
     for branch, count in (("semantic", semantic), ("acoustic", codec.num_codebooks - semantic)):
         theirs, ours = f"{foreign}.quantizer.{branch}_residual_vector_quantizer", f"{path}/quantizer/{branch}"

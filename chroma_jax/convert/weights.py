@@ -68,11 +68,13 @@ def import_weights(module: nnx.Module, prefix: str, rows: Iterable[Row], reader:
         filled[row.path.removeprefix(prefix)] = parts if row.layers is not None else parts[0] if parts else None
     if problems:
         raise ChromaError(f"{len(problems)} tensors do not fit: " + "; ".join(problems))
-    values = [
-        (path, variable.replace(jnp.asarray(np.stack(v) if isinstance(v, list) else v, variable.dtype)) if v is not None else variable)
-        for path, variable in nnx.to_flat_state(state)
-        for v in [filled.get("/".join(map(str, path)))]
-    ]
+    values = []
+    for path, variable in nnx.to_flat_state(state):
+        value = filled.get("/".join(map(str, path)))
+        if value is not None:
+            value = np.stack(value) if isinstance(value, list) else value
+            variable = variable.replace(jnp.asarray(value, variable.dtype))
+        values.append((path, variable))
     return nnx.merge(graph, nnx.from_flat_state(values))
 
 
@@ -90,8 +92,11 @@ def foreign_tensors(module: nnx.Module, prefix: str, rows: Iterable[Row]) -> Ite
     for row in rows:
         value = flat[row.path].get_value()
         for i, name in enumerate(row.foreign_names()):
-            yield name, lambda v=value, i=i, row=row: np.ascontiguousarray(
-                row.transform.to_foreign(np.asarray(v if row.layers is None else v[i]))
+            yield (
+                name,
+                lambda v=value, i=i, row=row: np.ascontiguousarray(
+                    row.transform.to_foreign(np.asarray(v if row.layers is None else v[i]))
+                ),
             )
 
 

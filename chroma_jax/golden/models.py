@@ -1,6 +1,8 @@
 """Golden cases of the Reasoner, Backbone, Decoder and the training loss."""
 
+import ast
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +13,12 @@ from chroma_jax.convert.hf_config import rope_from_hf
 from chroma_jax.convert.names import Row, backbone_rows, decoder_rows
 from chroma_jax.convert.weights import foreign_tensors
 from chroma_jax.golden.case import EXACT, GRADIENT, HIDDEN, LOSS, Case, Check, Checks
+from chroma_jax.layers.attention import causal_mask
 from chroma_jax.layers.rope import inverse_frequencies
 from chroma_jax.models.audio_encoder import cut_blocks, num_outputs
 from chroma_jax.models.chroma import Chroma
 from chroma_jax.models.reasoner import Reasoner
+from chroma_jax.streaming.frame import greedy_residual_codes
 from chroma_jax.streaming.sampling import Sampling, probabilities
 from chroma_jax.training.loss import LossConfig, cross_entropy, frame_losses, mean
 
@@ -33,7 +37,8 @@ def recordings(features: np.ndarray, mask: np.ndarray, block_frames: int) -> tup
 def audio_encoder(case: Case) -> Checks:
     """Blockwise encoder: every stage, packed over the recordings of the batch."""
     encoder = case.model("audio_encoder").reasoner.audio
-    mel, lengths, frames = recordings(case.inputs["input_features"], case.inputs["feature_attention_mask"], encoder.config.block_frames)
+    features, mask = case.inputs["input_features"], case.inputs["feature_attention_mask"]
+    mel, lengths, frames = recordings(features, mask, encoder.config.block_frames)
     after_conv = (frames - 1) // 2 + 1
 
     def pack(x, counts):
@@ -85,7 +90,8 @@ def _thinker_batch(case: Case, reasoner: Reasoner, name: str) -> Checks:
     x, hidden, whole, logits, cache = prefill(reasoner)
     reference_positions = np.where(valid, np.cumsum(valid, 1) - 1, 1)
     yield case.check(f"{name}_position_ids", np.broadcast_to(reference_positions, (3, rows, length)), EXACT)
-    yield Check(f"{name}_positions match ours", float(np.abs(shift(positions + 1) - valid * (reference_positions + 1)).max()), EXACT)
+    apart = np.abs(shift(positions + 1) - valid * (reference_positions + 1)).max()
+    yield Check(f"{name}_positions match ours", float(apart), EXACT)
     deltas = reference_positions.max(1, keepdims=True) + 1 - length
     yield case.check(f"{name}_rope_deltas", deltas, EXACT)
     yield case.check(f"{name}_inputs_embeds", shift(x), HIDDEN)
@@ -137,8 +143,6 @@ def _unpad(case: Case, reasoner: Reasoner, name: str, ids: np.ndarray, valid: np
 
 def layer_outputs(model, x, positions, segments):
     """[layers + 1, B, T, D]: the stack's input, each layer's output, the last after the final norm."""
-    from chroma_jax.layers.attention import causal_mask
-
     rotation, mask = model._rotation(positions), causal_mask(segments)
     _, outputs = jax.lax.scan(lambda x, block: (y := block(x, rotation, mask), y), x, model.blocks)
     return jnp.concatenate([x[None], outputs[:-1], model.norm(outputs[-1])[None]])
@@ -201,9 +205,6 @@ def _cached_in_chunks(model: Chroma, x, positions, mask) -> np.ndarray:
 
 def rope_variants(case: Case) -> list[tuple[str, dict]]:
     """The RoPE parameters that the case's README states for its ``*_inv_freq`` outputs (they stand nowhere else)."""
-    import ast
-    import re
-
     text = (case.folder / "README.md").read_text()
     found = re.findall(r"`(\w+)_rope_\*`[^{]*(\{[^}]*\})", text)
     return [(f"{name}_rope", ast.literal_eval(parameters)) for name, parameters in found]
@@ -226,8 +227,6 @@ def decoder(case: Case) -> Checks:
     yield case.check("tf_logits", logits.reshape(b, s, q + 1, -1), HIDDEN)
     yield case.check("tf_loss", value, LOSS)
     yield case.check("ids_logits", logits[:s], HIDDEN)
-    from chroma_jax.streaming.frame import greedy_residual_codes
-
     for name, layout in (("greedy", "reference"), ("fixed_greedy", "trained")):
         codes, logits = jax.jit(greedy_residual_codes, static_argnums=3)(model, hidden[0], flat[:s, 0], layout)
         yield case.check(f"{name}_codes", codes, EXACT)
@@ -251,9 +250,8 @@ def train_grad(case: Case) -> Checks:
         if f"{name}_loss" not in case.outputs:
             continue
 
-        def total(state):
-            value, parts = function(nnx.merge(graph, state, rest), case.inputs)
-            return value, parts
+        def total(state, function=function):
+            return function(nnx.merge(graph, state, rest), case.inputs)
 
         (value, parts), gradient = jax.jit(jax.value_and_grad(total, has_aux=True))(state)
         yield case.check(f"{name}_loss", value, LOSS)

@@ -72,5 +72,8 @@ def table(result: Result, *, every: bool) -> str:
     worst = max(result.checks, key=lambda c: c.difference / c.tolerance if c.tolerance else (1e9 if c.difference else 0))
     shown = result.checks if every else [c for c in result.checks if not c.passed] or [worst]
     head = f"{'ok' if result.passed else 'FAIL':<5} {result.case:<18} {len(result.checks)} quantities"
-    rows = [f"{'' if c.passed else 'FAIL':<5} {result.case:<18} {c.quantity:<70} {c.difference:10.2e}  ≤ {c.tolerance:.2e}" for c in shown]
+    rows = [
+        f"{'' if c.passed else 'FAIL':<5} {result.case:<18} {c.quantity:<70} {c.difference:10.2e}  ≤ {c.tolerance:.2e}"
+        for c in shown
+    ]
     return "\n".join([head, *rows])

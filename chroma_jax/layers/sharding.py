@@ -83,7 +83,8 @@ class AxisRules:
         if axis is None:
             return None
         if not hasattr(self, axis):
-            raise ChromaError(f"logical axis {axis!r} has no sharding rule; AxisRules knows {[f.name for f in dataclasses.fields(self)]}")
+            known = [f.name for f in dataclasses.fields(self)]
+            raise ChromaError(f"logical axis {axis!r} has no sharding rule; AxisRules knows {known}")
         names = getattr(self, axis)
         return None if not names else names[0] if len(names) == 1 else tuple(names)
 
@@ -100,10 +101,7 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
     if min(config.shape) < 1:
         raise ChromaError(f"mesh axes must be at least 1, got {dict(zip(MESH_AXES, config.shape))}")
     if len(devices) < config.num_devices:
-        raise ChromaError(
-            f"mesh {dict(zip(MESH_AXES, config.shape))} needs {config.num_devices} devices, {len(devices)} present"
-            + (" (--devices N makes N virtual CPU devices)" if devices[0].platform == "cpu" else "")
-        )
+        raise ChromaError(f"mesh {dict(zip(MESH_AXES, config.shape))} needs {config.num_devices} devices, {len(devices)} present")
     if config.num_devices == len(devices):
         return jax.make_mesh(config.shape, MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES), devices=devices)
     chosen = np.asarray(devices[: config.num_devices]).reshape(config.shape)

@@ -147,8 +147,8 @@ class AudioEncoder(nnx.Module):
         """mel: [B, blocks, block_frames, bins]; lengths: int32 [B, blocks] valid frames of each block (0: none).
 
         Returns [B, blocks · block_frames / 4, output_width]. The outputs of a recording that begins at block r begin at
-        r · block_frames / 4, and the first ``num_outputs(mel_frames)`` of them are valid; recordings may be packed into one row when
-        block_frames is a multiple of 4.
+        r · block_frames / 4, and the first ``num_outputs(mel_frames)`` of them are valid; recordings may be packed into one
+        row when block_frames is a multiple of 4.
         """
         b, r, f, bins = mel.shape
         flat = reshape_rows(lengths, b * r)

@@ -11,7 +11,7 @@ from chroma_jax.layers.rope import RopeConfig
 from chroma_jax.layers.sharding import constrain, take_rows
 from chroma_jax.layers.transformer import LlamaConfig
 from chroma_jax.models.backbone import AudioEmbedding, Backbone
-from chroma_jax.models.codec import Codec, CodecConfig
+from chroma_jax.models.codec import CodecConfig
 from chroma_jax.models.decoder import Decoder
 from chroma_jax.models.reasoner import Reasoner, ReasonerConfig
 from chroma_jax.rows import Batch, is_present
@@ -64,9 +64,7 @@ class Chroma(nnx.Module):
         self.reasoner = Reasoner(rngs, c.reasoner)
         self.backbone = Backbone(rngs, c.backbone, c.audio_vocab)
         self.audio_embedding = AudioEmbedding(rngs, c.codebooks, c.audio_vocab, c.backbone.width)
-        self.decoder = Decoder(
-            rngs, c.decoder, input_width=c.backbone.width, codebooks=c.codebooks, audio_vocab=c.audio_vocab
-        )
+        self.decoder = Decoder(rngs, c.decoder, input_width=c.backbone.width, codebooks=c.codebooks, audio_vocab=c.audio_vocab)
 
     def answers(self, batch: Batch, dtype) -> jax.Array:
         """The Reasoner's hidden states that predict the reply tokens of packed rows: [B, answers, D]."""

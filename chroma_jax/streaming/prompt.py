@@ -80,8 +80,6 @@ def stack(rows: Sequence[Prompt]) -> Prompt:
         if name in BUCKETS:
             multiple, empty = BUCKETS[name]
             length = rounded_up(max(len(v) for v in values), multiple)
-            values = [
-                np.pad(v, ((0, length - len(v)), *((0, 0),) * (v.ndim - 1)), constant_values=empty) for v in values
-            ]
+            values = [np.pad(v, ((0, length - len(v)), *((0, 0),) * (v.ndim - 1)), constant_values=empty) for v in values]
         arrays[name] = np.stack(values)
     return Prompt(**arrays)

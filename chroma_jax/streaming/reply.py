@@ -225,9 +225,7 @@ def text_pieces(tokenizer: Tokenizer, tokens: list[tuple[int, int]], im_end: int
     return pieces
 
 
-def pieces_with_end(
-    pieces: list[tuple[int, str]], tokens: list[tuple[int, int]], im_end: int
-) -> list[tuple[int, str | None]]:
+def pieces_with_end(pieces: list[tuple[int, str]], tokens: list[tuple[int, int]], im_end: int) -> list[tuple[int, str | None]]:
     """The same, with None where the text ended."""
     return [*pieces, *((frame, None) for frame, token in tokens if token == im_end)]
 

@@ -92,9 +92,7 @@ def prefill(
         audio = model.reasoner.audio(prompt.mel, prompt.mel_length, dtype)
         embeddings = model.reasoner.embed(prompt.text, prompt.audio_index, audio)
         cache = c.reasoner.text.empty_cache(rows, text_capacity, dtype)
-        hidden, reasoner_cache = model.reasoner.cached(
-            embeddings, _positions(length, prompt.text_length, text_capacity), cache
-        )
+        hidden, reasoner_cache = model.reasoner.cached(embeddings, _positions(length, prompt.text_length, text_capacity), cache)
     with jax.named_scope("backbone_prefill"):
         embeddings = jnp.where(
             is_present(prompt.voice_token)[..., None],

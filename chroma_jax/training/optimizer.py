@@ -89,7 +89,8 @@ def split_trainable(model: nnx.Module, config: OptimizerConfig) -> tuple[nnx.Gra
     for pattern in config.freeze:
         if not any(re.match(pattern, path) for path in paths):
             parts = sorted({"/".join(p.split("/")[:2]) for p in paths})
-            raise ChromaError(f"optimizer.freeze: {pattern!r} matches no weight{near(pattern, parts)}; weights begin with {', '.join(parts)}")
+            begin = f"{near(pattern, parts)}; weights begin with {', '.join(parts)}"
+            raise ChromaError(f"optimizer.freeze: {pattern!r} matches no weight{begin}")
 
     def trainable(path, _):
         return not any(re.match(pattern, "/".join(map(str, path))) for pattern in config.freeze)

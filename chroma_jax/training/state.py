@@ -113,7 +113,6 @@ def _abstract_state(trained, frozen, shardings, tx, precision: PrecisionConfig, 
     step = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, P()))
     moments = jax.eval_shape(tx.init, trained)
 
-
     def placed(x):  # the shape carries its sharding, except where nothing is divided
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec if x.sharding else P()))
 

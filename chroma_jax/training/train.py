@@ -35,7 +35,8 @@ def train(config: Config, run: Path, prepared: Path) -> TrainState:
     t = config.training
     dataset = open_dataset(prepared, config.model)
     if dataset.shape != config.data.row:
-        raise ChromaError(f"{prepared}: rows are {dataset.shape}, the configuration says {config.data.row}; prepare the data again")
+        row = config.data.row
+        raise ChromaError(f"{prepared}: rows are {dataset.shape}, the configuration says {row}; prepare the data again")
     if t.global_batch % config.mesh.num_row_shards:
         raise ChromaError(
             f"training.global_batch {t.global_batch} is not a multiple of mesh.data × mesh.fsdp = {config.mesh.num_row_shards}"

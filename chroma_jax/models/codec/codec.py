@@ -196,9 +196,7 @@ class Codec(nnx.Module):
         run = lambda carry, x: self._encode(x, carry, self._attend_whole)
         return self._state(batch, dtype, frames_per_step, run, audio)
 
-    def encode_step(
-        self, state: CodecState, audio: jax.Array, num_codebooks: int | None = None
-    ) -> tuple[CodecState, jax.Array]:
+    def encode_step(self, state: CodecState, audio: jax.Array, num_codebooks: int | None = None) -> tuple[CodecState, jax.Array]:
         """audio: [B, n · samples_per_frame], n ≥ 1. Returns (state, codes int32 [B, n, Q])."""
         if audio.shape[1] < 1 or audio.shape[1] % self.config.samples_per_frame:
             raise ValueError(f"audio must be whole frames of {self.config.samples_per_frame} samples, got {audio.shape[1]}")

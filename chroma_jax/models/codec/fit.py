@@ -59,7 +59,7 @@ def fit_branch(branch: ResidualQuantizer, latents: jax.Array, key: jax.Array, co
     count, size, _ = books.embed_sum.shape
     residual = branch.project(latents)
     embed_sum, cluster_usage = [], []
-    for level in range(count):
+    for _ in range(count):
         key, level_key = jax.random.split(key)
         centroids, usage, residual = kmeans(residual, level_key, size=size, iterations=config.iterations)
         usage = jnp.maximum(usage, 1.0)
