@@ -106,10 +106,12 @@ def summary(manifest: dict) -> str:
 def train(args: Train, config) -> int:
     import jax
 
+    from chroma_jax.training.train import train
+
     # enough virtual devices for the mesh where there is no accelerator; real devices are not affected
     if jax.config.jax_num_cpu_devices < config.mesh.num_devices:
-        jax.config.update("jax_num_cpu_devices", config.mesh.num_devices)
-    from chroma_jax.training.train import train
+        with contextlib.suppress(RuntimeError):  # JAX is running already; the mesh will say what is missing
+            jax.config.update("jax_num_cpu_devices", config.mesh.num_devices)
 
     train(config, args.run, args.prepared)
     return 0

@@ -229,7 +229,7 @@ run_tests() {
     settings
     begin "testing"
     export JAX_PLATFORMS=cpu
-    exec "$VENV/bin/python" -m pytest -n 2 -m "not slow" "$@" # in place of the shell: whoever stops this stops the tests
+    exec "$VENV/bin/python" -m pytest -n 2 --dist loadscope -m "not slow" "$@" # in place of the shell: whoever stops this stops the tests
 }
 
 [[ $VENV == /* ]] || VENV=$PWD/$VENV

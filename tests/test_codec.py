@@ -223,7 +223,7 @@ def test_decoding_in_bfloat16_stays_near_float32(given):
 
 
 def test_bad_codes_are_named(given):
-    config, codes = golden_config(True), frames_first(given["codes"]).copy()
+    config, codes = golden_codec(True).config, frames_first(given["codes"]).copy()
     check_codes(codes, config)
     codes[1, 3, 2] = 64
     with pytest.raises(ChromaError, match="code 64 at row 1, frame 3, codebook 2 is outside 0 … 63"):

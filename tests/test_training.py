@@ -62,6 +62,14 @@ def test_a_batch_has_the_same_loss_on_every_mesh(tiny_prepared, batch, losses_on
         np.testing.assert_allclose(got[name], losses_on_one_device[name], rtol=1e-5, err_msg=name)
 
 
+def test_bfloat16_computes_nearly_the_same_loss(tiny_prepared, batch, losses_on_one_device):
+    config = replace(tiny_prepared[0], "precision.compute", "bfloat16")
+    got = evaluated(config, MeshConfig(), batch)
+    # eight bits of mantissa in activations; the loss itself is summed in float32
+    np.testing.assert_allclose(got["loss"], losses_on_one_device["loss"], rtol=1e-2)
+    assert got["loss"] != losses_on_one_device["loss"] and got["loss"].dtype == np.float32
+
+
 def test_hidden_states_are_paired_with_the_next_frame(batch):
     """The frame that stands right after a predicting position is its target; its own frame is not."""
     own = following = 0

@@ -5,6 +5,7 @@ checkpoint of the run folder; else a fresh initialisation. One step consumes one
 position, whatever the mesh and the number of hosts.
 """
 
+import contextlib
 import shutil
 import time
 from pathlib import Path
@@ -42,10 +43,11 @@ def train(config: Config, run: Path, prepared: Path) -> TrainState:
             f"training.global_batch {t.global_batch} is not a multiple of mesh.data × mesh.fsdp = {config.mesh.num_row_shards}"
         )
     mesh = make_mesh(config.mesh)
-    keep_configuration(config, run)
-    keep_artefacts(prepared, run)
-    with jax.set_mesh(mesh), Checkpoints(run, config.checkpoint) as checkpoints:
+    check_run(config, run)
+    with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
         trainer = make_trainer(config.model, config.optimizer, config.loss, config.precision, t.seed, mesh)
+        keep(config, prepared, run)
+        checkpoints = stack.enter_context(Checkpoints(run, config.checkpoint))
         if checkpoints.latest is None:
             state, step = trainer.init(), 0
         else:
@@ -83,32 +85,31 @@ def train(config: Config, run: Path, prepared: Path) -> TrainState:
                 writer.close()
 
 
-def keep_configuration(config: Config, run: Path) -> None:
-    """Writes config.txt, after making sure that an existing run is of the same model and data."""
-    path = run / "config.txt"
-    if path.exists():
+def check_run(config: Config, run: Path) -> None:
+    """Makes sure that ``run`` is new, or a run of the same model on the same data. Raises ChromaError otherwise."""
+    if (run / "config.txt").exists():
         before, now = configs.fields(configs.load(run)), configs.fields(config)
         fixed = [n for n in now if n.startswith(("model.", "data.")) or n in ("training.global_batch", "training.seed")]
         changed = [f"{n} {before.get(n)!r} → {now[n]!r}" for n in fixed if before.get(n) != now[n]]
         if changed:
             raise ChromaError(f"{run}: holds another run ({'; '.join(changed[:5])}); choose another run folder")
-    elif run.exists() and any(run.iterdir()):
+    elif run.exists() and (not run.is_dir() or any(run.iterdir())):
         raise ChromaError(f"{run}: exists and is not a run folder (no config.txt in it)")
-    if jax.process_index() == 0:
-        run.mkdir(parents=True, exist_ok=True)
-        aside = run / "config.txt.tmp"
-        aside.write_text(configs.dump(config))
-        aside.replace(path)
 
 
-def keep_artefacts(prepared: Path, run: Path) -> None:
-    """Copies what a reply or an export needs beside the weights, so that a run folder is complete in itself."""
-    if jax.process_index() == 0:
-        for name in ("tokenizer.json", "dataset.json", "codec.safetensors"):
-            if (prepared / name).is_file():
-                aside = run / f"{name}.tmp"
-                shutil.copyfile(prepared / name, aside)
-                aside.replace(run / name)
+def keep(config: Config, prepared: Path, run: Path) -> None:
+    """Writes config.txt, and copies what a reply or an export needs beside the weights: a run folder is complete in itself."""
+    if jax.process_index() > 0:
+        return
+    run.mkdir(parents=True, exist_ok=True)
+    aside = run / "config.txt.tmp"
+    aside.write_text(configs.dump(config))
+    aside.replace(run / "config.txt")
+    for name in ("tokenizer.json", "dataset.json", "codec.safetensors"):
+        if (prepared / name).is_file():
+            aside = run / f"{name}.tmp"
+            shutil.copyfile(prepared / name, aside)
+            aside.replace(run / name)
 
 
 def place(batch: Batch, trainer: Trainer) -> Batch:
