@@ -10,7 +10,11 @@ from chroma_jax.golden.verify import verify
 SUITE = Path(__file__).parent / "golden"
 
 
-@pytest.mark.parametrize("case", ["features", "audio_encoder", "thinker", "backbone", "decoder", "codec", "train_grad"])
+COMPONENTS = ["features", "audio_encoder", "thinker", "backbone", "decoder", "codec", "train_grad"]
+GENERATIONS = ["b1", "b2", "b2_codec_eos", "b2_thinker_eos", "codec_eos_all", "codec_eos_first", "thinker_eos"]
+
+
+@pytest.mark.parametrize("case", COMPONENTS + [f"gen_{name}" for name in GENERATIONS])
 def test_case(case):
     (result,) = verify(SUITE / case)
     assert result.error is None, result.error

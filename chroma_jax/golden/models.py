@@ -71,7 +71,10 @@ def _thinker_batch(case: Case, reasoner: Reasoner, name: str) -> Checks:
     valid = case.inputs.get(f"{name}_attention_mask", np.ones_like(ids)).astype(bool)
     rows, length = ids.shape
     pads = (~valid).sum(1)
-    tokens, audio_index, audio = _unpad(case, reasoner, name, ids, valid)
+    features = None
+    if f"{name}_input_features" in case.inputs:
+        features = case.inputs[f"{name}_input_features"], case.inputs[f"{name}_feature_attention_mask"]
+    tokens, audio_index, audio = unpad(case.config.tokens.audio, reasoner, ids, valid, features)
     steps = case.outputs[f"{name}_greedy_tokens"].shape[0]
     positions = np.broadcast_to(np.arange(length), (rows, length))
     segments = (positions < valid.sum(1)[:, None]).astype(np.int32)
@@ -122,17 +125,19 @@ def _thinker_batch(case: Case, reasoner: Reasoner, name: str) -> Checks:
     yield case.check(f"{name}_decode_position_ids", np.broadcast_to(decode, (3, rows, steps - 1)), EXACT)
 
 
-def _unpad(case: Case, reasoner: Reasoner, name: str, ids: np.ndarray, valid: np.ndarray):
-    """Left-padded ids as right-padded ones, with each audio token's index into its row's encoder outputs."""
+def unpad(
+    audio_token: int, reasoner: Reasoner, ids: np.ndarray, valid: np.ndarray, features: tuple[np.ndarray, np.ndarray] | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Left-padded ids as right-padded ones, with each audio token's index into its row's encoder outputs.
+
+    features: the recordings in order of occurrence [N, bins, A], and their mask. Returns (tokens, audio_index, audio).
+    """
     tokens = np.stack([np.concatenate([row[v], row[~v]]) for row, v in zip(ids, valid)]).astype(np.int32)
-    is_audio = (tokens == case.config.tokens.audio) & (np.arange(ids.shape[1]) < valid.sum(1)[:, None])
+    is_audio = (tokens == audio_token) & (np.arange(ids.shape[1]) < valid.sum(1)[:, None])
     audio_index = np.where(is_audio, np.cumsum(is_audio, 1) - 1, -1).astype(np.int32)
-    if f"{name}_input_features" not in case.inputs:
+    if features is None:
         return tokens, audio_index, np.zeros((len(ids), 1, reasoner.config.text.width), np.float32)
-    block_frames = reasoner.config.audio.block_frames
-    mel, lengths, frames = recordings(
-        case.inputs[f"{name}_input_features"], case.inputs[f"{name}_feature_attention_mask"], block_frames
-    )
+    mel, lengths, frames = recordings(*features, reasoner.config.audio.block_frames)
     encoded = jax.jit(lambda r, m, n: r.audio(m, n))(reasoner, mel, lengths)
     outputs = np.concatenate([np.asarray(row)[:n] for row, n in zip(encoded, num_outputs(frames))])
     ends = np.cumsum(is_audio.sum(1))

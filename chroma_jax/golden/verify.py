@@ -1,5 +1,6 @@
 """Runs a suite of golden cases and reports every compared quantity."""
 
+import fnmatch
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -7,10 +8,10 @@ from typing import NamedTuple
 import jax
 
 from chroma_jax.errors import ChromaError
-from chroma_jax.golden import audio, models
+from chroma_jax.golden import audio, generate, models
 from chroma_jax.golden.case import Case, Check, Checks
 
-# A case's kind is its folder name, or what stands before the first "-" or "." in it.
+# A case's kind is its folder name, matched as a pattern.
 KINDS: dict[str, Callable[[Case], Checks]] = {
     "features": audio.features,
     "audio_encoder": models.audio_encoder,
@@ -19,6 +20,7 @@ KINDS: dict[str, Callable[[Case], Checks]] = {
     "decoder": models.decoder,
     "codec": audio.codec,
     "train_grad": models.train_grad,
+    "gen_*": generate.generation,
 }
 
 
@@ -53,8 +55,8 @@ def cases(folder: Path) -> list[Path]:
 def verify(folder: Path) -> Iterator[Result]:
     """Yields the result of each case as it is done; products in float32 on every device."""
     for path in cases(folder):
-        kind = path.name.split("-")[0].split(".")[0]
-        if kind not in KINDS:
+        kind = next((k for k in KINDS if fnmatch.fnmatch(path.name, k)), None)
+        if kind is None:
             yield Result(path.name, [], f"unknown kind of case (known: {', '.join(KINDS)})")
             continue
         try:

@@ -17,7 +17,7 @@ from chroma_jax.models.chroma import Chroma, ChromaConfig
 from chroma_jax.models.codec import Codec, CodecState
 from chroma_jax.rows import is_present
 from chroma_jax.schedule import NOTHING, opens_pair
-from chroma_jax.streaming.frame import residual_codes
+from chroma_jax.streaming.frame import Positions, residual_codes
 from chroma_jax.streaming.sampling import Sampling, sample
 
 
@@ -125,8 +125,8 @@ def _positions(length: int, valid: jax.Array, nowhere: int) -> jax.Array:
     return jnp.where(order < valid[:, None], order, nowhere)
 
 
-def step(model: Chroma, codec: Codec, state: StreamState) -> tuple[StreamState, StepOutput]:
-    """One frame for every row."""
+def step(model: Chroma, codec: Codec, state: StreamState, positions: Positions = "trained") -> tuple[StreamState, StepOutput]:
+    """One frame for every row. positions: of the Decoder, see `chroma_jax.streaming.frame`."""
     c = model.config
     state, token, paired, pair = _text_pair(model, state)
     with jax.named_scope("backbone"):
@@ -140,7 +140,7 @@ def step(model: Chroma, codec: Codec, state: StreamState) -> tuple[StreamState, 
             level_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, level)
             return sample(jnp.where(valid, logits, -jnp.inf), state.sampling, level_keys)
 
-        codes, _ = residual_codes(model, hidden, choose(logits, 0), choose)
+        codes, _ = residual_codes(model, hidden, choose(logits, 0), choose, positions)
     live = state.speaking & jnp.any(codes != c.codebook_eos, axis=-1)
     with jax.named_scope("codec"):
         codec_state, samples = codec.decode_step(state.codec, codes[:, None])

@@ -17,6 +17,7 @@ from flax import nnx
 from chroma_jax.models.chroma import Chroma
 from chroma_jax.models.codec import Codec
 from chroma_jax.streaming import step as steps
+from chroma_jax.streaming.frame import Positions
 from chroma_jax.streaming.prompt import rounded_up
 from chroma_jax.streaming.sampling import Sampling
 from chroma_jax.streaming.step import Prompt, StepOutput, StreamState
@@ -37,7 +38,9 @@ class Programs(NamedTuple):
 
 
 @functools.cache
-def programs(graphs: tuple[nnx.GraphDef, nnx.GraphDef], tree: jax.tree_util.PyTreeDef, dtype: str) -> Programs:
+def programs(
+    graphs: tuple[nnx.GraphDef, nnx.GraphDef], tree: jax.tree_util.PyTreeDef, dtype: str, positions: Positions
+) -> Programs:
     """The programs of one architecture; equal architectures share them, and so what is already compiled."""
 
     def modules(weights) -> tuple[Chroma, Codec]:
@@ -61,7 +64,7 @@ def programs(graphs: tuple[nnx.GraphDef, nnx.GraphDef], tree: jax.tree_util.PyTr
         )
 
     def step(weights, state):
-        return steps.step(*modules(weights), state)
+        return steps.step(*modules(weights), state, positions)
 
     return Programs(jax.jit(encode), jax.jit(prefill, static_argnums=4), jax.jit(step, donate_argnums=1))
 
@@ -70,15 +73,16 @@ class Speaker:
     """A model and its Codec with their compiled programs, on the device that holds the weights.
 
     dtype: that activations and caches are in, "float32" or "bfloat16"; the Codec always computes in float32.
+    positions: of the Decoder; "reference" is for comparing with the reference implementation only.
     """
 
-    def __init__(self, model: Chroma, codec: Codec, dtype: str = "float32"):
+    def __init__(self, model: Chroma, codec: Codec, dtype: str = "float32", positions: Positions = "trained"):
         self.config = model.config
         (model_graph, model_state), (codec_graph, codec_state) = nnx.split(model), nnx.split(codec)
         leaves, tree = jax.tree.flatten((model_state, codec_state))
         # bound to their device, wherever they come from: else the same shapes would be compiled twice
         self.weights = jax.device_put(leaves, leaves[0].devices().pop())
-        self.programs = programs((model_graph, codec_graph), tree, dtype)
+        self.programs = programs((model_graph, codec_graph), tree, dtype, positions)
 
     def encode(self, wave: np.ndarray) -> np.ndarray:
         """wave: float [S] at the Codec's rate, S ≥ 1. Returns codes int32 [F, Q]; the last frame is filled up with silence."""
