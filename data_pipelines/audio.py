@@ -27,11 +27,12 @@ def load(path: Path | str, sample_rate: int, *, max_seconds: float | None = None
             seconds = file.frames / file.samplerate
             if max_seconds is not None and seconds > max_seconds:  # before the samples are read: it may be hours
                 raise ChromaError(f"{path}: {seconds:.1f} s long, the limit is {max_seconds:g} s")
-            wave = file.read(dtype="float32", always_2d=True)
-            source_rate = file.samplerate
+            import librosa  # here, since importing it takes seconds
+
+            wave, source_rate = librosa.load(file, sr=None, mono=False)
     except (soundfile.SoundFileError, OSError) as error:
         raise ChromaError(f"{path}: not a readable recording ({error})") from error
-    return prepared(wave, source_rate, sample_rate, str(path))
+    return prepared(wave.T, int(source_rate), sample_rate, str(path))
 
 
 def prepared(wave: np.ndarray, source_rate: int, sample_rate: int, name: str) -> np.ndarray:

@@ -171,6 +171,10 @@ def lines_of(run: Path) -> list[dict]:
     return [{k: v for k, v in line.items() if not k.startswith("speed/")} for line in read_lines(run / "metrics.jsonl")]
 
 
+def trained_lines(run: Path) -> list[dict]:
+    return [line for line in lines_of(run) if "train/loss" in line]
+
+
 def leaves_of(state) -> list[np.ndarray]:
     return [np.asarray(x) for x in jax.tree.leaves(jax.device_get(state))]
 
@@ -188,7 +192,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tiny_prepared, straight, tmp_path):
     config, prepared = tiny_prepared
     run, source = tmp_path / "run", tmp_path / "source.py"
     source.write_text(f"from tiny import config as tiny\ndef config():\n    return tiny({config.data.corpus!r})\n")
-    command = [sys.executable, "-m", "chroma_jax", "train", source, run, "--prepared", prepared, "--training.steps", "100000"]
+    command = [sys.executable, "-m", "chroma_jax", "train", source, run, "--prepared", prepared, "--training.steps", "3"]
     # as many devices as this process has, since the CPU's threads, and with them the order of sums, are divided among them
     here = Path(__file__).parent
     settings = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8", "PYTHONPATH": f"{here}{os.pathsep}{here.parent}"}
@@ -200,16 +204,14 @@ def test_a_killed_run_goes_on_bit_for_bit(tiny_prepared, straight, tmp_path):
     process.wait()
     with Checkpoints(run, config.checkpoint) as checkpoints:
         at = checkpoints.latest
-    assert at is not None and at >= 2
+    assert at in (2, 3)
     for late in range(at + 1, at + 3):  # what a killed run leaves behind: lines past its last checkpoint, one cut short
         with (run / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"step": late, "train/loss": -1.0}) + "\n")
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 9, "tr')
-    if at > 4:
-        pytest.skip("the machine was too fast to be stopped before step 4")
     resumed = train(config, run, prepared)
-    assert lines_of(run) == lines_of(straight[0])
+    assert trained_lines(run) == trained_lines(straight[0])
     for ours, theirs in zip(leaves_of(resumed), straight[1], strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
@@ -219,7 +221,7 @@ def test_a_run_goes_on_on_another_mesh(tiny_prepared, straight, tmp_path):
     run = tmp_path / "run"
     train(replace(config, "training.steps", 2), run, prepared)
     train(replace(config, "mesh", MeshConfig(data=2, fsdp=2, tensor=2)), run, prepared)
-    ours, theirs = ([line for line in lines_of(r) if "train/loss" in line] for r in (run, straight[0]))
+    ours, theirs = trained_lines(run), trained_lines(straight[0])
     assert [line["step"] for line in ours] == [line["step"] for line in theirs] == [1, 2, 3, 4]
     for a, b in zip(ours, theirs, strict=True):
         # sums in another order, and Adam turns tiny gradients into steps of full size

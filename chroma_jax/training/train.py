@@ -5,7 +5,6 @@ checkpoint of the run folder; else a fresh initialisation. One step consumes one
 position, whatever the mesh and the number of hosts.
 """
 
-import contextlib
 import shutil
 import time
 from pathlib import Path
@@ -44,45 +43,52 @@ def train(config: Config, run: Path, prepared: Path) -> TrainState:
         )
     mesh = make_mesh(config.mesh)
     check_run(config, run)
-    with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
+    with jax.set_mesh(mesh):
         trainer = make_trainer(config.model, config.optimizer, config.loss, config.precision, t.seed, mesh)
         keep(config, prepared, run)
-        checkpoints = stack.enter_context(Checkpoints(run, config.checkpoint))
-        if checkpoints.latest is None:
-            state, step = trainer.init(), 0
-        else:
-            state = checkpoints.restore(trainer.abstract)
-            step = int(state.step)
-            print(f"resuming {run} from step {step}")
-        if step >= t.steps:
-            print(f"{run} has reached step {step} of {t.steps}; nothing to do")
-            return state
+        with Checkpoints(run, config.checkpoint) as checkpoints:
+            if checkpoints.latest is None:
+                state, step = trainer.init(), 0
+            else:
+                state = checkpoints.restore(trainer.abstract)
+                step = int(state.step)
+                print(f"resuming {run} from step {step}")
+            if step >= t.steps:
+                print(f"{run} has reached step {step} of {t.steps}; nothing to do")
+                return state
+            return run_steps(config, run, prepared, trainer, checkpoints, state, step)
 
-        host = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-        data = batches(prepared, "train", config.model, global_batch=t.global_batch, seed=t.seed, position=step, **host)
-        meter = Meter(config, trainer)
-        writer = MetricsWriter(run, step) if jax.process_index() == 0 else None
-        bar = tqdm(total=t.steps, initial=step, unit="step", desc="train", disable=jax.process_index() > 0)
-        try:
-            while True:
-                if step % t.eval_every == 0 or step == t.steps:
-                    record(writer, bar, step, evaluate(trainer, state, config, prepared))
-                if checkpoints.due(step, t.steps):
-                    checkpoints.save(step, state)
-                if step == t.steps:
-                    return state
-                batch = meter.next(data, trainer)
-                with jax.profiler.StepTraceAnnotation("train", step_num=step):
-                    state, metrics = trainer.train_step(state, batch)
-                step += 1
-                meter.count(metrics)
-                if step % t.log_every == 0 or step == t.steps:
-                    record(writer, bar, step, meter.read())
-                bar.update()
-        finally:
-            bar.close()
-            if writer is not None:
-                writer.close()
+
+def run_steps(
+    config: Config, run: Path, prepared: Path, trainer: Trainer, checkpoints: Checkpoints, state: TrainState, step: int
+) -> TrainState:
+    """From ``step`` to the last: evaluate → save → next batch → step, so that what is saved is at a batch's boundary."""
+    t = config.training
+    host = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    data = batches(prepared, "train", config.model, global_batch=t.global_batch, seed=t.seed, position=step, **host)
+    meter = Meter(config, trainer)
+    writer = MetricsWriter(run, step) if jax.process_index() == 0 else None
+    bar = tqdm(total=t.steps, initial=step, unit="step", desc="train", disable=jax.process_index() > 0)
+    try:
+        while True:
+            if step % t.eval_every == 0 or step == t.steps:
+                record(writer, bar, step, evaluate(trainer, state, config, prepared))
+            if checkpoints.due(step, t.steps):
+                checkpoints.save(step, state)
+            if step == t.steps:
+                return state
+            batch = meter.next(data, trainer)
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                state, metrics = trainer.train_step(state, batch)
+            step += 1
+            meter.count(metrics)
+            if step % t.log_every == 0 or step == t.steps:
+                record(writer, bar, step, meter.read())
+            bar.update()
+    finally:
+        bar.close()
+        if writer is not None:
+            writer.close()
 
 
 def check_run(config: Config, run: Path) -> None:
