@@ -85,8 +85,3 @@ def length(counts: Counts) -> int:
     """Number of positions of ``layout(counts)``, in closed form."""
     pairs = min(counts.tokens, counts.frames // FRAMES_PER_PAIR + 1)
     return counts.prompt_text + counts.prompt_frames + 1 + 2 * pairs + counts.frames
-
-
-def tokens_fed(frames: int, tokens: int) -> int:
-    """How many of ``tokens`` reply tokens enter the sequence of a reply of ``frames`` frames."""
-    return min(tokens, frames // FRAMES_PER_PAIR + 1)

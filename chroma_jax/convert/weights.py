@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from safetensors import SafetensorError, safe_open
 
-from chroma_jax.convert.names import UNUSED_PREFIXES, Row, codec_rows
+from chroma_jax.convert.names import Row, codec_rows
 from chroma_jax.errors import ChromaError
 from chroma_jax.models.chroma import ChromaConfig
 from chroma_jax.models.codec import Codec
@@ -103,12 +103,6 @@ def foreign_tensors(module: nnx.Module, prefix: str, rows: Iterable[Row]) -> Ite
 def all_tensors(module: nnx.Module, prefix: str, rows: Iterable[Row]) -> Iterator[tuple[str, np.ndarray]]:
     """As `foreign_tensors`, each tensor read at once."""
     return ((name, read()) for name, read in foreign_tensors(module, prefix, rows))
-
-
-def unknown_names(reader: Reader, rows: Iterable[Row]) -> list[str]:
-    """Tensors of ``reader`` that no row accounts for; vision, which is known to be unused, is not among them."""
-    known = {name for row in rows for name in row.foreign_names()}
-    return sorted(n for n in reader if n not in known and not n.startswith(UNUSED_PREFIXES))
 
 
 def read_codec(source: Path, config: ChromaConfig) -> Codec:
