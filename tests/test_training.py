@@ -192,7 +192,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tiny_prepared, straight, tmp_path):
     config, prepared = tiny_prepared
     run, source = tmp_path / "run", tmp_path / "source.py"
     source.write_text(f"from tiny import config as tiny\ndef config():\n    return tiny({config.data.corpus!r})\n")
-    command = [sys.executable, "-m", "chroma_jax", "train", source, run, "--prepared", prepared, "--training.steps", "3"]
+    command = [sys.executable, "-m", "chroma_jax", "train", source, run, "--prepared", prepared, "--training.steps", "4"]
     # as many devices as this process has, since the CPU's threads, and with them the order of sums, are divided among them
     here = Path(__file__).parent
     settings = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8", "PYTHONPATH": f"{here}{os.pathsep}{here.parent}"}
@@ -204,14 +204,14 @@ def test_a_killed_run_goes_on_bit_for_bit(tiny_prepared, straight, tmp_path):
     process.wait()
     with Checkpoints(run, config.checkpoint) as checkpoints:
         at = checkpoints.latest
-    assert at in (2, 3)
+    assert at == 2, "the run was not stopped between its two checkpoints"
     for late in range(at + 1, at + 3):  # what a killed run leaves behind: lines past its last checkpoint, one cut short
         with (run / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"step": late, "train/loss": -1.0}) + "\n")
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 9, "tr')
     resumed = train(config, run, prepared)
-    assert trained_lines(run) == trained_lines(straight[0])
+    assert lines_of(run) == lines_of(straight[0])
     for ours, theirs in zip(leaves_of(resumed), straight[1], strict=True):
         np.testing.assert_array_equal(ours, theirs)
 

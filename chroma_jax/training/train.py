@@ -63,7 +63,7 @@ def run_steps(
     config: Config, run: Path, prepared: Path, trainer: Trainer, checkpoints: Checkpoints, state: TrainState, step: int
 ) -> TrainState:
     """From ``step`` to the last: evaluate → save → next batch → step, so that what is saved is at a batch's boundary."""
-    t = config.training
+    t, resumed_at = config.training, step
     host = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     data = batches(prepared, "train", config.model, global_batch=t.global_batch, seed=t.seed, position=step, **host)
     meter = Meter(config, trainer)
@@ -71,7 +71,8 @@ def run_steps(
     bar = tqdm(total=t.steps, initial=step, unit="step", desc="train", disable=jax.process_index() > 0)
     try:
         while True:
-            if step % t.eval_every == 0 or step == t.steps:
+            known = step == resumed_at > 0  # evaluated before the checkpoint was written
+            if not known and (step % t.eval_every == 0 or step == t.steps):
                 record(writer, bar, step, evaluate(trainer, state, config, prepared))
             if checkpoints.due(step, t.steps):
                 checkpoints.save(step, state)
