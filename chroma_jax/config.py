@@ -11,6 +11,7 @@ from typing import Any
 from chroma_jax.errors import ChromaError, near
 from chroma_jax.layers.sharding import MeshConfig
 from chroma_jax.models.chroma import ChromaConfig
+from chroma_jax.streaming.compatibility import Compatibility
 from chroma_jax.training.checkpoint import CheckpointConfig
 from chroma_jax.training.loss import LossConfig
 from chroma_jax.training.optimizer import OptimizerConfig
@@ -36,13 +37,15 @@ class TrainingConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ReplyConfig:
-    """temperature 0 is greedy; top_k 0 keeps every code. max_seconds bounds a reply."""
+    """temperature 0 is greedy; top_k 0 keeps every code. max_seconds bounds a reply. compatibility: "reference" repeats the
+    reference implementation's faults, see `chroma_jax.streaming.compatibility`."""
 
     temperature: float = 0.0
     top_k: int = 50
     seed: int = 0
     max_seconds: float = 20.0
     dtype: typing.Literal["float32", "bfloat16"] = "float32"
+    compatibility: Compatibility = "corrected"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,6 +16,7 @@ import scipy.fft
 import scipy.sparse
 
 from chroma_jax.errors import ChromaError
+from chroma_jax.pieces import Pieces
 
 FLOOR = 1e-10  # power below which a mel bin counts as silent
 RANGE = 8.0  # decades below the loudest bin at which features are cut off
@@ -120,25 +121,81 @@ def log_mel(
     return log_mel_padded(wave, config, num_frames(len(wave), config) if frames is None else frames)
 
 
+class LogPower:
+    """log10 of the mel power of one recording, computed while it arrives in pieces of any size.
+
+    The window of frame t is centred on sample t · hop. The left edge is reflected; the recording is followed by zeros, up to
+    ``config.max_seconds``. A frame's window is full n_fft / 2 samples after its centre. Every frame is computed once, and
+    samples are kept only until then.
+
+    at_once: that many frames are computed together, since a call costs as much as some ten frames.
+    """
+
+    def __init__(self, config: FeatureConfig = FeatureConfig(), at_once: int = 1):
+        self._config, self._half, self._at_once = config, config.n_fft // 2, at_once
+        self._pieces, self._reflected = Pieces(), False
+        self.samples = 0  # heard so far
+        self.frames = 0  # computed so far
+
+    def feed(self, samples: np.ndarray) -> np.ndarray:
+        """samples: float [S], S ≥ 0. Returns the frames whose windows are now full, float32 [n · at_once, bins].
+
+        Raises: ChromaError for samples that `Pieces` refuses, or when the recording gets longer than ``config.max_seconds``.
+        """
+        self._pieces.add(samples)
+        self.samples += len(samples)
+        if self.samples > self._config.max_samples:
+            seconds = self.samples / self._config.sample_rate
+            raise ChromaError(f"log_mel: {seconds:.1f} s long, the limit is {self._config.max_seconds:g} s")
+        return self._compute(self._at_once)
+
+    def finish(self) -> np.ndarray:
+        """Returns the other frames that see a sample, float32 [n, bins]. Those at or past ``num_frames(samples)`` are centred
+        behind the end: no features are made of them, yet the reference's loudest value counts them.
+
+        Raises: ChromaError for a recording without samples.
+        """
+        c, half, samples = self._config, self._half, self.samples
+        if not samples:
+            raise ChromaError("log_mel: the recording holds no samples")
+        total = min((samples + half) // c.hop + 1, c.max_samples // c.hop)
+        left = max(total - self.frames, 0)
+        # at least one sample more than half a window: the reflection of a shorter recording sees the padding
+        self._pieces.add(np.zeros(max((total - 1) * c.hop + half - samples, half + 1 - samples, 0)))
+        return self._compute(1)[:left]
+
+    def _compute(self, at_once: int) -> np.ndarray:
+        c = self._config
+        if not self._reflected and len(self._pieces) > self._half:
+            held, self._pieces, self._reflected = self._pieces.joined(), Pieces(), True
+            self._pieces.add(np.pad(held, (self._half, 0), mode="reflect"))
+        full = (len(self._pieces) - c.n_fft) // c.hop + 1
+        frames = full - full % at_once if self._reflected else 0
+        if frames < 1:
+            return np.zeros((0, c.mel_bins), np.float32)
+        log = log_power(self._pieces.joined()[: (frames - 1) * c.hop + c.n_fft], c)
+        self._pieces.drop(frames * c.hop)
+        self.frames += frames
+        return log
+
+
+def log_power_padded(wave: np.ndarray, config: FeatureConfig = FeatureConfig()) -> np.ndarray:
+    """All frames of `LogPower`: float [S], S ≥ 1 → float32 [n, bins], n ≥ num_frames(S)."""
+    stream = LogPower(config)
+    return np.concatenate([stream.feed(wave), stream.finish()])
+
+
 def log_mel_padded(wave: np.ndarray, config: FeatureConfig, frames: int) -> np.ndarray:
     """The first ``frames`` frames of a recording that is followed by zeros up to ``config.max_seconds``.
 
     The padding comes before anything is computed (``padding="max_length"``), so the last frames of the recording see zeros;
     the left edge is reflected. The window of frame t is centred on sample t · hop. wave: float [S], S ≥ 1. Returns float32
-    [frames, bins], at most max_samples / hop frames. Raises ChromaError when the recording is empty or too long.
+    [frames, bins], at most max_samples / hop frames. Raises: ChromaError as `LogPower` does.
     """
-    if not len(wave):
-        raise ChromaError("log_mel: the recording holds no samples")
-    if len(wave) > config.max_samples:
-        raise ChromaError(f"log_mel: {len(wave) / config.sample_rate:.1f} s long, the limit is {config.max_seconds:g} s")
-    half, total = config.n_fft // 2, config.max_samples // config.hop
-    # frames past the end still see the last samples, and the loudest value counts them; all later ones are silent
-    computed = min((len(wave) + half) // config.hop + 1, total)
-    if len(wave) <= half:  # too short to be reflected on its own: what the reflection sees is the padding
-        wave = np.pad(wave, (0, half + 1 - len(wave)))
-    right = max((computed - 1) * config.hop + half - len(wave), 0)
-    log = np.full((max(computed, min(frames, total)), config.mel_bins), math.log10(FLOOR), np.float32)
-    log[:computed] = log_power(np.pad(np.pad(wave, (half, 0), mode="reflect"), (0, right)), config)[:computed]
+    log = log_power_padded(wave, config)
+    silent = min(frames, config.max_samples // config.hop) - len(log)
+    if silent > 0:
+        log = np.pad(log, ((0, silent), (0, 0)), constant_values=math.log10(FLOOR))
     return compress(log[:frames], log.max())
 
 

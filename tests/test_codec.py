@@ -10,12 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from hypothesis import given as drawn
+from hypothesis import settings
+from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from chroma_jax.convert.hf_config import from_hf
 from chroma_jax.convert.weights import read_codec
 from chroma_jax.errors import ChromaError
-from chroma_jax.golden.audio import with_window
 from chroma_jax.layers.rope import RopeConfig
 from chroma_jax.layers.transformer import EncoderConfig
 from chroma_jax.models.codec import (
@@ -27,6 +29,8 @@ from chroma_jax.models.codec import (
     fit_codebooks,
     reset_rows,
 )
+from chroma_jax.models.codec.pieces import PieceEncoder
+from chroma_jax.streaming.compatibility import with_window
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "codec"
 # Float32 sums of some hundred terms in another order than the reference's, through about twenty layers.
@@ -168,14 +172,14 @@ def test_streaming_decode_equals_the_references_sliding_window(given, expected, 
     np.testing.assert_allclose(audio[:, None], expected["sliding_audio"], atol=AUDIO, rtol=0)
 
 
-@pytest.mark.parametrize("step", [1, 4])
-def test_streaming_encode_equals_whole(given, expected, step):
-    codec, audio = golden_codec(True), jnp.asarray(given["wave_4"])
-    state, samples, codes = codec.encoder_state(1, frames_per_step=step), step * codec.config.samples_per_frame, []
-    for start in range(0, audio.shape[1], samples):
-        state, new = encode_step(codec, state, audio[:, start : start + samples])
-        codes.append(new)
-    np.testing.assert_array_equal(jnp.concatenate(codes, axis=1)[0].T, expected["sliding_codes_4"])
+@pytest.mark.parametrize("window, step", [(True, 1), (True, 4), (False, 1)], ids=["sliding-1", "sliding-4", "full-1"])
+def test_streaming_encode_gives_the_references_codes(given, expected, window, step):
+    codec, prefix = golden_codec(window), "sliding_" if window else ""
+    for wave in range(5):  # two end with a whole frame, two with a fraction of one, one with a single sample
+        encoder = PieceEncoder(codec, frames_per_step=step, max_frames=26)
+        pieces = np.split(given[f"wave_{wave}"][0], range(0, given[f"wave_{wave}"].shape[1], 3001))
+        codes = np.concatenate([*(encoder.feed(piece) for piece in pieces), encoder.finish()])
+        np.testing.assert_array_equal(codes.T, expected[f"{prefix}codes_{wave}"])
 
 
 def test_a_reset_row_begins_anew_and_the_others_go_on(given):
@@ -213,6 +217,104 @@ def test_other_sizes_stream_and_decode_alike(given):
     np.testing.assert_array_equal(jnp.concatenate([streamed, more], axis=1), encode(codec, wave))
 
 
+# Attention windows in positions, three of which make a frame. 6: shorter than the recordings; 250: longer; None: no window.
+WINDOWS = [6, 250, None]
+MOST = 13  # frames
+# Samples, of 45 to a frame and 15 to a position: within the first position; a frame and a sample; whole frames; all but a sample.
+LENGTHS = [7, 46, 12 * 45, MOST * 45 - 1]
+
+
+@functools.cache
+def windowed(window: int | None) -> Codec:
+    return with_window(odd_codec(), window)
+
+
+def whole_codec(window: int | None) -> Codec:
+    """For utterances of MOST frames, which are shorter than 250 positions."""
+    return windowed(None if window == 250 else window)
+
+
+@functools.cache
+def recording(samples: int) -> np.ndarray:
+    return (0.3 * np.random.default_rng(0).normal(size=samples)).astype(np.float32)
+
+
+def encoded_whole(window: int | None, samples: int) -> tuple[np.ndarray, np.ndarray]:
+    """Latents [F, D] and codes [F, Q]."""
+    stages, codes = encode_stages(whole_codec(window), jnp.asarray(recording(samples)[None]))
+    return np.asarray(stages.latents[0]), np.asarray(codes[0])
+
+
+@pytest.mark.parametrize("window, step", [(6, 1), (6, 4), (250, 4), (None, 1)])
+def test_a_recording_in_pieces_of_any_size_encodes_as_the_whole(window, step):
+    @settings(deadline=None, max_examples=25)
+    @drawn(samples=st.sampled_from(LENGTHS), cuts=st.lists(st.integers(0, max(LENGTHS)), max_size=8))
+    def check(samples, cuts):
+        encoder = PieceEncoder(windowed(window), frames_per_step=step, max_frames=MOST)
+        pieces = np.split(recording(samples), sorted(min(cut, samples) for cut in cuts))
+        codes = [encoder.feed(piece) for piece in pieces] + [encoder.finish()]
+        np.testing.assert_array_equal(np.concatenate(codes), encoded_whole(window, samples)[1])
+
+    check()
+
+
+def test_a_finished_recording_takes_no_more():
+    encoder = PieceEncoder(windowed(6))
+    assert len(encoder.feed(recording(44))) == 0 and len(encoder.finish()) == 1
+    with pytest.raises(ChromaError, match="finished"):
+        encoder.feed(recording(1))
+
+
+latents_step = jit(lambda codec, state, audio, length: codec.latents_step(state, audio, length=length), donate_argnums=1)
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_rows_of_a_stream_end_where_their_recordings_end_and_have_the_latents_of_the_whole(window):
+    codec, rows, size = windowed(window), len(LENGTHS), 90
+    # What is behind a recording's end counts for nothing, so let it be loud.
+    audio = np.full((rows, -(-max(LENGTHS) // size) * size), 0.5, np.float32)
+    for row, samples in zip(audio, LENGTHS):
+        row[:samples] = recording(samples)
+    state, found = codec.encoder_state(rows, frames_per_step=2, max_frames=MOST + 1), []
+    for start in range(0, audio.shape[1], size):
+        length = np.clip(np.array(LENGTHS) - start, 0, size).astype(np.int32)
+        state, latents = latents_step(codec, state, audio[:, start : start + size], length)
+        found.append(latents)
+    for row, samples in zip(np.concatenate(found, axis=1), LENGTHS):
+        whole, _ = encoded_whole(window, samples)
+        np.testing.assert_allclose(row[: len(whole)], whole, atol=SAME, rtol=0)
+
+
+CODES = np.random.default_rng(2).integers(0, 11, (2, MOST, 5)).astype(np.int32)
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_codes_in_pieces_of_any_number_of_frames_decode_as_the_whole(window):
+    @settings(deadline=None, max_examples=20)
+    @drawn(long=st.sets(st.integers(0, MOST - 1)))
+    def check(long):
+        codec, audio, start = windowed(window), [], 0
+        state = codec.decoder_state(2, frames_per_step=2, max_frames=MOST)
+        while start < MOST:
+            step = 4 if start in long and start + 4 <= MOST else 1
+            state, piece = decode_step(codec, state, CODES[:, start : start + step])
+            audio.append(piece)
+            start += step
+        np.testing.assert_allclose(jnp.concatenate(audio, axis=1), decode(whole_codec(window), CODES), atol=SAME, rtol=0)
+
+    check()
+
+
+def test_past_max_frames_a_stream_without_a_window_attends_to_the_newest():
+    state, audio = windowed(None).decoder_state(2, max_frames=2), []  # of three positions each
+    for frame in range(MOST):
+        state, piece = decode_step(windowed(None), state, CODES[:, frame : frame + 1])
+        audio.append(piece)
+    audio = jnp.concatenate(audio, axis=1)
+    np.testing.assert_allclose(audio, decode(windowed(6), CODES), atol=SAME, rtol=0)
+    assert jnp.abs(audio - decode(windowed(None), CODES)).max() > 10 * SAME
+
+
 def test_decoding_in_bfloat16_stays_near_float32(given):
     codec, codes = golden_codec(True), jnp.asarray(frames_first(given["codes"]))
     audio = jit(lambda codec, codes: codec.decode(codes, jnp.bfloat16))(codec, codes)
@@ -248,7 +350,9 @@ def test_a_code_outside_the_codebook_is_clamped(given):
         (lambda: QuantizerConfig(codebook_size=0), "codebook_size"),
         (lambda: CodecConfig(window=0), "window"),
         (lambda: CodecConfig(upsample_groups=7), "upsample_groups"),
-        (lambda: golden_codec(False).decoder_state(1), "window"),
+        (lambda: golden_codec(False).decoder_state(1), "max_frames"),
+        (lambda: golden_codec(False).encoder_state(1, max_frames=0), "max_frames"),
+        (lambda: golden_codec(True).encoder_state(1, frames_per_step=0), "frames_per_step"),
     ],
 )
 def test_bad_settings_are_named(make, name):

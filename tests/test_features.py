@@ -1,19 +1,22 @@
 """The log-mel front end and the resamplers give what the reference gives (golden case ``features``)."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from chroma_jax.errors import ChromaError
 from chroma_jax.features import (
     FeatureConfig,
+    LogPower,
     compress,
     log_mel,
     log_mel_longest,
-    log_power,
     mel_filters,
     num_frames,
     resample_sinc,
@@ -90,12 +93,60 @@ def test_user_speech_is_resampled_as_by_librosa(waves, golden, rate):
     np.testing.assert_allclose(got, golden[f"resample16k_soxr_from_{rate}"], **RESAMPLED)
 
 
-def test_features_computed_piece_by_piece_are_the_offline_ones(waves):
-    wave, c = waves["wave_0"], CONFIG
-    start = 20  # frames; far from the reflected edge
-    piece = log_power(wave[start * c.hop - c.n_fft // 2 : start * c.hop + 4000], c)
-    loudest = log_power(np.pad(np.pad(wave, (c.n_fft // 2, 0), mode="reflect"), (0, c.n_fft)), c).max()
-    np.testing.assert_allclose(compress(piece, loudest), log_mel(wave, c)[start : start + len(piece)], **MEL)
+SECOND = FeatureConfig(mel_bins=16, max_seconds=1.0)
+LOUDER = np.linspace(0.01, 0.3, SECOND.max_samples)
+NOISE = (np.random.default_rng(0).normal(size=SECOND.max_samples) * LOUDER).astype(np.float32)
+NOISE[100:1200] = NOISE[3000:9000] = 0  # silence shows where the range is cut off, and so what the loudest value is
+EDGES = [1, 159, 160, 161, 199, 200, 201, 360, 361, 400, 1600]  # around the hop and half a window
+# Rounded to single precision at the end; an FFT library may round its last bit differently for another number of windows.
+SAME = {"rtol": 0, "atol": 1e-6}
+
+
+SPARSE = dataclasses.replace(SECOND, n_fft=256, hop=200)  # half a window is shorter than a hop
+
+
+def stated(wave: np.ndarray, config: FeatureConfig) -> np.ndarray:
+    """The features as they are defined: zeros up to the full length first, then everything as of a recording without padding."""
+    padded = np.pad(wave, (0, config.max_samples - len(wave)))
+    return log_mel(padded, config, edge="reflect")[: num_frames(len(wave), config)]
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    samples=st.sampled_from(EDGES) | st.integers(1, 15_000),
+    cuts=st.lists(st.integers(0, 15_000), max_size=12),
+    at_once=st.sampled_from([1, 4]),
+    config=st.sampled_from([SECOND, SPARSE]),
+    click=st.sampled_from([0, 30]),  # as the last sample: then a frame behind the end is the loudest
+)
+@example(samples=1, cuts=[], at_once=1, config=SPARSE, click=0)
+@example(samples=1600, cuts=[700], at_once=1, config=SECOND, click=30)
+def test_features_in_pieces_of_any_size_are_those_of_the_whole(samples, cuts, at_once, config, click):
+    wave, stream = NOISE[:samples].copy(), LogPower(config, at_once)
+    wave[-1] += click
+    log = [stream.feed(piece) for piece in np.split(wave, sorted(min(cut, samples) for cut in cuts))]
+    assert all(len(piece) % at_once == 0 for piece in log)
+    log = np.concatenate([*log, stream.finish()])
+    np.testing.assert_allclose(compress(log, log.max())[: num_frames(samples, config)], stated(wave, config), **SAME)
+
+
+@pytest.mark.parametrize("samples", [150, 201, 1234])
+def test_features_sample_by_sample_are_those_of_the_whole(samples):
+    wave, stream, log, buffer = NOISE[:samples], LogPower(SECOND), [], np.zeros(1, np.float32)
+    for sample in wave:
+        buffer[:] = sample  # the caller's, who uses it again
+        log.append(stream.feed(buffer))
+    log = np.concatenate([*log, stream.finish()])
+    np.testing.assert_allclose(compress(log, log.max())[: num_frames(samples)], stated(wave, SECOND), **SAME)
+
+
+def test_a_frame_comes_with_the_last_sample_of_its_window_and_once():
+    stream, came = LogPower(SECOND), []
+    for sample in NOISE[:1000, None]:
+        frames = stream.feed(sample)
+        came += [stream.samples] * len(frames)
+    # the first one also waits for the sample that its reflected edge begins with
+    assert came == [201, 360, 520, 680, 840, 1000]
 
 
 @pytest.mark.parametrize("samples", [1, 37, 200, 201])
@@ -109,7 +160,13 @@ def test_what_cannot_be_heard_is_an_error():
     with pytest.raises(ChromaError, match="no samples"):
         log_mel(np.zeros(0, np.float32))
     with pytest.raises(ChromaError, match="limit is 1 s"):
-        log_mel(np.zeros(16_001, np.float32), FeatureConfig(max_seconds=1.0))
+        log_mel(np.zeros(16_001, np.float32), SECOND)
+    with pytest.raises(ChromaError, match="floats .* got int16"):
+        LogPower().feed(np.zeros(4, np.int16))
+    with pytest.raises(ChromaError, match=r"got float32 \[1, 4\]"):
+        LogPower().feed(np.zeros((1, 4), np.float32))
+    with pytest.raises(ChromaError, match="not finite"):
+        LogPower().feed(np.array([0.1, np.nan]))
     fields = json.loads((CASE / "preprocessor_config.json").read_text())
     del fields["hop_length"]
     with pytest.raises(ChromaError, match="hop_length"):

@@ -9,115 +9,33 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import soundfile
+import tiny
 from flax import nnx
 from safetensors.numpy import save_file
+from tiny_speaker import AUDIO_VOCAB, CODES, CONFIG, RATE, VOCABULARY, case, drawn, edited, rescored
 
-from chroma_jax.chat import SpecialTokens
 from chroma_jax.config import Config, ReplyConfig
 from chroma_jax.convert.hf_config import to_hf
 from chroma_jax.convert.names import chroma_rows, codec_rows
 from chroma_jax.convert.weights import all_tensors
 from chroma_jax.errors import ChromaError
-from chroma_jax.features import FeatureConfig
-from chroma_jax.layers.rope import RopeConfig
-from chroma_jax.layers.transformer import EncoderConfig, LlamaConfig
-from chroma_jax.models.audio_encoder import AudioEncoderConfig
 from chroma_jax.models.chroma import Chroma, ChromaConfig
-from chroma_jax.models.codec import Codec, CodecConfig, QuantizerConfig, SeanetConfig
-from chroma_jax.models.reasoner import ReasonerConfig
-from chroma_jax.rows import Batch, RowShape
+from chroma_jax.models.codec import Codec
 from chroma_jax.schedule import NOTHING
 from chroma_jax.streaming import step as steps
+from chroma_jax.streaming.compatibility import with_window
 from chroma_jax.streaming.load import load_run
-from chroma_jax.streaming.prompt import make_prompt, stack
+from chroma_jax.streaming.prompt import stack
 from chroma_jax.streaming.reply import reply
 from chroma_jax.streaming.sampling import Sampling, probabilities, sample
+from chroma_jax.streaming.state import Capacity, cancel, join
 from chroma_jax.streaming.stream import Speaker, counted_compilations, settings
 from chroma_jax.training.checkpoint import Checkpoints
 from chroma_jax.training.optimizer import split_trainable
 from chroma_jax.training.state import TrainState
-from data_pipelines.audio import from_int16
-from data_pipelines.pack import conversation, pack_config, place
-from data_pipelines.records import to_example
 from data_pipelines.tokenizer import train_tokenizer
 
-VOCABULARY, CODES, AUDIO_VOCAB, LEVELS = 320, 32, 35, 4
 MAX_FRAMES = 12
-FEATURES = FeatureConfig(mel_bins=16)
-
-
-def tiny() -> ChromaConfig:
-    llama = LlamaConfig(num_layers=2, width=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=48)
-    audio = AudioEncoderConfig(num_layers=1, width=32, num_heads=2, mlp_width=48, mel_bins=16, block_frames=40, output_width=32)
-    transformer = EncoderConfig(
-        num_layers=1, width=16, num_heads=2, num_kv_heads=2, head_dim=8, mlp_width=24, layer_scale=0.5, rope=RopeConfig(1e4)
-    )
-    return ChromaConfig(
-        reasoner=ReasonerConfig(audio=audio, text=dataclasses.replace(llama, qkv_bias="qkv"), vocab_size=VOCABULARY),
-        backbone=llama,
-        decoder=dataclasses.replace(llama, num_layers=1, width=16, head_dim=4, mlp_width=24),
-        codec=CodecConfig(
-            seanet=SeanetConfig(num_filters=4, ratios=(4, 2)),
-            transformer=transformer,
-            quantizer=QuantizerConfig(num_codebooks=LEVELS, codebook_size=CODES, codebook_dim=8),
-            upsample_groups=16,
-            window=6,
-        ),
-        tokens=SpecialTokens(*range(VOCABULARY - 8, VOCABULARY)),
-        codebooks=LEVELS,
-        audio_vocab=AUDIO_VOCAB,
-        codebook_pad=AUDIO_VOCAB - 1,
-    )
-
-
-CONFIG = tiny()
-RATE = CONFIG.codec.sampling_rate
-
-
-def encode(text: str) -> list[int]:
-    """Any token can be written: chr(1000 + id)."""
-    return [ord(c) - 1000 if ord(c) >= 1000 else ord(c) for c in text]
-
-
-def written(tokens: list[int]) -> str:
-    return "".join(chr(1000 + t) for t in tokens)
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """question: int16 [S] at 16 kHz."""
-
-    question: np.ndarray
-    codes: np.ndarray
-    transcript: str
-
-    @property
-    def prompt(self) -> steps.Prompt:
-        heard = from_int16(self.question)
-        return make_prompt(CONFIG, encode, question=heard, reference_codes=self.codes, transcript=self.transcript)
-
-    def packed(self, tokens: list[int], codes: np.ndarray) -> Batch:
-        """The training row of this conversation with a given reply, as the data pipeline makes it."""
-        packing = pack_config(CONFIG, FEATURES)
-        found = conversation(
-            "case",
-            wave=self.question,
-            answer_text=written([t for t in tokens if t != CONFIG.tokens.im_end]),
-            transcript=self.transcript,
-            reference_codes=self.codes,
-            answer_codes=codes,
-            encode=encode,
-            config=packing,
-        )
-        row = place([found], RowShape(blocks=8, text=128, answers=16, positions=128, frames=16), packing)
-        return jax.tree.map(lambda x: x[None], to_example(row, FEATURES, CONFIG.reasoner.audio.block_frames))
-
-
-def case(seed: int, samples: int, frames: int, transcript: str) -> Case:
-    rng = np.random.default_rng(seed)
-    codes = rng.integers(1, CODES, (frames, LEVELS))
-    return Case(rng.integers(-3000, 3000, samples).astype(np.int16), codes, transcript)
-
 
 # the second fills another bucket of every length than the first; the third has next to nothing
 CASES = (case(0, 5000, 5, "abc"), case(1, 32_000, 60, "a longer text"), case(2, 640, 1, ""))
@@ -130,31 +48,6 @@ def modules() -> tuple[Chroma, Codec]:
     model, codec = drawn(lambda: Chroma(nnx.Rngs(0), CONFIG), rng), drawn(lambda: Codec(nnx.Rngs(0), CONFIG.codec), rng)
     likely = np.where(np.arange(AUDIO_VOCAB) >= CODES, 3.0, 1.0).astype(np.float32)
     return edited(model, {"backbone/head/kernel": lambda w: w * likely, "decoder/heads": lambda w: w * likely}), codec
-
-
-def drawn(make, rng: np.random.Generator) -> nnx.Module:
-    """A module with random weights, drawn by numpy: compiling its own initialisation takes longer than all tests."""
-    graph, state = nnx.split(nnx.eval_shape(make))
-
-    def one(path, variable):
-        if path[-1] in ("scale", "cluster_usage", "initialized"):
-            value = np.ones(variable.shape)
-        else:
-            value = rng.normal(size=variable.shape) * (0.02 if path[-1] == "bias" else variable.shape[-2] ** -0.5)
-        return variable.replace(jnp.asarray(value, jnp.float32))
-
-    return nnx.merge(graph, nnx.from_flat_state([(path, one(path, v)) for path, v in nnx.to_flat_state(state)]))
-
-
-def edited(model: nnx.Module, changes: dict) -> nnx.Module:
-    """A copy with other weights. changes: path → function of the weight."""
-    graph, state = nnx.split(model)
-
-    def one(path, variable):
-        name = "/".join(map(str, path))
-        return variable.replace(changes[name](variable.get_value())) if name in changes else variable
-
-    return nnx.merge(graph, nnx.from_flat_state([(path, one(path, v)) for path, v in nnx.to_flat_state(state)]))
 
 
 @pytest.fixture(scope="session")
@@ -185,16 +78,6 @@ def greedy(speaker) -> steps.StepOutput:
 # One path with training
 
 
-@jax.jit
-def rescored(model: Chroma, batch: Batch):
-    """The packed forward pass of training: logits of the reply's tokens, of c0 and of the other levels at each frame."""
-    answers = model.answers(batch, jnp.float32)
-    hidden = model.backbone(model.interleaved(batch, answers), batch.position, batch.segment)
-    hidden = hidden[0, jnp.maximum(batch.target_position[0], 0)]
-    residual = model.frame_logits(hidden, batch.target_codes[0])
-    return model.reasoner.logits(answers[0]), jnp.concatenate([model.backbone.logits(hidden)[:, None], residual], axis=1)
-
-
 @pytest.mark.parametrize("row", range(len(CASES)))
 def test_stepwise_codes_equal_the_teacher_forced_argmax(modules, greedy, row):
     codes, tokens = greedy.codes[:, row], tokens_of(greedy, row)
@@ -203,31 +86,18 @@ def test_stepwise_codes_equal_the_teacher_forced_argmax(modules, greedy, row):
     np.testing.assert_array_equal(frames[:MAX_FRAMES, :, :CODES].argmax(-1), codes)
 
 
-class Silent:
-    """In place of a Codec, for speed."""
-
-    def decode_step(self, state, codes):
-        return state, jnp.zeros((len(codes), 1))
-
-
-def test_streaming_and_training_agree_on_logits(modules, speaker, greedy, monkeypatch):
-    seen: list[np.ndarray] = []
-
-    def recording(logits, sampling, keys):
-        jax.debug.callback(lambda x: seen.append(np.array(x)), logits, ordered=True)
-        return sample(logits, sampling, keys)
-
-    monkeypatch.setattr(steps, "sample", recording)
+def test_streaming_and_training_agree_on_logits(modules, speaker, greedy):
     sampling, keys = settings(len(CASES), temperature=0.0, top_k=5, seed=7)
     state = speaker.start(stack([c.prompt for c in CASES]), sampling, keys, MAX_FRAMES)
-    step = jax.jit(lambda model, state: steps.step(model, Silent(), state)[0])
+    frame = jax.jit(lambda model, state: steps.traced_frame(model, state, "trained"))
+    streamed = []
     for _ in range(MAX_FRAMES):
-        state = step(modules[0], state)
-    jax.effects_barrier()
-    streamed = np.stack(seen).reshape(MAX_FRAMES, LEVELS, len(CASES), AUDIO_VOCAB)
+        state, trace = frame(modules[0], state)
+        streamed.append(np.concatenate([trace.logits[:, None], trace.decoder_logits], axis=1))
     for row, c in enumerate(CASES):
         _, frames = rescored(modules[0], c.packed(tokens_of(greedy, row), greedy.codes[:, row]))
-        np.testing.assert_allclose(streamed[:, :, row, :CODES], frames[:MAX_FRAMES, :, :CODES], atol=1e-4)
+        # float32 through two stacks; the cached and the whole pass add up in different orders
+        np.testing.assert_allclose(np.stack(streamed)[:, row, :, :CODES], frames[:MAX_FRAMES, :, :CODES], atol=1e-4)
 
 
 def test_streamed_audio_equals_decoding_the_whole_reply(modules, greedy):
@@ -267,7 +137,8 @@ def test_after_warm_up_nothing_is_compiled_and_nothing_moves_unasked(speaker, gr
         for frame in speaker.stream(prompt, sampling, keys, MAX_FRAMES):
             assert all(isinstance(x, np.ndarray) for x in frame)
         with pytest.raises(Exception, match="[Dd]isallowed host-to-device"):  # the guard would have noticed
-            speaker.programs.prefill(speaker.weights, prompt, sampling, keys, MAX_FRAMES)
+            capacity = Capacity.of(prompt.text.shape[1], prompt.voice_token.shape[1], MAX_FRAMES)
+            speaker.programs.prefill(speaker.weights, prompt, sampling, keys, capacity)
     assert compiled.count == 0
 
 
@@ -301,6 +172,56 @@ def mute(modules) -> Chroma:
 def test_a_first_frame_of_zeros_is_an_empty_reply(mute, modules):
     output = run(Speaker(mute, modules[1]), CASES)
     assert len(output.live) == 1 and not output.live.any() and (output.token == NOTHING).all()
+
+
+# Compatibility
+
+
+def test_the_references_padding_stands_inside_of_the_voice_prompt():
+    rows = [case(0, 640, 2, "abc").prompt, case(1, 640, 4, "a").prompt]
+    corrected, padded = stack(rows), stack(rows, "reference")
+    assert corrected.voice_padding is None and corrected.voice_length.tolist() == [8, 8]
+    assert padded.voice_length.tolist() == [10, 10]
+    expected = [[0, 0, 0, 0, 0, 0, 0, 1, 1, 0], [0, 1, 1, 0, 0, 0, 0, 0, 0, 0]]
+    assert padded.voice_padding[:, :10].astype(int).tolist() == expected and not padded.voice_padding[:, 10:].any()
+    for row, alone in enumerate(rows):
+        kept = ~padded.voice_padding[row, :10]
+        np.testing.assert_array_equal(padded.voice_token[row, :10][kept], alone.voice_token)
+        np.testing.assert_array_equal(padded.voice_codes[row, :10][kept], alone.voice_codes)
+
+
+def test_as_the_reference_the_codec_attends_to_everything(modules):
+    sampling, keys = settings(1, temperature=0.0, top_k=0, seed=0)
+    speaker = Speaker(*modules, compatibility="reference")
+    outputs = list(speaker.stream(stack([CASES[0].prompt], "reference"), sampling, keys, MAX_FRAMES))
+    assert 2 * len(outputs) > CONFIG.codec.window  # in positions
+    samples, codes = (np.concatenate([getattr(x, name) for x in outputs]) for name in ("samples", "codes"))
+    decode = jax.jit(lambda codec, codes: codec.decode(codes)[0])
+    everything = decode(with_window(modules[1], None), codes[None])
+    loudest = np.abs(everything).max()
+    np.testing.assert_allclose(samples.ravel() / loudest, everything / loudest, atol=1e-5)
+    assert np.abs(decode(modules[1], codes[None]) - everything).max() > 1e-2 * loudest
+
+
+def test_a_setting_that_does_not_exist_is_named(modules):
+    with pytest.raises(ChromaError, match='compatibility is \'bugs\', expected "corrected" or "reference"'):
+        Speaker(*modules, compatibility="bugs")
+
+
+@pytest.mark.parametrize("speakers, prompts", [("corrected", "reference"), ("reference", "corrected")])
+def test_a_prompt_stacked_otherwise_is_refused(modules, speakers, prompts):
+    sampling, keys = settings(1, temperature=0.0, top_k=0, seed=0)
+    with pytest.raises(ChromaError, match=f"not stacked for compatibility '{speakers}'"):
+        Speaker(*modules, compatibility=speakers).start(stack([CASES[0].prompt], prompts), sampling, keys, 1)
+
+
+def test_rows_of_the_reference_cannot_come_and_go(modules):
+    sampling, keys = settings(1, temperature=0.0, top_k=0, seed=0)
+    speaker = Speaker(*modules, compatibility="reference")
+    state = speaker.start(stack([CASES[0].prompt], "reference"), sampling, keys, MAX_FRAMES)
+    for change in (lambda: join(state, state, 0), lambda: cancel(state, np.ones(1, bool))):
+        with pytest.raises(ValueError, match="cannot come and go"):
+            change()
 
 
 # Sampling
@@ -387,16 +308,19 @@ def test_a_run_and_its_export_give_the_same_reply(folders):
     assert not [p for p in folders.iterdir() if p.name.startswith(".")]
 
 
-def test_an_empty_reply_is_a_result(folders, mute, modules):
+@pytest.mark.parametrize("compatibility", ["corrected", "reference"])
+def test_an_empty_reply_is_a_result(folders, mute, modules, compatibility):
     tensors = dict(all_tensors(modules[1], "codec/", codec_rows(CONFIG))) | dict(all_tensors(mute, "", chroma_rows(CONFIG)))
-    silent = folders / "silent"
+    silent, out = folders / f"silent_{compatibility}", folders / f"out_silent_{compatibility}"
     silent.mkdir()
     for name in ("tokenizer.json", "config.json"):
         (silent / name).write_bytes((folders / "exported" / name).read_bytes())
     save_file(tensors, silent / "model.safetensors")
-    summary = reply(silent, settings_of(), folders / "question.wav", folders / "reference.wav", "it is", folders / "out_silent")
+    config = tiny.replace(settings_of(), "reply.compatibility", compatibility)
+    summary = reply(silent, config, folders / "question.wav", folders / "reference.wav", "it is", out)
     assert summary["ended"] == "eos" and summary["frames"] == 0 and summary["rtf"] is None and summary["text"] == ""
-    assert len(soundfile.read(folders / "out_silent" / "reply.wav")[0]) == 0
+    assert summary["compatibility"] == compatibility
+    assert len(soundfile.read(out / "reply.wav")[0]) == 0
 
 
 def test_bfloat16_weights_are_kept_in_bfloat16_and_the_codec_in_float32(folders):

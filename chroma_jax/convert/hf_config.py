@@ -47,7 +47,17 @@ def rope_to_hf(rope: RopeConfig) -> Json:
     }
 
 
+def demand(section: Json, **only: Any) -> None:
+    """Raises ValueError for an option whose value this implementation does not have; an absent one is as it should be."""
+    for key, value in only.items():
+        if section.get(key, value) != value:
+            raise ValueError(f"{section.get('model_type', '?')}: {key} is {section[key]!r}, only {value!r} is implemented")
+
+
 def llama_from_hf(section: Json, *, bias: str = "none") -> LlamaConfig:
+    demand(section, hidden_act="silu", mlp_bias=False, use_sliding_window=False)
+    if bias == "none":
+        demand(section, attention_bias=False)
     heads = section["num_attention_heads"]
     return LlamaConfig(
         num_layers=section["num_hidden_layers"],
@@ -82,23 +92,9 @@ def from_hf(config: Json) -> ChromaConfig:
     Raises: ChromaError naming the key that is missing or out of range.
     """
     try:
-        thinker = config["thinker_config"]
-        audio, text = thinker["audio_config"], thinker["text_config"]
-        defaults = SpecialTokens()
+        thinker, defaults = config["thinker_config"], SpecialTokens()
         return ChromaConfig(
-            reasoner=ReasonerConfig(
-                audio=AudioEncoderConfig(
-                    num_layers=audio["encoder_layers"],
-                    width=audio["d_model"],
-                    num_heads=audio["encoder_attention_heads"],
-                    mlp_width=audio["encoder_ffn_dim"],
-                    mel_bins=audio["num_mel_bins"],
-                    block_frames=2 * audio["n_window"],
-                    output_width=audio["output_dim"],
-                ),
-                text=llama_from_hf(text, bias="qkv"),
-                vocab_size=text["vocab_size"],
-            ),
+            reasoner=reasoner_from_hf(thinker),
             backbone=llama_from_hf(config["backbone_config"]),
             decoder=llama_from_hf(config["decoder_config"]),
             codec=codec_from_hf(config["codec_config"]),
@@ -121,6 +117,24 @@ def from_hf(config: Json) -> ChromaConfig:
         raise ChromaError(f"config.json: key {e} is missing") from e
     except ValueError as e:
         raise ChromaError(f"config.json: {e}") from e
+
+
+def reasoner_from_hf(thinker: Json) -> ReasonerConfig:
+    """Of a Qwen2.5-Omni thinker configuration."""
+    audio, text = thinker["audio_config"], thinker["text_config"]
+    return ReasonerConfig(
+        audio=AudioEncoderConfig(
+            num_layers=audio["encoder_layers"],
+            width=audio["d_model"],
+            num_heads=audio["encoder_attention_heads"],
+            mlp_width=audio["encoder_ffn_dim"],
+            mel_bins=audio["num_mel_bins"],
+            block_frames=2 * audio["n_window"],
+            output_width=audio["output_dim"],
+        ),
+        text=llama_from_hf(text, bias="qkv"),
+        vocab_size=text["vocab_size"],
+    )
 
 
 def to_hf(config: ChromaConfig, dtype: str = "float32") -> Json:
@@ -184,6 +198,8 @@ def to_hf(config: ChromaConfig, dtype: str = "float32") -> Json:
 
 def codec_from_hf(section: Json) -> CodecConfig:
     """Of a Mimi configuration. Its sliding window is taken as written, whichever version wrote it."""
+    demand(section, audio_channels=1, use_causal_conv=True, trim_right_ratio=1.0, pad_mode="constant", hidden_act="gelu")
+    demand(section, attention_bias=False, vector_quantization_hidden_dimension=section.get("codebook_dim"))
     ratios = tuple(section["upsampling_ratios"])
     heads, width = section["num_attention_heads"], section["hidden_size"]
     hop = math.prod(ratios)

@@ -1,11 +1,14 @@
-"""One table between the released checkpoint's tensors and our weights; import and export both read it.
+"""Tables between other checkpoints' tensors and our weights; import and export both read them.
 
-A row says: foreign name (``{i}`` counts the layers that we stack), our path, and how one layer's tensor is turned.
+A row says: foreign name (``{i}`` counts the layers that we stack), our path, and how one layer's tensor is turned. There is a
+function per part and per naming: the released Chroma's (which is also Qwen2.5-Omni's, and Mimi's but for a prefix), and CSM's in
+Hugging Face's and in Sesame's naming.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -13,7 +16,7 @@ from chroma_jax.models.chroma import ChromaConfig
 
 
 class Transform(NamedTuple):
-    """to_ours: (foreign tensor, our shape) → ours. to_foreign: ours → foreign tensor. Exact inverses."""
+    """to_ours: (foreign tensor, our shape) → ours. to_foreign: ours → foreign tensor. Exact inverses, for numpy and JAX arrays."""
 
     to_ours: Callable[[np.ndarray, tuple[int, ...]], np.ndarray]
     to_foreign: Callable[[np.ndarray], np.ndarray]
@@ -24,6 +27,7 @@ VECTOR = Transform(lambda x, shape: x.reshape(shape), lambda x: x.reshape(-1))
 CONV = Transform(lambda x, shape: x.transpose(2, 1, 0), lambda x: x.transpose(2, 1, 0))  # [out, in, k] ↔ [k, in, out]
 
 
+@functools.cache  # one object per meaning, so that equal rows share a compiled program
 def linear(inputs: int = 1) -> Transform:
     """[out, in] ↔ [in…, out…] with ``inputs`` leading in-axes."""
 
@@ -33,21 +37,41 @@ def linear(inputs: int = 1) -> Transform:
     return Transform(lambda x, shape: x.T.reshape(shape), to_foreign)
 
 
+def _halves(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    return x.T.reshape(*shape[:-1], shape[-1] // 2, 2).swapaxes(-1, -2).reshape(shape)
+
+
+def _pairs(x: np.ndarray) -> np.ndarray:
+    split = x.reshape(*x.shape[:-1], 2, x.shape[-1] // 2).swapaxes(-1, -2)
+    return split.reshape(x.shape[0], -1).T
+
+
+# [heads · H, in] ↔ [in, heads…, H] of a query or key projection. Theirs rotates neighbouring channels, ours the two halves of a
+# head (see `chroma_jax.layers.rope`): channel 2j + r of theirs is channel r · H/2 + j of ours.
+ROTARY_PAIRS = Transform(_halves, _pairs)
+
+
 class Row(NamedTuple):
-    """One line of the table. layers: how many foreign tensors are stacked on our leading axis, or None. optional: another
-    foreign name to read when this one is absent (a tied weight)."""
+    """One line of a table. layers: how many foreign tensors are stacked on our leading axis, or None. tied_to: another foreign
+    name of the same tensor, read when ``foreign`` is absent. extent "first": the foreign model may have more layers or rows of
+    this (CSM and Mimi have 32 codebooks); ours are its first."""
 
     foreign: str
     path: str
     transform: Transform
     layers: int | None = None
     tied_to: str | None = None
+    extent: Literal["all", "first"] = "all"
 
     def foreign_names(self) -> Iterator[str]:
         return iter([self.foreign]) if self.layers is None else (self.foreign.format(i=i) for i in range(self.layers))
 
+    @property
+    def part(self) -> str:
+        """Which of the four parts the weight belongs to; the audio embedding goes with the Decoder, as in the checkpoint."""
+        head = self.path.split("/")[0]
+        return "decoder" if head == "audio_embedding" else head
 
-UNUSED_PREFIXES = ("thinker.visual.",)  # vision: in the released checkpoint, not read by a speaking model
 
 
 def attention_rows(foreign: str, path: str, layers: int, *, out: str, bias: str) -> list[Row]:
@@ -77,8 +101,9 @@ def norm_rows(foreign: str, path: str, layers: int | None = None) -> list[Row]:
     return [Row(f"{foreign}.weight", f"{path}/scale", SAME, layers), Row(f"{foreign}.bias", f"{path}/bias", SAME, layers)]
 
 
-def reasoner_rows(config: ChromaConfig, foreign: str = "thinker") -> list[Row]:
-    tower, audio, layers = f"{foreign}.audio_tower", "reasoner/audio", config.reasoner.audio.num_layers
+def reasoner_rows(config: ChromaConfig, foreign: str = "thinker.") -> list[Row]:
+    """foreign: what stands before the names, its dot included."""
+    tower, audio, layers = f"{foreign}audio_tower", "reasoner/audio", config.reasoner.audio.num_layers
     block, ours = tower + ".layers.{i}", f"{audio}/encoder/blocks"
     return [
         Row(f"{tower}.conv1.weight", f"{audio}/conv1/kernel", CONV),
@@ -100,9 +125,9 @@ def reasoner_rows(config: ChromaConfig, foreign: str = "thinker") -> list[Row]:
         Row(f"{tower}.proj.weight", f"{audio}/projection/kernel", linear()),
         Row(f"{tower}.proj.bias", f"{audio}/projection/bias", SAME),
         Row(f"{tower}.audio_bos_eos_token.weight", f"{audio}/unused_markers", SAME),
-        Row(f"{foreign}.model.embed_tokens.weight", "reasoner/embedding/table", SAME),
-        *llama_rows(f"{foreign}.model", "reasoner/text", config.reasoner.text.num_layers, bias="qkv"),
-        Row(f"{foreign}.lm_head.weight", "reasoner/head/kernel", linear(), tied_to=f"{foreign}.model.embed_tokens.weight"),
+        Row(f"{foreign}model.embed_tokens.weight", "reasoner/embedding/table", SAME),
+        *llama_rows(f"{foreign}model", "reasoner/text", config.reasoner.text.num_layers, bias="qkv"),
+        Row(f"{foreign}lm_head.weight", "reasoner/head/kernel", linear(), tied_to=f"{foreign}model.embed_tokens.weight"),
     ]
 
 
@@ -119,6 +144,50 @@ def decoder_rows(config: ChromaConfig) -> list[Row]:
         Row("decoder.projection.weight", "decoder/projection/kernel", linear()),
         *llama_rows("decoder.model", "decoder/model", config.decoder.num_layers),
         Row("decoder.codebook_head.weight", "decoder/heads", SAME),
+    ]
+
+
+# CSM-1B (Sesame), whose Backbone and Decoder are Chroma's, with 32 codebooks.
+
+
+def csm_rows(config: ChromaConfig) -> list[Row]:
+    """In transformers' naming."""
+    depth, table = "depth_decoder.model", "backbone_model.embed_tokens.embed_audio_tokens.weight"
+    return [
+        *llama_rows("backbone_model", "backbone/model", config.backbone.num_layers),
+        Row("lm_head.weight", "backbone/head/kernel", linear()),
+        Row(f"{depth}.embed_tokens.weight", "audio_embedding/rows/table", SAME, tied_to=table, extent="first"),
+        Row(f"{depth}.inputs_embeds_projector.weight", "decoder/projection/kernel", linear()),
+        *llama_rows(depth, "decoder/model", config.decoder.num_layers),
+        Row("depth_decoder.codebooks_head.weight", "decoder/heads", SAME, extent="first"),
+    ]
+
+
+def csm_sesame_rows(config: ChromaConfig) -> list[Row]:
+    """In Sesame's own naming, which is torchtune's."""
+    return [
+        *torchtune_rows("backbone", "backbone/model", config.backbone.num_layers),
+        Row("codebook0_head.weight", "backbone/head/kernel", linear()),
+        Row("audio_embeddings.weight", "audio_embedding/rows/table", SAME, extent="first"),
+        Row("projection.weight", "decoder/projection/kernel", linear()),
+        *torchtune_rows("decoder", "decoder/model", config.decoder.num_layers),
+        Row("audio_head", "decoder/heads", SAME, extent="first"),
+    ]
+
+
+def torchtune_rows(foreign: str, path: str, layers: int) -> list[Row]:
+    block, ours = foreign + ".layers.{i}", f"{path}/blocks"
+    return [
+        Row(f"{block}.attn.q_proj.weight", f"{ours}/attention/q/kernel", ROTARY_PAIRS, layers),
+        Row(f"{block}.attn.k_proj.weight", f"{ours}/attention/k/kernel", ROTARY_PAIRS, layers),
+        Row(f"{block}.attn.v_proj.weight", f"{ours}/attention/v/kernel", linear(), layers),
+        Row(f"{block}.attn.output_proj.weight", f"{ours}/attention/o/kernel", linear(3), layers),
+        Row(f"{block}.mlp.w1.weight", f"{ours}/gate/kernel", linear(), layers),
+        Row(f"{block}.mlp.w3.weight", f"{ours}/up/kernel", linear(), layers),
+        Row(f"{block}.mlp.w2.weight", f"{ours}/down/kernel", linear(), layers),
+        Row(f"{block}.sa_norm.scale", f"{ours}/attention_norm/scale", SAME, layers),
+        Row(f"{block}.mlp_norm.scale", f"{ours}/mlp_norm/scale", SAME, layers),
+        Row(f"{foreign}.norm.scale", f"{path}/norm/scale", SAME),
     ]
 
 
@@ -139,17 +208,17 @@ def seanet_rows(config: ChromaConfig, foreign: str, path: str) -> list[Row]:
     stages, residuals = len(seanet.ratios), seanet.num_residual_layers
     rows = []
     for side, sample, transform in (("encoder", "down", CONV), ("decoder", "up", CONV_TRANSPOSE)):
-        rows += conv_rows(f"{foreign}.{side}.layers.0", f"{path}/{side}/first")
+        rows += conv_rows(f"{foreign}{side}.layers.0", f"{path}/{side}/first")
         for i in range(stages):
             start = 1 + i * (residuals + 2)
             resample, first = (start + residuals + 1, start) if side == "encoder" else (start + 1, start + 2)
             for j in range(residuals):
-                layer, ours = f"{foreign}.{side}.layers.{first + j}", f"{path}/{side}/stages/{i}/residuals/{j}"
+                layer, ours = f"{foreign}{side}.layers.{first + j}", f"{path}/{side}/stages/{i}/residuals/{j}"
                 rows += conv_rows(f"{layer}.block.1", f"{ours}/conv1") + conv_rows(f"{layer}.block.3", f"{ours}/conv2")
                 if seanet.shortcut == "conv":
                     rows += conv_rows(f"{layer}.shortcut", f"{ours}/shortcut")
-            rows += conv_rows(f"{foreign}.{side}.layers.{resample}", f"{path}/{side}/stages/{i}/{sample}", transform)
-        rows += conv_rows(f"{foreign}.{side}.layers.{2 + stages * (residuals + 2)}", f"{path}/{side}/last")
+            rows += conv_rows(f"{foreign}{side}.layers.{resample}", f"{path}/{side}/stages/{i}/{sample}", transform)
+        rows += conv_rows(f"{foreign}{side}.layers.{2 + stages * (residuals + 2)}", f"{path}/{side}/last")
     return rows
 
 
@@ -166,23 +235,26 @@ def codec_transformer_rows(foreign: str, path: str, layers: int) -> list[Row]:
     ]
 
 
-def codec_rows(config: ChromaConfig, foreign: str = "codec_model", path: str = "codec") -> list[Row]:
+def codec_rows(
+    config: ChromaConfig, foreign: str = "codec_model.", path: str = "codec", extent: Literal["all", "first"] = "all"
+) -> list[Row]:
+    """Mimi. foreign: what stands before the names, its dot included; transformers' own Mimi has nothing there."""
     codec = config.codec
     rows = seanet_rows(config, foreign, path)
     for side in ("encoder", "decoder"):
         stack, layers = f"{side}_transformer", codec.transformer.num_layers
-        rows += codec_transformer_rows(f"{foreign}.{stack}", f"{path}/{stack}", layers)
+        rows += codec_transformer_rows(f"{foreign}{stack}", f"{path}/{stack}", layers)
     semantic = codec.quantizer.num_semantic
     for branch, count in (("semantic", semantic), ("acoustic", codec.num_codebooks - semantic)):
-        theirs, ours = f"{foreign}.quantizer.{branch}_residual_vector_quantizer", f"{path}/quantizer/{branch}"
+        theirs, ours = f"{foreign}quantizer.{branch}_residual_vector_quantizer", f"{path}/quantizer/{branch}"
         for name in ("embed_sum", "cluster_usage", "initialized"):
-            rows.append(Row(theirs + ".layers.{i}.codebook." + name, f"{ours}/codebooks/{name}", SAME, count))
+            rows.append(Row(theirs + ".layers.{i}.codebook." + name, f"{ours}/codebooks/{name}", SAME, count, extent=extent))
         if codec.quantizer.codebook_dim != codec.width:
             for side in ("input", "output"):
                 rows.append(Row(f"{theirs}.{side}_proj.weight", f"{ours}/{side}/kernel", POINTWISE))
     if codec.stride > 1:
-        rows.append(Row(f"{foreign}.downsample.conv.weight", f"{path}/downsample/kernel", CONV))
-        rows.append(Row(f"{foreign}.upsample.conv.weight", f"{path}/upsample/kernel", CONV_TRANSPOSE))
+        rows.append(Row(f"{foreign}downsample.conv.weight", f"{path}/downsample/kernel", CONV))
+        rows.append(Row(f"{foreign}upsample.conv.weight", f"{path}/upsample/kernel", CONV_TRANSPOSE))
     return rows
 
 

@@ -11,7 +11,7 @@ from flax import nnx
 
 from chroma_jax.convert.hf_config import rope_from_hf
 from chroma_jax.convert.names import Row, backbone_rows, decoder_rows
-from chroma_jax.convert.weights import foreign_tensors
+from chroma_jax.convert.weights import all_tensors
 from chroma_jax.golden.case import EXACT, GRADIENT, HIDDEN, LOSS, Case, Check, Checks
 from chroma_jax.layers.attention import causal_mask
 from chroma_jax.layers.rope import inverse_frequencies
@@ -286,8 +286,7 @@ def _logits(case: Case, model: Chroma) -> Checks:
 
 def _gradients(case: Case, name: str, gradient: Chroma, rows: list[Row]) -> Checks:
     norms: dict[str, float] = {}
-    for foreign, read in foreign_tensors(gradient, "", rows):
-        ours = read()
+    for foreign, ours in all_tensors(gradient, "", rows):
         norms[foreign] = float(np.linalg.norm(ours))
         if f"{name}_grad/{foreign}" in case.outputs:
             theirs = case.outputs[f"{name}_grad/{foreign}"]

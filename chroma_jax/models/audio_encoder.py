@@ -6,6 +6,7 @@ be encoded exactly, block by block, while it is still being spoken.
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +55,16 @@ class AudioEncoderConfig:
         )
 
 
+class PoolCarry(NamedTuple):
+    """What a block leaves for the next one where blocks have an odd number of positions, so that a pair straddles two.
+
+    last: [B, D], the position without a partner; waiting: bool [B], whether there is one.
+    """
+
+    last: jax.Array
+    waiting: jax.Array
+
+
 def num_blocks(mel_frames: int, block_frames: int) -> int:
     """Blocks of a recording of ``mel_frames`` frames."""
     return -(-mel_frames // block_frames)
@@ -61,7 +72,12 @@ def num_blocks(mel_frames: int, block_frames: int) -> int:
 
 def num_outputs(mel_frames):
     """Encoder outputs of a recording: the strided convolution halves the frames, rounding up, the pooling again, down."""
-    return ((mel_frames - 1) // 2 + 1) // 2
+    return num_positions(mel_frames) // 2
+
+
+def num_positions(mel_frames: int) -> int:
+    """Positions of attention of so many mel frames, two of which make an output."""
+    return (mel_frames - 1) // 2 + 1
 
 
 def cut_blocks(mel: np.ndarray, block_frames: int) -> tuple[np.ndarray, np.ndarray]:
@@ -131,7 +147,7 @@ class AudioEncoder(nnx.Module):
     def attend(self, x: jax.Array, lengths: jax.Array) -> jax.Array:
         """The encoder stack on blocks. x: [R, A, D]; lengths: int32 [R] in mel frames. Returns [R, A, D]."""
         a = x.shape[1]
-        valid = jnp.arange(a)[None, :] < ((lengths - 1) // 2 + 1)[:, None]
+        valid = jnp.arange(a)[None, :] < num_positions(lengths)[:, None]
         mask = jnp.broadcast_to(valid[:, None, :], (x.shape[0], a, a))
         mask = reshard(mask, P(*leading_spec(x, 1), None, None))
         return self.encoder(x, jnp.zeros(x.shape[:2], jnp.int32), mask)
@@ -154,3 +170,21 @@ class AudioEncoder(nnx.Module):
         flat = reshape_rows(lengths, b * r)
         x = self.attend(self.front(reshape_rows(mel, b * r, f, bins), flat, dtype), flat)
         return self.pool(reshape_rows(x, b, r * x.shape[1], x.shape[2]))
+
+    def empty_carry(self, batch: int, dtype=jnp.float32) -> PoolCarry:
+        """Before the first block."""
+        return PoolCarry(jnp.zeros((batch, self.config.width), dtype), jnp.zeros(batch, bool))
+
+    def step(self, carry: PoolCarry, mel: jax.Array, lengths: jax.Array) -> tuple[PoolCarry, jax.Array]:
+        """One block of each row; all of a recording's, one after the other, give what ``__call__`` gives at once.
+
+        mel: [B, block_frames, bins]; lengths: int32 [B] valid frames, fewer than block_frames in a recording's last block only.
+        Returns (carry, [B, ⌈A / 2⌉, output_width]) with A = block_frames / 2, computed in the carry's type. Of p valid
+        positions and w = 1 for a row that has one waiting, the first ⌊(w + p) / 2⌋ outputs are valid.
+        """
+        x = self.attend(self.front(mel, lengths, carry.last.dtype), lengths)
+        if x.shape[1] % 2 == 0:
+            return carry, self.pool(x)
+        longer = jnp.concatenate([carry.last[:, None], x, x[:, -1:]], axis=1)
+        pairs = jnp.where(carry.waiting[:, None, None], longer[:, :-1], longer[:, 1:])
+        return PoolCarry(x[:, -1], ~carry.waiting), self.pool(pairs)

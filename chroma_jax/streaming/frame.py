@@ -1,18 +1,14 @@
 """One frame: codebook 0 from the Backbone's h, then the Decoder level by level."""
 
 from collections.abc import Callable
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 from chroma_jax.models.chroma import Chroma
+from chroma_jax.streaming.compatibility import Positions
 
 Choose = Callable[[jax.Array, jax.Array], jax.Array]  # logits [B, V], level → codes int32 [B]
-
-# "trained": h at position 0, c0 at 1, c1 at 2 …, as in training. "reference": h and c0 share position 0, c1 at 1 …, as the
-# reference implementation generates; for comparing with it only.
-Positions = Literal["trained", "reference"]
 
 
 def residual_codes(

@@ -14,7 +14,8 @@ from chroma_jax.features import FeatureConfig, log_mel
 from chroma_jax.models.audio_encoder import cut_blocks, num_outputs
 from chroma_jax.models.chroma import ChromaConfig
 from chroma_jax.schedule import NOTHING
-from chroma_jax.streaming.step import Prompt
+from chroma_jax.streaming.compatibility import Compatibility, is_reference
+from chroma_jax.streaming.prefill import Prompt
 
 # Array → (multiple that its length is rounded up to, value of an empty entry).
 BUCKETS = {
@@ -24,6 +25,7 @@ BUCKETS = {
     "audio_index": (64, NOTHING),
     "voice_token": (64, NOTHING),
     "voice_codes": (64, NOTHING),
+    "voice_padding": (64, False),
 }
 
 
@@ -72,14 +74,42 @@ def make_prompt(
     )
 
 
-def stack(rows: Sequence[Prompt]) -> Prompt:
-    """Rows of different lengths as one batch, padded on the right to common, rounded lengths."""
+def stack(rows: Sequence[Prompt], compatibility: Compatibility = "corrected") -> Prompt:
+    """Rows of different lengths as one batch, padded on the right to common, rounded lengths; for "reference", the voice
+    prompts are padded inside to one length first."""
+    if is_reference(compatibility):
+        rows = padded_inside(rows)
     arrays = {}
     for name in Prompt._fields:
         values = [getattr(row, name) for row in rows]
+        if values[0] is None:
+            continue
         if name in BUCKETS:
             multiple, empty = BUCKETS[name]
             length = rounded_up(max(len(v) for v in values), multiple)
             values = [np.pad(v, ((0, length - len(v)), *((0, 0),) * (v.ndim - 1)), constant_values=empty) for v in values]
         arrays[name] = np.stack(values)
     return Prompt(**arrays)
+
+
+def padded_inside(rows: Sequence[Prompt]) -> list[Prompt]:
+    """Voice prompts of one length, padded where the reference pads: after the text start, and before the zero vector."""
+    texts = [int(np.sum(row.voice_token != NOTHING)) for row in rows]
+    recordings = [len(row.voice_token) - 1 - text for row, text in zip(rows, texts)]
+    length = max(texts) + max(recordings) + 1
+    padded = []
+    for row, text, recording in zip(rows, texts, recordings):
+        before, after = [1] * (max(texts) - text), [text + recording] * (max(recordings) - recording)
+
+        def inside(values: np.ndarray, empty, places: list[int] = before + after) -> np.ndarray:
+            return np.insert(values, places, empty, axis=0)
+
+        padded.append(
+            row._replace(
+                voice_token=inside(row.voice_token, NOTHING),
+                voice_codes=inside(row.voice_codes, NOTHING),
+                voice_length=np.int32(length),
+                voice_padding=inside(np.zeros(len(row.voice_token), bool), True),
+            )
+        )
+    return padded

@@ -21,8 +21,8 @@ from chroma_jax.features import FeatureConfig, resample_sinc
 from chroma_jax.schedule import NOTHING
 from chroma_jax.streaming.load import load_run
 from chroma_jax.streaming.picture import Picture, Recording, draw
+from chroma_jax.streaming.prefill import Prompt
 from chroma_jax.streaming.prompt import make_prompt, stack
-from chroma_jax.streaming.step import Prompt
 from chroma_jax.streaming.stream import Speaker, counted_compilations, settings
 from chroma_jax.training.metrics import read_lines
 from data_pipelines import audio
@@ -58,7 +58,7 @@ def reply(run: Path, config: Config, question: Path, reference: Path, transcript
     if Path(out).exists() and not Path(out).is_dir():
         raise ChromaError(f"{out}: exists and is not a folder")
     model, codec, tokenizer = load_run(run, config)
-    speaker = Speaker(model, codec, config.reply.dtype)
+    speaker = Speaker(model, codec, config.reply.dtype, config.reply.compatibility)
     rate = model.config.codec.sampling_rate
     asked = audio.load(question, audio.REASONER_RATE, max_seconds=FeatureConfig().max_seconds)
     voice = reference_wave(reference, rate)
@@ -82,7 +82,8 @@ def reply(run: Path, config: Config, question: Path, reference: Path, transcript
                         transcript=transcript,
                         system=config.data.system,
                     )
-                ]
+                ],
+                speaker.compatibility,
             )
 
         warm_up(speaker, prompt(), config.reply, max_frames)
@@ -103,6 +104,7 @@ def reply(run: Path, config: Config, question: Path, reference: Path, transcript
         "compilations_after_warm_up": later.count,
         "device": jax.devices()[0].device_kind,
         "dtype": config.reply.dtype,
+        "compatibility": speaker.compatibility,
         "temperature": config.reply.temperature,
         "top_k": config.reply.top_k,
         "seed": config.reply.seed,

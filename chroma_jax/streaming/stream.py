@@ -14,13 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from chroma_jax.errors import ChromaError
 from chroma_jax.models.chroma import Chroma
 from chroma_jax.models.codec import Codec
+from chroma_jax.streaming import prefill as prefills
 from chroma_jax.streaming import step as steps
-from chroma_jax.streaming.frame import Positions
+from chroma_jax.streaming.compatibility import Compatibility, codec_used, is_reference
+from chroma_jax.streaming.prefill import Prompt
 from chroma_jax.streaming.prompt import rounded_up
 from chroma_jax.streaming.sampling import Sampling
-from chroma_jax.streaming.step import Prompt, StepOutput, StreamState
+from chroma_jax.streaming.state import Capacity, StreamState
+from chroma_jax.streaming.step import StepOutput
 
 ENCODE_BUCKET = 16  # frames; lengths of reference recordings are rounded up to a multiple of it
 
@@ -28,7 +32,7 @@ ENCODE_BUCKET = 16  # frames; lengths of reference recordings are rounded up to 
 class Programs(NamedTuple):
     """weights: the leaves of the model's and the Codec's state, in order.
 
-    encode(weights, audio [1, S]) → codes; prefill(weights, prompt, sampling, keys, max_frames) → state;
+    encode(weights, audio [1, S]) → codes; prefill(weights, prompt, sampling, keys, capacity) → state;
     step(weights, state) → (state, output), the old state is given up.
     """
 
@@ -39,7 +43,7 @@ class Programs(NamedTuple):
 
 @functools.cache
 def programs(
-    graphs: tuple[nnx.GraphDef, nnx.GraphDef], tree: jax.tree_util.PyTreeDef, dtype: str, positions: Positions
+    graphs: tuple[nnx.GraphDef, nnx.GraphDef], tree: jax.tree_util.PyTreeDef, dtype: str, compatibility: Compatibility
 ) -> Programs:
     """The programs of one architecture; equal architectures share them, and so what is already compiled."""
 
@@ -50,21 +54,11 @@ def programs(
         model, codec = modules(weights)
         return codec.encode(audio, model.config.codebooks)
 
-    def prefill(weights, prompt, sampling, keys, max_frames):
-        model, codec = modules(weights)
-        return steps.prefill(
-            model,
-            codec,
-            prompt,
-            sampling,
-            keys,
-            text_capacity=steps.text_capacity(prompt.text.shape[1], max_frames),
-            audio_capacity=steps.audio_capacity(model.config, prompt.voice_token.shape[1], max_frames),
-            dtype=jnp.dtype(dtype),
-        )
+    def prefill(weights, prompt, sampling, keys, capacity):
+        return prefills.prefill(*modules(weights), prompt, sampling, keys, capacity, jnp.dtype(dtype))
 
     def step(weights, state):
-        return steps.step(*modules(weights), state, positions)
+        return steps.step(*modules(weights), state, compatibility)
 
     return Programs(jax.jit(encode), jax.jit(prefill, static_argnums=4), jax.jit(step, donate_argnums=1))
 
@@ -73,16 +67,18 @@ class Speaker:
     """A model and its Codec with their compiled programs, on the device that holds the weights.
 
     dtype: that activations and caches are in, "float32" or "bfloat16"; the Codec always computes in float32.
-    positions: of the Decoder; "reference" is for comparing with the reference implementation only.
+    compatibility: "reference" is for comparing with the reference implementation only; prompts are then stacked so, too.
+    Raises: ChromaError for an unknown one.
     """
 
-    def __init__(self, model: Chroma, codec: Codec, dtype: str = "float32", positions: Positions = "trained"):
-        self.config = model.config
+    def __init__(self, model: Chroma, codec: Codec, dtype: str = "float32", compatibility: Compatibility = "corrected"):
+        self.config, self.compatibility = model.config, compatibility
+        codec = codec_used(codec, compatibility)
         (model_graph, model_state), (codec_graph, codec_state) = nnx.split(model), nnx.split(codec)
         leaves, tree = jax.tree.flatten((model_state, codec_state))
         # bound to their device, wherever they come from: else the same shapes would be compiled twice
         self.weights = jax.device_put(leaves, leaves[0].devices().pop())
-        self.programs = programs((model_graph, codec_graph), tree, dtype, positions)
+        self.programs = programs((model_graph, codec_graph), tree, dtype, compatibility)
 
     def encode(self, wave: np.ndarray) -> np.ndarray:
         """wave: float [S] at the Codec's rate, S ≥ 1. Returns codes int32 [F, Q]; the last frame is filled up with silence."""
@@ -95,10 +91,13 @@ class Speaker:
 
     def start(self, prompt: Prompt, sampling: Sampling, keys: jax.Array, max_frames: int) -> StreamState:
         """The state before the first frame. prompt, sampling: host arrays of B rows; keys: random keys [B]; max_frames: the
-        most frames that will be asked for, which sizes the caches."""
+        most frames that will be asked for, which sizes the caches. Raises: ChromaError for a prompt stacked in another way."""
+        if (prompt.voice_padding is not None) != is_reference(self.compatibility):
+            raise ChromaError(f"the prompt was not stacked for compatibility {self.compatibility!r}, as the speaker is")
+        capacity = Capacity.of(prompt.text.shape[1], prompt.voice_token.shape[1], max_frames)
         with jax.transfer_guard("disallow"):
             prompt, sampling = jax.device_put((prompt, sampling))
-            return self.programs.prefill(self.weights, prompt, sampling, keys, max_frames)
+            return self.programs.prefill(self.weights, prompt, sampling, keys, capacity)
 
     def frames(self, state: StreamState, max_frames: int) -> Iterator[StepOutput]:
         """Yields each frame of all rows as host arrays, until no row is live; that last frame is yielded too. At most

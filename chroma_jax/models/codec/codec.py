@@ -4,7 +4,8 @@
     codes → quantized [B, F, D] → transposed convolution → transformer → SEANet decoder → waveform [B, F · 1920]
 
 Every stage is causal. Streaming runs the same stages over pieces of whole frames, with the convolutions' memories and the
-last keys and values of the attention window in a `CodecState`.
+last keys and values of the attention window in a `CodecState`, and gives what the whole utterance gives. A recording whose
+last frame is partial ends inside of a piece; `chroma_jax.models.codec.pieces` cuts a recording of any length.
 """
 
 import dataclasses
@@ -43,7 +44,7 @@ class CodecConfig:
     stride: transformer positions per frame; at 1 there is no resampling between transformer and codes.
     upsample_groups: groups of the transposed convolution before the decoder.
     window: how many positions a position attends to, itself included; None is full causal attention, as in
-    transformers ≤ 5.0, which has no bounded state and therefore cannot stream.
+    transformers ≤ 5.0, which streams for as many frames as its state has room for.
     """
 
     sampling_rate: int = 24_000
@@ -142,6 +143,12 @@ def reset_rows(state: CodecState, mask: jax.Array) -> CodecState:
     return state._replace(position=jnp.where(mask, 0, state.position))
 
 
+def visible(queries: jax.Array, keys: jax.Array, window: int | None) -> jax.Array:
+    """Causal attention over a window. queries: positions [B, T]; keys: positions [S] or [B, 1, S]. Returns bool [B, T, S]."""
+    age = queries[:, :, None] - keys
+    return age >= 0 if window is None else (age >= 0) & (age < window)
+
+
 class Codec(nnx.Module):
     """Waveform ↔ codes. Audio is [B, S] in −1 … 1 at ``config.sampling_rate``; codes are int32 [B, F, Q].
 
@@ -190,25 +197,47 @@ class Codec(nnx.Module):
         self._check_levels(codes)
         return self._decode(codes, dtype, Carry(), self._attend_whole)
 
-    def encoder_state(self, batch: int, dtype=jnp.float32, *, frames_per_step: int = 4) -> CodecState:
-        """State before the first frame. frames_per_step: up to so many frames go through attention in one pass."""
+    def encoder_state(
+        self, batch: int, dtype=jnp.float32, *, frames_per_step: int = 4, max_frames: int | None = None
+    ) -> CodecState:
+        """State before the first frame.
+
+        frames_per_step: up to so many frames go through attention in one pass; one does when the config has no window.
+        max_frames: without a window, how many frames attend to all before them; later ones attend as with a window of
+        max_frames · stride positions. With a window it changes nothing. Raises: ValueError when it is needed and missing.
+        """
         audio = jax.ShapeDtypeStruct((batch, self.config.samples_per_frame), dtype)
         run = lambda carry, x: self._encode(x, carry, self._attend_whole)
-        return self._state(batch, dtype, frames_per_step, run, audio)
+        return self._state(batch, dtype, frames_per_step, max_frames, run, audio)
 
-    def encode_step(self, state: CodecState, audio: jax.Array, num_codebooks: int | None = None) -> tuple[CodecState, jax.Array]:
-        """audio: [B, n · samples_per_frame], n ≥ 1. Returns (state, codes int32 [B, n, Q])."""
+    def encode_step(
+        self, state: CodecState, audio: jax.Array, num_codebooks: int | None = None, *, length: jax.Array | None = None
+    ) -> tuple[CodecState, jax.Array]:
+        """audio: [B, n · samples_per_frame], n ≥ 1. Returns (state, codes int32 [B, n, Q]).
+
+        length: int32 [B], samples of each row that belong to its recording. A row with fewer than ``audio`` has ends there:
+        its first ⌈length / samples_per_frame⌉ codes are those of ``encode``, and it must be reset before it is used again.
+        """
+        state, latents = self.latents_step(state, audio, length=length)
+        return state, self._quantize(latents, num_codebooks)
+
+    def latents_step(
+        self, state: CodecState, audio: jax.Array, *, length: jax.Array | None = None
+    ) -> tuple[CodecState, jax.Array]:
+        """As `encode_step`, before quantization: (state, latents [B, n, D])."""
         if audio.shape[1] < 1 or audio.shape[1] % self.config.samples_per_frame:
             raise ValueError(f"audio must be whole frames of {self.config.samples_per_frame} samples, got {audio.shape[1]}")
-        carry, attend, cache = self._resume(state)
+        carry, attend, cache = self._resume(state, length)
         latents = self._encode(audio, carry, attend).latents
-        return CodecState(state.position + latents.shape[1], carry.memories, *cache), self._quantize(latents, num_codebooks)
+        return CodecState(state.position + latents.shape[1], carry.memories, *cache), latents
 
-    def decoder_state(self, batch: int, dtype=jnp.float32, *, frames_per_step: int = 4) -> CodecState:
-        """State before the first frame. frames_per_step: up to so many frames go through attention in one pass."""
+    def decoder_state(
+        self, batch: int, dtype=jnp.float32, *, frames_per_step: int = 4, max_frames: int | None = None
+    ) -> CodecState:
+        """State before the first frame; arguments and errors as of `encoder_state`."""
         codes = jax.ShapeDtypeStruct((batch, 1, 1), jnp.int32)
         run = lambda carry, x: self._decode(x, dtype, carry, self._attend_whole)
-        return self._state(batch, dtype, frames_per_step, run, codes)
+        return self._state(batch, dtype, frames_per_step, max_frames, run, codes)
 
     def decode_step(self, state: CodecState, codes: jax.Array) -> tuple[CodecState, jax.Array]:
         """codes: int32 [B, n, Q], n ≥ 1. Returns (state, audio [B, n · samples_per_frame]), computed in the state's type."""
@@ -247,20 +276,18 @@ class Codec(nnx.Module):
 
     def _attend_whole(self, transformer: Encoder, x: jax.Array) -> jax.Array:
         positions = jnp.arange(x.shape[1])
-        return transformer(x, positions[None], self._visible(positions[None], positions))
-
-    def _visible(self, queries: jax.Array, keys: jax.Array) -> jax.Array:
-        """queries: positions [B, T]; keys: positions [S] or [B, 1, S]. Returns bool [B, T, S]."""
-        age = queries[:, :, None] - keys
-        return (age >= 0) & (age < self.config.window) if self.config.window is not None else age >= 0
+        return transformer(x, positions[None], visible(positions[None], positions, self.config.window))
 
     # Streaming.
 
-    def _state(self, batch, dtype, frames_per_step, run, example) -> CodecState:
-        if self.config.window is None:
-            raise ValueError("window must be set to stream: full attention has no bounded state")
+    def _state(self, batch, dtype, frames_per_step, max_frames, run, example) -> CodecState:
+        stride, window = self.config.stride, self.config.window
         if frames_per_step < 1:
             raise ValueError(f"frames_per_step must be at least 1, got {frames_per_step}")
+        if window is None:
+            if max_frames is None or max_frames < 1:
+                raise ValueError(f"max_frames must be at least 1 to stream without a window, got {max_frames}")
+            window, frames_per_step = max_frames * stride, 1  # `_window` goes back from the capacity
 
         def memories(x):
             carry = Carry()
@@ -268,14 +295,18 @@ class Codec(nnx.Module):
             return carry.memories
 
         # A step's first query still needs its whole window after the step's last key has been written.
-        capacity = self.config.window - 1 + frames_per_step * self.config.stride
+        capacity = window - 1 + frames_per_step * stride
         return CodecState(
             jnp.zeros((batch,), jnp.int32),
             tuple(jnp.zeros(m.shape, m.dtype) for m in jax.eval_shape(memories, example)),
             self.config.transformer.empty_cache(batch, capacity, dtype),
         )
 
-    def _resume(self, state: CodecState):
+    def _window(self, capacity: int) -> int:
+        """Positions that a position attends to, given a ring's capacity."""
+        return capacity + 1 - self.config.stride if self.config.window is None else self.config.window
+
+    def _resume(self, state: CodecState, length: jax.Array | None = None):
         """The convolutions' carry, an attention over the ring, and a list that holds the new ring once it has run."""
         ring = []
 
@@ -284,12 +315,13 @@ class Codec(nnx.Module):
             ring.append(cache)
             return x
 
-        return Carry(state.memories, state.position == 0), attend, ring
+        return Carry(state.memories, state.position == 0, length), attend, ring
 
     def _attend_ring(self, transformer: Encoder, x: jax.Array, start: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
         """x: [B, T, D]; start: int32 [B], position of x[:, 0]. Position p lies in entry p mod capacity."""
         capacity, length = cache.keys.shape[2], x.shape[1]
-        room = capacity - self.config.window + 1
+        window = self._window(capacity)
+        room = capacity - window + 1
         size = max(d for d in range(1, room + 1) if length % d == 0)
 
         def part(carry, x):
@@ -299,7 +331,7 @@ class Codec(nnx.Module):
             # The newest position that lies in each entry; negative where the row has not come that far, which also
             # hides what a row's former utterance left behind.
             held = last - (last - jnp.arange(capacity)) % capacity
-            mask = self._visible(positions, held[:, None]) & (held >= 0)[:, None]
+            mask = visible(positions, held[:, None], window) & (held >= 0)[:, None]
             x, cache = transformer.cached(x, positions, cache, positions % capacity, mask)
             return (start + size, cache), x
 

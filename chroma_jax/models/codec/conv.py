@@ -20,11 +20,20 @@ class Carry:
     """Hands every layer its memory in the order of the calls, and collects the new memories in the same order.
 
     With no memories, every row begins here. Otherwise the rows in ``fresh`` (bool [B]) begin here and the others go on.
+
+    length: int32 [B], where in this piece each row ends; the strided layers, which look beyond the end, put their padding
+    there, whatever the piece holds. None: the rows end with the piece, or go on.
     """
 
-    def __init__(self, memories: tuple[jax.Array, ...] | None = None, fresh: jax.Array | None = None):
+    def __init__(
+        self,
+        memories: tuple[jax.Array, ...] | None = None,
+        fresh: jax.Array | None = None,
+        length: jax.Array | None = None,
+    ):
         self._old = None if memories is None else iter(memories)
         self._fresh = fresh
+        self.length = length
         self._new: list[jax.Array] = []
 
     @property
@@ -73,6 +82,9 @@ class Conv(nnx.Module):
 
     def __call__(self, x: jax.Array, carry: Carry) -> jax.Array:
         """x: [B, S, in]. Returns [B, ⌈S / stride⌉, out]; a piece that another one follows must be whole strides long."""
+        if carry.length is not None and self.stride > 1:  # stride 1: causal, so that what is behind the end is not seen
+            x = self._cut(x, carry.length)
+            carry.length = -(-carry.length // self.stride)
         missing = -x.shape[1] % self.stride
         if missing:
             x = jnp.concatenate([x, self._outside(x[:, -1:], missing)], axis=1)
@@ -88,6 +100,12 @@ class Conv(nnx.Module):
             dimension_numbers=("NWC", "WIO", "NWC"),
         )
         return y if self.bias is None else y + in_use(self.bias, x.dtype)
+
+    def _cut(self, x: jax.Array, length: jax.Array) -> jax.Array:
+        """The padding from each row's end on. length: int32 [B]."""
+        end = length[:, None, None]
+        edge = jnp.take_along_axis(x, jnp.maximum(end - 1, 0), axis=1)
+        return jnp.where(jnp.arange(x.shape[1])[:, None] < end, x, self._outside(edge, x.shape[1]))
 
     def _outside(self, edge: jax.Array, length: int) -> jax.Array:
         outside = jnp.broadcast_to(edge, (edge.shape[0], length, edge.shape[2]))

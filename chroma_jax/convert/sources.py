@@ -1,0 +1,277 @@
+"""What a foreign checkpoint is, and what of it is used: recognised by its names, accounted for tensor by tensor, not yet read."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from chroma_jax.config import fields
+from chroma_jax.convert import hf_config, names
+from chroma_jax.convert.names import Row
+from chroma_jax.convert.weights import Tensor, expected_shape
+from chroma_jax.errors import ChromaError
+from chroma_jax.layers.rope import RopeConfig
+from chroma_jax.models.chroma import ChromaConfig
+
+PARTS = ("reasoner", "backbone", "decoder", "codec")
+READABLE = ("float32", "bfloat16", "float16")
+# What a source knows better than the configuration that it is imported onto: the weights were trained so.
+ADOPTED = re.compile(r".*\b(rope\..*|norm_eps|layer_scale|window)$")
+# What is no property of the weights, or may be smaller with us.
+OURS = re.compile(r".*\b(remat|rules\..*)$|quantizer\.num_codebooks$")
+Header = Mapping[str, Tensor]
+Said = dict[str, Any]  # part → its configuration, as a source's config.json says it
+
+
+@dataclasses.dataclass(frozen=True)
+class Naming:
+    """One family of checkpoints.
+
+    sign: a regular expression that some tensor name matches in this family only. prefixes: what may stand before all names.
+    required, optional: the parts that it holds. rows: the table, given our configuration and the prefix. unused: (regular
+    expression, why it is not read). said: what its config.json says of each part.
+    """
+
+    title: str
+    sign: str
+    rows: Callable[[ChromaConfig, str], list[Row]]
+    required: tuple[str, ...]
+    said: Callable[[dict], Said]
+    optional: tuple[str, ...] = ()
+    prefixes: tuple[str, ...] = ("",)
+    unused: tuple[tuple[str, str], ...] = ()
+
+
+VISION = (r"(thinker\.)?visual\.", "vision, which a speaking model does not have")
+OMNI = (r"talker\.|token2wav\.", "Qwen2.5-Omni's own voice")
+TEXT = (r"(embed_text_tokens|text_embeddings)\.weight$", "CSM's text vocabulary; Chroma embeds text by the Reasoner")
+
+
+def _csm_said(config: dict) -> Said:
+    if "depth_decoder_config" not in config:
+        return {}
+    said = {
+        "backbone": hf_config.llama_from_hf(config),
+        "decoder": hf_config.llama_from_hf(config["depth_decoder_config"]),
+    }
+    return said | ({"codec": hf_config.codec_from_hf(config["codec_config"])} if "codec_config" in config else {})
+
+
+def csm_rope(original_length: int) -> RopeConfig:
+    """CSM-1B's frequencies: Llama 3.2's, in the two parametrisations of its published configuration."""
+    low, high = 0.125 * original_length / 1024, 0.5 * original_length / 1024
+    return RopeConfig(5e5, "llama3", factor=32.0, low_freq_factor=low, high_freq_factor=high, original_length=original_length)
+
+
+def _thinker_said(config: dict) -> Said:
+    thinker = config.get("thinker_config", config)
+    return {"reasoner": hf_config.reasoner_from_hf(thinker)} if "audio_config" in thinker else {}
+
+
+def _chroma_said(config: dict) -> Said:
+    model = hf_config.from_hf(config)
+    return {part: getattr(model, part) for part in PARTS}
+
+
+def _mimi_said(config: dict) -> Said:
+    codec = config.get("codec_config", config)
+    return {"codec": hf_config.codec_from_hf(codec)} if "upsampling_ratios" in codec else {}
+
+
+NAMINGS = (
+    Naming(
+        title="Chroma",
+        sign=r"backbone\.codebook0_head\.weight$",
+        rows=lambda config, _: names.chroma_rows(config) + names.codec_rows(config),
+        required=PARTS,
+        said=_chroma_said,
+        unused=(VISION,),
+    ),
+    Naming(
+        title="Qwen2.5-Omni",
+        sign=r"(thinker\.)?audio_tower\.conv1\.weight$",
+        rows=names.reasoner_rows,
+        required=("reasoner",),
+        said=_thinker_said,
+        prefixes=("thinker.", ""),
+        unused=(VISION, OMNI),
+    ),
+    Naming(
+        title="CSM, Hugging Face's naming",
+        sign=r"backbone_model\.norm\.weight$",
+        rows=lambda config, _: names.csm_rows(config) + names.codec_rows(config, extent="first"),
+        required=("backbone", "decoder"),
+        optional=("codec",),
+        said=_csm_said,
+        unused=(TEXT,),
+    ),
+    Naming(
+        title="CSM, Sesame's naming",
+        sign=r"backbone\.norm\.scale$",
+        rows=lambda config, _: names.csm_sesame_rows(config),
+        required=("backbone", "decoder"),
+        said=lambda _: {},
+        unused=(TEXT,),
+    ),
+    Naming(
+        title="Mimi",
+        sign=r"(codec_model\.)?quantizer\.semantic_residual_vector_quantizer\.",
+        rows=lambda config, prefix: names.codec_rows(config, prefix, extent="first"),
+        required=("codec",),
+        said=_mimi_said,
+        prefixes=("codec_model.", ""),
+    ),
+)
+
+
+class Account(NamedTuple):
+    """What one source gives. rows: of the tensors that are read. tensors: our row's foreign name → the name that holds it.
+    unused: name → why. notes: what was taken from its config.json, and what was not."""
+
+    source: Path
+    title: str
+    rows: list[Row]
+    header: Header
+    unused: dict[str, str]
+    notes: list[str]
+
+    def stored_name(self, row: Row, name: str) -> str:
+        """Where a row's tensor is: under its own name, or the one that it is tied to."""
+        return name if name in self.header or row.tied_to is None else row.tied_to
+
+    def dtype(self, row: Row) -> str:
+        """The type in which the weight is kept: the tensors' own; float32 for float16, which has no range for training."""
+        kinds = {self.header[self.stored_name(row, name)].dtype for name in row.foreign_names()}
+        return "bfloat16" if kinds == {"bfloat16"} else "float32"
+
+
+def recognise(source: Path, header: Header) -> tuple[Naming, str]:
+    """The naming of a checkpoint, and the prefix that its names have. Raises ChromaError when none fits."""
+    for naming in NAMINGS:
+        match = next((m for name in header if (m := re.match(naming.sign, name))), None)
+        if match:
+            prefix = next(p for p in naming.prefixes if match.string.startswith(p))
+            return naming, prefix
+    begin = ", ".join(sorted({".".join(name.split(".")[:2]) for name in header})[:8])
+    known = ", ".join(naming.title for naming in NAMINGS)
+    raise ChromaError(f"{source}: no checkpoint that is known ({known}); its names begin with {begin}")
+
+
+def read_config(source: Path) -> dict | None:
+    """The config.json of a source, beside its tensors; None when there is none."""
+    source = Path(source)
+    path = (source if source.is_dir() else source.parent) / "config.json"
+    if not path.is_file() or source.suffix == ".json":
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise ChromaError(f"{path}: not JSON ({e})") from e
+
+
+def account(source: Path, header: Header, model: ChromaConfig, shapes: Mapping[str, tuple[int, ...]], taken: set[str]) -> Account:
+    """Accounts for every tensor of a source.
+
+    shapes: our weights' shapes by path. taken: parts that an earlier source gives; this one's are then not read.
+    Raises: one ChromaError that lists every missing, extra and misshapen tensor and every type that is no weight's.
+    """
+    naming, prefix = recognise(source, header)
+    table, problems, unused, rows, notes = naming.rows(model, prefix), [], {}, [], []
+    for part in naming.required + naming.optional:
+        mine = [row for row in table if row.part == part]
+        held = {n for row in mine for n in (*row.foreign_names(), row.tied_to) if n in header}
+        if not held and part in naming.optional:
+            continue
+        why = f"the {part}, which comes from an earlier source" if part in taken else "the same as a tensor that is read"
+        unused |= dict.fromkeys(held, why)
+        if part not in taken:
+            rows += mine
+            problems += [p for row in mine for p in _row_problems(row, header, shapes[row.path])]
+    read = {stored for row in rows for name in row.foreign_names() if (stored := _stored(row, name, header))}
+    unused = {name: why for name, why in unused.items() if name not in read}
+    more = [row for row in table if row.extent == "first" and row.layers is not None]
+    for name in header:
+        if name in read or name in unused:
+            continue
+        why = next((why for pattern, why in naming.unused if re.match(pattern, name)), None)
+        why = why or next((f"codebooks past the first {model.codebooks}" for row in more if _is_later_layer(row, name)), None)
+        if why is None:
+            problems.append(f"extra: {name} {header[name].shape}")
+        else:
+            unused[name] = why
+    if problems:
+        what = f"{len(problems)} tensors do not fit {naming.title}'s names at these sizes"
+        raise ChromaError(f"{source}: {what}; nothing was written: " + "; ".join(problems))
+    for row in rows:
+        if row.extent == "first" and row.layers is None:
+            theirs, ours = header[_stored(row, row.foreign, header)].shape[0], shapes[row.path][0]
+            if theirs > ours:
+                notes.append(f"{row.foreign}: the first {ours} of {theirs} rows")
+    return Account(Path(source), naming.title, rows, header, unused, notes)
+
+
+def _stored(row: Row, name: str, header: Header) -> str | None:
+    return name if name in header else row.tied_to if row.tied_to in header else None
+
+
+def _row_problems(row: Row, header: Header, shape: tuple[int, ...]) -> Iterator[str]:
+    expected = expected_shape(row, shape[1:] if row.layers is not None else shape)
+    for name in row.foreign_names():
+        stored = _stored(row, name, header)
+        if stored is None:
+            yield f"missing: {name}"
+            continue
+        found = header[stored]
+        longer = row.extent == "first" and row.layers is None and found.shape[:1] > expected[:1]
+        if found.shape[1:] != expected[1:] or (found.shape != expected and not longer):
+            yield f"misshapen: {stored} is {list(found.shape)}, expected {list(expected)}"
+        elif found.dtype not in READABLE:
+            yield f"wrong type: {stored} is {found.dtype}, expected one of {', '.join(READABLE)}"
+
+
+def _is_later_layer(row: Row, name: str) -> bool:
+    before, after = row.foreign.split("{i}")
+    middle = name[len(before) : len(name) - len(after)]
+    return name.startswith(before) and name.endswith(after) and middle.isdigit() and int(middle) >= row.layers
+
+
+def adopt(model: ChromaConfig, source: Path, naming: Naming, taken: set[str]) -> tuple[ChromaConfig, list[str]]:
+    """The configuration with what a source's weights were trained with (RoPE, norm epsilons, the Codec's window) taken from its
+    config.json, and lines that say so.
+
+    Raises: ChromaError listing the sizes in which the source differs from ``model``.
+    """
+    config, notes, problems = read_config(source), [], []
+    try:
+        said = {} if config is None else naming.said(config)
+    except (KeyError, ValueError) as e:
+        raise ChromaError(f"{Path(source) / 'config.json'}: {e}") from e
+    if naming.title.startswith("CSM") and not said:
+        said = {
+            "backbone": dataclasses.replace(model.backbone, rope=csm_rope(1024)),
+            "decoder": dataclasses.replace(model.decoder, rope=csm_rope(16)),
+        }
+        notes.append("no config.json of transformers: CSM-1B's published RoPE scaling is assumed")
+    for part, theirs in said.items():
+        if part in taken:
+            continue
+        ours, before = getattr(model, part), fields(getattr(model, part))
+        for name, value in fields(theirs).items():
+            if before.get(name) == value or OURS.match(name):
+                continue
+            if ADOPTED.match(name):
+                ours = _replaced(ours, name, value)
+                notes.append(f"{part}.{name} = {value!r}, as in its config.json (was {before.get(name)!r})")
+            else:
+                problems.append(f"{part}.{name} is {value!r}, the configuration says {before.get(name)!r}")
+        model = dataclasses.replace(model, **{part: ours})
+    if problems:
+        raise ChromaError(f"{Path(source) / 'config.json'}: another model than the configuration: " + "; ".join(problems))
+    return model, notes
+
+
+def _replaced(config, name: str, value):
+    head, _, rest = name.partition(".")
+    return dataclasses.replace(config, **{head: _replaced(getattr(config, head), rest, value) if rest else value})

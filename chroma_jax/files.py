@@ -1,0 +1,56 @@
+"""Writing so that nothing half-written is ever left behind."""
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from chroma_jax.errors import ChromaError
+
+
+def check_new(dest: Path) -> None:
+    """Raises ChromaError unless ``dest`` is absent or an empty folder."""
+    if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
+        raise ChromaError(f"{dest}: exists already; choose another folder")
+
+
+@contextlib.contextmanager
+def written_aside(dest: Path) -> Iterator[Path]:
+    """A folder beside ``dest`` to write into; it becomes ``dest`` when the block ends, and is removed when the block raises,
+    an interruption included. What an earlier, killed attempt left there is removed first.
+
+    Raises: ChromaError when ``dest`` exists and is not an empty folder.
+    """
+    dest = Path(dest)
+    check_new(dest)
+    dest.parent.mkdir(parents=True, exist_ok=True)
+    for left in dest.parent.glob(f".{glob_escaped(dest.name)}.*.partial"):
+        if not _in_use(left):
+            shutil.rmtree(left, ignore_errors=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{dest.name}.{os.getpid()}.", suffix=".partial", dir=dest.parent))
+    try:
+        os.chmod(partial, 0o755)  # mkdtemp's folder is for its owner only
+        yield partial
+        if dest.exists():
+            dest.rmdir()
+        partial.rename(dest)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def glob_escaped(name: str) -> str:
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
+
+
+def _in_use(partial: Path) -> bool:
+    """Whether the process that made a partial folder still runs on this machine."""
+    try:
+        os.kill(int(partial.name.split(".")[-3]), 0)
+    except (ValueError, IndexError, ProcessLookupError):
+        return False
+    except PermissionError:
+        return True
+    return True

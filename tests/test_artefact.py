@@ -1,0 +1,308 @@
+"""Promises of the serving artefact: it says what the model says without the model's code, on every platform that it names,
+and tells all that is needed to call it."""
+
+import dataclasses
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import soundfile
+from flax import nnx
+from jax import export
+from safetensors.flax import load_file
+from safetensors.numpy import save_file
+from tiny import model as tiny_model
+
+from chroma_jax.config import Config, ReplyConfig
+from chroma_jax.convert import stablehlo
+from chroma_jax.convert.hf_config import to_hf
+from chroma_jax.convert.names import chroma_rows, codec_rows
+from chroma_jax.convert.stablehlo import Sizes, by_name, export_stablehlo, save_prompt
+from chroma_jax.convert.weights import all_tensors, by_path
+from chroma_jax.errors import ChromaError
+from chroma_jax.models.chroma import Chroma
+from chroma_jax.models.codec import Codec
+from chroma_jax.streaming.load import load_run
+from chroma_jax.streaming.prefill import Prompt
+from chroma_jax.streaming.prompt import make_prompt, stack
+from chroma_jax.streaming.sampling import Sampling
+from chroma_jax.streaming.step import StepOutput
+from chroma_jax.streaming.stream import Speaker
+from data_pipelines.tokenizer import train_tokenizer
+
+ROOT = Path(__file__).parent.parent
+EXAMPLE = ROOT / "launch" / "serve_artefact.py"
+PLATFORMS = ("cpu", "tpu", "cuda")
+CONFIG = tiny_model()
+# more room than the prompts need, and other than `stack` would give them: padding must not be heard
+SIZES = Sizes(rows=3, question_seconds=2.5, text=140, voice=135, max_frames=9)
+SAMPLING = Sampling(np.array([0, 1, 0.7], np.float32), np.array([5, 0, 5], np.int32))  # the first row is greedy
+
+
+def drawn(make, rng: np.random.Generator) -> nnx.Module:
+    """A module with random weights, drawn by numpy: compiling its own initialisation takes longer."""
+    graph, state = nnx.split(nnx.eval_shape(make))
+
+    def one(path, variable):
+        ones = path[-1] in ("scale", "cluster_usage", "initialized")
+        value = np.ones(variable.shape) if ones else rng.normal(0, variable.shape[-1] ** -0.5, variable.shape)
+        return variable.replace(jnp.asarray(value, jnp.float32))
+
+    return nnx.merge(graph, nnx.from_flat_state([(path, one(path, v)) for path, v in nnx.to_flat_state(state)]))
+
+
+def prompts() -> list[Prompt]:
+    """Of different lengths; the last has next to nothing."""
+    rng = np.random.default_rng(0)
+
+    def prompt(samples: int, frames: int, transcript: str) -> Prompt:
+        question, codes = rng.normal(0, 0.1, samples), rng.integers(1, 58, (frames, CONFIG.codebooks))
+        encode = lambda text: [ord(c) for c in text]
+        return make_prompt(CONFIG, encode, question=question, reference_codes=codes, transcript=transcript)
+
+    return [prompt(5000, 5, "abc"), prompt(32_000, 60, "a longer text"), prompt(640, 1, "")]
+
+
+def keys() -> jax.Array:
+    return jax.random.split(jax.random.key(5), SIZES.rows)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """An exported model with random weights."""
+    folder = tmp_path_factory.mktemp("artefact") / "run"
+    folder.mkdir()
+    rng = np.random.default_rng(3)
+    model, codec = drawn(lambda: Chroma(nnx.Rngs(0), CONFIG), rng), drawn(lambda: Codec(nnx.Rngs(0), CONFIG.codec), rng)
+    tensors = dict(all_tensors(model, "", chroma_rows(CONFIG))) | dict(all_tensors(codec, "codec/", codec_rows(CONFIG)))
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(to_hf(CONFIG)))
+    train_tokenizer(["what is it", "it is a test"] * 4, CONFIG.reasoner.vocab_size, CONFIG.tokens).save(
+        str(folder / "tokenizer.json")
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def artefact(run) -> Path:
+    dest = run.parent / "artefact"
+    told = export_stablehlo(run, dest, Config(), SIZES, PLATFORMS)
+    assert str(dest) in told and "cpu, tpu, cuda" in told
+    return dest
+
+
+@pytest.fixture(scope="module")
+def description(artefact) -> dict:
+    return json.loads((artefact / "artefact.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def programs(artefact, description) -> dict[str, export.Exported]:
+    read = lambda program: export.deserialize(bytearray((artefact / program["file"]).read_bytes()))
+    return {name: read(program) for name, program in description["programs"].items()}
+
+
+# Without the model's code
+
+WITHOUT = """
+import runpy, sys
+for package in ("chroma_jax", "data_pipelines", "configs", "flax"):
+    sys.modules[package] = None  # importing it is an error
+script, sys.argv = sys.argv[1], sys.argv[1:]
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+def test_the_example_gives_the_same_frames_without_the_model_code(run, artefact, tmp_path):
+    save_prompt(artefact, tmp_path / "prompt.safetensors", prompts(), SAMPLING, keys())
+    command = [sys.executable, "-c", WITHOUT, EXAMPLE, artefact, tmp_path / "prompt.safetensors", tmp_path / "out"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    speaker = Speaker(*load_run(run, Config())[:2])
+    outputs = list(speaker.stream(stack(prompts()), SAMPLING, keys(), SIZES.max_frames))
+    expected = StepOutput(*(np.stack(x) for x in zip(*outputs, strict=True)))
+    found = np.load(tmp_path / "out" / "frames.npz")
+    assert set(found) == set(StepOutput._fields)
+    assert expected.live.all() and len(expected.live) == SIZES.max_frames  # else what follows would test little
+    for name in ("codes", "token", "live"):
+        np.testing.assert_array_equal(found[name], getattr(expected, name), err_msg=name)
+    loudest = np.abs(expected.samples).max()  # float32 rounding: the padding differs, and with it the order of sums
+    np.testing.assert_allclose(found["samples"] / loudest, expected.samples / loudest, atol=1e-5)
+    for row in range(SIZES.rows):
+        wave, rate = soundfile.read(tmp_path / "out" / f"{row}.wav")
+        assert rate == CONFIG.codec.sampling_rate
+        # 16 bit, and clipped
+        np.testing.assert_allclose(wave, np.clip(expected.samples[:, row].ravel(), -1, 1), atol=1e-4)
+
+
+def test_the_example_is_about_thirty_lines_and_imports_what_it_says():
+    lines = EXAMPLE.read_text().split('"""')[2].splitlines()
+    assert len([line for line in lines if line.strip()]) <= 30
+    imported = {line.split()[1].split(".")[0] for line in lines if line.startswith(("import ", "from "))}
+    assert imported == {"json", "sys", "pathlib", "jax", "numpy", "soundfile", "safetensors"}
+
+
+# Platforms
+
+
+def test_one_artefact_holds_the_code_of_every_platform(programs, description):
+    assert set(programs) == {"prefill", "step"}
+    for program in programs.values():
+        assert program.platforms == PLATFORMS == tuple(description["platforms"])
+        assert program.nr_devices == 1
+        assert program.calling_convention_version == description["calling_convention_version"]
+
+
+def test_nothing_in_it_needs_a_kernel_that_only_some_releases_of_jax_have(programs):
+    for program in programs.values():
+        assert "stablehlo.custom_call" not in program.mlir_module()
+
+
+# Descriptions
+
+
+def leaves(tree) -> list[tuple]:
+    return [(tuple(x.shape), str(x.dtype)) for x in jax.tree.leaves(tree)]
+
+
+def described(entries: list[dict], group: str = "") -> list[tuple]:
+    return [(tuple(x["shape"]), x["dtype"]) for x in entries if x["name"].startswith(group)]
+
+
+@pytest.mark.parametrize("name", ["prefill", "step"])
+def test_arguments_and_results_are_described_in_order(programs, description, name):
+    program, told = programs[name], description["programs"][name]
+    assert described(told["arguments"]) == leaves(program.in_avals)
+    assert described(told["results"]) == leaves(program.out_avals)
+    assert program.module_kept_var_idx == tuple(range(len(told["arguments"])))
+    main = next(line for line in program.mlir_module().splitlines() if "func.func public @main(" in line)
+    assert main.split(") -> (")[0].count("%arg") == len(told["arguments"]) + 1  # the platform's index before them
+    given_up = [x for x in told["arguments"] if x["name"].startswith("state/")]
+    assert main.count("tf.aliasing_output") == len(given_up)
+
+
+def test_the_state_that_goes_round_is_the_speakers(run, artefact, programs, description):
+    before, after = (description["programs"]["step"][part] for part in ("arguments", "results"))
+    state = [x for x in after if x["name"].startswith("state/")]
+    assert state == [x for x in before if x["name"].startswith("state/")] == description["programs"]["prefill"]["results"]
+    speaker = Speaker(*load_run(run, Config())[:2])
+    prompt = {name: x for name, x in stablehlo.input_shapes(artefact).items() if name.startswith("prompt/")}
+    own = jax.eval_shape(
+        lambda p: by_name(speaker.start(p, SAMPLING, keys(), SIZES.max_frames)),
+        Prompt(**{name.removeprefix("prompt/"): x for name, x in prompt.items()}),
+    )
+    assert {x["name"].removeprefix("state/"): (tuple(x["shape"]), x["dtype"]) for x in state} == {
+        name: (x.shape, str(x.dtype)) for name, x in own.items()
+    }
+    output = {x["name"] for x in after} - {x["name"] for x in state}
+    assert output == {f"output/{name}" for name in StepOutput._fields}
+
+
+def test_facts_of_the_model_are_told(run, artefact, description):
+    assert description["sampling_rate"] == CONFIG.codec.sampling_rate
+    assert description["samples_per_frame"] == CONFIG.codec.samples_per_frame
+    assert description["codebooks"] == CONFIG.codebooks
+    assert description["tokens"] == dataclasses.asdict(CONFIG.tokens)
+    assert description["sizes"] == dataclasses.asdict(SIZES)
+    assert description["jax"] == jax.__version__
+    assert (artefact / "tokenizer.json").read_bytes() == (run / "tokenizer.json").read_bytes()
+
+
+def test_it_does_not_tell_where_it_was_made(artefact):
+    for path in artefact.iterdir():
+        assert str(ROOT).encode() not in path.read_bytes(), path
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_are_those_of_the_run_in_the_replys_type(run, artefact, tmp_path, dtype):
+    config = Config(reply=ReplyConfig(dtype=dtype))
+    if dtype == "bfloat16":
+        artefact = tmp_path / "artefact"
+        export_stablehlo(run, artefact, config, SIZES, ("cpu",))
+    model, codec, _ = load_run(run, config)
+    own = {name: variable.get_value() for name, variable in (by_path(model) | by_path(codec, "codec/")).items()}
+    weights = load_file(artefact / "weights.safetensors")
+    assert weights.keys() == own.keys()
+    for name, weight in weights.items():
+        assert weight.dtype == own[name].dtype == (jnp.float32 if name.startswith("codec/") else dtype), name
+        np.testing.assert_array_equal(weight, own[name], err_msg=name)
+    arguments = json.loads((artefact / "artefact.json").read_text())["programs"]["step"]["arguments"]
+    told = {x["name"]: (tuple(x["shape"]), x["dtype"]) for x in arguments if x["name"].startswith("weights/")}
+    assert told == {f"weights/{name}": (x.shape, str(x.dtype)) for name, x in weights.items()}
+    cache = next(x for x in arguments if x["name"] == "state/backbone_cache/keys")
+    assert cache["dtype"] == dtype
+
+
+# What is refused
+
+
+def test_a_folder_with_something_in_it_is_left_alone(run, artefact):
+    before = {path: path.read_bytes() for path in artefact.iterdir()}
+    with pytest.raises(ChromaError, match="exists already"):
+        export_stablehlo(run, artefact, Config(), SIZES, PLATFORMS)
+    assert {path: path.read_bytes() for path in artefact.iterdir()} == before
+
+
+@pytest.mark.parametrize("failing", ["description", "save_file", "export_programs"])
+def test_a_failure_leaves_nothing_behind(run, tmp_path, monkeypatch, failing):
+    def fail(*_, **__):
+        raise KeyboardInterrupt
+
+    if failing != "export_programs":
+        monkeypatch.setattr(stablehlo, "export_programs", lambda *_: {})
+    monkeypatch.setattr(stablehlo, failing, fail)
+    with pytest.raises(KeyboardInterrupt):
+        export_stablehlo(run, tmp_path / "dest", Config(), SIZES, PLATFORMS)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_an_artefact_cannot_be_is_named(run, tmp_path, monkeypatch):
+    def refused(match: str, *, config: Config = Config(), **changes) -> None:
+        arguments = {"run": run, "dest": tmp_path / "dest", "config": config, "sizes": SIZES, "platforms": PLATFORMS}
+        with pytest.raises(ChromaError, match=match):
+            export_stablehlo(**arguments | changes)
+        assert not list(tmp_path.iterdir())
+
+    refused("gpu; expected some of cpu, tpu, cuda", platforms=("cpu", "gpu"))
+    refused("platforms are none", platforms=())
+    refused("cpu, cpu", platforms=("cpu", "cpu"))
+    refused("tokenizer|no such folder", run=tmp_path / "absent")
+    refused("text is 60, but 2.5 seconds of question alone take 62", sizes=dataclasses.replace(SIZES, text=60))
+    refused("reply.compatibility", config=Config(reply=ReplyConfig(compatibility="reference")))
+    monkeypatch.setitem(sys.modules, "flatbuffers", None)
+    assert importlib.util.find_spec("flatbuffers") is None
+    refused("pip install flatbuffers")
+    with pytest.raises(ChromaError, match="max_frames is 0"):
+        dataclasses.replace(SIZES, max_frames=0)
+
+
+def test_a_prompt_that_does_not_fit_is_named(artefact, tmp_path):
+    dest = tmp_path / "prompt.safetensors"
+
+    def refused(match: str, rows=None, sampling=SAMPLING) -> None:
+        with pytest.raises(ChromaError, match=match):
+            save_prompt(artefact, dest, prompts() if rows is None else rows, sampling, keys())
+        assert not dest.exists()
+
+    long = np.zeros(141, np.int32)
+    refused(
+        r"prompt/text of row 1 is \(141,\), the artefact was made for at most \(140,\)",
+        [*prompts()[:1], prompts()[1]._replace(text=long), prompts()[2]],
+    )
+    refused(r"prompt/mel is float32 \(2, .*\), .* takes float32 \(3, ", prompts()[:2])
+    refused("given are keys, sampling", [])
+    refused("sampling/temperature is float64", sampling=SAMPLING._replace(temperature=np.zeros(3)))
+
+
+@pytest.mark.parametrize("damage", ["absent", "{", "[]", '{"programs": {}}'])
+def test_a_damaged_description_is_named(tmp_path, damage):
+    if damage != "absent":
+        (tmp_path / "artefact.json").write_text(damage)
+    with pytest.raises(ChromaError, match="artefact.json"):
+        save_prompt(tmp_path, tmp_path / "prompt.safetensors", prompts(), SAMPLING, keys())

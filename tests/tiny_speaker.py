@@ -1,0 +1,134 @@
+"""The smallest model that speaks, with random weights, conversations for it, and what training's forward pass says of them."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from chroma_jax.chat import SpecialTokens
+from chroma_jax.features import FeatureConfig
+from chroma_jax.layers.rope import RopeConfig
+from chroma_jax.layers.transformer import EncoderConfig, LlamaConfig
+from chroma_jax.models.audio_encoder import AudioEncoderConfig
+from chroma_jax.models.chroma import Chroma, ChromaConfig
+from chroma_jax.models.codec import CodecConfig, QuantizerConfig, SeanetConfig
+from chroma_jax.models.reasoner import ReasonerConfig
+from chroma_jax.rows import Batch, RowShape
+from chroma_jax.streaming.prefill import Prompt
+from chroma_jax.streaming.prompt import make_prompt
+from data_pipelines.audio import from_int16
+from data_pipelines.pack import conversation, pack_config, place
+from data_pipelines.records import to_example
+
+VOCABULARY, CODES, AUDIO_VOCAB, LEVELS = 320, 32, 35, 4
+FEATURES = FeatureConfig(mel_bins=16)
+
+
+def tiny() -> ChromaConfig:
+    llama = LlamaConfig(num_layers=2, width=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=48)
+    audio = AudioEncoderConfig(num_layers=1, width=32, num_heads=2, mlp_width=48, mel_bins=16, block_frames=40, output_width=32)
+    transformer = EncoderConfig(
+        num_layers=1, width=16, num_heads=2, num_kv_heads=2, head_dim=8, mlp_width=24, layer_scale=0.5, rope=RopeConfig(1e4)
+    )
+    return ChromaConfig(
+        reasoner=ReasonerConfig(audio=audio, text=dataclasses.replace(llama, qkv_bias="qkv"), vocab_size=VOCABULARY),
+        backbone=llama,
+        decoder=dataclasses.replace(llama, num_layers=1, width=16, head_dim=4, mlp_width=24),
+        codec=CodecConfig(
+            seanet=SeanetConfig(num_filters=4, ratios=(4, 2)),
+            transformer=transformer,
+            quantizer=QuantizerConfig(num_codebooks=LEVELS, codebook_size=CODES, codebook_dim=8),
+            upsample_groups=16,
+            window=6,
+        ),
+        tokens=SpecialTokens(*range(VOCABULARY - 8, VOCABULARY)),
+        codebooks=LEVELS,
+        audio_vocab=AUDIO_VOCAB,
+        codebook_pad=AUDIO_VOCAB - 1,
+    )
+
+
+CONFIG = tiny()
+RATE = CONFIG.codec.sampling_rate
+
+
+def encode(text: str) -> list[int]:
+    """Any token can be written: chr(1000 + id)."""
+    return [ord(c) - 1000 if ord(c) >= 1000 else ord(c) for c in text]
+
+
+def written(tokens: list[int]) -> str:
+    return "".join(chr(1000 + t) for t in tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """question: int16 [S] at 16 kHz."""
+
+    question: np.ndarray
+    codes: np.ndarray
+    transcript: str
+
+    @property
+    def prompt(self) -> Prompt:
+        heard = from_int16(self.question)
+        return make_prompt(CONFIG, encode, question=heard, reference_codes=self.codes, transcript=self.transcript)
+
+    def packed(self, tokens: list[int], codes: np.ndarray) -> Batch:
+        """The training row of this conversation with a given reply, as the data pipeline makes it."""
+        packing = pack_config(CONFIG, FEATURES)
+        found = conversation(
+            "case",
+            wave=self.question,
+            answer_text=written([t for t in tokens if t != CONFIG.tokens.im_end]),
+            transcript=self.transcript,
+            reference_codes=self.codes,
+            answer_codes=codes,
+            encode=encode,
+            config=packing,
+        )
+        row = place([found], RowShape(blocks=8, text=128, answers=16, positions=128, frames=16), packing)
+        return jax.tree.map(lambda x: x[None], to_example(row, FEATURES, CONFIG.reasoner.audio.block_frames))
+
+
+def case(seed: int, samples: int, frames: int, transcript: str) -> Case:
+    rng = np.random.default_rng(seed)
+    codes = rng.integers(1, CODES, (frames, LEVELS))
+    return Case(rng.integers(-3000, 3000, samples).astype(np.int16), codes, transcript)
+
+
+def drawn(make, rng: np.random.Generator) -> nnx.Module:
+    """A module with random weights, drawn by numpy: compiling its own initialisation takes longer than all tests."""
+    graph, state = nnx.split(nnx.eval_shape(make))
+
+    def one(path, variable):
+        if path[-1] in ("scale", "cluster_usage", "initialized"):
+            value = np.ones(variable.shape)
+        else:
+            value = rng.normal(size=variable.shape) * (0.02 if path[-1] == "bias" else variable.shape[-2] ** -0.5)
+        return variable.replace(jnp.asarray(value, jnp.float32))
+
+    return nnx.merge(graph, nnx.from_flat_state([(path, one(path, v)) for path, v in nnx.to_flat_state(state)]))
+
+
+def edited(model: nnx.Module, changes: dict) -> nnx.Module:
+    """A copy with other weights. changes: path → function of the weight."""
+    graph, state = nnx.split(model)
+
+    def one(path, variable):
+        name = "/".join(map(str, path))
+        return variable.replace(changes[name](variable.get_value())) if name in changes else variable
+
+    return nnx.merge(graph, nnx.from_flat_state([(path, one(path, v)) for path, v in nnx.to_flat_state(state)]))
+
+
+@jax.jit
+def rescored(model: Chroma, batch: Batch):
+    """The packed forward pass of training: logits of the reply's tokens, of c0 and of the other levels at each frame."""
+    answers = model.answers(batch, jnp.float32)
+    hidden = model.backbone(model.interleaved(batch, answers), batch.position, batch.segment)
+    hidden = hidden[0, jnp.maximum(batch.target_position[0], 0)]
+    residual = model.frame_logits(hidden, batch.target_codes[0])
+    return model.reasoner.logits(answers[0]), jnp.concatenate([model.backbone.logits(hidden)[:, None], residual], axis=1)
