@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import itertools
 import json
 import re
 import sys
@@ -34,11 +35,13 @@ class Prepare:
 class Train:
     """Trains; on an existing run folder, goes on from its newest checkpoint.
 
-    run: run folder. prepared: dataset folder that ``prepare`` wrote.
+    run: run folder. prepared: dataset folder that ``prepare`` wrote. start: another run folder, or one that ``convert import``
+    wrote, whose weights a new run begins with; what it does not have is drawn at random.
     """
 
     run: Positional[Path]
     prepared: Path
+    start: Path | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,16 +66,44 @@ class Reply:
 
 
 @dataclasses.dataclass(frozen=True)
-class Export:
-    """Writes a run's newest checkpoint in the released model's Hugging Face layout.
+class Import:
+    """Reads other checkpoints: Chroma, or for a warm start Qwen2.5-Omni, CSM-1B and Mimi, in any combination.
 
-    run: run folder. dest: folder to write. dtype: of the weights; "float32" keeps every bit. shard_gb: largest file.
+    paths: SOURCE … DEST. A source is a safetensors file, a folder with some, or a manifest of names and shapes (JSON, with
+    --dry-run only); of a part that several have, the first source's is taken. DEST: folder to write, for ``train --start``,
+    ``reply`` and ``convert export``. onto: configuration (file or shipped name) whose sizes the weights must have; without it,
+    those of a source that is a whole Chroma with a config.json, else chroma_4b. keep_unused: also keeps what a speaking model
+    does not need of a released checkpoint, vision, for a later export. dry_run: only accounts for every tensor.
+    """
+
+    paths: Positional[tuple[Path, ...]]
+    onto: str | None = None
+    keep_unused: tyro.conf.FlagCreatePairsOff[bool] = False
+    dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """Writes a run's newest checkpoint in the released model's Hugging Face layout, or as a serving artefact.
+
+    run: run folder, or an imported one (for an artefact also an exported one). dest: folder to write. format: "huggingface", or
+    "stablehlo" for the compiled streaming programs, which need no model code. For huggingface, dtype: of the weights, "stored"
+    keeps every bit; shard_gb: largest file. For stablehlo, dtype: "stored" means float32; platforms, and the sizes that the
+    programs are made for: rows, conversations at once; question_seconds, the longest question; text and voice, positions of the
+    question's and the voice prompt's text and sound; max_frames of a reply.
     """
 
     run: Positional[Path]
     dest: Positional[Path]
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    format: Literal["huggingface", "stablehlo"] = "huggingface"
+    dtype: Literal["stored", "float32", "bfloat16"] = "stored"
     shard_gb: float = 4.0
+    platforms: tuple[Literal["cpu", "tpu", "cuda", "rocm"], ...] = ("cpu", "tpu", "cuda")
+    rows: int = 1
+    question_seconds: float = 10.0
+    text: int = 320
+    voice: int = 256
+    max_frames: int = 250
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +118,7 @@ class Verify:
 
 
 def prepare(args: Prepare, config) -> int:
-    from chroma_jax.convert.weights import read_codec
+    from chroma_jax.convert.sources import read_codec
     from data_pipelines.prepare import prepare
 
     codec = None if args.codec is None else read_codec(args.codec, config.model)
@@ -104,17 +135,20 @@ def summary(manifest: dict) -> str:
 
 
 def train(args: Train, config) -> int:
-    import jax
-
     from chroma_jax.training.train import train
 
-    # enough virtual devices for the mesh where there is no accelerator; real devices are not affected
+    virtual_devices(config)
+    train(config, args.run, args.prepared, args.start)
+    return 0
+
+
+def virtual_devices(config) -> None:
+    """Enough virtual devices for the mesh where there is no accelerator; real devices are not affected."""
+    import jax
+
     if jax.config.jax_num_cpu_devices < config.mesh.num_devices:
         with contextlib.suppress(RuntimeError):  # JAX is running already; the mesh will say what is missing
             jax.config.update("jax_num_cpu_devices", config.mesh.num_devices)
-
-    train(config, args.run, args.prepared)
-    return 0
 
 
 def info(args: Info, config) -> int:
@@ -133,10 +167,42 @@ def reply(args: Reply, config) -> int:
     return 0
 
 
+def import_(args: Import, config) -> int:
+    from chroma_jax.convert.importer import import_sources, plan_import
+
+    *sources, dest = args.paths
+    if not sources:
+        raise ChromaError("convert import wants SOURCE … DEST, at least one checkpoint and the folder to write")
+    own = None if args.onto is None else config
+    plan = plan_import(sources, own, lambda: config)
+    print("\n".join(plan.lines()))
+    if args.dry_run:
+        print("dry run: every tensor is accounted for; nothing was written")
+        return 0
+    virtual_devices(plan.config)
+    print(import_sources(plan, dest, "keep" if args.keep_unused else "leave"))
+    return 0
+
+
 def export(args: Export) -> int:
     from chroma_jax.convert.export import export
 
+    if args.format == "stablehlo":
+        return export_artefact(args)
+    if args.shard_gb <= 0:
+        raise ChromaError(f"--shard-gb is {args.shard_gb:g}, must be more than 0")
     print(export(args.run, args.dest, args.dtype, int(args.shard_gb * 2**30)))
+    return 0
+
+
+def export_artefact(args: Export) -> int:
+    from chroma_jax.convert.stablehlo import Sizes, export_stablehlo
+
+    config = run_configuration([str(args.run)])
+    dtype = "float32" if args.dtype == "stored" else args.dtype
+    config = dataclasses.replace(config, reply=dataclasses.replace(config.reply, dtype=dtype))
+    sizes = Sizes(args.rows, args.question_seconds, args.text, args.voice, args.max_frames)
+    print(export_stablehlo(args.run, args.dest, config, sizes, args.platforms))
     return 0
 
 
@@ -151,12 +217,15 @@ def verify(args: Verify) -> int:
     return 1 if failed else 0
 
 
-# Command → (its arguments, what it does, where its configuration comes from: a file named first, a run folder, or none).
-COMMANDS: dict[str, tuple[type, Callable, Literal["file", "run", "none"]]] = {
+# Command → (its arguments, what it does, where its configuration comes from: a file named first, a run folder, the file that
+# --onto names, or none).
+COMMANDS: dict[str, tuple[type, Callable, Literal["file", "run", "onto", "none"]]] = {
     "prepare": (Prepare, prepare, "file"),
     "train": (Train, train, "file"),
     "reply": (Reply, reply, "run"),
     "export": (Export, export, "none"),
+    "convert import": (Import, import_, "onto"),
+    "convert export": (Export, export, "none"),
     "info": (Info, info, "file"),
     "verify": (Verify, verify, "none"),
 }
@@ -179,9 +248,11 @@ def main(argv: list[str] | None = None) -> int:
         if not argv or argv[0] in ("-h", "--help", "help"):
             print(usage())
             return 0
-        if argv[0] not in COMMANDS:
-            raise ChromaError(f"unknown command {argv[0]!r}{near(argv[0], COMMANDS)}; commands: {', '.join(COMMANDS)}")
-        return dispatch(argv[0], argv[1:])
+        command = next((c for c in COMMANDS if argv[: len(c.split())] == c.split()), None)
+        if command is None:
+            given = " ".join(argv[:2] if argv[0] == "convert" else argv[:1])
+            raise ChromaError(f"unknown command {given!r}{near(given, COMMANDS)}; commands: {', '.join(COMMANDS)}")
+        return dispatch(command, argv[len(command.split()) :])
     except ChromaError as e:
         print(f"{PROGRAM}: error: {' '.join(str(e).split())}", file=sys.stderr)
         return 2
@@ -204,6 +275,8 @@ def dispatch(command: str, argv: list[str]) -> int:
             raise ChromaError(f"{command} wants a configuration first: a file, or one of nano, mini, chroma_4b")
     if source == "file":
         base, argv, program = configs.read_python(argv[0]), argv[1:], f"{program} {argv[0]}"
+    elif source == "onto":
+        base = configs.read_python(flag(argv, "--onto") or "chroma_4b")
     else:
         base = run_configuration(argv)
     whole = dataclasses.make_dataclass(
@@ -216,6 +289,13 @@ def dispatch(command: str, argv: list[str]) -> int:
     whole.__doc__ = arguments.__doc__
     args = parse(whole, argv, program)
     return function(args, args.config)
+
+
+def flag(argv: list[str], name: str) -> str | None:
+    """The value of a flag that is wanted before the command line can be parsed; None when it is not given."""
+    given = [a.split("=", 1)[1] for a in argv if a.startswith(f"{name}=")]
+    given += [value for a, value in itertools.pairwise(argv) if a == name]
+    return given[-1] if given else None
 
 
 def run_configuration(argv: list[str]):

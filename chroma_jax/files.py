@@ -1,6 +1,8 @@
 """Writing so that nothing half-written is ever left behind."""
 
 import contextlib
+import glob
+import json
 import os
 import shutil
 import tempfile
@@ -26,7 +28,7 @@ def written_aside(dest: Path) -> Iterator[Path]:
     dest = Path(dest)
     check_new(dest)
     dest.parent.mkdir(parents=True, exist_ok=True)
-    for left in dest.parent.glob(f".{glob_escaped(dest.name)}.*.partial"):
+    for left in dest.parent.glob(f".{glob.escape(dest.name)}.*.partial"):
         if not _in_use(left):
             shutil.rmtree(left, ignore_errors=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{dest.name}.{os.getpid()}.", suffix=".partial", dir=dest.parent))
@@ -41,8 +43,8 @@ def written_aside(dest: Path) -> Iterator[Path]:
         raise
 
 
-def glob_escaped(name: str) -> str:
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
+def write_json(path: Path, value) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _in_use(partial: Path) -> bool:

@@ -24,10 +24,11 @@ from chroma_jax.convert import stablehlo
 from chroma_jax.convert.hf_config import to_hf
 from chroma_jax.convert.names import chroma_rows, codec_rows
 from chroma_jax.convert.stablehlo import Sizes, by_name, export_stablehlo, save_prompt
-from chroma_jax.convert.weights import all_tensors, by_path
+from chroma_jax.convert.weights import all_tensors
 from chroma_jax.errors import ChromaError
 from chroma_jax.models.chroma import Chroma
 from chroma_jax.models.codec import Codec
+from chroma_jax.paths import values
 from chroma_jax.streaming.load import load_run
 from chroma_jax.streaming.prefill import Prompt
 from chroma_jax.streaming.prompt import make_prompt, stack
@@ -226,7 +227,7 @@ def test_weights_are_those_of_the_run_in_the_replys_type(run, artefact, tmp_path
         artefact = tmp_path / "artefact"
         export_stablehlo(run, artefact, config, SIZES, ("cpu",))
     model, codec, _ = load_run(run, config)
-    own = {name: variable.get_value() for name, variable in (by_path(model) | by_path(codec, "codec/")).items()}
+    own = values(model) | values(codec, "codec/")
     weights = load_file(artefact / "weights.safetensors")
     assert weights.keys() == own.keys()
     for name, weight in weights.items():

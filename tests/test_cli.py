@@ -144,7 +144,7 @@ def test_a_damaged_checkpoint_is_named(files, capsys):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_itself(command, capsys):
     with pytest.raises(SystemExit) as stop:
-        main([command, "--help"])
+        main([*command.split(), "--help"])
     assert stop.value.code == 0
     assert COMMANDS[command][0].__doc__.split()[0] in capsys.readouterr().out
 

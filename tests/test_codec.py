@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from chroma_jax.convert.hf_config import from_hf
-from chroma_jax.convert.weights import read_codec
+from chroma_jax.convert.sources import read_codec
 from chroma_jax.errors import ChromaError
 from chroma_jax.layers.rope import RopeConfig
 from chroma_jax.layers.transformer import EncoderConfig

@@ -1,111 +1,126 @@
-"""A run's newest checkpoint as a folder in the released model's layout."""
+"""A run's newest checkpoint, or what was imported, as a folder in the released model's layout."""
 
 import json
-import os
 import shutil
-import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal
 
-import ml_dtypes
-import numpy as np
-from safetensors.numpy import save_file
+import jax
 from tqdm import tqdm
 
 from chroma_jax import config as configs
+from chroma_jax.config import Config
 from chroma_jax.convert.hf_config import to_hf
+from chroma_jax.convert.importer import BESIDE, CODEC, SOURCE_CONFIG, UNUSED, copied
 from chroma_jax.convert.names import chroma_rows, codec_rows
-from chroma_jax.convert.weights import all_tensors
+from chroma_jax.convert.sources import read_codec
+from chroma_jax.convert.weights import Output, abstract_weights, outputs, read_header, write_safetensors
 from chroma_jax.errors import ChromaError
-from chroma_jax.streaming.load import load_run
+from chroma_jax.features import FeatureConfig
+from chroma_jax.files import check_new, write_json, written_aside
+from chroma_jax.paths import values
+from chroma_jax.streaming.load import check_complete
+from chroma_jax.training.checkpoint import Checkpoints
 
-DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
+DType = Literal["stored", "float32", "bfloat16"]
 
 
-def export(run: Path, dest: Path, dtype: str, shard_bytes: int) -> str:
+def export(run: Path, dest: Path, dtype: DType = "stored", shard_bytes: int = 4 * 2**30) -> str:
     """Writes ``dest``: config.json, safetensors shards with the released names and their index, tokenizer.json,
-    preprocessor_config.json. The Codec stays in float32, as in the released checkpoint.
+    preprocessor_config.json.
 
-    dtype: "float32" keeps every bit of the speaking model, "bfloat16" halves it. Returns a line that says what was written.
-    Raises: ChromaError when ``dest`` exists or the run lacks something; nothing is written then.
+    run: a training run or an imported folder; unused tensors that an import kept are exported again. dtype: of the speaking
+    model; "stored" keeps every bit. The Codec stays in float32, as in the released checkpoint. shard_bytes: largest file, unless
+    one tensor is larger. Returns a line that says what was written. Raises: ChromaError when ``dest`` exists or the run lacks
+    something; nothing is written then.
     """
     run, dest = Path(run), Path(dest)
     config = configs.load(run)
-    if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
-        raise ChromaError(f"{dest}: exists already; choose another folder")
-    model, codec, _ = load_run(run, config)
-    dest.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{dest.name}.", dir=dest.parent))
-    try:
-        os.chmod(partial, 0o755)  # mkdtemp's folder is for its owner only
-        rows, codec_table = chroma_rows(config.model), codec_rows(config.model)
-        speaking = ((n, x.astype(DTYPES[dtype])) for n, x in all_tensors(model, "", rows))
-        count = sum(len(list(row.foreign_names())) for row in rows + codec_table)
-        tensors = chain(speaking, all_tensors(codec, "codec/", codec_table), count)
-        size = write_shards(partial, tensors, shard_bytes)
-        write_json(partial / "config.json", to_hf(config.model, dtype))
-        write_json(partial / "preprocessor_config.json", preprocessor(config))
-        shutil.copyfile(run / "tokenizer.json", partial / "tokenizer.json")
-        write_json(partial / "tokenizer_config.json", tokenizer_config(config))
-        if dest.exists():
-            dest.rmdir()
-        partial.rename(dest)
-    except BaseException:  # an interruption too leaves nothing behind
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return f"{dest}: {count} tensors, {size / 1e6:.1f} MB"
+    check_new(dest)
+    with written_aside(dest) as folder:
+        weights = stored_weights(run, config)
+        tensors = tensors_of(config, weights, run / UNUSED, dtype)
+        size = write_shards(folder, tensors, shard_bytes)
+        write_json(folder / "config.json", exported_config(run, config, dtype))
+        for name in BESIDE:
+            if (run / name).is_file():
+                shutil.copyfile(run / name, folder / name)
+        for name, make in (("preprocessor_config.json", preprocessor), ("tokenizer_config.json", tokenizer_config)):
+            if not (folder / name).is_file():
+                write_json(folder / name, make(config))
+    lacks = "" if (dest / "tokenizer.json").is_file() else f"; {run} has no tokenizer.json, put one there for replies"
+    return f"{dest}: {len(tensors)} tensors, {size / 1e6:.1f} MB{lacks}"
 
 
-def chain(first: Iterable, second: Iterable, count: int) -> Iterator[tuple[str, np.ndarray]]:
-    with tqdm(total=count, unit="tensor", desc="export") as bar:
-        for part in (first, second):
-            for item in part:
-                yield item
-                bar.update()
+def stored_weights(run: Path, config: Config) -> dict[str, jax.Array]:
+    """All weights by path, the Codec's too, on the first device and in the types that they are stored in.
 
-
-def write_shards(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], shard_bytes: int) -> int:
-    """Writes model-0000i-of-0000n.safetensors, each at most ``shard_bytes`` unless one tensor is larger, and the index.
-
-    Holds one shard in memory at a time. Returns the bytes of all tensors.
+    Raises: ChromaError when a part is missing, or the checkpoint is another model's.
     """
-    shards: list[list[str]] = []
-    held: dict[str, np.ndarray] = {}
-    total = size = 0
+    expected = {p: x.shape for p, x in abstract_weights(config.model).items() if not p.startswith("codec/")}
+    first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    if not (run / CODEC).is_file():
+        raise ChromaError(f"{run / CODEC}: no such file; an export needs the Codec")
+    with Checkpoints(run, config.checkpoint, access="read") as checkpoints:
+        held = checkpoints.held()
+        check_complete(run, expected.keys() - held.keys())
+        wanted = {path: jax.ShapeDtypeStruct(shape, held[path].dtype, sharding=first) for path, shape in expected.items()}
+        weights = checkpoints.restore_weights(wanted)
+    return weights | values(read_codec(run / CODEC, config.model), "codec/")
 
-    def flush():
-        save_file(held, folder / f"part-{len(shards)}.safetensors", metadata={"format": "pt"})
-        shards.append(list(held))
-        held.clear()
 
-    for name, tensor in tensors:
-        if held and size + tensor.nbytes > shard_bytes:
-            flush()
-            size = 0
-        held[name] = tensor
-        size, total = size + tensor.nbytes, total + tensor.nbytes
-    flush()
-    weight_map = {}
-    for i, names in enumerate(shards):
-        final = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
-        os.chmod(folder / f"part-{i}.safetensors", 0o644)
-        (folder / f"part-{i}.safetensors").rename(folder / final)
-        weight_map |= dict.fromkeys(names, final)
+def tensors_of(config: Config, weights: dict[str, jax.Array], unused: Path, dtype: DType) -> list[Output]:
+    """Every tensor of the released layout, not yet computed. weights: by path, arrays or ShapeDtypeStructs. unused: file."""
+    tensors = list(outputs(weights, chroma_rows(config.model), None if dtype == "stored" else dtype))
+    tensors += outputs(weights, codec_rows(config.model))
+    if unused.is_file():
+        tensors += [copied(tensor, name, name) for name, tensor in read_header(unused).items()]
+    return tensors
+
+
+def write_shards(folder: Path, tensors: Iterable[Output], shard_bytes: int) -> int:
+    """Writes model-0000i-of-0000n.safetensors and their index. Returns the bytes of all tensors."""
+    shards: list[list[Output]] = []
+    for x in tensors:
+        if not shards or sum(y.nbytes for y in shards[-1]) + x.nbytes > shard_bytes:
+            shards.append([])
+        shards[-1].append(x)
+    total, weight_map = sum(x.nbytes for shard in shards for x in shard), {}
+    with tqdm(total=total, unit="B", unit_scale=True, desc="export") as bar:
+        for i, shard in enumerate(shards):
+            name = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+            write_safetensors(folder / name, shard, bar.update)
+            weight_map |= {x.name: name for x in shard}
     write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
     return total
 
 
-def preprocessor(config: configs.Config) -> dict:
+def exported_config(run: Path, config: Config, dtype: DType) -> dict:
+    """``config.json``. What an imported one says beyond what we know, as of vision, is kept."""
+    ours = to_hf(config.model, "float32" if dtype == "stored" else dtype)
+    source = run / SOURCE_CONFIG
+    return overlaid(json.loads(source.read_text()), ours) if source.is_file() else ours
+
+
+def overlaid(base: dict, over: dict) -> dict:
+    """``base`` with the entries of ``over``, nested dictionaries likewise."""
+    both = {key: overlaid(base[key], value) for key, value in over.items() if isinstance(value, dict) and key in base}
+    return base | over | both
+
+
+def preprocessor(config: Config) -> dict:
     """``preprocessor_config.json`` of Whisper's feature extractor, as the released model configures it."""
+    f = FeatureConfig(mel_bins=config.model.reasoner.audio.mel_bins)
     return {
         "feature_extractor_type": "WhisperFeatureExtractor",
-        "feature_size": config.model.reasoner.audio.mel_bins,
-        "sampling_rate": 16_000,
-        "n_fft": 400,
-        "hop_length": 160,
-        "chunk_length": 300,
-        "n_samples": 4_800_000,
-        "nb_max_frames": 30_000,
+        "feature_size": f.mel_bins,
+        "sampling_rate": f.sample_rate,
+        "n_fft": f.n_fft,
+        "hop_length": f.hop,
+        "chunk_length": round(f.max_seconds),
+        "n_samples": f.max_samples,
+        "nb_max_frames": f.max_samples // f.hop,
         "dither": 0.0,
         "padding_side": "right",
         "padding_value": 0.0,
@@ -113,9 +128,5 @@ def preprocessor(config: configs.Config) -> dict:
     }
 
 
-def tokenizer_config(config: configs.Config) -> dict:
+def tokenizer_config(config: Config) -> dict:
     return {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 32_768, "clean_up_tokenization_spaces": False}
-
-
-def write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")

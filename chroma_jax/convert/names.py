@@ -16,7 +16,7 @@ from chroma_jax.models.chroma import ChromaConfig
 
 
 class Transform(NamedTuple):
-    """to_ours: (foreign tensor, our shape) → ours. to_foreign: ours → foreign tensor. Exact inverses, for numpy and JAX arrays."""
+    """to_ours: (foreign tensor, our shape) → ours. to_foreign: ours → foreign tensor. Exact inverses, of numpy and JAX arrays."""
 
     to_ours: Callable[[np.ndarray, tuple[int, ...]], np.ndarray]
     to_foreign: Callable[[np.ndarray], np.ndarray]
@@ -71,7 +71,6 @@ class Row(NamedTuple):
         """Which of the four parts the weight belongs to; the audio embedding goes with the Decoder, as in the checkpoint."""
         head = self.path.split("/")[0]
         return "decoder" if head == "audio_embedding" else head
-
 
 
 def attention_rows(foreign: str, path: str, layers: int, *, out: str, bias: str) -> list[Row]:

@@ -1,27 +1,27 @@
 """What a foreign checkpoint is, and what of it is used: recognised by its names, accounted for tensor by tensor, not yet read."""
 
+import collections
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from chroma_jax.config import fields
 from chroma_jax.convert import hf_config, names
 from chroma_jax.convert.names import Row
-from chroma_jax.convert.weights import Tensor, expected_shape
+from chroma_jax.convert.weights import DTYPES, Header, abstract_codec, import_weights, problems, read_header, stored_name
 from chroma_jax.errors import ChromaError
 from chroma_jax.layers.rope import RopeConfig
 from chroma_jax.models.chroma import ChromaConfig
+from chroma_jax.models.codec import Codec
 
 PARTS = ("reasoner", "backbone", "decoder", "codec")
-READABLE = ("float32", "bfloat16", "float16")
 # What a source knows better than the configuration that it is imported onto: the weights were trained so.
 ADOPTED = re.compile(r".*\b(rope\..*|norm_eps|layer_scale|window)$")
 # What is no property of the weights, or may be smaller with us.
 OURS = re.compile(r".*\b(remat|rules\..*)$|quantizer\.num_codebooks$")
-Header = Mapping[str, Tensor]
 Said = dict[str, Any]  # part → its configuration, as a source's config.json says it
 
 
@@ -31,7 +31,8 @@ class Naming:
 
     sign: a regular expression that some tensor name matches in this family only. prefixes: what may stand before all names.
     required, optional: the parts that it holds. rows: the table, given our configuration and the prefix. unused: (regular
-    expression, why it is not read). said: what its config.json says of each part.
+    expression, why it is not read). carried: a regular expression of those unused tensors that a released checkpoint has too, so
+    that an export can hold them again. said: what its config.json says of each part.
     """
 
     title: str
@@ -42,6 +43,7 @@ class Naming:
     optional: tuple[str, ...] = ()
     prefixes: tuple[str, ...] = ("",)
     unused: tuple[tuple[str, str], ...] = ()
+    carried: str = r"(thinker\.)?visual\."
 
 
 VISION = (r"(thinker\.)?visual\.", "vision, which a speaking model does not have")
@@ -127,24 +129,33 @@ NAMINGS = (
 
 
 class Account(NamedTuple):
-    """What one source gives. rows: of the tensors that are read. tensors: our row's foreign name → the name that holds it.
-    unused: name → why. notes: what was taken from its config.json, and what was not."""
+    """What one source gives.
+
+    rows: of the tensors that are read. unused: name → why. carried: unused name → its name in a released checkpoint. notes: what
+    else there is to know.
+    """
 
     source: Path
     title: str
     rows: list[Row]
     header: Header
     unused: dict[str, str]
+    carried: dict[str, str]
     notes: list[str]
-
-    def stored_name(self, row: Row, name: str) -> str:
-        """Where a row's tensor is: under its own name, or the one that it is tied to."""
-        return name if name in self.header or row.tied_to is None else row.tied_to
 
     def dtype(self, row: Row) -> str:
         """The type in which the weight is kept: the tensors' own; float32 for float16, which has no range for training."""
-        kinds = {self.header[self.stored_name(row, name)].dtype for name in row.foreign_names()}
+        kinds = {self.header[stored_name(row, name, self.header)].dtype for name in row.foreign_names()}
         return "bfloat16" if kinds == {"bfloat16"} else "float32"
+
+    def lines(self) -> list[str]:
+        """The account as text, every tensor of the source being counted in exactly one line."""
+        read = {part: sum(len(list(r.foreign_names())) for r in self.rows if r.part == part) for part in PARTS}
+        text = ", ".join(f"{count} of the {part}" for part, count in read.items() if count)
+        lines = [f"{self.source}: {self.title}, {len(self.header)} tensors", f"  read: {text or 'none'}"]
+        for why, count in collections.Counter(self.unused.values()).items():
+            lines.append(f"  not read: {count} of {why}")
+        return lines + [f"  {note}" for note in self.notes]
 
 
 def recognise(source: Path, header: Header) -> tuple[Naming, str]:
@@ -171,73 +182,60 @@ def read_config(source: Path) -> dict | None:
         raise ChromaError(f"{path}: not JSON ({e})") from e
 
 
-def account(source: Path, header: Header, model: ChromaConfig, shapes: Mapping[str, tuple[int, ...]], taken: set[str]) -> Account:
+def account(
+    source: Path, header: Header, model: ChromaConfig, shapes: Mapping[str, tuple[int, ...]], taken: frozenset[str] = frozenset()
+) -> Account:
     """Accounts for every tensor of a source.
 
     shapes: our weights' shapes by path. taken: parts that an earlier source gives; this one's are then not read.
     Raises: one ChromaError that lists every missing, extra and misshapen tensor and every type that is no weight's.
     """
     naming, prefix = recognise(source, header)
-    table, problems, unused, rows, notes = naming.rows(model, prefix), [], {}, [], []
+    table = naming.rows(model, prefix)
+    wrong, unused, rows, notes = [], {}, [], []
     for part in naming.required + naming.optional:
         mine = [row for row in table if row.part == part]
         held = {n for row in mine for n in (*row.foreign_names(), row.tied_to) if n in header}
-        if not held and part in naming.optional:
-            continue
-        why = f"the {part}, which comes from an earlier source" if part in taken else "the same as a tensor that is read"
-        unused |= dict.fromkeys(held, why)
-        if part not in taken:
+        if part in taken:
+            unused |= dict.fromkeys(held, f"the {part}, which an earlier source gives")
+        elif held or part in naming.required:
             rows += mine
-            problems += [p for row in mine for p in _row_problems(row, header, shapes[row.path])]
-    read = {stored for row in rows for name in row.foreign_names() if (stored := _stored(row, name, header))}
-    unused = {name: why for name, why in unused.items() if name not in read}
+            wrong += [p for row in mine for p in problems(row, header, shapes[row.path])]
+    read = {stored_name(row, name, header) for row in rows for name in row.foreign_names()}
+    same = {row.tied_to for row in rows if row.tied_to in header}
     more = [row for row in table if row.extent == "first" and row.layers is not None]
+    reasons = [*naming.unused, *((_later_layers(row), f"codebooks past the first {model.codec.num_codebooks}") for row in more)]
     for name in header:
-        if name in read or name in unused:
-            continue
-        why = next((why for pattern, why in naming.unused if re.match(pattern, name)), None)
-        why = why or next((f"codebooks past the first {model.codebooks}" for row in more if _is_later_layer(row, name)), None)
-        if why is None:
-            problems.append(f"extra: {name} {header[name].shape}")
-        else:
-            unused[name] = why
-    if problems:
-        what = f"{len(problems)} tensors do not fit {naming.title}'s names at these sizes"
-        raise ChromaError(f"{source}: {what}; nothing was written: " + "; ".join(problems))
+        if name in read:
+            unused.pop(name, None)
+        elif name in same:
+            unused[name] = "copies of tensors that are read"
+        elif name not in unused:
+            why = next((why for pattern, why in reasons if re.match(pattern, name)), None)
+            if why is None:
+                wrong.append(f"extra: {name} is no tensor of {naming.title} at these sizes")
+            else:
+                unused[name] = why
+    if wrong:
+        raise ChromaError(f"{source}: {len(wrong)} tensors do not fit {naming.title}'s names at these sizes: " + "; ".join(wrong))
     for row in rows:
         if row.extent == "first" and row.layers is None:
-            theirs, ours = header[_stored(row, row.foreign, header)].shape[0], shapes[row.path][0]
+            theirs, ours = header[stored_name(row, row.foreign, header)].shape[0], shapes[row.path][0]
             if theirs > ours:
                 notes.append(f"{row.foreign}: the first {ours} of {theirs} rows")
-    return Account(Path(source), naming.title, rows, header, unused, notes)
+    kept = [name for name in unused if re.match(naming.carried, name) and header[name].dtype in DTYPES]
+    carried = {name: name if name.startswith("thinker.") else f"thinker.{name}" for name in kept}
+    return Account(Path(source), naming.title, rows, header, unused, carried, notes)
 
 
-def _stored(row: Row, name: str, header: Header) -> str | None:
-    return name if name in header else row.tied_to if row.tied_to in header else None
+def _later_layers(row: Row) -> str:
+    """A regular expression for tensors of a row's name that are not among its layers, once these have been looked up."""
+    return re.escape(row.foreign).replace(re.escape("{i}"), r"\d+") + "$"
 
 
-def _row_problems(row: Row, header: Header, shape: tuple[int, ...]) -> Iterator[str]:
-    expected = expected_shape(row, shape[1:] if row.layers is not None else shape)
-    for name in row.foreign_names():
-        stored = _stored(row, name, header)
-        if stored is None:
-            yield f"missing: {name}"
-            continue
-        found = header[stored]
-        longer = row.extent == "first" and row.layers is None and found.shape[:1] > expected[:1]
-        if found.shape[1:] != expected[1:] or (found.shape != expected and not longer):
-            yield f"misshapen: {stored} is {list(found.shape)}, expected {list(expected)}"
-        elif found.dtype not in READABLE:
-            yield f"wrong type: {stored} is {found.dtype}, expected one of {', '.join(READABLE)}"
-
-
-def _is_later_layer(row: Row, name: str) -> bool:
-    before, after = row.foreign.split("{i}")
-    middle = name[len(before) : len(name) - len(after)]
-    return name.startswith(before) and name.endswith(after) and middle.isdigit() and int(middle) >= row.layers
-
-
-def adopt(model: ChromaConfig, source: Path, naming: Naming, taken: set[str]) -> tuple[ChromaConfig, list[str]]:
+def adopt(
+    model: ChromaConfig, source: Path, naming: Naming, taken: frozenset[str] = frozenset()
+) -> tuple[ChromaConfig, list[str]]:
     """The configuration with what a source's weights were trained with (RoPE, norm epsilons, the Codec's window) taken from its
     config.json, and lines that say so.
 
@@ -275,3 +273,15 @@ def adopt(model: ChromaConfig, source: Path, naming: Naming, taken: set[str]) ->
 def _replaced(config, name: str, value):
     head, _, rest = name.partition(".")
     return dataclasses.replace(config, **{head: _replaced(getattr(config, head), rest, value) if rest else value})
+
+
+def read_codec(source: Path, config: ChromaConfig) -> Codec:
+    """A Codec from a safetensors file or folder that holds one, in the released names or Mimi's own.
+
+    Raises: ChromaError for a checkpoint without a Codec, or listing what does not fit.
+    """
+    naming, prefix = recognise(source, read_header(source))
+    rows = [row for row in naming.rows(config, prefix) if row.part == "codec"]
+    if not rows:
+        raise ChromaError(f"{source}: {naming.title}, which has no Codec")
+    return import_weights(abstract_codec(config), rows, source, "codec/")

@@ -1,6 +1,13 @@
-"""Weights in and out of safetensors by the name tables."""
+"""Weights in and out of safetensors by the name tables, tensor by tensor.
 
+Reading goes straight from the files into arrays that lie as they are asked for (Orbax: every process reads the bytes that its
+devices need); writing goes straight from the arrays to the file. Neither holds more than a few tensors beside the arrays.
+"""
+
+import functools
 import json
+import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -8,24 +15,37 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint.experimental.v1 as ocp
 from flax import nnx
+from jax.sharding import NamedSharding, Sharding
+from jax.sharding import PartitionSpec as P
 from safetensors import SafetensorError, safe_open
 
-from chroma_jax.convert.names import Row, codec_rows
+from chroma_jax.convert.names import Row, Transform
 from chroma_jax.errors import ChromaError
 from chroma_jax.models.chroma import Chroma, ChromaConfig
 from chroma_jax.models.codec import Codec
+from chroma_jax.paths import filled, values
 
-Reader = Mapping[str, Callable[[], np.ndarray]]  # tensor name → a call that reads it
-TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # of safetensors, where they are not numpy's
+# safetensors' names of the types that a weight may have; a tensor of another type keeps safetensors' name.
+TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+DTYPES = tuple(TYPES.values())
+AT_ONCE = 2**28  # bytes of foreign tensors that are read together
 
 
 class Tensor(NamedTuple):
-    """What a header says. dtype: numpy's name, or safetensors' own where it has none that we use. file: that holds it, or None."""
+    """What a header says of a tensor. dtype: numpy's name for a type of weights. file: where it is; None in a manifest."""
 
     shape: tuple[int, ...]
     dtype: str
     file: Path | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * jnp.dtype(self.dtype).itemsize
+
+
+Header = Mapping[str, Tensor]  # by name
 
 
 def tensor_files(source: Path) -> list[Path]:
@@ -35,14 +55,14 @@ def tensor_files(source: Path) -> list[Path]:
     """
     source = Path(source)
     if not source.is_dir():
-        if not source.is_file():
-            raise ChromaError(f"{source}: no safetensors file there")
+        if not source.is_file() or source.suffix != ".safetensors":
+            raise ChromaError(f"{source}: no safetensors file there (a file NAME.safetensors, or a folder with some)")
         return [source]
     indices = sorted(source.glob("*.safetensors.index.json"), key=lambda p: (p.name != "model.safetensors.index.json", p.name))
     if indices:
         try:
             named = sorted(set(json.loads(indices[0].read_text())["weight_map"].values()))
-        except (ValueError, KeyError) as e:
+        except (ValueError, KeyError, AttributeError, TypeError) as e:
             raise ChromaError(f"{indices[0]}: not an index of safetensors files ({e})") from e
         absent = [name for name in named if not (source / name).is_file()]
         if absent:
@@ -69,102 +89,236 @@ def read_header(source: Path) -> dict[str, Tensor]:
             raise ChromaError(f"{source}: not a manifest of tensors ({type(e).__name__}: {e})") from e
     header: dict[str, Tensor] = {}
     for file in tensor_files(source):
-        with opened(file) as handle:
-            for name in handle.keys():
-                if name in header:
-                    raise ChromaError(f"{source}: {name} is both in {header[name].file.name} and in {file.name}")
-                tensor = handle.get_slice(name)
-                dtype = str(tensor.get_dtype())
-                header[name] = Tensor(tuple(tensor.get_shape()), TYPES.get(dtype, dtype), file)
+        try:
+            with safe_open(file, framework="numpy") as handle:
+                for name in handle.keys():
+                    if name in header:
+                        raise ChromaError(f"{source}: {name} is both in {header[name].file.name} and in {file.name}")
+                    tensor = handle.get_slice(name)
+                    dtype = str(tensor.get_dtype())
+                    header[name] = Tensor(tuple(tensor.get_shape()), TYPES.get(dtype, dtype), file)
+        except (SafetensorError, OSError) as e:
+            raise ChromaError(f"{file}: not a readable safetensors file ({e})") from e
     return header
 
 
-def opened(file: Path):
-    try:
-        return safe_open(file, framework="flax")
-    except (SafetensorError, OSError) as e:
-        raise ChromaError(f"{file}: not a readable safetensors file ({e})") from e
+# Fitting a table to a header
 
 
-def open_safetensors(source: Path) -> Reader:
-    """Tensors of one file, or of all shards of a folder, read lazily one by one.
+def stored_name(row: Row, name: str, header: Header) -> str | None:
+    """Where a row's tensor is: under its own name, else under the one that it is tied to; None when it is nowhere."""
+    return name if name in header else row.tied_to if row.tied_to in header else None
 
-    Raises: ChromaError naming the file that is missing or damaged.
+
+def layer_shape(row: Row, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of what one foreign tensor becomes. shape: of our weight."""
+    return shape[1:] if row.layers is not None else shape
+
+
+@functools.cache
+def foreign_shape(transform: Transform, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of the foreign tensor that becomes ours of ``shape``, without computing it."""
+    return jax.eval_shape(lambda: transform.to_foreign(jnp.zeros(shape))).shape
+
+
+def problems(row: Row, header: Header, shape: tuple[int, ...]) -> Iterator[str]:
+    """What of a row is missing, misshapen or no weight. shape: of our weight."""
+    expected = foreign_shape(row.transform, layer_shape(row, shape))
+    for name in row.foreign_names():
+        stored = stored_name(row, name, header)
+        if stored is None:
+            yield f"missing: {name}"
+            continue
+        found = header[stored]
+        longer = row.extent == "first" and row.layers is None and found.shape[:1] > expected[:1]
+        if found.shape[1:] != expected[1:] or (found.shape != expected and not longer):
+            yield f"misshapen: {stored} is {list(found.shape)}, expected {list(expected)}"
+        elif found.dtype not in DTYPES:
+            yield f"wrong type: {stored} is {found.dtype}, expected one of {', '.join(DTYPES)}"
+
+
+# Reading
+
+
+def read_weights(
+    rows: Iterable[Row],
+    header: Header,
+    abstract: Mapping[str, jax.ShapeDtypeStruct],
+    progress: Callable[[int], object] = lambda _: None,
+) -> dict[str, jax.Array]:
+    """The weights of a table, by path, from the files that a header names; `problems` must have found none.
+
+    abstract: shape, dtype and sharding of each weight by path. progress: is told how many bytes of the files are done.
     """
-    reader: dict[str, Callable[[], np.ndarray]] = {}
-    for file in tensor_files(source):
-        handle = opened(file)
-        reader |= {name: (lambda h=handle, n=name: np.asarray(h.get_tensor(n))) for name in handle.keys()}
-    return reader
+    weights: dict[str, jax.Array] = {}
+    for batch in _batches(rows, header):
+        tensors = _read(batch, header, abstract)
+        for row, layer, name in batch:
+            target = abstract[row.path]
+            place = _placer(row.transform, target.shape, row.layers is not None, target.sharding)
+            if row.layers is None:
+                weights[row.path] = place(tensors[name])
+            else:
+                if row.path not in weights:
+                    weights[row.path] = _zeros(target.shape, target.dtype, target.sharding)()
+                weights[row.path] = place(weights[row.path], tensors[name], layer)
+            progress(header[name].nbytes)
+        jax.block_until_ready([weights[row.path] for row, _, _ in batch])  # else tensors of several batches would wait in memory
+    return weights
 
 
-def abstract_weights(config: ChromaConfig) -> dict[str, nnx.Variable]:
-    """Every weight of the model and of the Codec (``codec/…``) by path, as variables of ShapeDtypeStructs."""
-    speaking = nnx.eval_shape(lambda: Chroma(nnx.Rngs(0), config))
-    codec = nnx.eval_shape(lambda: Codec(nnx.Rngs(0), config.codec))
-    return by_path(speaking) | by_path(codec, "codec/")
-
-
-def by_path(module: nnx.Module, prefix: str = "") -> dict[str, nnx.Variable]:
-    """Variables of a module by path, with ``prefix`` before it."""
-    return {prefix + "/".join(map(str, path)): variable for path, variable in nnx.to_flat_state(nnx.state(module))}
-
-
-def import_weights(module: nnx.Module, prefix: str, rows: Iterable[Row], reader: Reader) -> nnx.Module:
-    """Fills the weights of an abstract ``module`` (from ``nnx.eval_shape``) whose paths in the table start with ``prefix``.
-
-    Raises: one ChromaError that lists every missing and misshapen tensor.
-    """
-    graph, state = nnx.split(module)
-    flat = by_path(module)
-    problems, filled = [], {}
+def _batches(rows: Iterable[Row], header: Header) -> Iterator[list[tuple[Row, int, str]]]:
+    """(row, layer, stored name) of every foreign tensor, so many at a time as may be read together."""
+    batch, size = [], 0
     for row in rows:
-        variable = flat[row.path.removeprefix(prefix)]
-        layer_shape = variable.shape[1:] if row.layers is not None else variable.shape
-        parts = []
-        for name in row.foreign_names():
-            name = name if name in reader or row.tied_to is None else row.tied_to
-            if name not in reader:
-                problems.append(f"missing: {name}")
-                continue
-            tensor = reader[name]()
-            if tensor.shape != expected_shape(row, layer_shape):
-                problems.append(f"misshapen: {name} is {tensor.shape}, expected {expected_shape(row, layer_shape)}")
-                continue
-            parts.append(row.transform.to_ours(tensor, layer_shape))
-        filled[row.path.removeprefix(prefix)] = parts if row.layers is not None else parts[0] if parts else None
-    if problems:
-        raise ChromaError(f"{len(problems)} tensors do not fit: " + "; ".join(problems))
-    values = []
-    for path, variable in nnx.to_flat_state(state):
-        value = filled.get("/".join(map(str, path)))
-        if value is not None:
-            value = np.stack(value) if isinstance(value, list) else value
-            variable = variable.replace(jnp.asarray(value, variable.dtype))
-        values.append((path, variable))
-    return nnx.merge(graph, nnx.from_flat_state(values))
+        for layer, name in enumerate(row.foreign_names()):
+            name = stored_name(row, name, header)
+            if batch and size + header[name].nbytes > AT_ONCE:
+                yield batch
+                batch, size = [], 0
+            batch.append((row, layer, name))
+            size += header[name].nbytes
+    if batch:
+        yield batch
 
 
-def expected_shape(row: Row, layer_shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The foreign shape of one layer's tensor, without computing it."""
-    return jax.eval_shape(lambda: row.transform.to_foreign(jnp.zeros(layer_shape))).shape
+def _read(batch, header: Header, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """Foreign tensors by stored name, in their weights' type."""
+    wanted: dict[Path, dict[str, jax.ShapeDtypeStruct]] = {}
+    for row, _, name in batch:
+        tensor, target = header[name], abstract[row.path]
+        sharding = _reading_sharding(target.sharding, tensor.shape)
+        wanted.setdefault(tensor.file, {})[name] = jax.ShapeDtypeStruct(tensor.shape, target.dtype, sharding=sharding)
+    return {name: x for file, structs in wanted.items() for name, x in read_tensors(file, structs).items()}
 
 
-def foreign_tensor(value: jax.Array, row: Row, layer: int) -> np.ndarray:
-    """One tensor of a row, in the foreign layout and the weight's own type."""
+def read_tensors(file: Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """Some tensors of one file by name, each in the type and the sharding that is asked for."""
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    context = ocp.Context()
+    context.checkpoint_layout = ocp.options.CheckpointLayout.SAFETENSORS
+    try:
+        with context:
+            return ocp.load(Path(file).absolute(), wanted)
+    except (ValueError, OSError) as e:
+        raise ChromaError(f"{file}: cannot be read ({e})") from e
+
+
+def _reading_sharding(target: Sharding, shape: tuple[int, ...]) -> Sharding:
+    """A foreign tensor is read in equal parts along its first axis that the devices divide, and then brought to its place."""
+    if not isinstance(target, NamedSharding):
+        return target
+    axis = next((i for i, size in enumerate(shape) if size % target.mesh.size == 0), None)
+    return NamedSharding(target.mesh, P() if axis is None else P(*[None] * axis, target.mesh.axis_names))
+
+
+@functools.cache
+def _zeros(shape: tuple[int, ...], dtype, sharding: Sharding) -> Callable[[], jax.Array]:
+    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
+
+
+@functools.cache
+def _placer(transform: Transform, shape: tuple[int, ...], stacked: bool, sharding: Sharding) -> Callable[..., jax.Array]:
+    """The program that turns a foreign tensor into ours, or into one layer of ours, which is then updated in place."""
+
+    def turned(tensor: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        expected = foreign_shape(transform, shape)
+        return transform.to_ours(tensor[: expected[0]] if expected else tensor, shape)
+
+    def place(weights: jax.Array, tensor: jax.Array, layer: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_index_in_dim(weights, turned(tensor, shape[1:]), layer, 0)
+
+    if stacked:
+        return jax.jit(place, out_shardings=sharding, donate_argnums=0)
+    return jax.jit(lambda tensor: turned(tensor, shape), out_shardings=sharding)
+
+
+# Writing
+
+
+class Output(NamedTuple):
+    """A tensor to be written. read: computes it, when its turn comes."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    read: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        return Tensor(self.shape, self.dtype).nbytes
+
+
+def outputs(weights: Mapping[str, jax.Array], rows: Iterable[Row], dtype: str | None = None) -> Iterator[Output]:
+    """Foreign tensors of a table. weights: by path, arrays or (where nothing will be read) ShapeDtypeStructs.
+
+    dtype: that all are written in; None keeps each weight's own.
+    """
+    for row in rows:
+        value = weights[row.path]
+        kind = dtype or str(value.dtype)
+        shape = foreign_shape(row.transform, layer_shape(row, value.shape))
+        for layer, name in enumerate(row.foreign_names()):
+            yield Output(name, shape, kind, functools.partial(_foreign, value, row, layer, kind))
+
+
+def _foreign(value: jax.Array, row: Row, layer: int, dtype: str) -> np.ndarray:
     one = value if row.layers is None else value[layer]
-    return np.ascontiguousarray(row.transform.to_foreign(np.asarray(one)))
+    return np.ascontiguousarray(row.transform.to_foreign(np.asarray(one)).astype(jnp.dtype(dtype), copy=False))
+
+
+def write_safetensors(file: Path, tensors: list[Output], progress: Callable[[int], object] = lambda _: None) -> None:
+    """Writes one file, computing each tensor only when its turn comes: the library itself wants all of them at once.
+
+    The format (the safetensors project's README): the header's length in 8 bytes, little-endian; the header, JSON, filled up
+    with spaces; the tensors, row-major. progress: is told how many bytes are written.
+    """
+    codes, header, offset = {v: k for k, v in TYPES.items()}, {"__metadata__": {"format": "pt"}}, 0
+    for x in tensors:
+        offsets = [offset, offset + x.nbytes]
+        header[x.name] = {"dtype": codes[x.dtype], "shape": list(x.shape), "data_offsets": offsets}
+        offset = offsets[1]
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(file, "wb") as f:
+        f.write(len(text).to_bytes(8, "little") + text)
+        for x in tensors:
+            value = x.read()
+            assert (value.shape, value.dtype) == (x.shape, jnp.dtype(x.dtype)), x.name
+            f.write(value.reshape(-1).view(np.uint8).data)
+            progress(x.nbytes)
+
+
+# Modules
+
+
+def abstract_weights(config: ChromaConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """Every weight of the model and of the Codec (``codec/…``) by path."""
+    speaking = nnx.eval_shape(lambda: Chroma(nnx.Rngs(0), config))
+    return values(speaking) | values(abstract_codec(config), "codec/")
+
+
+def abstract_codec(config: ChromaConfig) -> Codec:
+    return nnx.eval_shape(lambda: Codec(nnx.Rngs(0), config.codec))
+
+
+def import_weights(module: nnx.Module, rows: Iterable[Row], source: Path, prefix: str = "") -> nnx.Module:
+    """Fills the weights of an abstract ``module`` that the table has; the others stay abstract.
+
+    module: from ``nnx.eval_shape``; a weight without a sharding goes to the first device. prefix: what stands before the
+    module's own paths in the table, as ``codec/``. Raises: one ChromaError that lists every tensor that does not fit.
+    """
+    header, rows, first = read_header(source), list(rows), jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    found = values(module, prefix)
+    wrong = [p for row in rows for p in problems(row, header, found[row.path].shape)]
+    if wrong:
+        raise ChromaError(f"{source}: {len(wrong)} tensors do not fit: " + "; ".join(wrong))
+    wanted = {row.path: found[row.path] for row in rows}
+    abstract = {path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or first) for path, x in wanted.items()}
+    graph, state = nnx.split(module)
+    return nnx.merge(graph, filled(state, read_weights(rows, header, abstract), prefix))
 
 
 def all_tensors(module: nnx.Module, prefix: str, rows: Iterable[Row]) -> Iterator[tuple[str, np.ndarray]]:
     """(foreign name, tensor) of a module's weights. prefix: what stands before its own paths in the table, as ``codec/``."""
-    values = by_path(module, prefix)
-    for row in rows:
-        for i, name in enumerate(row.foreign_names()):
-            yield name, foreign_tensor(values[row.path].get_value(), row, i)
-
-
-def read_codec(source: Path, config: ChromaConfig) -> Codec:
-    """A Codec from a safetensors file or folder in the released names. Raises ChromaError listing what does not fit."""
-    abstract = nnx.eval_shape(lambda: Codec(nnx.Rngs(0), config.codec))
-    return import_weights(abstract, "codec/", codec_rows(config), open_safetensors(source))
+    return ((x.name, x.read()) for x in outputs(values(module, prefix), rows))

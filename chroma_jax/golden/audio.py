@@ -1,14 +1,11 @@
 """Golden cases of the log-mel front end and of the Codec."""
 
-import dataclasses
-
 import jax
 import numpy as np
-from flax import nnx
 
 from chroma_jax.features import FeatureConfig, log_mel, log_mel_longest, mel_filters, num_frames, resample_sinc, resample_soxr
 from chroma_jax.golden.case import AUDIO, EXACT, HIDDEN, MEL, RESAMPLED, Case, Checks
-from chroma_jax.models.codec import Codec
+from chroma_jax.streaming.compatibility import with_window
 
 
 def codec(case: Case) -> Checks:
@@ -56,13 +53,6 @@ def _batch(case: Case, codec) -> Checks:
     longest = max(w.shape[1] for w in waves)
     batch = np.concatenate([np.pad(w, ((0, 0), (0, longest - w.shape[1]))) for w in waves])
     yield case.check("batch_codes", np.swapaxes(jax.jit(lambda c, x: c.encode(x))(codec, batch), 1, 2), EXACT)
-
-
-def with_window(codec, window):
-    """The same weights with another attention window."""
-    config = dataclasses.replace(codec.config, window=window)
-    graph, _ = nnx.split(nnx.eval_shape(lambda: Codec(nnx.Rngs(0), config)))
-    return nnx.merge(graph, nnx.state(codec))
 
 
 def features(case: Case) -> Checks:

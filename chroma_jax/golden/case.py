@@ -12,7 +12,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from chroma_jax.convert import hf_config, names
-from chroma_jax.convert.weights import import_weights, open_safetensors, read_codec
+from chroma_jax.convert.sources import read_codec
+from chroma_jax.convert.weights import import_weights
 from chroma_jax.errors import ChromaError
 from chroma_jax.models.chroma import Chroma, ChromaConfig
 from chroma_jax.models.codec import Codec
@@ -79,7 +80,7 @@ class Case:
         }
         rows = [row for part in parts for row in tables[part]]
         abstract = nnx.eval_shape(lambda: Chroma(nnx.Rngs(0), config))
-        return import_weights(abstract, "", rows, open_safetensors(self.folder / "weights.safetensors"))
+        return import_weights(abstract, rows, self.folder / "weights.safetensors")
 
     def codec(self) -> Codec:
         return read_codec(self.folder / "weights.safetensors", self.config)

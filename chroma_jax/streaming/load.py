@@ -1,6 +1,6 @@
 """A model that is ready to speak, from either of two kinds of folder.
 
-A training run: config.txt, checkpoints/, and beside them tokenizer.json and codec.safetensors.
+A training run, or what was imported: config.txt, checkpoints/, and beside them tokenizer.json and codec.safetensors.
 An exported model, in the released layout: config.json, *.safetensors (the Codec among them) and tokenizer.json.
 """
 
@@ -15,12 +15,13 @@ from tokenizers import Tokenizer
 from chroma_jax.config import Config
 from chroma_jax.convert.hf_config import from_hf
 from chroma_jax.convert.names import chroma_rows
-from chroma_jax.convert.weights import import_weights, open_safetensors, read_codec
+from chroma_jax.convert.sources import PARTS, read_codec
+from chroma_jax.convert.weights import import_weights
 from chroma_jax.errors import ChromaError
 from chroma_jax.models.chroma import Chroma, ChromaConfig
 from chroma_jax.models.codec import Codec
+from chroma_jax.paths import filled, values
 from chroma_jax.training.checkpoint import Checkpoints
-from chroma_jax.training.optimizer import split_trainable
 from data_pipelines.tokenizer import load_tokenizer
 
 
@@ -41,7 +42,7 @@ def load_run(run: Path, config: Config) -> tuple[Chroma, Codec, Tokenizer]:
     elif (run / "config.json").is_file():
         model_config, codec_source = exported_config(run / "config.json"), run
         abstract = placed(nnx.eval_shape(lambda: Chroma(nnx.Rngs(0), model_config)), dtype)
-        model = import_weights(abstract, "", chroma_rows(model_config), open_safetensors(run))
+        model = import_weights(abstract, chroma_rows(model_config), run)
     else:
         raise ChromaError(f"{run}: holds neither checkpoints/ (a training run) nor config.json (an exported model)")
     codec = read_codec(codec_source, model_config)
@@ -60,11 +61,21 @@ def exported_config(path: Path) -> ChromaConfig:
 
 
 def from_checkpoint(run: Path, config: Config, dtype) -> Chroma:
-    """The newest checkpoint's weights, whatever mesh wrote them; the optimizer's moments are not read."""
-    abstract = placed(nnx.eval_shape(lambda: Chroma(nnx.Rngs(0), config.model)), dtype)
-    graph, trained, frozen = split_trainable(abstract, config.optimizer)
+    """The newest checkpoint's weights, whatever mesh wrote it; the optimizer's moments are not read.
+
+    Raises: ChromaError for an imported folder in which a part is missing.
+    """
+    graph, state = nnx.split(placed(nnx.eval_shape(lambda: Chroma(nnx.Rngs(0), config.model)), dtype))
     with Checkpoints(run, config.checkpoint, access="read") as checkpoints:
-        return nnx.merge(graph, *checkpoints.restore_weights(trained, frozen))
+        check_complete(run, values(state).keys() - checkpoints.held().keys())
+        return nnx.merge(graph, filled(state, checkpoints.restore_weights(values(state))))
+
+
+def check_complete(run: Path, missing: set[str]) -> None:
+    """Raises ChromaError when weights are missing, naming the parts that they belong to."""
+    parts = sorted({path.split("/")[0] for path in missing}, key=lambda part: (*PARTS, part).index(part))
+    if missing:
+        raise ChromaError(f"{run}: has no weights of {', '.join(parts)}; import them too, or train with --start {run}")
 
 
 def placed(module: nnx.Module, dtype) -> nnx.Module:

@@ -1,15 +1,20 @@
-"""Checkpoints of a run: RUN/checkpoints/STEP, written in the background by Orbax, aside and then renamed."""
+"""Checkpoints of a run: RUN/checkpoints/STEP, written in the background by Orbax, aside and then renamed.
+
+A checkpoint holds ``weights``, the whole model as plain nested dictionaries, whatever of it is trained, and ``optimizer``. One
+that was imported (see `chroma_jax.convert.importer`) has no ``optimizer``, and perhaps not every part of the model.
+"""
 
 import dataclasses
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
 import jax
 import orbax.checkpoint.experimental.v1 as ocp
-from flax import nnx
 
 from chroma_jax.errors import ChromaError
+from chroma_jax.paths import filled, flat, nested, values
 from chroma_jax.training.state import TrainState
 
 
@@ -58,47 +63,69 @@ class Checkpoints:
         if step != self.latest:
             self.manager.save_checkpointables_async(step, _tree(state))
 
+    def save_weights(self, weights: Mapping[str, jax.Array]) -> None:
+        """Writes weights by path as the checkpoint of step 0, holding few copies of them in memory, and waits for it."""
+        context = ocp.Context()
+        context.memory.write_concurrent_bytes = 2**29
+        with context:
+            self.manager.save_checkpointables(0, {"weights": nested(weights)})
+
     def restore(self, abstract: TrainState, step: int | None = None) -> TrainState:
-        """Reads a checkpoint into the shardings of ``abstract``, whatever mesh wrote it.
+        """Reads a checkpoint into the shardings of ``abstract``, whatever mesh wrote it and whatever was frozen then.
 
         Raises: ChromaError naming the checkpoint that is absent, damaged or of another shape.
         """
+        if "optimizer" not in self._metadata(step):
+            where = f"{self.folder / str(self._existing(step))}: weights alone, as an import leaves them"
+            raise ChromaError(f"{where}; train another run folder with --start {self.folder.parent.name}")
         tree = self._load(_tree(abstract), step)
+        weights = flat(tree["weights"])
         return TrainState(
             step=tree["optimizer"]["step"],
-            trained=_fill(abstract.trained, tree["weights"]["trained"]),
-            frozen=_fill(abstract.frozen, tree["weights"]["frozen"]),
-            optimizer=_fill(abstract.optimizer, tree["optimizer"]["moments"]),
+            trained=filled(abstract.trained, weights),
+            frozen=filled(abstract.frozen, weights),
+            optimizer=jax.tree.unflatten(jax.tree.structure(abstract.optimizer), tree["optimizer"]["moments"]),
         )
 
-    def restore_weights(self, trained: nnx.State, frozen: nnx.State, step: int | None = None) -> tuple[nnx.State, nnx.State]:
-        """As `restore`, for the weights alone."""
-        tree = self._load({"weights": weights_tree(trained, frozen)}, step)["weights"]
-        return _fill(trained, tree["trained"]), _fill(frozen, tree["frozen"])
+    def held(self, step: int | None = None) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shape and type of every weight that a checkpoint has, by path."""
+        weights = flat(self._metadata(step)["weights"])
+        return {path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in weights.items()}
 
-    def _load(self, abstract: dict, step: int | None) -> dict:
+    def restore_weights(self, abstract: Mapping[str, jax.ShapeDtypeStruct], step: int | None = None) -> dict[str, jax.Array]:
+        """Every weight that a checkpoint has, by path, each in the type and sharding that ``abstract`` says."""
+        return flat(self._load({"weights": nested(abstract)}, step)["weights"])
+
+    def _existing(self, step: int | None) -> int:
         step = self.latest if step is None else step
         if step is None or step not in [c.step for c in self.manager.checkpoints]:
             raise ChromaError(f"{self.folder}: no checkpoint" + (f" of step {step}" if step is not None else ""))
+        return step
+
+    def _metadata(self, step: int | None) -> dict:
+        step = self._existing(step)
+        try:
+            found = self.manager.checkpointables_metadata(step).metadata
+            if found.get("weights") is None:
+                raise ValueError("no weights in it")
+            return found
+        except Exception as e:  # Orbax raises many types for a damaged folder
+            raise self._unreadable(step, e) from e
+
+    def _load(self, abstract: dict, step: int | None) -> dict:
+        step = self._existing(step)
         try:
             return self.manager.load_checkpointables(step, abstract)
         except Exception as e:  # Orbax raises many types for a damaged folder
-            lines = str(e).strip().splitlines() or [type(e).__name__]
-            raise ChromaError(f"{self.folder / str(step)}: cannot be read into this configuration ({lines[0][:300]})") from e
+            raise self._unreadable(step, e) from e
 
-
-def weights_tree(trained: nnx.State, frozen: nnx.State) -> dict:
-    """Plain nested dictionaries: readable without this package."""
-    return {"trained": nnx.to_pure_dict(trained), "frozen": nnx.to_pure_dict(frozen)}
+    def _unreadable(self, step: int, e: Exception) -> ChromaError:
+        lines = str(e).strip().splitlines() or [type(e).__name__]
+        return ChromaError(f"{self.folder / str(step)}: cannot be read into this configuration ({lines[0][:300]})")
 
 
 def _tree(state: TrainState) -> dict:
     return {
-        "weights": weights_tree(state.trained, state.frozen),
+        "weights": nested(values(state.trained) | values(state.frozen)),
         "optimizer": {"step": state.step, "moments": jax.tree.leaves(state.optimizer)},
     }
-
-
-def _fill(abstract, tree):
-    """The leaves of ``tree`` (a plain nest of the same order) in the structure of ``abstract``."""
-    return jax.tree.unflatten(jax.tree.structure(abstract), jax.tree.leaves(tree))

@@ -1,7 +1,8 @@
 """The training state, and the one compiled step that advances it."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 import jax
@@ -13,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from chroma_jax.layers.sharding import RULES, state_shardings
 from chroma_jax.models.chroma import Chroma, ChromaConfig
+from chroma_jax.paths import filled, values
 from chroma_jax.rows import Batch
 from chroma_jax.training.loss import LossConfig, loss
 from chroma_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer, split_trainable
@@ -40,11 +42,14 @@ class PrecisionConfig:
 
 
 class Trainer(NamedTuple):
-    """What a run is made of once its configuration is known; nothing here holds an array."""
+    """What a run is made of once its configuration is known; nothing here holds an array.
+
+    init: weights by path, those that the run starts from → state; the other weights are drawn.
+    """
 
     graph: nnx.GraphDef
     abstract: TrainState
-    init: Callable[[], TrainState]
+    init: Callable[..., TrainState]
     train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
     eval_step: Callable[[TrainState, Batch], Metrics]
     batch_sharding: NamedSharding
@@ -66,17 +71,24 @@ def make_trainer(
     graph, trained, frozen = split_trainable(nnx.eval_shape(build), optimizer)
     shardings = [state_shardings(s, mesh, RULES) for s in (trained, frozen)]
 
-    def initial_weights():
-        _, trained, frozen = split_trainable(build(), optimizer)
-        return trained, jax.tree.map(lambda x: x.astype(precision.frozen), frozen)
+    abstract = _abstract_state(trained, frozen, shardings, tx, precision, mesh)
 
     # run once: on CPU, optimising the random generator of every weight would take longer than all the rest of the start
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     options = {"xla_backend_optimization_level": 0} if on_cpu else None
-    weights = jax.jit(initial_weights, out_shardings=tuple(shardings), compiler_options=options)
 
-    def init() -> TrainState:
-        trained, frozen = weights()
+    def drawn(wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+        def draw():
+            weights = values(build())
+            return {path: weights[path].astype(x.dtype) for path, x in wanted.items()}
+
+        places = {path: x.sharding for path, x in wanted.items()}
+        return jax.jit(draw, out_shardings=places, compiler_options=options)() if wanted else {}
+
+    def init(given: Mapping[str, jax.Array] = MappingProxyType({})) -> TrainState:
+        wanted = values(abstract.trained) | values(abstract.frozen)
+        weights = drawn({path: x for path, x in wanted.items() if path not in given}) | dict(given)
+        trained, frozen = (filled(state, weights) for state in (abstract.trained, abstract.frozen))
         return TrainState(jax.device_put(jnp.int32(0), NamedSharding(mesh, P())), trained, frozen, jax.jit(tx.init)(trained))
 
     def forward(trained: nnx.State, state: TrainState, batch: Batch):
@@ -96,7 +108,7 @@ def make_trainer(
 
     return Trainer(
         graph=graph,
-        abstract=_abstract_state(trained, frozen, shardings, tx, precision, mesh),
+        abstract=abstract,
         init=init,
         train_step=jax.jit(train_step, donate_argnums=0),
         eval_step=jax.jit(eval_step),

@@ -1,8 +1,9 @@
 """Training, in the order in which it happens.
 
 A run folder holds config.txt, metrics.jsonl, tensorboard/ and checkpoints/. Weights come from, in this order: the newest
-checkpoint of the run folder; else a fresh initialisation. One step consumes one global batch, so the step is also the data
-position, whatever the mesh and the number of hosts.
+checkpoint of the run folder; else the folder that the run starts from, a run or an import, and what that does not have, or all,
+is drawn at random. One step consumes one global batch, so the step is also the data position, whatever the mesh and the number
+of hosts.
 """
 
 import shutil
@@ -19,18 +20,20 @@ from chroma_jax import flops
 from chroma_jax.config import Config
 from chroma_jax.errors import ChromaError
 from chroma_jax.layers.sharding import make_mesh
+from chroma_jax.paths import values
 from chroma_jax.rows import Batch
-from chroma_jax.training.checkpoint import Checkpoints
+from chroma_jax.training.checkpoint import CheckpointConfig, Checkpoints
 from chroma_jax.training.metrics import MetricsWriter, flat
 from chroma_jax.training.state import Trainer, TrainState, make_trainer
 from data_pipelines.records import batches, evaluation_batches, open_dataset
 
 
-def train(config: Config, run: Path, prepared: Path) -> TrainState:
-    """Trains from the run folder's newest checkpoint (or from scratch) to ``config.training.steps``. Returns the last state.
+def train(config: Config, run: Path, prepared: Path, start: Path | None = None) -> TrainState:
+    """Trains from the run folder's newest checkpoint (or from ``start``, or from scratch) to ``config.training.steps``.
 
-    run: created when absent. prepared: a folder that ``chroma-jax prepare`` wrote.
-    Raises: ChromaError for a run folder of another model, data of another model, a mesh or batch that does not fit.
+    run: created when absent. prepared: a folder that ``chroma-jax prepare`` wrote. start: another run folder or an imported
+    one, whose weights a new run begins with. Returns the last state.
+    Raises: ChromaError for a run folder, data or weights of another model, a mesh or batch that does not fit.
     """
     t = config.training
     dataset = open_dataset(prepared, config.model)
@@ -45,10 +48,12 @@ def train(config: Config, run: Path, prepared: Path) -> TrainState:
     check_run(config, run)
     with jax.set_mesh(mesh):
         trainer = make_trainer(config.model, config.optimizer, config.loss, config.precision, t.seed, mesh)
+        given = start if start is not None and not has_checkpoint(run) else None
+        weights = {} if given is None else starting_weights(config, trainer, given)
         keep(config, prepared, run)
         with Checkpoints(run, config.checkpoint) as checkpoints:
             if checkpoints.latest is None:
-                state, step = trainer.init(), 0
+                state, step = trainer.init(weights), 0
             else:
                 state = checkpoints.restore(trainer.abstract)
                 step = int(state.step)
@@ -90,6 +95,41 @@ def run_steps(
         bar.close()
         if writer is not None:
             writer.close()
+
+
+def has_checkpoint(run: Path) -> bool:
+    if not (run / "checkpoints").is_dir():
+        return False
+    with Checkpoints(run, CheckpointConfig(), access="read") as checkpoints:
+        return checkpoints.latest is not None
+
+
+def starting_weights(config: Config, trainer: Trainer, start: Path) -> dict[str, jax.Array]:
+    """The weights that a new run begins with, by path, as they lie in training; says what is drawn at random instead.
+
+    Raises: ChromaError when ``start`` has no checkpoint, or weights of other sizes or trained with other constants.
+    """
+    before, now = configs.fields(configs.load(start).model), configs.fields(config.model)
+    wanted = values(trainer.abstract.trained) | values(trainer.abstract.frozen)
+    with Checkpoints(start, config.checkpoint, access="read") as checkpoints:
+        held = checkpoints.held().keys() & wanted.keys()
+        parts = {path.split("/")[0] for path in held}
+        of_all = ("codebooks", "audio_vocab", "tokens.")
+        apart = {
+            name: value
+            for name, value in before.items()
+            if now[name] != value
+            and (name.split(".")[0] in parts or name.startswith(of_all))
+            and ".rules." not in name
+            and not name.endswith(".remat")
+        }
+        if apart:
+            flags = " ".join(f"--model.{name} {value}" for name, value in apart.items())
+            raise ChromaError(f"{start}: its weights are of a model that the configuration describes otherwise; it says {flags}")
+        weights = checkpoints.restore_weights({path: wanted[path] for path in held})
+    drawn = sorted({path.split("/")[0] for path in wanted.keys() - held})
+    print(f"starting from {start}" + (f"; drawn at random: {', '.join(drawn)}" if drawn else ""))
+    return weights
 
 
 def check_run(config: Config, run: Path) -> None:

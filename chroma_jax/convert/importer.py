@@ -1,0 +1,189 @@
+"""Other people's weights as a folder that training starts from, that replies, and that can be exported.
+
+    config.txt            the configuration, with what the weights were trained with
+    checkpoints/0         weights of the Reasoner, the Backbone and the Decoder, as far as a source has them
+    codec.safetensors     the Codec's, in the released names
+    tokenizer.json        of the first source that has one
+    unused.safetensors    with --keep-unused: what a speaking model does not need, to be exported again
+    import.json           what came from where
+
+Weights go tensor by tensor from the files into arrays that lie on the mesh as in training.
+"""
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, Mesh, SingleDeviceSharding
+from tqdm import tqdm
+
+from chroma_jax import config as configs
+from chroma_jax.config import Config
+from chroma_jax.convert import hf_config
+from chroma_jax.convert.names import codec_rows
+from chroma_jax.convert.sources import PARTS, Account, account, adopt, read_config, recognise
+from chroma_jax.convert.weights import (
+    Output,
+    Tensor,
+    abstract_weights,
+    outputs,
+    read_header,
+    read_tensors,
+    read_weights,
+    stored_name,
+    write_safetensors,
+)
+from chroma_jax.errors import ChromaError
+from chroma_jax.files import check_new, write_json, written_aside
+from chroma_jax.layers.sharding import make_mesh, state_shardings
+from chroma_jax.models.chroma import Chroma
+from chroma_jax.paths import values
+from chroma_jax.training.checkpoint import Checkpoints
+
+CODEC, UNUSED, SOURCE_CONFIG = "codec.safetensors", "unused.safetensors", "source_config.json"
+BESIDE = ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json")  # copied as they are
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What an import will do; made from headers alone. config: with what the sources say of their weights."""
+
+    config: Config
+    accounts: tuple[Account, ...]
+
+    @property
+    def missing(self) -> list[str]:
+        given = {row.part for account in self.accounts for row in account.rows}
+        return [part for part in PARTS if part not in given]
+
+    def lines(self) -> list[str]:
+        lines = [line for account in self.accounts for line in account.lines()]
+        if self.missing:
+            lines.append(f"no source gives: {', '.join(self.missing)}; training draws them at random")
+        return lines
+
+
+def plan_import(sources: Sequence[Path], config: Config | None, default: Callable[[], Config]) -> Plan:
+    """Accounts for every tensor of every source. Of a part that several have, the first source's is taken.
+
+    sources: safetensors files, folders with some, or manifests (see `read_header`). config: whose sizes the weights must have;
+    None takes those of the first source that is a whole Chroma and has a config.json, else ``default``'s.
+    Raises: one ChromaError with everything in any source that does not fit.
+    """
+    headers = [read_header(source) for source in sources]
+    config = config or _own_config(sources, headers, default) or default()
+    model, accounts, wrong, taken, notes = config.model, [], [], frozenset(), {}
+    for source, header in zip(sources, headers):
+        naming, _ = recognise(source, header)
+        try:
+            model, notes[source] = adopt(model, source, naming, taken)
+        except ChromaError as e:
+            wrong.append(str(e))
+        taken |= set(naming.required)
+    shapes = {path: x.shape for path, x in abstract_weights(model).items()}
+    taken = frozenset()
+    for source, header in zip(sources, headers):
+        try:
+            found = account(source, header, model, shapes, taken)
+        except ChromaError as e:
+            wrong.append(str(e))
+            continue
+        accounts.append(found._replace(notes=found.notes + notes.get(source, [])))
+        taken |= {row.part for row in found.rows}
+    if wrong:
+        raise ChromaError("nothing was written. " + " | ".join(wrong))
+    return Plan(dataclasses.replace(config, model=model), tuple(accounts))
+
+
+def _own_config(sources: Sequence[Path], headers: Sequence[Mapping], default: Callable[[], Config]) -> Config | None:
+    for source, header in zip(sources, headers):
+        said = read_config(source)
+        if said is not None and recognise(source, header)[0].title == "Chroma":
+            return dataclasses.replace(default(), model=hf_config.from_hf(said))
+    return None
+
+
+def import_sources(plan: Plan, dest: Path, unused: str = "leave") -> str:
+    """Writes the folder ``dest``, all of it or nothing. Returns a line that says what was written.
+
+    unused: "keep" carries the tensors that only a released checkpoint has. Raises: ChromaError when ``dest`` exists or a file
+    is damaged.
+    """
+    dest = Path(dest)
+    check_new(dest)
+    manifests = [str(a.source) for a in plan.accounts if any(t.file is None for t in a.header.values())]
+    if manifests:
+        raise ChromaError(f"{', '.join(manifests)}: a manifest has no weights; it can be imported with --dry-run only")
+    carried = [(a, name) for a in plan.accounts for name in a.carried] if unused == "keep" else []
+    size = sum(t.nbytes for a in plan.accounts for t in _read(a)) + sum(a.header[n].nbytes for a, n in carried)
+    with written_aside(dest) as folder, tqdm(total=size, unit="B", unit_scale=True, desc="import") as bar:
+        speaking = place(plan)
+        weights: dict[str, jax.Array] = {}
+        for a in plan.accounts:
+            weights |= read_weights([r for r in a.rows if r.part != "codec"], a.header, speaking, bar.update)
+        with Checkpoints(folder, plan.config.checkpoint) as checkpoints:
+            checkpoints.save_weights(weights)
+        total = len(weights)
+        del weights
+        total += _write_codec(plan, folder / CODEC, bar.update)
+        if carried:
+            write_safetensors(folder / UNUSED, [copied(a.header[n], n, a.carried[n]) for a, n in carried], bar.update)
+        for name in BESIDE:
+            found = [path for a in plan.accounts if (path := a.source / name).is_file()]
+            if found:
+                shutil.copyfile(found[0], folder / name)
+        chroma = [a.source for a in plan.accounts if a.title == "Chroma" and read_config(a.source) is not None]
+        if chroma:
+            write_json(folder / SOURCE_CONFIG, read_config(chroma[0]))
+        (folder / "config.txt").write_text(configs.dump(plan.config))
+        write_json(folder / "import.json", [{"source": a.source.name, "account": a.lines()[1:]} for a in plan.accounts])
+    lacks = [] if (dest / "tokenizer.json").is_file() else [f"no source has a tokenizer.json; put one into {dest}"]
+    return "; ".join([f"{dest}: {total} weights" + (f", {len(carried)} tensors kept unused" if carried else ""), *lacks])
+
+
+def place(plan: Plan) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape, type and place of every weight of the speaking model that is read, by path.
+
+    Weights lie as in training; the axes of the mesh are automatic, since turning a foreign tensor moves its axes.
+    """
+    explicit = make_mesh(plan.config.mesh)
+    mesh = Mesh(explicit.devices, explicit.axis_names, axis_types=(AxisType.Auto,) * explicit.devices.ndim)
+    state = nnx.state(nnx.eval_shape(lambda: Chroma(nnx.Rngs(0), plan.config.model)))
+    shardings, shapes = values(state_shardings(state, mesh)), values(state)
+    kinds = {row.path: a.dtype(row) for a in plan.accounts for row in a.rows if row.part != "codec"}
+    return {
+        path: jax.ShapeDtypeStruct(shapes[path].shape, np.dtype(kind), sharding=shardings[path]) for path, kind in kinds.items()
+    }
+
+
+def _write_codec(plan: Plan, file: Path, progress) -> int:
+    for a in plan.accounts:
+        if rows := [row for row in a.rows if row.part == "codec"]:
+            first = SingleDeviceSharding(jax.devices()[0])
+            shapes = abstract_weights(plan.config.model)
+            abstract = {r.path: jax.ShapeDtypeStruct(shapes[r.path].shape, np.float32, sharding=first) for r in rows}
+            weights = read_weights(rows, a.header, abstract, progress)
+            write_safetensors(file, list(outputs(weights, codec_rows(plan.config.model))))
+            return len(weights)
+    return 0
+
+
+def _read(a: Account) -> Iterator[Tensor]:
+    for row in a.rows:
+        for name in row.foreign_names():
+            yield a.header[stored_name(row, name, a.header)]
+
+
+def copied(tensor: Tensor, stored: str, name: str) -> Output:
+    """A tensor of a file, as it is, under another name."""
+
+    def read() -> np.ndarray:
+        first = SingleDeviceSharding(jax.devices()[0])
+        struct = jax.ShapeDtypeStruct(tensor.shape, np.dtype(tensor.dtype), sharding=first)
+        return np.asarray(read_tensors(tensor.file, {stored: struct})[stored])
+
+    return Output(name, tensor.shape, tensor.dtype, read)
