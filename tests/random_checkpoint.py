@@ -8,10 +8,11 @@ import math
 import sys
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
-from safetensors import serialize_file
+from safetensors.numpy import save_file
 
-WIDTH = {"float32": 4, "bfloat16": 2}
+TYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 SHARD = 10**9  # bytes
 
 
@@ -22,16 +23,17 @@ def write(manifest: dict, folder: Path) -> int:
 
     def flush() -> None:
         name = f"model-{len(set(weight_map.values())) + 1:05}.safetensors"
-        serialize_file(shard, str(folder / name), {"format": "pt"})
+        save_file(shard, folder / name, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(shard, name))
         shard.clear()
 
     for name, entry in manifest.items():
-        nbytes = math.prod(entry["shape"]) * WIDTH[entry["dtype"]]
+        dtype = TYPES[entry["dtype"]]
+        nbytes = math.prod(entry["shape"]) * dtype.itemsize
         if shard and size + nbytes > SHARD:
             flush()
             size = 0
-        shard[name] = {"dtype": entry["dtype"], "shape": entry["shape"], "data": rng.bytes(nbytes)}
+        shard[name] = np.frombuffer(rng.bytes(nbytes), dtype).reshape(entry["shape"])
         size, total = size + nbytes, total + nbytes
     flush()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))

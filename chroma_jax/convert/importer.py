@@ -125,11 +125,11 @@ def import_sources(plan: Plan, dest: Path, unused: str = "leave") -> str:
         weights: dict[str, jax.Array] = {}
         for a in plan.accounts:
             weights |= read_weights([r for r in a.rows if r.part != "codec"], a.header, speaking, bar.update)
-        with Checkpoints(folder, plan.config.checkpoint) as checkpoints:
-            checkpoints.save_weights(weights)
-        total = len(weights)
+        if weights:
+            with Checkpoints(folder, plan.config.checkpoint) as checkpoints:
+                checkpoints.save_weights(weights)
         del weights
-        total += _write_codec(plan, folder / CODEC, bar.update)
+        _write_codec(plan, folder / CODEC, bar.update)
         if carried:
             write_safetensors(folder / UNUSED, [copied(a.header[n], n, a.carried[n]) for a, n in carried], bar.update)
         for name in BESIDE:
@@ -142,7 +142,8 @@ def import_sources(plan: Plan, dest: Path, unused: str = "leave") -> str:
         (folder / "config.txt").write_text(configs.dump(plan.config))
         write_json(folder / "import.json", [{"source": a.source.name, "account": a.lines()[1:]} for a in plan.accounts])
     lacks = [] if (dest / "tokenizer.json").is_file() else [f"no source has a tokenizer.json; put one into {dest}"]
-    return "; ".join([f"{dest}: {total} weights" + (f", {len(carried)} tensors kept unused" if carried else ""), *lacks])
+    read = sum(1 for a in plan.accounts for _ in _read(a))
+    return "; ".join([f"{dest}: {read} tensors" + (f", and {len(carried)} unused ones" if carried else ""), *lacks])
 
 
 def place(plan: Plan) -> dict[str, jax.ShapeDtypeStruct]:
@@ -160,7 +161,7 @@ def place(plan: Plan) -> dict[str, jax.ShapeDtypeStruct]:
     }
 
 
-def _write_codec(plan: Plan, file: Path, progress) -> int:
+def _write_codec(plan: Plan, file: Path, progress: Callable[[int], object]) -> None:
     for a in plan.accounts:
         if rows := [row for row in a.rows if row.part == "codec"]:
             first = SingleDeviceSharding(jax.devices()[0])
@@ -168,8 +169,6 @@ def _write_codec(plan: Plan, file: Path, progress) -> int:
             abstract = {r.path: jax.ShapeDtypeStruct(shapes[r.path].shape, np.float32, sharding=first) for r in rows}
             weights = read_weights(rows, a.header, abstract, progress)
             write_safetensors(file, list(outputs(weights, codec_rows(plan.config.model))))
-            return len(weights)
-    return 0
 
 
 def _read(a: Account) -> Iterator[Tensor]:

@@ -30,7 +30,7 @@ from chroma_jax.paths import filled, values
 # safetensors' names of the types that a weight may have; a tensor of another type keeps safetensors' name.
 TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 DTYPES = tuple(TYPES.values())
-AT_ONCE = 2**28  # bytes of foreign tensors that are read together
+AT_ONCE = 2**27  # bytes of foreign tensors that are read together
 
 
 class Tensor(NamedTuple):
@@ -160,10 +160,13 @@ def read_weights(
                 weights[row.path] = place(tensors[name])
             else:
                 if row.path not in weights:
-                    weights[row.path] = _zeros(target.shape, target.dtype, target.sharding)()
+                    weights[row.path] = _zeros(target.shape, tensors[name].dtype, target.sharding)()
                 weights[row.path] = place(weights[row.path], tensors[name], layer)
+            if row.layers is None or layer == row.layers - 1:
+                weights[row.path] = _numbers(weights[row.path], target.dtype)
+            # one after the other: virtual CPU devices have no threads for the collectives of two programs at once
+            jax.block_until_ready(weights[row.path])
             progress(header[name].nbytes)
-        jax.block_until_ready([weights[row.path] for row, _, _ in batch])  # else tensors of several batches would wait in memory
     return weights
 
 
@@ -183,13 +186,13 @@ def _batches(rows: Iterable[Row], header: Header) -> Iterator[list[tuple[Row, in
 
 
 def _read(batch, header: Header, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-    """Foreign tensors by stored name, in their weights' type."""
+    """Foreign tensors by stored name, as `bits` of their weights' type."""
     wanted: dict[Path, dict[str, jax.ShapeDtypeStruct]] = {}
     for row, _, name in batch:
         tensor, target = header[name], abstract[row.path]
         sharding = _reading_sharding(target.sharding, tensor.shape)
         wanted.setdefault(tensor.file, {})[name] = jax.ShapeDtypeStruct(tensor.shape, target.dtype, sharding=sharding)
-    return {name: x for file, structs in wanted.items() for name, x in read_tensors(file, structs).items()}
+    return {name: bits(x) for file, structs in wanted.items() for name, x in read_tensors(file, structs).items()}
 
 
 def read_tensors(file: Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
@@ -233,6 +236,20 @@ def _placer(transform: Transform, shape: tuple[int, ...], stacked: bool, shardin
     return jax.jit(lambda tensor: turned(tensor, shape), out_shardings=sharding)
 
 
+# Numbers travel as unsigned integers, which every device moves as they are; as floats, some are computed with on the way, which
+# quietens NaN and flushes what is tiny.
+
+
+@jax.jit
+def bits(x: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
+
+
+@functools.partial(jax.jit, static_argnums=1, donate_argnums=0)
+def _numbers(x: jax.Array, dtype) -> jax.Array:
+    return jax.lax.bitcast_convert_type(x, dtype)
+
+
 # Writing
 
 
@@ -263,8 +280,13 @@ def outputs(weights: Mapping[str, jax.Array], rows: Iterable[Row], dtype: str | 
 
 
 def _foreign(value: jax.Array, row: Row, layer: int, dtype: str) -> np.ndarray:
-    one = value if row.layers is None else value[layer]
-    return np.ascontiguousarray(row.transform.to_foreign(np.asarray(one)).astype(jnp.dtype(dtype), copy=False))
+    one = np.asarray(bits(value) if row.layers is None else _layer(value, layer)).view(value.dtype)
+    return np.ascontiguousarray(row.transform.to_foreign(one).astype(jnp.dtype(dtype), copy=False))
+
+
+@jax.jit
+def _layer(value: jax.Array, layer: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(bits(value), layer, keepdims=False)
 
 
 def write_safetensors(file: Path, tensors: list[Output], progress: Callable[[int], object] = lambda _: None) -> None:

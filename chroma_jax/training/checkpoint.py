@@ -6,6 +6,7 @@ that was imported (see `chroma_jax.convert.importer`) has no ``optimizer``, and 
 
 import dataclasses
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -33,7 +34,9 @@ class CheckpointConfig:
 class Checkpoints:
     """The checkpoints of one run folder. Close it, or use it as a context manager, to wait for the last write."""
 
-    def __init__(self, run: Path, config: CheckpointConfig, *, access: Literal["write", "read"] = "write"):
+    def __init__(
+        self, run: Path, config: CheckpointConfig, *, access: Literal["write", "read"] = "write", on_the_way: int | None = None
+    ):
         """access "read" leaves the folder as it is, also what another process is just writing there."""
         logging.getLogger("absl").setLevel(logging.ERROR)
         self.folder = (run / "checkpoints").absolute()
@@ -64,10 +67,8 @@ class Checkpoints:
             self.manager.save_checkpointables_async(step, _tree(state))
 
     def save_weights(self, weights: Mapping[str, jax.Array]) -> None:
-        """Writes weights by path as the checkpoint of step 0, holding few copies of them in memory, and waits for it."""
-        context = ocp.Context()
-        context.memory.write_concurrent_bytes = 2**29
-        with context:
+        """Writes weights by path as the checkpoint of step 0, and waits for it."""
+        with one_by_one(weights):
             self.manager.save_checkpointables(0, {"weights": nested(weights)})
 
     def restore(self, abstract: TrainState, step: int | None = None) -> TrainState:
@@ -94,7 +95,8 @@ class Checkpoints:
 
     def restore_weights(self, abstract: Mapping[str, jax.ShapeDtypeStruct], step: int | None = None) -> dict[str, jax.Array]:
         """Every weight that a checkpoint has, by path, each in the type and sharding that ``abstract`` says."""
-        return flat(self._load({"weights": nested(abstract)}, step)["weights"])
+        with one_by_one(abstract):
+            return flat(self._load({"weights": nested(abstract)}, step)["weights"])
 
     def _existing(self, step: int | None) -> int:
         step = self.latest if step is None else step
@@ -122,6 +124,14 @@ class Checkpoints:
     def _unreadable(self, step: int, e: Exception) -> ChromaError:
         lines = str(e).strip().splitlines() or [type(e).__name__]
         return ChromaError(f"{self.folder / str(step)}: cannot be read into this configuration ({lines[0][:300]})")
+
+
+def one_by_one(weights: Mapping[str, jax.Array | jax.ShapeDtypeStruct]) -> ocp.Context:
+    """Orbax with little on its way between the arrays and the disk: the largest piece on one device, or half a gigabyte."""
+    pieces = (math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in weights.values())
+    context = ocp.Context()
+    context.memory.write_concurrent_bytes = context.memory.read_concurrent_bytes = max(2**29, *pieces) + 2**20
+    return context
 
 
 def _tree(state: TrainState) -> dict:
