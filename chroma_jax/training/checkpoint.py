@@ -130,7 +130,10 @@ def one_by_one(weights: Mapping[str, jax.Array | jax.ShapeDtypeStruct]) -> ocp.C
     """Orbax with little on its way between the arrays and the disk: the largest piece on one device, or half a gigabyte."""
     pieces = (math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in weights.values())
     context = ocp.Context()
-    context.memory.write_concurrent_bytes = context.memory.read_concurrent_bytes = max(2**29, *pieces) + 2**20
+    limit = max(2**29, *pieces) + 2**20
+    context.memory.write_concurrent_bytes = context.memory.transfer_concurrent_bytes = limit
+    context.memory.read_concurrent_bytes = limit
+    context.array.saving.storage_options.chunk_byte_size = 2**27  # a chunk is copied whole while it is compressed
     return context
 
 
