@@ -47,6 +47,13 @@ def rope_to_hf(rope: RopeConfig) -> Json:
     }
 
 
+def mrope_section(head_dim: int) -> list[int]:
+    """How many frequencies follow time, height and width, in Qwen2.5-Omni's proportion (16 : 24 : 24 of 64). Without vision all
+    three are the same position, so that it makes no difference, but transformers wants them to add up."""
+    spatial = 3 * (head_dim // 2) // 8
+    return [head_dim // 2 - 2 * spatial, spatial, spatial]
+
+
 def demand(section: Json, **only: Any) -> None:
     """Raises ValueError for an option whose value this implementation does not have; an absent one is as it should be."""
     for key, value in only.items():
@@ -191,6 +198,7 @@ def to_hf(config: ChromaConfig, dtype: str = "float32") -> Json:
                 "vocab_size": c.reasoner.vocab_size,
                 "tie_word_embeddings": False,
                 **llama_to_hf(c.reasoner.text),
+                "rope_parameters": {**rope_to_hf(c.reasoner.text.rope), "mrope_section": mrope_section(c.reasoner.text.head_dim)},
             },
         },
     }

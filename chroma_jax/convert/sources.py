@@ -48,7 +48,7 @@ class Naming:
 
 VISION = (r"(thinker\.)?visual\.", "vision, which a speaking model does not have")
 OMNI = (r"talker\.|token2wav\.", "Qwen2.5-Omni's own voice")
-TEXT = (r"(embed_text_tokens|text_embeddings)\.weight$", "CSM's text vocabulary; Chroma embeds text by the Reasoner")
+TEXT = (r"(.*\.)?(embed_text_tokens|text_embeddings)\.weight$", "CSM's text vocabulary; Chroma embeds text by the Reasoner")
 
 
 def _csm_said(config: dict) -> Said:
