@@ -66,6 +66,23 @@ class Reply:
 
 
 @dataclasses.dataclass(frozen=True)
+class Prompt:
+    """Writes what a serving artefact starts from: a spoken question, and a voice to answer in.
+
+    run: run folder, or an exported one, that the artefact was made from. artefact: folder that ``export --format stablehlo``
+    wrote. question, reference, transcript: as of ``reply``. out: safetensors file to write. Flags beginning with --reply say
+    how codes are chosen.
+    """
+
+    run: Positional[Path]
+    artefact: Positional[Path]
+    question: Path
+    reference: Path
+    transcript: str
+    out: Path
+
+
+@dataclasses.dataclass(frozen=True)
 class Import:
     """Reads other checkpoints: Chroma, or for a warm start Qwen2.5-Omni, CSM-1B and Mimi, in any combination.
 
@@ -161,9 +178,21 @@ def info(args: Info, config) -> int:
 def reply(args: Reply, config) -> int:
     from chroma_jax.streaming.reply import reply
 
-    transcript = Path(args.transcript).read_text() if Path(args.transcript).is_file() else args.transcript
-    report = reply(args.run, config, args.question, args.reference, transcript.strip(), args.out)
+    report = reply(args.run, config, args.question, args.reference, transcript(args.transcript), args.out)
     print(json.dumps(report, indent=1, ensure_ascii=False))
+    return 0
+
+
+def transcript(given: str) -> str:
+    """The text itself, or what is in the file of that name."""
+    return (Path(given).read_text() if Path(given).is_file() else given).strip()
+
+
+def prompt(args: Prompt, config) -> int:
+    from chroma_jax.convert.stablehlo import write_prompt
+
+    said = transcript(args.transcript)
+    print(write_prompt(args.run, config, args.artefact, args.question, args.reference, said, args.out))
     return 0
 
 
@@ -224,6 +253,7 @@ COMMANDS: dict[str, tuple[type, Callable, Literal["file", "run", "onto", "none"]
     "train": (Train, train, "file"),
     "reply": (Reply, reply, "run"),
     "export": (Export, export, "none"),
+    "prompt": (Prompt, prompt, "run"),
     "convert import": (Import, import_, "onto"),
     "convert export": (Export, export, "none"),
     "info": (Info, info, "file"),

@@ -6,7 +6,7 @@ import numpy as np
 import soundfile
 
 from chroma_jax.errors import ChromaError
-from chroma_jax.features import resample_soxr
+from chroma_jax.features import FeatureConfig, resample_sinc, resample_soxr
 
 CODEC_RATE = 24_000
 REASONER_RATE = 16_000
@@ -33,6 +33,15 @@ def load(path: Path | str, sample_rate: int, *, max_seconds: float | None = None
     except (soundfile.SoundFileError, OSError) as error:
         raise ChromaError(f"{path}: not a readable recording ({error})") from error
     return prepared(wave.T, int(source_rate), sample_rate, str(path))
+
+
+def load_reference(path: Path | str, sample_rate: int) -> np.ndarray:
+    """As `load`, a reference recording, resampled as the reference implementation does that: float32 [S]."""
+    try:
+        source = soundfile.info(str(path)).samplerate
+    except (soundfile.SoundFileError, OSError):
+        source = sample_rate  # `load` says what is wrong with it
+    return resample_sinc(load(path, source, max_seconds=FeatureConfig().max_seconds), source, sample_rate)
 
 
 def prepared(wave: np.ndarray, source_rate: int, sample_rate: int, name: str) -> np.ndarray:

@@ -17,7 +17,7 @@ COMMAND --help tells more. Both first install this package into a virtual enviro
 
 environment variables:
   CHROMA_VENV      the virtual environment (default: .venv in the repository)
-  CHROMA_EXTRAS    further extras to install: tpu, cuda, cuda12, qwen (several with commas)
+  CHROMA_EXTRAS    further extras to install: tpu, cuda, cuda12, qwen, serve (several with commas)
   PYTHON           the Python to make it from, 3.11 or newer (default: python3 on PATH)
   JAX_COMPILATION_CACHE_DIR   where compiled programs are kept (default: ~/.cache/chroma_jax/jax)
 TEXT
@@ -44,9 +44,10 @@ usage_test() {
     cat <<'TEXT'
 usage: launch/local.sh test [ARGS …]
 
-Installs the package with its "dev" extra, then runs pytest in the repository: two processes, JAX on the CPU, without the
+Installs the package with its "test" extra, then runs pytest in the repository: two processes, JAX on the CPU, without the
 tests marked slow. Takes some minutes, plus one or two for the installation. ARGS go to pytest, paths among them relative to
-the repository: -k NAME for some tests, -m slow for the slow ones. Results are printed; nothing is kept.
+the repository: -k NAME for some tests; -m slow for the slow ones, which also installs the "dev" extra (PyTorch, transformers)
+and runs them one at a time, as they need much memory. Results are printed; nothing is kept.
 TEXT
 }
 
@@ -77,11 +78,11 @@ find_python() {
     die "needs Python 3.11 or newer, and $(python3 --version 2>/dev/null || echo 'no python3') is what PATH has; set PYTHON"
 }
 
-# environment core|dev: makes the virtual environment and installs the package, if what it depends on has changed.
+# environment core|test|dev: makes the virtual environment and installs the package, if what it depends on has changed.
 environment() {
     local extras=${CHROMA_EXTRAS:-} state python
-    if [[ $1 == dev ]]; then
-        extras=dev${extras:+,$extras}
+    if [[ $1 != core ]]; then
+        extras=$1${extras:+,$extras}
     fi
     state="$(cat "$ROOT/requirements.txt" "$ROOT/pyproject.toml" | cksum) $ROOT ${CHROMA_EXTRAS:-}"
     if [[ -x $VENV/bin/python && $(cat "$VENV/.chroma_jax.$1" 2>/dev/null) == "$state" ]]; then
@@ -103,8 +104,11 @@ environment() {
         "$VENV/bin/python" -m pip --version >/dev/null 2>&1 || "$VENV/bin/python" -m ensurepip >/dev/null
         "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --editable ".${extras:+[$extras]}"
     fi
-    printf '%s\n' "$state" >"$VENV/.chroma_jax.core" # the core is part of dev
     printf '%s\n' "$state" >"$VENV/.chroma_jax.$1"
+    printf '%s\n' "$state" >"$VENV/.chroma_jax.core" # the core is part of test, and test of dev
+    if [[ $1 == dev ]]; then
+        printf '%s\n' "$state" >"$VENV/.chroma_jax.test"
+    fi
 }
 
 # quick and quiet: a second run finds its programs compiled
@@ -225,11 +229,17 @@ run_tests() {
         return
     fi
     cd -- "$ROOT"
-    environment dev
+    local extra=test processes=2 argument
+    for argument in "$@"; do
+        if [[ $argument == slow || $argument == -mslow ]]; then
+            extra=dev processes=0
+        fi
+    done
+    environment "$extra"
     settings
     begin "testing"
-    export JAX_PLATFORMS=cpu
-    exec "$VENV/bin/python" -m pytest -n 2 --dist loadscope -m "not slow" "$@" # in place of the shell: whoever stops this stops the tests
+    export JAX_PLATFORMS=cpu HF_HUB_OFFLINE=1
+    exec "$VENV/bin/python" -m pytest -n "$processes" --dist loadscope -m "not slow" "$@" # in place of the shell: whoever stops this stops the tests
 }
 
 [[ $VENV == /* ]] || VENV=$PWD/$VENV

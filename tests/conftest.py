@@ -13,6 +13,16 @@ jax.config.update("jax_num_cpu_devices", 8)
 nnx.set_graph_mode(False)
 
 
+def pytest_terminal_summary(terminalreporter):
+    """Names every golden case that was compared, with the quantity that is furthest from the reference's."""
+    reports = [r for outcome in ("passed", "failed") for r in terminalreporter.stats.get(outcome, [])]
+    lines = sorted(text for r in reports for name, text in getattr(r, "user_properties", ()) if name == "golden")
+    if lines:
+        terminalreporter.section("golden cases: worst quantity, difference, tolerance")
+        for line in lines:
+            terminalreporter.write_line(line)
+
+
 @pytest.fixture(scope="session")
 def tiny_prepared(tmp_path_factory):
     """A prepared dataset of a dozen dialogues for `tiny.config`, with a tokenizer and stand-in codes."""

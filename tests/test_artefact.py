@@ -19,6 +19,7 @@ from safetensors.flax import load_file
 from safetensors.numpy import save_file
 from tiny import model as tiny_model
 
+from chroma_jax.cli import main
 from chroma_jax.config import Config, ReplyConfig
 from chroma_jax.convert import stablehlo
 from chroma_jax.convert.hf_config import to_hf
@@ -165,6 +166,30 @@ def test_nothing_in_it_needs_a_kernel_that_only_some_releases_of_jax_have(progra
         assert "stablehlo.custom_call" not in program.mlir_module()
 
 
+def test_the_commands_make_the_artefact_and_its_prompt(run, tmp_path, capsys):
+    """From recordings to sound, as the README says it, and the same as `reply` says."""
+    artefact, prompt, out = tmp_path / "artefact", tmp_path / "prompt.safetensors", tmp_path / "out"
+    rng = np.random.default_rng(1)
+    soundfile.write(tmp_path / "question.wav", rng.normal(0, 0.1, 12_000), 16_000)
+    soundfile.write(tmp_path / "reference.wav", rng.normal(0, 0.1, 5000), CONFIG.codec.sampling_rate)
+    recordings = ["--question", str(tmp_path / "question.wav"), "--reference", str(tmp_path / "reference.wav")]
+    recordings += ["--transcript", "it is a test"]
+    sizes = ["--question-seconds", "1.5", "--text", "96", "--voice", "80", "--max-frames", "7", "--platforms", "cpu"]
+    assert main(["export", str(run), str(artefact), "--format", "stablehlo", *sizes]) == 0
+    assert main(["prompt", str(run), str(artefact), *recordings, "--out", str(prompt)]) == 0
+    assert "a question of 0.8 s for 1 row" in capsys.readouterr().out
+    subprocess.run([sys.executable, EXAMPLE, artefact, prompt, out], check=True, timeout=300)
+    seconds = str(7.5 / CONFIG.codec.frame_rate)
+    assert main(["reply", str(run), *recordings, "--out", str(tmp_path / "reply"), "--reply.max_seconds", seconds]) == 0
+    ours, theirs = (soundfile.read(file)[0] for file in (tmp_path / "reply" / "reply.wav", out / "0.wav"))
+    assert len(ours) == len(theirs) == 7 * CONFIG.codec.samples_per_frame
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)  # 16 bit
+    assert main(["prompt", str(run), str(artefact), *recordings, "--out", str(prompt)]) == 2
+    assert main(["prompt", str(run), str(tmp_path), *recordings, "--out", str(tmp_path / "other.safetensors")]) == 2
+    assert "exists already" in (said := capsys.readouterr().err) and "artefact.json" in said
+    assert not (tmp_path / "other.safetensors").exists()
+
+
 # Descriptions
 
 
@@ -250,7 +275,7 @@ def test_a_folder_with_something_in_it_is_left_alone(run, artefact):
     assert {path: path.read_bytes() for path in artefact.iterdir()} == before
 
 
-@pytest.mark.parametrize("failing", ["description", "save_file", "export_programs"])
+@pytest.mark.parametrize("failing", ["description", "write_safetensors", "export_programs"])
 def test_a_failure_leaves_nothing_behind(run, tmp_path, monkeypatch, failing):
     def fail(*_, **__):
         raise KeyboardInterrupt

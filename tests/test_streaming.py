@@ -302,6 +302,7 @@ def test_a_run_and_its_export_give_the_same_reply(folders):
         wave, rate = soundfile.read(out / "reply.wav")
         assert rate == RATE and len(wave) == summary["frames"] * CONFIG.codec.samples_per_frame > 0
         assert summary["compilations_after_warm_up"] == 0
+        assert summary["running_maximum"].keys() == {"features", "encoder_outputs"}
         summaries.append((summary["text"], wave.tolist(), summary["losses"]))
     assert summaries[0][:2] == summaries[1][:2]
     assert summaries[0][2]["c0"] == {"train": 2.6667, "valid": 3.2, "unigram": 3.3} and not summaries[1][2]

@@ -17,6 +17,7 @@ import importlib.util
 import json
 import shutil
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from jax import export
 from safetensors.numpy import save_file
 
 from chroma_jax.config import Config
+from chroma_jax.convert.weights import Output, write_safetensors
 from chroma_jax.errors import ChromaError
 from chroma_jax.features import FeatureConfig
 from chroma_jax.files import check_new, written_aside
@@ -38,10 +40,12 @@ from chroma_jax.schedule import NOTHING
 from chroma_jax.streaming.compatibility import is_reference
 from chroma_jax.streaming.load import load_run
 from chroma_jax.streaming.prefill import Prompt
-from chroma_jax.streaming.prompt import BUCKETS
+from chroma_jax.streaming.prompt import BUCKETS, make_prompt
 from chroma_jax.streaming.sampling import Sampling
 from chroma_jax.streaming.state import Capacity, StreamState
-from chroma_jax.streaming.stream import Speaker
+from chroma_jax.streaming.stream import Speaker, settings
+from data_pipelines import audio
+from data_pipelines.tokenizer import encoder
 
 FORMAT = 1  # of artefact.json
 KNOWN = ("cpu", "tpu", "cuda", "rocm")
@@ -110,8 +114,9 @@ def export_stablehlo(
         programs = export_programs(speaker, weights, prompt, sizes.max_frames, platforms)
         for name, program in programs.items():
             (folder / f"{name}.jax_export").write_bytes(program.serialize())
-        save_file({name: np.asarray(x) for name, x in weights.items()}, folder / WEIGHTS)
-        (folder / WEIGHTS).chmod(0o644)  # safetensors' own files are for their owner only
+        write_safetensors(
+            folder / WEIGHTS, [Output(n, x.shape, str(x.dtype), partial(np.asarray, x)) for n, x in weights.items()]
+        )
         shutil.copyfile(run / TOKENIZER, folder / TOKENIZER)
         told = description(model.config, config.reply.dtype, sizes, programs)
         (folder / DESCRIPTION).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
@@ -272,6 +277,35 @@ def signature(name: str, program: export.Exported) -> dict:
 
 
 # Prompts
+
+
+def write_prompt(run: Path, config: Config, artefact: Path, question: Path, reference: Path, transcript: str, dest: Path) -> str:
+    """Writes ``dest``, from which every row of an artefact answers a recording in the reference's voice.
+
+    run, config: of the model that the artefact was made from, whose Codec and tokenizer are used; ``config.reply`` says how codes
+    are chosen, the rows having different random keys. Returns a line that says what was written. Raises: ChromaError for input
+    that is missing or does not fit the artefact; nothing is written then.
+    """
+    if dest.suffix != ".safetensors" or dest.exists():
+        raise ChromaError(f"{dest}: {'exists already' if dest.exists() else 'not a file NAME.safetensors'}; choose another file")
+    rows = input_shapes(artefact)["prompt/text_length"].shape[0]
+    model, codec, tokenizer = load_run(run, config)
+    asked = audio.load(question, audio.REASONER_RATE, max_seconds=FeatureConfig().max_seconds)
+    prompt = make_prompt(
+        model.config,
+        encoder(tokenizer),
+        question=asked,
+        reference_codes=Speaker(model, codec).encode(audio.load_reference(reference, model.config.codec.sampling_rate)),
+        transcript=transcript,
+        system=config.data.system,
+    )
+    r = config.reply
+    sampling, keys = settings(rows, temperature=r.temperature, top_k=r.top_k, seed=r.seed)
+    dest.parent.mkdir(parents=True, exist_ok=True)
+    aside = dest.with_suffix(".partial")
+    save_prompt(artefact, aside, [prompt] * rows, sampling, keys)
+    aside.rename(dest)
+    return f"{dest}: a question of {len(asked) / audio.REASONER_RATE:.1f} s for {rows} row{'s' if rows > 1 else ''}"
 
 
 def save_prompt(artefact: Path, dest: Path, prompts: Sequence[Prompt], sampling: Sampling, keys: jax.Array) -> None:

@@ -17,12 +17,14 @@ from tqdm import tqdm
 
 from chroma_jax.config import Config, ReplyConfig
 from chroma_jax.errors import ChromaError
-from chroma_jax.features import FeatureConfig, resample_sinc
+from chroma_jax.features import FeatureConfig
+from chroma_jax.models.chroma import Chroma
 from chroma_jax.schedule import NOTHING
 from chroma_jax.streaming.load import load_run
 from chroma_jax.streaming.picture import Picture, Recording, draw
 from chroma_jax.streaming.prefill import Prompt
 from chroma_jax.streaming.prompt import make_prompt, stack
+from chroma_jax.streaming.running import deviation
 from chroma_jax.streaming.stream import Speaker, counted_compilations, settings
 from chroma_jax.training.metrics import read_lines
 from data_pipelines import audio
@@ -61,7 +63,7 @@ def reply(run: Path, config: Config, question: Path, reference: Path, transcript
     speaker = Speaker(model, codec, config.reply.dtype, config.reply.compatibility)
     rate = model.config.codec.sampling_rate
     asked = audio.load(question, audio.REASONER_RATE, max_seconds=FeatureConfig().max_seconds)
-    voice = reference_wave(reference, rate)
+    voice = audio.load_reference(reference, rate)
     max_frames = int(config.reply.max_seconds * model.config.codec.frame_rate)
     if max_frames < 1:
         raise ChromaError(f"reply.max_seconds {config.reply.max_seconds:g} is less than one frame")
@@ -108,6 +110,7 @@ def reply(run: Path, config: Config, question: Path, reference: Path, transcript
         "temperature": config.reply.temperature,
         "top_k": config.reply.top_k,
         "seed": config.reply.seed,
+        "running_maximum": listening(asked, model),
         "losses": losses,
     }
     picture = Picture(
@@ -134,13 +137,12 @@ def reply(run: Path, config: Config, question: Path, reference: Path, transcript
     return summary
 
 
-def reference_wave(path: Path, rate: int) -> np.ndarray:
-    """A reference recording at the Codec's rate, resampled as the reference implementation does: float32 [S]."""
-    try:
-        source = soundfile.info(str(path)).samplerate
-    except (soundfile.SoundFileError, OSError):
-        source = rate  # `load` says what is wrong with it
-    return resample_sinc(audio.load(path, source, max_seconds=FeatureConfig().max_seconds), source, rate)
+def listening(wave: np.ndarray, model: Chroma) -> dict:
+    """How far the Reasoner's hearing of a question would be off, had it been heard while it was spoken, as a live front end does
+    it, with the loudest value so far in place of the whole question's: largest and root mean square, relative to the level."""
+    found = deviation(wave, model.reasoner.audio, FeatureConfig(mel_bins=model.config.reasoner.audio.mel_bins))
+    kinds = {"features": found.mel, "encoder_outputs": found.outputs}
+    return {name: {"max": round(x.max, 6), "relative": round(x.relative, 6)} for name, x in kinds.items()}
 
 
 def warm_up(speaker: Speaker, prompt: Prompt, config: ReplyConfig, max_frames: int) -> None:
