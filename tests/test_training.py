@@ -19,6 +19,7 @@ from chroma_jax.config import dump
 from chroma_jax.errors import ChromaError
 from chroma_jax.layers.sharding import AxisRules, MeshConfig, make_mesh, state_shardings
 from chroma_jax.models.chroma import Chroma
+from chroma_jax.paths import values
 from chroma_jax.training.checkpoint import Checkpoints
 from chroma_jax.training.loss import LossConfig, choose_frames, cross_entropy, frame_losses
 from chroma_jax.training.metrics import read_lines
@@ -226,6 +227,23 @@ def test_a_run_goes_on_on_another_mesh(tiny_prepared, straight, tmp_path):
     for a, b in zip(ours, theirs, strict=True):
         # sums in another order, and Adam turns tiny gradients into steps of full size
         assert a["train/loss"] == pytest.approx(b["train/loss"], rel=1e-3)
+
+
+def test_the_second_stage_starts_from_the_firsts_weights_with_more_of_them_frozen(tiny_prepared, straight, tmp_path, capsys):
+    config, prepared = tiny_prepared
+    second = replace(replace(config, "optimizer.freeze", ("reasoner/", "backbone/")), "training.steps", 1)
+    state = train(second, tmp_path / "run", prepared, start=straight[0])
+    assert "starting from" in capsys.readouterr().out and int(state.step) == 1
+    with Checkpoints(straight[0], config.checkpoint, access="read") as checkpoints:
+        first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        held = {p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=first) for p, x in checkpoints.held().items()}
+        before = checkpoints.restore_weights(held)
+    for path, x in values(state.frozen).items():
+        np.testing.assert_array_equal(x, before[path], err_msg=path)
+    trained = values(state.trained)
+    assert {path.split("/")[0] for path in trained} == {"decoder", "audio_embedding"}
+    for path, x in trained.items():  # one step of Adam at a learning rate of 0.01, and weight decay
+        assert 0 < np.abs(x - before[path]).max() < 0.02, path
 
 
 def test_a_finished_run_is_left_as_it_is(tiny_prepared, straight, capsys):
