@@ -29,8 +29,15 @@ from chroma_jax.streaming.load import exported_config
 from chroma_jax.training.checkpoint import Checkpoints
 
 pytestmark = pytest.mark.slow
-torch = pytest.importorskip("torch", reason="the upstream classes need the dev extra")
-transformers = pytest.importorskip("transformers", reason="the upstream classes need the dev extra")
+torch = transformers = None  # imported when a test runs, so that the fast tests need neither
+
+
+@pytest.fixture(scope="module", autouse=True)
+def upstream():
+    global torch, transformers
+    import torch
+    import transformers
+
 
 LEVELS, VOCABULARY = 4, 67
 # float32, two implementations that add up in different orders; values are around 1
