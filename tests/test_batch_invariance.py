@@ -226,19 +226,37 @@ def test_each_row_of_a_batch_says_what_it_says_alone(programs):
 
 
 def test_stepwise_logits_in_a_batch_are_those_of_teacher_forcing(programs):
+    """The cached and the whole pass add up in different orders, and here and there these random models make much of it: so a
+    position may differ by the golden suite's tolerance for float32 logits, or by four times what half a unit in the last place
+    of every weight changes at that very position."""
+    nudged = [rounded_otherwise(programs.model, seed) for seed in range(4)]
+
     def check(rows: list[Row], said: list[Said]) -> None:
         for row, ours in zip(rows, said):
             if not ours.frame_logits:
                 continue
             codes = np.array(ours.codes, np.int32).reshape(-1, LEVELS)
-            text, frames = jax.device_get(rescored(programs.model, row.case.packed(ours.fed_tokens, codes)))
-            pairs = (text, ours.token_logits, TOKEN_SCALE), (frames, ours.frame_logits, CODE_SCALE)
-            for expected, found, scale in pairs:
-                # the golden suite's tolerance for float32 logits, which these are but for the scale: the cached and the whole
-                # pass add up in different orders
-                np.testing.assert_allclose(np.array(found) / scale, expected[: len(found)] / scale, rtol=0, atol=2e-4)
+            packed = row.case.packed(ours.fed_tokens, codes)
+            whole, *others = (jax.device_get(rescored(model, packed)) for model in (programs.model, *nudged))
+            for i, (found, scale) in enumerate([(ours.token_logits, TOKEN_SCALE), (ours.frame_logits, CODE_SCALE)]):
+                difference = farthest((np.array(found) - whole[i][: len(found)]) / scale)
+                rounding = np.max([farthest((other[i] - whole[i])[: len(found)] / scale) for other in others], axis=0)
+                assert (difference <= np.maximum(2e-4, 4 * rounding)).all(), (difference, rounding)
 
     conversations(check, programs, 8)
+
+
+def rounded_otherwise(model: Chroma, seed: int) -> Chroma:
+    """Every weight half a unit in the last place up or down."""
+    rng = np.random.default_rng(seed)
+    graph, state = nnx.split(model)
+    nudge = lambda x: jnp.asarray(x * (1 + 2.0**-24 * rng.choice([-1, 1], x.shape)), jnp.float32)
+    return nnx.merge(graph, jax.tree.map(nudge, state))
+
+
+def farthest(difference: np.ndarray) -> np.ndarray:
+    """The largest absolute value at each position: [T, …] → [T]."""
+    return np.abs(difference).reshape(len(difference), -1).max(axis=1)
 
 
 def test_rows_come_and_go_without_compiling_anew(programs):
