@@ -43,6 +43,21 @@ def written_aside(dest: Path) -> Iterator[Path]:
         raise
 
 
+@contextlib.contextmanager
+def replaced_files(dest: Path) -> Iterator[Path]:
+    """A folder beside ``dest`` to write into; when the block ends, its files take the places of those of the same names in
+    ``dest``, which is made when absent. Nothing is changed when the block raises."""
+    dest.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{dest.name}.", dir=dest.parent))
+    try:
+        yield aside
+        dest.mkdir(exist_ok=True)
+        for path in sorted(aside.iterdir()):
+            os.replace(path, dest / path.name)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
 def write_json(path: Path, value) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 

@@ -2,8 +2,8 @@
 
     python serve_artefact.py ARTEFACT PROMPT OUT
 
-ARTEFACT: folder that ``chroma-jax export --format stablehlo`` wrote. PROMPT: safetensors file that ``save_prompt`` of
-chroma_jax/convert/stablehlo.py wrote. OUT: folder for frames.npz and, for each row, ROW.wav.
+ARTEFACT: folder that ``chroma-jax export --format stablehlo`` wrote. PROMPT: safetensors file that ``chroma-jax prompt`` wrote.
+OUT: folder for frames.npz and, for each row, ROW.wav.
 """
 
 import json

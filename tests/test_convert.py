@@ -460,6 +460,14 @@ def test_two_sources_that_do_not_fit_are_both_listed(checkpoints, tmp_path):
     refused([first, second], tmp_path, "misshapen: thinker.lm_head.weight", "misshapen: downsample.conv.weight")
 
 
+def test_what_two_sources_would_keep_unused_is_kept_once(checkpoints, source, tmp_path):
+    qwen_source, _ = checkpoints["Qwen2.5-Omni"]
+    run = imported(tmp_path / "run", source, qwen_source, unused="keep")
+    kept = load_file(run / "unused.safetensors")
+    assert set(kept) == {*VISION, "thinker.visual.blocks.0.weight"}
+    assert all(kept[name].tobytes() == all_in(source)[name].tobytes() for name in VISION)
+
+
 def test_another_models_config_is_named_by_field(checkpoints, tmp_path):
     source = write(
         tmp_path / "source", all_in(checkpoints["CSM in Hugging Face's naming"][0]), csm_config() | {"num_hidden_layers": 9}

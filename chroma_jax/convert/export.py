@@ -1,6 +1,7 @@
 """A run's newest checkpoint, or what was imported, as a folder in the released model's layout."""
 
 import json
+import math
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -66,6 +67,7 @@ def stored_weights(run: Path, config: Config) -> dict[str, jax.Array]:
         held = checkpoints.held()
         check_complete(run, expected.keys() - held.keys())
         wanted = {path: jax.ShapeDtypeStruct(shape, held[path].dtype, sharding=first) for path, shape in expected.items()}
+        print(f"reading {run}: {sum(math.prod(x.shape) * x.dtype.itemsize for x in wanted.values()) / 1e9:.2f} GB of weights")
         weights = checkpoints.restore_weights(wanted)
     return weights | values(read_codec(run / CODEC, config.model), "codec/")
 

@@ -118,20 +118,26 @@ def import_sources(plan: Plan, dest: Path, unused: str = "leave") -> str:
     manifests = [str(a.source) for a in plan.accounts if any(t.file is None for t in a.header.values())]
     if manifests:
         raise ChromaError(f"{', '.join(manifests)}: a manifest has no weights; it can be imported with --dry-run only")
-    carried = [(a, name) for a in plan.accounts for name in a.carried] if unused == "keep" else []
-    size = sum(t.nbytes for a in plan.accounts for t in _read(a)) + sum(a.header[n].nbytes for a, n in carried)
+    carried: dict[str, tuple[Account, str]] = {}  # released name → the first source that has it, and its name there
+    for a in plan.accounts if unused == "keep" else ():
+        carried = {released: (a, name) for name, released in a.carried.items()} | carried
+    read = [tensor for a in plan.accounts for tensor in _tensors(a)]
+    size = sum(x.nbytes for x in read) + sum(a.header[name].nbytes for a, name in carried.values())
     with written_aside(dest) as folder, tqdm(total=size, unit="B", unit_scale=True, desc="import") as bar:
         speaking = place(plan)
         weights: dict[str, jax.Array] = {}
         for a in plan.accounts:
             weights |= read_weights([r for r in a.rows if r.part != "codec"], a.header, speaking, bar.update)
         if weights:
+            bar.set_postfix_str("writing the checkpoint")
             with Checkpoints(folder, plan.config.checkpoint) as checkpoints:
                 checkpoints.save_weights(weights)
+            bar.set_postfix_str("")
         del weights
         _write_codec(plan, folder / CODEC, bar.update)
         if carried:
-            write_safetensors(folder / UNUSED, [copied(a.header[n], n, a.carried[n]) for a, n in carried], bar.update)
+            kept = [copied(a.header[name], name, released) for released, (a, name) in carried.items()]
+            write_safetensors(folder / UNUSED, kept, bar.update)
         for name in BESIDE:
             found = [path for a in plan.accounts if (path := a.source / name).is_file()]
             if found:
@@ -142,8 +148,7 @@ def import_sources(plan: Plan, dest: Path, unused: str = "leave") -> str:
         (folder / "config.txt").write_text(configs.dump(plan.config))
         write_json(folder / "import.json", [{"source": a.source.name, "account": a.lines()[1:]} for a in plan.accounts])
     lacks = [] if (dest / "tokenizer.json").is_file() else [f"no source has a tokenizer.json; put one into {dest}"]
-    read = sum(1 for a in plan.accounts for _ in _read(a))
-    return "; ".join([f"{dest}: {read} tensors" + (f", and {len(carried)} unused ones" if carried else ""), *lacks])
+    return "; ".join([f"{dest}: {len(read)} tensors" + (f", and {len(carried)} unused ones" if carried else ""), *lacks])
 
 
 def place(plan: Plan) -> dict[str, jax.ShapeDtypeStruct]:
@@ -171,7 +176,7 @@ def _write_codec(plan: Plan, file: Path, progress: Callable[[int], object]) -> N
             write_safetensors(file, list(outputs(weights, codec_rows(plan.config.model))))
 
 
-def _read(a: Account) -> Iterator[Tensor]:
+def _tensors(a: Account) -> Iterator[Tensor]:
     for row in a.rows:
         for name in row.foreign_names():
             yield a.header[stored_name(row, name, a.header)]

@@ -2,9 +2,6 @@
 
 import dataclasses
 import json
-import os
-import shutil
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +15,7 @@ from tqdm import tqdm
 from chroma_jax.config import Config, ReplyConfig
 from chroma_jax.errors import ChromaError
 from chroma_jax.features import FeatureConfig
+from chroma_jax.files import replaced_files
 from chroma_jax.models.chroma import Chroma
 from chroma_jax.schedule import NOTHING
 from chroma_jax.streaming.load import load_run
@@ -127,13 +125,11 @@ def reply(run: Path, config: Config, question: Path, reference: Path, transcript
         caption=caption(summary),
     )
 
-    def write(folder: Path) -> None:
+    with replaced_files(Path(out)) as folder:
         soundfile.write(folder / "reply.wav", audio.to_int16(spoken.wave), rate, subtype="PCM_16")
         (folder / "reply.txt").write_text(summary["text"] + "\n", encoding="utf-8")
         (folder / "summary.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         draw(picture, folder / "reply.png")
-
-    write_aside(Path(out), write)
     return summary
 
 
@@ -264,16 +260,3 @@ def caption(summary: dict) -> str:
     if summary["rtf_steady"] is not None:
         parts.append(f"real-time factor {summary['rtf_steady']:.2f}")
     return "   ·   ".join([*parts, f"{summary['device']}, {summary['dtype']}"])
-
-
-def write_aside(out: Path, write: Callable[[Path], None]) -> None:
-    """Has ``write`` fill a folder beside ``out``, then renames its files into ``out``."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        write(aside)
-        out.mkdir(exist_ok=True)
-        for path in sorted(aside.iterdir()):
-            os.replace(path, out / path.name)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
