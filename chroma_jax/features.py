@@ -125,8 +125,8 @@ class LogPower:
     """log10 of the mel power of one recording, computed while it arrives in pieces of any size.
 
     The window of frame t is centred on sample t · hop. The left edge is reflected; the recording is followed by zeros, up to
-    ``config.max_seconds``. A frame's window is full n_fft / 2 samples after its centre. Every frame is computed once, and
-    samples are kept only until then.
+    ``config.max_seconds``, where the right edge is reflected too. A frame's window is full n_fft / 2 samples after its centre.
+    Every frame is computed once, and samples are kept only until then.
 
     at_once: that many frames are computed together, since a call costs as much as some ten frames.
     """
@@ -160,8 +160,11 @@ class LogPower:
             raise ChromaError("log_mel: the recording holds no samples")
         total = min((samples + half) // c.hop + 1, c.max_samples // c.hop)
         left = max(total - self.frames, 0)
+        end = (total - 1) * c.hop + half  # of the last frame's window
         # at least one sample more than half a window: the reflection of a shorter recording sees the padding
-        self._pieces.add(np.zeros(max((total - 1) * c.hop + half - samples, half + 1 - samples, 0)))
+        self._pieces.add(np.zeros(max(min(end, c.max_samples) - samples, half + 1 - samples, 0)))
+        if end > c.max_samples:  # the padding ends there, and is reflected in its turn
+            self._pieces.add(self._pieces.joined()[::-1][1 : end - c.max_samples + 1])
         return self._compute(1)[:left]
 
     def _compute(self, at_once: int) -> np.ndarray:

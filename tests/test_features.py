@@ -113,7 +113,7 @@ def stated(wave: np.ndarray, config: FeatureConfig) -> np.ndarray:
 
 @settings(deadline=None, max_examples=60)
 @given(
-    samples=st.sampled_from(EDGES) | st.integers(1, 15_000),
+    samples=st.sampled_from(EDGES) | st.integers(1, 16_000) | st.integers(15_900, 16_000),
     cuts=st.lists(st.integers(0, 15_000), max_size=12),
     at_once=st.sampled_from([1, 4]),
     config=st.sampled_from([SECOND, SPARSE]),
@@ -121,6 +121,8 @@ def stated(wave: np.ndarray, config: FeatureConfig) -> np.ndarray:
 )
 @example(samples=1, cuts=[], at_once=1, config=SPARSE, click=0)
 @example(samples=1600, cuts=[700], at_once=1, config=SECOND, click=30)
+@example(samples=16_000, cuts=[], at_once=1, config=SECOND, click=30)
+@example(samples=15_970, cuts=[15_900], at_once=4, config=SPARSE, click=0)
 def test_features_in_pieces_of_any_size_are_those_of_the_whole(samples, cuts, at_once, config, click):
     wave, stream = NOISE[:samples].copy(), LogPower(config, at_once)
     wave[-1] += click
