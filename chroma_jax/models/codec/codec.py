@@ -197,6 +197,10 @@ class Codec(nnx.Module):
         self._check_levels(codes)
         return self._decode(codes, dtype, Carry(), self._attend_whole)
 
+    def sound(self, quantized: jax.Array) -> jax.Array:
+        """`decode` from what the quantizer gives, [B, F, D], or from latents. Returns audio [B, F · samples_per_frame]."""
+        return self._sound(quantized, Carry(), self._attend_whole).audio
+
     def encoder_state(
         self, batch: int, dtype=jnp.float32, *, frames_per_step: int = 4, max_frames: int | None = None
     ) -> CodecState:
@@ -263,8 +267,12 @@ class Codec(nnx.Module):
             return self.quantizer.encode(latents, count)
 
     def _decode(self, codes, dtype, carry, attend) -> DecodeStages:
-        with jax.named_scope("codec_decode"):
+        with jax.named_scope("codec_dequantize"):
             quantized = self.quantizer.decode(codes, dtype)
+        return self._sound(quantized, carry, attend)
+
+    def _sound(self, quantized, carry, attend) -> DecodeStages:
+        with jax.named_scope("codec_decode"):
             upsampled = quantized if self.upsample is None else self.upsample(quantized, carry)
             hidden = attend(self.decoder_transformer, upsampled)
             return DecodeStages(quantized, upsampled, hidden, self.decoder(hidden, carry)[..., 0])

@@ -1,0 +1,107 @@
+"""Multi-scale STFT discriminator (Défossez et al., arXiv 2210.13438, section 3.4): one judge per window length, each a stack of
+two-dimensional convolutions over time and frequency of the complex spectrogram."""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from chroma_jax.layers.linear import in_use, normal, ones, weight, zeros
+from chroma_jax.training.codec.spectra import stft
+
+
+@dataclasses.dataclass(frozen=True)
+class DiscriminatorConfig:
+    """windows: of the spectrograms, in samples; hops are a quarter. filters: channels. dilations: in time, of the layers that
+    also halve the frequencies."""
+
+    windows: tuple[int, ...] = (2048, 1024, 512, 256, 128)
+    filters: int = 32
+    dilations: tuple[int, ...] = (1, 2, 4)
+
+    def __post_init__(self):
+        if not self.windows or min(self.windows) < 16 or any(w % 4 for w in self.windows):
+            raise ValueError(f"windows must be multiples of 4 of at least 16 samples, got {self.windows}")
+        if self.filters < 1 or not self.dilations or min(self.dilations) < 1:
+            raise ValueError(f"filters {self.filters} and dilations {self.dilations} must be at least 1")
+
+
+class Verdict(NamedTuple):
+    """logits: [B, T, W], positive where the sound is taken for real. features: of every layer before, [B, T, W, C] each."""
+
+    logits: jax.Array
+    features: tuple[jax.Array, ...]
+
+
+class Conv2d(nnx.Module):
+    """Convolution over [B, T, W, in] with weight normalisation: kernel = gain · direction / |direction| per output channel
+    (Salimans and Kingma, arXiv 1602.07868)."""
+
+    def __init__(
+        self,
+        rngs: nnx.Rngs,
+        inputs: int,
+        outputs: int,
+        kernel: tuple[int, int],
+        stride: int = 1,
+        dilation: int = 1,
+        gain: float = 1.0,
+    ):
+        """stride: in frequency; dilation: in time. gain: of the start, where outputs have gain times the inputs' level."""
+        dims = (("kernel", kernel[0]), ("kernel", kernel[1]), ("channels", inputs), ("channels", outputs))
+        self.direction = weight(rngs, dims, normal(1.0))
+        scaled = lambda key, shape, dtype: gain * ones(key, shape, dtype)
+        self.gain = weight(rngs, {"channels": outputs}, scaled)
+        self.bias = weight(rngs, {"channels": outputs}, zeros)
+        self.stride, self.dilation = (1, stride), (dilation, 1)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Returns [B, T, ⌈W / stride⌉, out]."""
+        direction = in_use(self.direction, jnp.float32)
+        length = jnp.sqrt(jnp.sum(jnp.square(direction), axis=(0, 1, 2)) + 1e-12)
+        kernel = (direction * (in_use(self.gain, jnp.float32) / length)).astype(x.dtype)
+        y = jax.lax.conv_general_dilated(
+            x, kernel, self.stride, "SAME", rhs_dilation=self.dilation, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return y + in_use(self.bias, x.dtype)
+
+
+class StftDiscriminator(nnx.Module):
+    """One judge."""
+
+    def __init__(self, rngs: nnx.Rngs, config: DiscriminatorConfig, window: int):
+        self.window, filters = window, config.filters
+        # a leaky ELU's or ReLU's outputs have about 0.7 of its inputs' level, which the gain makes up for
+        gain = math.sqrt(2)
+        layers = [Conv2d(rngs, 2, filters, (3, 9))]
+        layers += [Conv2d(rngs, filters, filters, (3, 9), stride=2, dilation=d, gain=gain) for d in config.dilations]
+        layers += [Conv2d(rngs, filters, filters, (3, 3), gain=gain)]
+        self.layers = nnx.List(layers)
+        self.judge = Conv2d(rngs, filters, 1, (3, 3))
+
+    def __call__(self, wave: jax.Array) -> Verdict:
+        """wave: float32 [B, S]."""
+        spectrum = stft(wave, self.window, self.window // 4)
+        x, features = jnp.stack([spectrum.real, spectrum.imag], axis=-1), []
+        for layer in self.layers:
+            x = jax.nn.leaky_relu(layer(x), 0.2)
+            features.append(x)
+        return Verdict(self.judge(x)[..., 0], tuple(features))
+
+
+class Discriminator(nnx.Module):
+    """All judges."""
+
+    def __init__(self, rngs: nnx.Rngs, config: DiscriminatorConfig = DiscriminatorConfig()):
+        self.judges = nnx.List([StftDiscriminator(rngs, config, window) for window in config.windows])
+
+    def __call__(self, wave: jax.Array) -> list[Verdict]:
+        """wave: float32 [B, S]. Returns one verdict per window."""
+        verdicts = []
+        for judge in self.judges:
+            with jax.named_scope(f"stft{judge.window}"):
+                verdicts.append(judge(wave))
+        return verdicts
