@@ -396,7 +396,7 @@ def test_training_refuses_weights_of_another_model_and_says_the_flags(checkpoint
 def test_a_run_starts_from_an_import_and_leaves_it_alone(source, tiny_prepared, onto, tmp_path, capsys):
     config, prepared = tiny_prepared
     finite = write(tmp_path / "finite", {name: np.full_like(x, 0.01) for name, x in all_in(source).items()})
-    start = imported(tmp_path / "imported", finite, config=config)
+    start = imported(tmp_path / "imported", finite, config=config, unused="keep")
     before = {p: p.read_bytes() for p in start.rglob("*") if p.is_file()}
     flags = ["--prepared", str(prepared), "--data.corpus", config.data.corpus, "--training.steps", "1"]
     assert main(["train", onto, str(tmp_path / "run"), *flags, "--start", str(start)]) == 0
@@ -404,6 +404,10 @@ def test_a_run_starts_from_an_import_and_leaves_it_alone(source, tiny_prepared, 
     assert {p: p.read_bytes() for p in start.rglob("*") if p.is_file()} == before
     embedding = weights_of(tmp_path / "run")["reasoner/embedding/table"]
     assert np.abs(embedding - 0.01).max() < 0.02  # one step of Adam at a learning rate of 0.01 away
+    (tmp_path / "run" / "codec.safetensors").write_bytes((start / "codec.safetensors").read_bytes())  # the data has none
+    export(tmp_path / "run", tmp_path / "back")
+    back, given = all_in(tmp_path / "back"), all_in(finite)
+    assert back.keys() == given.keys() and all(back[name].tobytes() == given[name].tobytes() for name in VISION)
     assert main(["train", onto, str(shutil.copytree(start, tmp_path / "copy")), *flags]) == 2
     assert "weights alone, as an import leaves them; train another run folder with --start" in capsys.readouterr().err
 

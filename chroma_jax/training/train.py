@@ -50,7 +50,7 @@ def train(config: Config, run: Path, prepared: Path, start: Path | None = None) 
         trainer = make_trainer(config.model, config.optimizer, config.loss, config.precision, t.seed, mesh)
         given = start if start is not None and not has_checkpoint(run) else None
         weights = {} if given is None else starting_weights(config, trainer, given)
-        keep(config, prepared, run)
+        keep(config, prepared, run, given)
         with Checkpoints(run, config.checkpoint) as checkpoints:
             if checkpoints.latest is None:
                 state, step = trainer.init(weights), 0
@@ -144,7 +144,7 @@ def check_run(config: Config, run: Path) -> None:
         raise ChromaError(f"{run}: exists and is not a run folder (no config.txt in it)")
 
 
-def keep(config: Config, prepared: Path, run: Path) -> None:
+def keep(config: Config, prepared: Path, run: Path, start: Path | None = None) -> None:
     """Writes config.txt, and copies what a reply or an export needs beside the weights: a run folder is complete in itself."""
     if jax.process_index() > 0:
         return
@@ -152,11 +152,13 @@ def keep(config: Config, prepared: Path, run: Path) -> None:
     aside = run / "config.txt.tmp"
     aside.write_text(configs.dump(config))
     aside.replace(run / "config.txt")
-    for name in ("tokenizer.json", "dataset.json", "codec.safetensors"):
-        if (prepared / name).is_file():
-            aside = run / f"{name}.tmp"
-            shutil.copyfile(prepared / name, aside)
-            aside.replace(run / name)
+    wanted = [prepared / name for name in ("tokenizer.json", "dataset.json", "codec.safetensors")]
+    if start is not None:  # what an import kept for the export
+        wanted += [start / name for name in ("unused.safetensors", "source_config.json")]
+    for file in filter(Path.is_file, wanted):
+        aside = run / f"{file.name}.tmp"
+        shutil.copyfile(file, aside)
+        aside.replace(run / file.name)
 
 
 def place(batch: Batch, trainer: Trainer) -> Batch:
