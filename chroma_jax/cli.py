@@ -105,9 +105,9 @@ class Export:
 
     run: run folder, or an imported one (for an artefact also an exported one). dest: folder to write. format: "huggingface", or
     "stablehlo" for the compiled streaming programs, which need no model code. For huggingface, dtype: of the weights, "stored"
-    keeps every bit; shard_gb: largest file. For stablehlo, dtype: "stored" means float32; platforms, and the sizes that the
-    programs are made for: rows, conversations at once; question_seconds, the longest question; text and voice, positions of the
-    question's and the voice prompt's text and sound; max_frames of a reply.
+    keeps every bit; shard_gb: largest file. For stablehlo, dtype: "stored" means the run's reply.dtype; platforms, and the sizes
+    that the programs are made for: rows, conversations at once; question_seconds, the longest question; text and voice, positions
+    of the question's and the voice prompt's text and sound; max_frames of a reply.
     """
 
     run: Positional[Path]
@@ -228,8 +228,8 @@ def export_artefact(args: Export) -> int:
     from chroma_jax.convert.stablehlo import Sizes, export_stablehlo
 
     config = run_configuration([str(args.run)])
-    dtype = "float32" if args.dtype == "stored" else args.dtype
-    config = dataclasses.replace(config, reply=dataclasses.replace(config.reply, dtype=dtype))
+    if args.dtype != "stored":
+        config = dataclasses.replace(config, reply=dataclasses.replace(config.reply, dtype=args.dtype))
     sizes = Sizes(args.rows, args.question_seconds, args.text, args.voice, args.max_frames)
     print(export_stablehlo(args.run, args.dest, config, sizes, args.platforms))
     return 0

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import importlib.util
+import re
 import types
 import typing
 from pathlib import Path
@@ -104,6 +105,12 @@ def fields(config: Any, prefix: str = "") -> dict[str, Any]:
         else:
             out[name] = value
     return out
+
+
+def concerns_weights(name: str) -> bool:
+    """Whether a field of the model's configuration is a property of its weights, rather than of how they are computed with or
+    where they lie. name: dotted, as of `fields`."""
+    return not re.search(r"(^|\.)(remat|rules\..*)$", name)
 
 
 def dump(config: Config) -> str:

@@ -18,6 +18,7 @@ from jax import export
 from safetensors.flax import load_file
 from safetensors.numpy import save_file
 from tiny import model as tiny_model
+from tiny_speaker import drawn
 
 from chroma_jax.cli import main
 from chroma_jax.config import Config, ReplyConfig
@@ -45,18 +46,6 @@ CONFIG = tiny_model()
 # more room than the prompts need, and other than `stack` would give them: padding must not be heard
 SIZES = Sizes(rows=3, question_seconds=2.5, text=140, voice=135, max_frames=9)
 SAMPLING = Sampling(np.array([0, 1, 0.7], np.float32), np.array([5, 0, 5], np.int32))  # the first row is greedy
-
-
-def drawn(make, rng: np.random.Generator) -> nnx.Module:
-    """A module with random weights, drawn by numpy: compiling its own initialisation takes longer."""
-    graph, state = nnx.split(nnx.eval_shape(make))
-
-    def one(path, variable):
-        ones = path[-1] in ("scale", "cluster_usage", "initialized")
-        value = np.ones(variable.shape) if ones else rng.normal(0, variable.shape[-1] ** -0.5, variable.shape)
-        return variable.replace(jnp.asarray(value, jnp.float32))
-
-    return nnx.merge(graph, nnx.from_flat_state([(path, one(path, v)) for path, v in nnx.to_flat_state(state)]))
 
 
 def prompts() -> list[Prompt]:

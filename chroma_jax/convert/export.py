@@ -43,7 +43,7 @@ def export(run: Path, dest: Path, dtype: DType = "stored", shard_bytes: int = 4 
         weights = stored_weights(run, config)
         tensors = tensors_of(config, weights, run / UNUSED, dtype)
         size = write_shards(folder, tensors, shard_bytes)
-        write_json(folder / "config.json", exported_config(run, config, dtype))
+        write_json(folder / "config.json", config_json(run, config, dtype))
         for name in BESIDE:
             if (run / name).is_file():
                 shutil.copyfile(run / name, folder / name)
@@ -98,7 +98,7 @@ def write_shards(folder: Path, tensors: Iterable[Output], shard_bytes: int) -> i
     return total
 
 
-def exported_config(run: Path, config: Config, dtype: DType) -> dict:
+def config_json(run: Path, config: Config, dtype: DType) -> dict:
     """``config.json``. What an imported one says beyond what we know, as of vision, is kept."""
     ours = to_hf(config.model, "float32" if dtype == "stored" else dtype)
     source = run / SOURCE_CONFIG

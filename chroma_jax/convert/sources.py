@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from chroma_jax.config import fields
+from chroma_jax.config import concerns_weights, fields
 from chroma_jax.convert import hf_config, names
 from chroma_jax.convert.names import Row
 from chroma_jax.convert.weights import DTYPES, Header, abstract_codec, import_weights, problems, read_header, stored_name
@@ -20,8 +20,6 @@ from chroma_jax.models.codec import Codec
 PARTS = ("reasoner", "backbone", "decoder", "codec")
 # What a source knows better than the configuration that it is imported onto: the weights were trained so.
 ADOPTED = re.compile(r".*\b(rope\..*|norm_eps|layer_scale|window)$")
-# What is no property of the weights, or may be smaller with us.
-OURS = re.compile(r".*\b(remat|rules\..*)$|quantizer\.num_codebooks$")
 Said = dict[str, Any]  # part → its configuration, as a source's config.json says it
 
 
@@ -31,8 +29,7 @@ class Naming:
 
     sign: a regular expression that some tensor name matches in this family only. prefixes: what may stand before all names.
     required, optional: the parts that it holds. rows: the table, given our configuration and the prefix. unused: (regular
-    expression, why it is not read). carried: a regular expression of those unused tensors that a released checkpoint has too, so
-    that an export can hold them again. said: what its config.json says of each part.
+    expression, why it is not read). said: what its config.json says of each part.
     """
 
     title: str
@@ -43,7 +40,6 @@ class Naming:
     optional: tuple[str, ...] = ()
     prefixes: tuple[str, ...] = ("",)
     unused: tuple[tuple[str, str], ...] = ()
-    carried: str = r"(thinker\.)?visual\."
 
 
 VISION = (r"(thinker\.)?visual\.", "vision, which a speaking model does not have")
@@ -223,7 +219,7 @@ def account(
             theirs, ours = header[stored_name(row, row.foreign, header)].shape[0], shapes[row.path][0]
             if theirs > ours:
                 notes.append(f"{row.foreign}: the first {ours} of {theirs} rows")
-    kept = [name for name in unused if re.match(naming.carried, name) and header[name].dtype in DTYPES]
+    kept = [name for name in unused if re.match(VISION[0], name) and header[name].dtype in DTYPES]
     carried = {name: name if name.startswith("thinker.") else f"thinker.{name}" for name in kept}
     return Account(Path(source), naming.title, rows, header, unused, carried, notes)
 
@@ -241,7 +237,7 @@ def adopt(
 
     Raises: ChromaError listing the sizes in which the source differs from ``model``.
     """
-    config, notes, problems = read_config(source), [], []
+    config, notes, wrong = read_config(source), [], []
     try:
         said = {} if config is None else naming.said(config)
     except (KeyError, ValueError) as e:
@@ -257,16 +253,16 @@ def adopt(
             continue
         ours, before = getattr(model, part), fields(getattr(model, part))
         for name, value in fields(theirs).items():
-            if before.get(name) == value or OURS.match(name):
-                continue
+            if before.get(name) == value or not concerns_weights(name) or name == "quantizer.num_codebooks":
+                continue  # a codec may have more codebooks than ours
             if ADOPTED.match(name):
                 ours = _replaced(ours, name, value)
                 notes.append(f"{part}.{name} = {value!r}, as in its config.json (was {before.get(name)!r})")
             else:
-                problems.append(f"{part}.{name} is {value!r}, the configuration says {before.get(name)!r}")
+                wrong.append(f"{part}.{name} is {value!r}, the configuration says {before.get(name)!r}")
         model = dataclasses.replace(model, **{part: ours})
-    if problems:
-        raise ChromaError(f"{Path(source) / 'config.json'}: another model than the configuration: " + "; ".join(problems))
+    if wrong:
+        raise ChromaError(f"{Path(source) / 'config.json'}: another model than the configuration: " + "; ".join(wrong))
     return model, notes
 
 

@@ -34,9 +34,7 @@ class CheckpointConfig:
 class Checkpoints:
     """The checkpoints of one run folder. Close it, or use it as a context manager, to wait for the last write."""
 
-    def __init__(
-        self, run: Path, config: CheckpointConfig, *, access: Literal["write", "read"] = "write", on_the_way: int | None = None
-    ):
+    def __init__(self, run: Path, config: CheckpointConfig, *, access: Literal["write", "read"] = "write"):
         """access "read" leaves the folder as it is, also what another process is just writing there."""
         logging.getLogger("absl").setLevel(logging.ERROR)
         self.folder = (run / "checkpoints").absolute()

@@ -118,10 +118,7 @@ def starting_weights(config: Config, trainer: Trainer, start: Path) -> dict[str,
         apart = {
             name: value
             for name, value in before.items()
-            if now[name] != value
-            and (name.split(".")[0] in parts or name.startswith(of_all))
-            and ".rules." not in name
-            and not name.endswith(".remat")
+            if now[name] != value and configs.concerns_weights(name) and (name.split(".")[0] in parts or name.startswith(of_all))
         }
         if apart:
             flags = " ".join(f"--model.{name} {value}" for name, value in apart.items())

@@ -165,16 +165,17 @@ def judged(
     discriminator: Discriminator, made: jax.Array, real: jax.Array, sample_rate: int, config: CodecLossConfig
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The gradients of the three balanced losses with respect to the made sound, float32 [3, B, S], and their values."""
+    mel, mel_gradient = jax.value_and_grad(mel_loss)(made, real, sample_rate, config.resolutions)
     verdict = jax.lax.stop_gradient(discriminator(real))
 
-    def losses(made: jax.Array):
+    def opinions(made: jax.Array):
         judged = discriminator(made)
-        return mel_loss(made, real, sample_rate, config.resolutions), adversarial_loss(judged), feature_loss(judged, verdict)
+        return adversarial_loss(judged), feature_loss(judged, verdict)
 
-    found, pull = jax.vjp(losses, made)
-    one = lambda i: tuple(jnp.float32(i == j) for j in range(3))
-    gradients = jnp.stack([pull(one(i))[0] for i in range(3)])
-    return gradients, dict(zip(("mel_loss", "adversarial_loss", "feature_loss"), found, strict=True))
+    (adversarial, features), pull = jax.vjp(opinions, made)
+    one, zero = jnp.float32(1), jnp.float32(0)
+    gradients = jnp.stack([mel_gradient, pull((one, zero))[0], pull((zero, one))[0]])
+    return gradients, {"mel_loss": mel, "adversarial_loss": adversarial, "feature_loss": features}
 
 
 def usage(statistics) -> dict[str, jax.Array]:
