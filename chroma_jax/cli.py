@@ -21,10 +21,10 @@ Positional = tyro.conf.Positional
 
 @dataclasses.dataclass(frozen=True)
 class Prepare:
-    """Turns a corpus of spoken dialogues into packed training rows.
+    """Turns a corpus into what training reads: packed rows of spoken dialogues, or for a codec its recordings.
 
-    out: dataset folder to write. codec: safetensors file of a trained Codec; without it, a fresh one is made, its codebooks
-    fitted to the corpus.
+    out: dataset folder to write. codec, for dialogues: a trained Codec, as a safetensors file, a folder with one or a codec's run
+    folder; without it, a fresh one is made, its codebooks fitted to the corpus.
     """
 
     out: Positional[Path]
@@ -33,7 +33,7 @@ class Prepare:
 
 @dataclasses.dataclass(frozen=True)
 class Train:
-    """Trains; on an existing run folder, goes on from its newest checkpoint.
+    """Trains a speaking model or a codec; on an existing run folder, goes on from its newest checkpoint.
 
     run: run folder. prepared: dataset folder that ``prepare`` wrote. start: another run folder, or one that ``convert import``
     wrote, whose weights a new run begins with; what it does not have is drawn at random.
@@ -103,8 +103,8 @@ class Import:
 class Export:
     """Writes a run's newest checkpoint in the released model's Hugging Face layout, or as a serving artefact.
 
-    run: run folder, or an imported one (for an artefact also an exported one). dest: folder to write. format: "huggingface", or
-    "stablehlo" for the compiled streaming programs, which need no model code. For huggingface, dtype: of the weights, "stored"
+    run: run folder (that of a codec is written in the layout of transformers' Mimi), or an imported one (for an artefact also an
+    exported one). dest: folder to write. format: "huggingface", or "stablehlo" for the compiled streaming programs, which need no model code. For huggingface, dtype: of the weights, "stored"
     keeps every bit; shard_gb: largest file. For stablehlo, dtype: "stored" means the run's reply.dtype; platforms, and the sizes
     that the programs are made for: rows, conversations at once; question_seconds, the longest question; text and voice, positions
     of the question's and the voice prompt's text and sound; max_frames of a reply.
@@ -135,10 +135,17 @@ class Verify:
 
 
 def prepare(args: Prepare, config) -> int:
-    from chroma_jax.convert.sources import read_codec
+    from chroma_jax.config import CodecRun
+    from chroma_jax.convert.codec import trained_codec
     from data_pipelines.prepare import prepare
+    from data_pipelines.waves import prepare_waves
 
-    codec = None if args.codec is None else read_codec(args.codec, config.model)
+    if isinstance(config, CodecRun):
+        if args.codec is not None:
+            raise ChromaError("--codec is for dialogues, whose codes it makes; recordings for a codec's training need none")
+        print(f"{args.out}: {recordings(prepare_waves(config.data, config.model, args.out).manifest)}")
+        return 0
+    codec = None if args.codec is None else trained_codec(args.codec, config.model)
     dataset = prepare(config.data, config.model, codec, args.out)
     print(f"{args.out}: {summary(dataset.manifest)}")
     return 0
@@ -146,16 +153,28 @@ def prepare(args: Prepare, config) -> int:
 
 def summary(manifest: dict) -> str:
     splits = ", ".join(f"{name} {s['conversations']} dialogues in {s['rows']} rows" for name, s in manifest["splits"].items())
-    skipped = manifest["skipped"]
-    kinds = ", ".join(f"{n} × {kind}" for kind, n in skipped["kinds"].items())
-    return splits + (f"; skipped {skipped['count']}: {kinds}" if skipped["count"] else "; nothing skipped")
+    return splits + skipped(manifest)
+
+
+def recordings(manifest: dict) -> str:
+    """The same of a codec's data."""
+    splits = (f"{name} {s['recordings']} recordings of {60 * s['hours']:.1f} minutes" for name, s in manifest["splits"].items())
+    return ", ".join(splits) + skipped(manifest)
+
+
+def skipped(manifest: dict) -> str:
+    entries = manifest["skipped"]
+    kinds = ", ".join(f"{n} × {kind}" for kind, n in entries["kinds"].items())
+    return f"; skipped {entries['count']}: {kinds}" if entries["count"] else "; nothing skipped"
 
 
 def train(args: Train, config) -> int:
+    from chroma_jax.config import CodecRun
+    from chroma_jax.training.codec.train import train_codec
     from chroma_jax.training.train import train
 
     virtual_devices(config)
-    train(config, args.run, args.prepared, args.start)
+    (train_codec if isinstance(config, CodecRun) else train)(config, args.run, args.prepared, args.start)
     return 0
 
 
@@ -170,8 +189,9 @@ def virtual_devices(config) -> None:
 
 def info(args: Info, config) -> int:
     from chroma_jax import flops
+    from chroma_jax.config import CodecRun
 
-    print(flops.describe(config))
+    print(flops.describe_codec(config) if isinstance(config, CodecRun) else flops.describe(config))
     return 0
 
 
@@ -214,8 +234,15 @@ def import_(args: Import, config) -> int:
 
 
 def export(args: Export) -> int:
+    from chroma_jax.config import CodecRun, load
+    from chroma_jax.convert.codec import export_codec
     from chroma_jax.convert.export import export
 
+    if (args.run / "config.txt").is_file() and isinstance(load(args.run), CodecRun):
+        if args.format != "huggingface" or args.dtype != "stored":
+            raise ChromaError(f"{args.run}: a codec's run is exported in Hugging Face's layout of Mimi, in float32")
+        print(export_codec(args.run, args.dest))
+        return 0
     if args.format == "stablehlo":
         return export_artefact(args)
     if args.shard_gb <= 0:
@@ -266,8 +293,8 @@ def usage() -> str:
     for name, (args, _, source) in COMMANDS.items():
         first = args.__doc__.strip().splitlines()[0]
         lines.append(f"  {name + (' CONFIG' if source == 'file' else ''):<16} {first}")
-    lines += ["", "CONFIG is a configuration file or the name of a shipped one (nano, mini, chroma_4b); any field of it can be"]
-    lines += ["overridden, as in --model.backbone.num_layers 4."]
+    lines += ["", "CONFIG is a configuration file or the name of a shipped one (nano, mini, chroma_4b, codec_nano, codec_mimi);"]
+    lines += ["any field of it can be overridden, as in --model.backbone.num_layers 4."]
     return "\n".join(lines)
 
 
@@ -302,7 +329,9 @@ def dispatch(command: str, argv: list[str]) -> int:
         if set(argv) & {"-h", "--help"}:
             argv = ["nano", *argv]  # help lists the fields of a configuration; any will do
         else:
-            raise ChromaError(f"{command} wants a configuration first: a file, or one of nano, mini, chroma_4b")
+            raise ChromaError(
+                f"{command} wants a configuration first: a file, or one of nano, mini, chroma_4b, codec_nano, codec_mimi"
+            )
     if source == "file":
         base, argv, program = configs.read_python(argv[0]), argv[1:], f"{program} {argv[0]}"
     elif source == "onto":
@@ -311,7 +340,7 @@ def dispatch(command: str, argv: list[str]) -> int:
         base = run_configuration(argv)
     whole = dataclasses.make_dataclass(
         arguments.__name__,
-        [("config", Annotated[configs.Config, tyro.conf.arg(name="")], dataclasses.field(default=base))],
+        [("config", Annotated[type(base), tyro.conf.arg(name="")], dataclasses.field(default=base))],
         bases=(arguments,),
         frozen=True,
         kw_only=True,
@@ -335,7 +364,10 @@ def run_configuration(argv: list[str]):
 
     if not argv or argv[0].startswith("-") or (Path(argv[0]) / "config.json").is_file():
         return configs.Config()
-    return configs.load(Path(argv[0]))
+    config = configs.load(Path(argv[0]))
+    if not isinstance(config, configs.Config):
+        raise ChromaError(f"{argv[0]}: a run that trained a codec, expected one of a speaking model")
+    return config
 
 
 def parse(arguments: type, argv: list[str], program: str):

@@ -12,28 +12,16 @@ from typing import Any
 from chroma_jax.errors import ChromaError, near
 from chroma_jax.layers.sharding import MeshConfig
 from chroma_jax.models.chroma import ChromaConfig
+from chroma_jax.models.codec import CodecConfig
 from chroma_jax.streaming.compatibility import Compatibility
 from chroma_jax.training.checkpoint import CheckpointConfig
+from chroma_jax.training.codec.step import CodecRecipe
+from chroma_jax.training.loop import TrainingConfig
 from chroma_jax.training.loss import LossConfig
 from chroma_jax.training.optimizer import OptimizerConfig
 from chroma_jax.training.state import PrecisionConfig
 from data_pipelines.prepare import DataConfig
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainingConfig:
-    """global_batch: rows per step over all devices. eval_every, log_every: in steps."""
-
-    steps: int = 100_000
-    global_batch: int = 32
-    eval_every: int = 1000
-    log_every: int = 10
-    seed: int = 0
-
-    def __post_init__(self):
-        for name in ("steps", "global_batch", "eval_every", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"training.{name} is {getattr(self, name)}, must be at least 1")
+from data_pipelines.waves import CodecDataConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +39,7 @@ class ReplyConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Everything about a run. Each part's dataclass stands beside the code that it configures."""
+    """Everything about a run of a speaking model. Each part's dataclass stands beside the code that it configures."""
 
     model: ChromaConfig = ChromaConfig()
     data: DataConfig = DataConfig()
@@ -64,8 +52,23 @@ class Config:
     reply: ReplyConfig = ReplyConfig()
 
 
-def read_python(source: str) -> Config:
-    """The `Config` that a configuration file's ``config()`` returns.
+@dataclasses.dataclass(frozen=True)
+class CodecRun:
+    """Everything about a run that trains a Codec."""
+
+    model: CodecConfig = CodecConfig()
+    data: CodecDataConfig = CodecDataConfig()
+    mesh: MeshConfig = MeshConfig()
+    training: TrainingConfig = TrainingConfig()
+    recipe: CodecRecipe = CodecRecipe()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+
+KINDS = {"speaking": Config, "codec": CodecRun}
+
+
+def read_python(source: str) -> Config | CodecRun:
+    """The configuration that a configuration file's ``config()`` returns.
 
     source: a path, or the bare name of a shipped one (``nano``).
     Raises: ChromaError naming the file and what is wrong with it.
@@ -90,8 +93,8 @@ def read_python(source: str) -> Config:
         config = module.config()
     except Exception as e:
         raise ChromaError(f"{path}: {type(e).__name__}: {e}") from e
-    if not isinstance(config, Config):
-        raise ChromaError(f"{path}: config() returned {type(config).__name__}, expected chroma_jax.config.Config")
+    if not isinstance(config, tuple(KINDS.values())):
+        raise ChromaError(f"{path}: config() returned {type(config).__name__}, expected chroma_jax.config.Config or CodecRun")
     return config
 
 
@@ -113,12 +116,13 @@ def concerns_weights(name: str) -> bool:
     return not re.search(r"(^|\.)(remat|rules\..*)$", name)
 
 
-def dump(config: Config) -> str:
-    """One ``name = value`` line per field; `parse` reads it back."""
-    return "".join(f"{name} = {value!r}\n" for name, value in fields(config).items())
+def dump(config: Config | CodecRun) -> str:
+    """What kind of run it is, and one ``name = value`` line per field; `parse` reads it back."""
+    kind = next(kind for kind, cls in KINDS.items() if isinstance(config, cls))
+    return "".join(f"{name} = {value!r}\n" for name, value in ({"kind": kind} | fields(config)).items())
 
 
-def parse(text: str, source: str) -> Config:
+def parse(text: str, source: str) -> Config | CodecRun:
     """The inverse of `dump`. source: for messages.
 
     Raises: ChromaError naming the line or field that is unknown, missing or ill-typed.
@@ -137,7 +141,10 @@ def parse(text: str, source: str) -> Config:
         for parent in parents:
             node = node.setdefault(parent, {})
         node[leaf] = value
-    return _build(Config, tree, source, "")
+    kind = tree.pop("kind", "speaking")
+    if kind not in KINDS:
+        raise ChromaError(f"{source}: kind {kind!r} is none of {', '.join(KINDS)}{near(str(kind), KINDS)}")
+    return _build(KINDS[kind], tree, source, "")
 
 
 def _build(cls: type, tree: dict, source: str, prefix: str):
@@ -168,7 +175,7 @@ def _options(hint) -> tuple:
     return typing.get_args(hint) if is_union else (hint,)
 
 
-def load(run: Path) -> Config:
+def load(run: Path) -> Config | CodecRun:
     """The configuration kept in a run folder (``config.txt``).
 
     Raises: ChromaError when the folder is not a run.

@@ -10,8 +10,9 @@ from flax import nnx
 from chroma_jax.layers.transformer import LlamaConfig
 from chroma_jax.models.audio_encoder import AudioEncoderConfig
 from chroma_jax.models.chroma import Chroma, ChromaConfig
-from chroma_jax.models.codec import Codec
+from chroma_jax.models.codec import Codec, CodecConfig
 from chroma_jax.rows import RowShape
+from chroma_jax.training.codec.discriminator import Discriminator
 from chroma_jax.training.loss import LossConfig
 
 # Peak dense bf16 FLOP/s of a device, by how its ``device_kind`` begins; a device that is not here has no utilisation.
@@ -112,7 +113,7 @@ def part_sizes(model: ChromaConfig) -> list[PartSize]:
         PartSize("Reasoner: text model", reasoner - audio),
         PartSize("Backbone", count(speaking.backbone)),
         PartSize("Decoder (with the audio embedding)", count(speaking.decoder) + count(speaking.audio_embedding)),
-        PartSize("Codec", count(codec) - codebook_values(model)),
+        PartSize("Codec", count(codec) - codebook_values(model.codec)),
     ]
 
 
@@ -130,6 +131,44 @@ def frame_bytes(model: ChromaConfig, dtype=jnp.bfloat16) -> float:
     return size * (text / 2 + backbone + (c.codebooks - 1) * (decoder - table - heads) + heads + codec)
 
 
+def describe_codec(config) -> str:
+    """A table of a Codec's parts: parameters, bytes in float32, and forward GFLOPs of a second of sound, as XLA counts them."""
+    model = config.model
+    codec = nnx.eval_shape(lambda: Codec(nnx.Rngs(0), model))
+    judge = nnx.eval_shape(lambda: Discriminator(nnx.Rngs(0), config.recipe.discriminator))
+    seconds = 8
+    samples = -(-seconds * model.sampling_rate // model.samples_per_frame) * model.samples_per_frame
+    wave = jax.ShapeDtypeStruct((1, samples), jnp.float32)
+    codes = jax.ShapeDtypeStruct((1, model.num_frames(samples), model.num_codebooks), jnp.int32)
+
+    def counted(module, method, x) -> float:
+        graph, state = nnx.split(module)
+        cost = jax.jit(lambda state, x: method(nnx.merge(graph, state), x)).lower(state, x).cost_analysis()
+        return (cost or {}).get("flops", math.nan) / seconds / 1e9
+
+    parts = {
+        "encoder": ((codec.encoder, codec.encoder_transformer, codec.downsample), counted(codec, Codec.encode, wave)),
+        "quantizer, projections": ((codec.quantizer,), None),
+        "decoder": ((codec.decoder, codec.decoder_transformer, codec.upsample), counted(codec, Codec.decode, codes)),
+        "discriminator (training only)": ((judge,), counted(judge, lambda judge, x: [v.logits for v in judge(x)], wave)),
+    }
+    lines = [f"{'part':<36}{'parameters':>16}{'float32 GB':>12}{'GFLOP per second of sound':>28}"]
+    books = codebook_values(model)
+    for name, (modules, gflop) in parts.items():
+        count = sum(math.prod(x.shape) for x in jax.tree.leaves([nnx.state(m) for m in modules if m is not None]))
+        count -= books if name.startswith("quantizer") else 0
+        lines.append(
+            f"{name:<36}{count:>16,}{4 * count / 1e9:>12.3f}" + (f"{gflop:>28.3f}" if gflop is not None else f"{'–':>28}")
+        )
+    crop = config.training.global_batch * config.data.crop_frames / model.frame_rate
+    bits = model.num_codebooks * math.log2(model.codebook_size) * model.frame_rate
+    lines += [
+        f"The codebooks hold {books:,} values, which are running sums, not parameters; {bits:,.0f} bits per second of sound.",
+        f"A step: {config.training.global_batch} crops of {config.data.crop_frames} frames, {crop:.1f} s of sound.",
+    ]
+    return "\n".join(lines)
+
+
 def describe(config) -> str:
     """A table of a configuration's parts: parameters, bytes in float32 and bf16, forward GFLOPs of one packed row."""
     model, row = config.model, config.data.row
@@ -143,7 +182,7 @@ def describe(config) -> str:
         shown = f"{flop / 1e9:15,.2f}" if flop is not None else f"{'–':>15}"
         gigabytes = f"{4 * part.parameters / 1e9:>12.3f}{2 * part.parameters / 1e9:>10.3f}"
         lines.append(f"{part.name:<36}{part.parameters:>16,}{gigabytes}{shown}")
-    books = codebook_values(model)
+    books = codebook_values(model.codec)
     lines += [
         f"Reasoner in all: {sizes[0].parameters + sizes[1].parameters:,}. The Codec also holds {books:,} codebook values, "
         "which are running sums, not parameters.",
@@ -153,7 +192,7 @@ def describe(config) -> str:
     return "\n".join(lines)
 
 
-def codebook_values(model: ChromaConfig) -> int:
+def codebook_values(codec: CodecConfig) -> int:
     """embed_sum, cluster_usage and initialized of every codebook."""
-    q = model.codec.quantizer
+    q = codec.quantizer
     return q.num_codebooks * (q.codebook_size * (q.codebook_dim + 1) + 1)

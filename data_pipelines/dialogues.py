@@ -173,3 +173,12 @@ def read_corpus(source: str | Path = "embedded", *, on_problem: OnProblem = "ski
     if not usable:
         raise ChromaError(f"{folder}: no usable dialogue; {len(problems)} problems, the first: {next(iter(problems), 'empty')}")
     return Corpus(folder, usable, tuple(references), tuple(problems))
+
+
+def licence(folder: Path) -> str:
+    """The first lines of the corpus's licence file, as far as there is one."""
+    for name in ("LICENSE", "LICENSE.txt", "LICENSE.TXT"):
+        if (folder / name).is_file():
+            lines = [s.strip() for s in (folder / name).read_text(encoding="utf-8", errors="replace").splitlines()]
+            return " ".join([s for s in lines if s][:2])
+    return "not stated in the corpus folder"

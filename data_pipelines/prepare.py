@@ -25,7 +25,7 @@ from chroma_jax.convert.names import codec_rows
 from chroma_jax.convert.weights import all_tensors
 from chroma_jax.errors import ChromaError
 from chroma_jax.models.chroma import ChromaConfig
-from chroma_jax.models.codec import Codec, fit_codebooks
+from chroma_jax.models.codec import Codec, fit_quantizer
 from chroma_jax.rows import RowShape
 from data_pipelines import audio
 from data_pipelines.codes import (
@@ -46,6 +46,7 @@ from data_pipelines.dialogues import (
     Problem,
     Reference,
     counted,
+    licence,
     raise_problems,
     read_corpus,
 )
@@ -314,17 +315,8 @@ def unigram(splits: dict[str, list[Conversation]], model: ChromaConfig) -> dict:
     return result
 
 
-def licence(folder: Path) -> str:
-    """The first lines of the corpus's licence file, as far as there is one."""
-    for name in ("LICENSE", "LICENSE.txt", "LICENSE.TXT"):
-        if (folder / name).is_file():
-            lines = [s.strip() for s in (folder / name).read_text(encoding="utf-8", errors="replace").splitlines()]
-            return " ".join([s for s in lines if s][:2])
-    return "not stated in the corpus folder"
-
-
 def fitted_codec(config: DataConfig, model: ChromaConfig, corpus: Corpus, progress: Progress) -> Codec:
-    """A Codec with random convolutions and codebooks fitted to training answers and references (see `fit_codebooks`)."""
+    """A Codec with random convolutions and codebooks fitted to training answers and references (see `fit_quantizer`)."""
     codec = jax.jit(lambda: Codec(nnx.Rngs(config.seed), model.codec))()
     train = [d for d in corpus.dialogues if d.split == "train"]
     voices = {d.assistant_voice for d in train}
@@ -335,4 +327,4 @@ def fitted_codec(config: DataConfig, model: ChromaConfig, corpus: Corpus, progre
     found = latents(
         [paths[i] for i in chosen], codec, model.codec.samples_per_frame, max_seconds=config.max_seconds, progress=progress
     )
-    return fit_codebooks(codec, found, config.seed)
+    return fit_quantizer(codec, found, config.seed)

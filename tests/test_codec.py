@@ -26,7 +26,7 @@ from chroma_jax.models.codec import (
     QuantizerConfig,
     SeanetConfig,
     check_codes,
-    fit_codebooks,
+    fit_quantizer,
     reset_rows,
 )
 from chroma_jax.models.codec.pieces import PieceEncoder
@@ -371,12 +371,12 @@ def test_the_default_is_mimi():
 def test_fitted_codebooks_make_informative_codes_and_the_same_ones_again(given):
     codec, audio = odd_codec(), jnp.asarray(given["wave_3"])  # 1067 frames, codebooks of 11
     latents = np.asarray(encode_stages(codec, audio)[0].latents[0])
-    fitted = fit_codebooks(codec, latents, seed=0)
+    fitted = fit_quantizer(codec, latents, seed=0)
     shares = [np.bincount(level, minlength=11) / len(level) for level in np.asarray(encode(fitted, audio))[0].T]
     perplexity = [np.exp(-(p[p > 0] * np.log(p[p > 0])).sum()) for p in shares]
     # A collapsed codebook has 1, codes in even use 11; most codes must be in use at every level.
     assert min(perplexity) > 5
-    again = fit_codebooks(codec, latents, seed=0)
+    again = fit_quantizer(codec, latents, seed=0)
     books, same = fitted.quantizer.acoustic.codebooks, again.quantizer.acoustic.codebooks
     np.testing.assert_array_equal(books.embed_sum[...], same.embed_sum[...])
     # The given codec is left as it was.

@@ -1,7 +1,8 @@
 """Checkpoints of a run: RUN/checkpoints/STEP, written in the background by Orbax, aside and then renamed.
 
-A checkpoint holds ``weights``, the whole model as plain nested dictionaries, whatever of it is trained, and ``optimizer``. One
-that was imported (see `chroma_jax.convert.importer`) has no ``optimizer``, and perhaps not every part of the model.
+A checkpoint holds ``weights``, the whole model as plain nested dictionaries, whatever of it is trained, and ``optimizer``: all
+else that training goes on from. One that was imported (see `chroma_jax.convert.importer`) has no ``optimizer``, and perhaps not
+every part of the model.
 """
 
 import dataclasses
@@ -9,14 +10,13 @@ import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol, Self, TypeVar
 
 import jax
 import orbax.checkpoint.experimental.v1 as ocp
 
 from chroma_jax.errors import ChromaError
-from chroma_jax.paths import filled, flat, nested, values
-from chroma_jax.training.state import TrainState
+from chroma_jax.paths import flat, nested
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +29,17 @@ class CheckpointConfig:
     def __post_init__(self):
         if self.every < 1 or self.keep < 1:
             raise ValueError(f"checkpoint.every {self.every} and checkpoint.keep {self.keep} must be at least 1")
+
+
+class State(Protocol):
+    """The state of a training, concrete or abstract. tree: as a checkpoint holds it; filled: with the arrays of such a tree."""
+
+    def tree(self) -> dict: ...
+
+    def filled(self, tree: dict) -> Self: ...
+
+
+S = TypeVar("S", bound=State)
 
 
 class Checkpoints:
@@ -59,17 +70,17 @@ class Checkpoints:
     def due(self, step: int, last: int) -> bool:
         return step == last or step % self.config.every == 0
 
-    def save(self, step: int, state: TrainState) -> None:
+    def save(self, step: int, state: State) -> None:
         """Starts writing; returns as soon as the arrays are copied."""
         if step != self.latest:
-            self.manager.save_checkpointables_async(step, _tree(state))
+            self.manager.save_checkpointables_async(step, state.tree())
 
     def save_weights(self, weights: Mapping[str, jax.Array]) -> None:
         """Writes weights by path as the checkpoint of step 0, and waits for it."""
         with one_by_one(weights):
             self.manager.save_checkpointables(0, {"weights": nested(weights)})
 
-    def restore(self, abstract: TrainState, step: int | None = None) -> TrainState:
+    def restore(self, abstract: S, step: int | None = None) -> S:
         """Reads a checkpoint into the shardings of ``abstract``, whatever mesh wrote it and whatever was frozen then.
 
         Raises: ChromaError naming the checkpoint that is absent, damaged or of another shape.
@@ -77,14 +88,7 @@ class Checkpoints:
         if "optimizer" not in self._metadata(step):
             where = f"{self.folder / str(self._existing(step))}: weights alone, as an import leaves them"
             raise ChromaError(f"{where}; train another run folder with --start {self.folder.parent.name}")
-        tree = self._load(_tree(abstract), step)
-        weights = flat(tree["weights"])
-        return TrainState(
-            step=tree["optimizer"]["step"],
-            trained=filled(abstract.trained, weights),
-            frozen=filled(abstract.frozen, weights),
-            optimizer=jax.tree.unflatten(jax.tree.structure(abstract.optimizer), tree["optimizer"]["moments"]),
-        )
+        return abstract.filled(self._load(abstract.tree(), step))
 
     def held(self, step: int | None = None) -> dict[str, jax.ShapeDtypeStruct]:
         """Shape and type of every weight that a checkpoint has, by path."""
@@ -92,8 +96,8 @@ class Checkpoints:
         return {path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in weights.items()}
 
     def restore_weights(self, abstract: Mapping[str, jax.ShapeDtypeStruct], step: int | None = None) -> dict[str, jax.Array]:
-        """Every weight that a checkpoint has, by path, each in the type and sharding that ``abstract`` says."""
-        with one_by_one(abstract):
+        """The weights that ``abstract`` names, by path, each in the type and sharding that it says."""
+        with one_by_one(abstract, partial=True):
             return flat(self._load({"weights": nested(abstract)}, step)["weights"])
 
     def _existing(self, step: int | None) -> int:
@@ -124,19 +128,14 @@ class Checkpoints:
         return ChromaError(f"{self.folder / str(step)}: cannot be read into this configuration ({lines[0][:300]})")
 
 
-def one_by_one(weights: Mapping[str, jax.Array | jax.ShapeDtypeStruct]) -> ocp.Context:
-    """Orbax with little on its way between the arrays and the disk: the largest piece on one device, or half a gigabyte."""
+def one_by_one(weights: Mapping[str, jax.Array | jax.ShapeDtypeStruct], *, partial: bool = False) -> ocp.Context:
+    """Orbax with little on its way between the arrays and the disk: the largest piece on one device, or half a gigabyte.
+    partial: what a checkpoint has beyond ``weights`` is not read."""
     pieces = (math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in weights.values())
     context = ocp.Context()
+    context.pytree.loading.partial_load = partial
     limit = max(2**29, *pieces) + 2**20
     context.memory.write_concurrent_bytes = context.memory.transfer_concurrent_bytes = limit
     context.memory.read_concurrent_bytes = limit
     context.array.saving.storage_options.chunk_byte_size = 2**27  # a chunk is copied whole while it is compressed
     return context
-
-
-def _tree(state: TrainState) -> dict:
-    return {
-        "weights": nested(values(state.trained) | values(state.frozen)),
-        "optimizer": {"step": state.step, "moments": jax.tree.leaves(state.optimizer)},
-    }

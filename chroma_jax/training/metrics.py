@@ -43,6 +43,10 @@ class MetricsWriter:
         for name, value in metrics.items():
             self.board.add_scalar(name, value, step)
 
+    def audio(self, name: str, wave: np.ndarray, rate: int, step: int) -> None:
+        """For TensorBoard. wave: float32 [S] in −1 … 1."""
+        self.board.add_audio(name, np.clip(wave, -1, 1), step, sample_rate=rate)
+
     def close(self) -> None:
         self.file.close()
         self.board.close()

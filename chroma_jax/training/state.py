@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from chroma_jax.layers.sharding import RULES, state_shardings
 from chroma_jax.models.chroma import Chroma, ChromaConfig
-from chroma_jax.paths import filled, values
+from chroma_jax.paths import filled, flat, nested, values
 from chroma_jax.rows import Batch
 from chroma_jax.training.loss import LossConfig, loss
 from chroma_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer, split_trainable
@@ -30,6 +30,21 @@ class TrainState(NamedTuple):
     trained: nnx.State
     frozen: nnx.State
     optimizer: optax.OptState
+
+    def tree(self) -> dict:
+        """As a checkpoint holds it."""
+        weights = values(self.trained) | values(self.frozen)
+        return {"weights": nested(weights), "optimizer": {"step": self.step, "moments": jax.tree.leaves(self.optimizer)}}
+
+    def filled(self, tree: dict) -> "TrainState":
+        """This state, perhaps abstract, with the arrays of a `tree`."""
+        weights, rest = flat(tree["weights"]), tree["optimizer"]
+        return TrainState(
+            step=rest["step"],
+            trained=filled(self.trained, weights),
+            frozen=filled(self.frozen, weights),
+            optimizer=jax.tree.unflatten(jax.tree.structure(self.optimizer), rest["moments"]),
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ from chroma_jax.models.codec.codec import (
     check_codes,
     reset_rows,
 )
-from chroma_jax.models.codec.fit import fit_codebooks
+from chroma_jax.models.codec.fit import fit_quantizer
 from chroma_jax.models.codec.quantizer import QuantizerConfig
 from chroma_jax.models.codec.seanet import SeanetConfig
 
@@ -22,6 +22,6 @@ __all__ = [
     "QuantizerConfig",
     "SeanetConfig",
     "check_codes",
-    "fit_codebooks",
+    "fit_quantizer",
     "reset_rows",
 ]

@@ -1,4 +1,5 @@
-"""Codebooks for a Codec without trained weights: k-means over its latents, level by level over what is left over."""
+"""A quantizer that fits a Codec's latents without training: principal components, and k-means level by level over what is left
+over."""
 
 import dataclasses
 from functools import partial
@@ -10,7 +11,7 @@ from flax import nnx
 
 from chroma_jax.errors import ChromaError
 from chroma_jax.models.codec.codec import Codec
-from chroma_jax.models.codec.quantizer import ResidualQuantizer, nearest
+from chroma_jax.models.codec.quantizer import Codebooks, nearest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +23,7 @@ class FitConfig:
 
 
 ROWS_AT_A_TIME = 4096  # of the distance matrix, which has codebook_size columns
+RIDGE = 1e-4  # of the mean power of what the branches make: both see the same, so that their outputs are much alike
 
 
 def assign(x: jax.Array, centroids: jax.Array) -> jax.Array:
@@ -53,11 +55,11 @@ def kmeans(x: jax.Array, key: jax.Array, *, size: int, iterations: int) -> tuple
     return centroids, sums(codes)[1], x - centroids[codes]
 
 
-def fit_branch(branch: ResidualQuantizer, latents: jax.Array, key: jax.Array, config: FitConfig) -> None:
-    """Sets every codebook of ``branch``; the levels share one compiled function."""
-    books = branch.codebooks
+def fit_levels(books: Codebooks, z: np.ndarray, key: jax.Array, config: FitConfig) -> np.ndarray:
+    """Sets every codebook of a branch; the levels share one compiled function. z: what it sees, [N, C]. Returns what it makes of
+    that, [N, C]."""
     count, size, _ = books.embed_sum.shape
-    residual = branch.project(latents)
+    residual = jnp.asarray(z)
     embed_sum, cluster_usage = [], []
     for _ in range(count):
         key, level_key = jax.random.split(key)
@@ -68,10 +70,14 @@ def fit_branch(branch: ResidualQuantizer, latents: jax.Array, key: jax.Array, co
     books.embed_sum[...] = jnp.stack(embed_sum)
     books.cluster_usage[...] = jnp.stack(cluster_usage)
     books.initialized[...] = jnp.ones_like(books.initialized[...])
+    return z - np.asarray(residual)
 
 
-def fit_codebooks(codec: Codec, latents: np.ndarray, seed: int, config: FitConfig = FitConfig()) -> Codec:
-    """A copy of ``codec`` whose codebooks fit ``latents``; the same arguments give the same codebooks.
+def fit_quantizer(codec: Codec, latents: np.ndarray, seed: int, config: FitConfig = FitConfig()) -> Codec:
+    """A copy of ``codec`` whose quantizer fits ``latents``; the same arguments give the same one.
+
+    Each branch sees the latents' principal components, as many as its codes have channels; k-means makes its codebooks; and the
+    projections out are those by which both branches together come closest to the latents (least squares).
 
     latents: float32 [N, D], from `Codec.latents`, frames of silence and padding left out. Raises: ChromaError for a wrong
     shape or values that are not finite.
@@ -84,7 +90,20 @@ def fit_codebooks(codec: Codec, latents: np.ndarray, seed: int, config: FitConfi
     if len(latents) > config.max_latents:
         latents = np.random.default_rng(seed).permutation(latents)[: config.max_latents]
     codec = nnx.clone(codec)
-    semantic, acoustic = jax.random.split(jax.random.key(seed))
-    fit_branch(codec.quantizer.semantic, jnp.asarray(latents), semantic, config)
-    fit_branch(codec.quantizer.acoustic, jnp.asarray(latents), acoustic, config)
+    branches = codec.quantizer.semantic, codec.quantizer.acoustic
+    projected = branches[0].input is not None
+    seen = latents
+    if projected:
+        components = np.linalg.eigh(latents.T @ latents)[1][:, ::-1][:, : codec.config.quantizer.codebook_dim]
+        seen = latents @ components
+        for branch in branches:
+            branch.input.kernel[...] = jnp.asarray(components)
+    keys = jax.random.split(jax.random.key(seed))
+    made = [fit_levels(branch.codebooks, seen, key, config) for branch, key in zip(branches, keys, strict=True)]
+    if projected:
+        both = np.concatenate(made, axis=1)
+        ridge = RIDGE * np.trace(both.T @ both) / both.shape[1] * np.eye(both.shape[1])
+        outputs = np.linalg.solve(both.T @ both + ridge, both.T @ latents)
+        for branch, kernel in zip(branches, np.split(outputs, 2), strict=True):
+            branch.output.kernel[...] = jnp.asarray(kernel, jnp.float32)
     return codec

@@ -27,13 +27,14 @@ class MelLossConfig:
             raise ValueError(f"windows and bins must be as many, got {len(self.windows)} and {len(self.bins)}")
 
 
-def mel_loss(made: jax.Array, real: jax.Array, sample_rate: int, config: MelLossConfig = MelLossConfig()) -> jax.Array:
-    """Mean absolute difference of log10 mel magnitudes, averaged over the resolutions. made, real: float32 [B, S]."""
+def mel_distance(made: jax.Array, real: jax.Array, sample_rate: int, config: MelLossConfig = MelLossConfig()) -> jax.Array:
+    """Mean absolute difference of log10 mel magnitudes, averaged over the resolutions. made, real: float32 [B, S]. Returns
+    [B]."""
     apart = [
-        jnp.mean(jnp.abs(log_mel(made, sample_rate, window, bins) - log_mel(real, sample_rate, window, bins)))
+        jnp.mean(jnp.abs(log_mel(made, sample_rate, window, bins) - log_mel(real, sample_rate, window, bins)), axis=(1, 2))
         for window, bins in zip(config.windows, config.bins, strict=True)
     ]
-    return jnp.mean(jnp.stack(apart))
+    return jnp.mean(jnp.stack(apart), axis=0)
 
 
 def discriminator_loss(made: list[Verdict], real: list[Verdict]) -> jax.Array:
@@ -58,14 +59,14 @@ def feature_loss(made: list[Verdict], real: list[Verdict]) -> jax.Array:
 
 
 class BalancerState(NamedTuple):
-    """norms: float32 [losses], running means of the gradients' norms; steps: int32 [], how many they are made of."""
+    """norms: float32 [losses], running means of the gradients' norms; steps: int32 [losses], of how many each is made."""
 
     norms: jax.Array
     steps: jax.Array
 
     @classmethod
     def zeros(cls, losses: int) -> "BalancerState":
-        return cls(jnp.zeros(losses, jnp.float32), jnp.zeros((), jnp.int32))
+        return cls(jnp.zeros(losses, jnp.float32), jnp.zeros(losses, jnp.int32))
 
 
 def balanced(

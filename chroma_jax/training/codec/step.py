@@ -1,15 +1,18 @@
 """The state of Codec training, and the one compiled step that advances it.
 
     wave → encoder → latents → quantizer → decoder → made
-                                              mel loss ┐
+                         teacher ← head ┘     mel loss ┐
     discriminator(made), discriminator(wave) → adversarial, feature loss ┴ balanced → gradient of the made sound → codec
 
-One step: the codec by the balanced gradient and the commitment loss; its codebooks by their running means; the discriminator by
-its hinge loss, on the same made sound.
+One step: the codec by the balanced gradient, the commitment loss and, with a teacher, the distillation loss; its codebooks by
+their running means; the discriminator by its hinge loss, on the same made sound. A training has up to three phases: an
+autoencoder of latents as they are, judged by its mel spectrograms alone; then with the quantizer, whose codebooks have been
+fitted to the latents; then with the discriminator.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import jax
@@ -19,10 +22,12 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from chroma_jax.layers.linear import Linear
 from chroma_jax.layers.sharding import RULES, state_shardings
 from chroma_jax.models.codec import Codec, CodecConfig
-from chroma_jax.paths import filled, values
+from chroma_jax.paths import filled, flat, nested, values
 from chroma_jax.training.codec.discriminator import Discriminator, DiscriminatorConfig
+from chroma_jax.training.codec.distillation import Teacher, distillation_loss, teacher_width
 from chroma_jax.training.codec.losses import (
     BalancerState,
     MelLossConfig,
@@ -30,52 +35,114 @@ from chroma_jax.training.codec.losses import (
     balanced,
     discriminator_loss,
     feature_loss,
-    mel_loss,
+    mel_distance,
 )
-from chroma_jax.training.codec.quantize import QuantizerTraining, draw, followed, mixed, perplexity, quantize
-from chroma_jax.training.optimizer import OptimizerConfig, make_optimizer
+from chroma_jax.training.codec.quantize import Choice, QuantizerTraining, draw, followed, mixed, perplexity, quantize
+from chroma_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
 
 
 @dataclasses.dataclass(frozen=True)
 class CodecLossConfig:
-    """mel, adversarial, features: shares of the balanced gradient. commitment: weight of the commitment loss, which is added."""
+    """mel, adversarial, features: shares of the balanced gradient. commitment, distillation: weights of these losses, which are
+    added."""
 
     mel: float = 1.0
     adversarial: float = 3.0
     features: float = 3.0
     commitment: float = 0.25
+    distillation: float = 1.0
     resolutions: MelLossConfig = MelLossConfig()
 
 
 @dataclasses.dataclass(frozen=True)
-class CodecTrainingConfig:
-    """Everything about how a codec is trained but data and duration."""
+class CodecRecipe:
+    """How a codec is trained, data and duration aside. quantize_from, judge_from: the steps at which the quantizer and the
+    discriminator join. teacher: of the semantic codebook, ``module:function``, see `chroma_jax.training.codec.distillation`;
+    empty for none."""
 
+    quantize_from: int = 0
+    judge_from: int = 0
+    teacher: str = ""
     loss: CodecLossConfig = CodecLossConfig()
     quantizer: QuantizerTraining = QuantizerTraining()
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
-    codec_optimizer: OptimizerConfig = OptimizerConfig(learning_rate=8e-4, b1=0.5, b2=0.9)
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=8e-4, b1=0.5, b2=0.9)
     discriminator_optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-4, b1=0.5, b2=0.9)
 
 
 class CodecTrainState(NamedTuple):
-    """step: int32 [], steps taken. codec: weights that gradients reach; codebooks: those that follow their vectors."""
+    """step: int32 [], steps taken. codec: weights that gradients reach; codebooks: those that follow their vectors. head: from
+    the semantic codes to the teacher's features, empty without a teacher."""
 
     step: jax.Array
     codec: nnx.State
+    head: nnx.State
     codebooks: nnx.State
     discriminator: nnx.State
-    codec_optimizer: optax.OptState
+    optimizer: optax.OptState
     discriminator_optimizer: optax.OptState
     balancer: BalancerState
 
+    def weights(self) -> dict[str, jax.Array]:
+        """By path: ``codec/…``, ``distillation/…``, ``discriminator/…``."""
+        parts = {"codec/": self.codec, "distillation/": self.head, "discriminator/": self.discriminator}
+        found = {path: x for prefix, state in parts.items() for path, x in values(state, prefix).items()}
+        return found | values(self.codebooks, "codec/")
+
+    def with_weights(self, weights: Mapping[str, jax.Array]) -> "CodecTrainState":
+        """With the arrays that ``weights`` has for its paths."""
+        return self._replace(
+            codec=filled(self.codec, weights, "codec/"),
+            head=filled(self.head, weights, "distillation/"),
+            codebooks=filled(self.codebooks, weights, "codec/"),
+            discriminator=filled(self.discriminator, weights, "discriminator/"),
+        )
+
+    def tree(self) -> dict:
+        """As a checkpoint holds it."""
+        rest = jax.tree.leaves((self.optimizer, self.discriminator_optimizer, self.balancer))
+        return {"weights": nested(self.weights()), "optimizer": {"step": self.step, "moments": rest}}
+
+    def filled(self, tree: dict) -> "CodecTrainState":
+        """This state, perhaps abstract, with the arrays of a `tree`."""
+        structure = jax.tree.structure((self.optimizer, self.discriminator_optimizer, self.balancer))
+        optimizer, judge_optimizer, balancer = jax.tree.unflatten(structure, tree["optimizer"]["moments"])
+        return self.with_weights(flat(tree["weights"]))._replace(
+            step=tree["optimizer"]["step"],
+            optimizer=optimizer,
+            discriminator_optimizer=judge_optimizer,
+            balancer=balancer,
+        )
+
+
+class Phase(NamedTuple):
+    """What takes part in a step."""
+
+    quantized: bool = True
+    judged: bool = True
+
+
+class Heard(NamedTuple):
+    """Of held-out waves. made: [B, S]; distance: [B], the mel loss of each; codes: int32 [B, F, Q]. Not divided among devices."""
+
+    made: jax.Array
+    distance: jax.Array
+    codes: jax.Array
+
 
 class CodecTrainer(NamedTuple):
-    """The functions of a training on one mesh. train_step: (state, waves [B, S]) → (state, metrics); the old state is given
-    up."""
+    """The functions of a training on one mesh; nothing here holds an array.
 
-    init: Callable[[], CodecTrainState]
-    train_step: Callable[[CodecTrainState, jax.Array], tuple[CodecTrainState, dict[str, jax.Array]]]
+    init: weights by path, those that the run starts from → state; the others are drawn. train_step: (state, waves [B, S], phase)
+    → (state, metrics), the old state being given up. hear: (state, waves, phase) → `Heard`. latents: (state, waves) → [B, F, D],
+    not divided among devices.
+    """
+
+    abstract: CodecTrainState
+    init: Callable[..., CodecTrainState]
+    train_step: Callable[[CodecTrainState, jax.Array, Phase], tuple[CodecTrainState, dict[str, jax.Array]]]
+    hear: Callable[[CodecTrainState, jax.Array, Phase], Heard]
+    latents: Callable[[CodecTrainState, jax.Array], jax.Array]
     module: Callable[[CodecTrainState], Codec]
     wave_sharding: NamedSharding
 
@@ -84,98 +151,179 @@ def is_codebook(path, _) -> bool:
     return "codebooks" in path
 
 
-def make_codec_trainer(codec: CodecConfig, config: CodecTrainingConfig, seed: int, mesh: Mesh) -> CodecTrainer:
+class Modules(NamedTuple):
+    """All that has weights in Codec training."""
+
+    codec: Codec
+    head: Linear | None
+    discriminator: Discriminator
+
+
+class Parts(NamedTuple):
+    """Their weights, by what becomes of them in a step."""
+
+    codec: nnx.State
+    head: nnx.State
+    codebooks: nnx.State
+    discriminator: nnx.State
+
+
+def make_codec_trainer(
+    codec: CodecConfig, recipe: CodecRecipe, seed: int, mesh: Mesh, teacher: Teacher | None = None
+) -> CodecTrainer:
     """Builds the functions for a mesh (which must be set, ``jax.set_mesh``).
 
     Raises: ChromaError for weights that the mesh does not divide.
     """
-    codec_tx, judge_tx = make_optimizer(config.codec_optimizer), make_optimizer(config.discriminator_optimizer)
-    build = lambda: (Codec(nnx.Rngs(seed), codec), Discriminator(nnx.Rngs(seed + 1), config.discriminator))
+    tx, judge_tx = make_optimizer(recipe.optimizer), make_optimizer(recipe.discriminator_optimizer)
+    rate, loss = learning_rate(recipe.optimizer), recipe.loss
 
-    def split(modules):
-        made, judge = modules
-        graph, codebooks, weights = nnx.split(made, is_codebook, ...)
-        judge_graph, judge_weights = nnx.split(judge)
-        return (graph, judge_graph), (weights, codebooks, judge_weights)
+    def build() -> Modules:
+        width = None if teacher is None else teacher_width(teacher, codec)
+        head = None if width is None else Linear(nnx.Rngs(seed + 2), {"embed": codec.width}, {"channels": width})
+        return Modules(Codec(nnx.Rngs(seed), codec), head, Discriminator(nnx.Rngs(seed + 1), recipe.discriminator))
 
-    (graph, judge_graph), abstract = split(nnx.eval_shape(build))
-    places = tuple(state_shardings(state, mesh, RULES) for state in abstract)
+    def split(modules: Modules):
+        graph, codebooks, weights = nnx.split(modules.codec, is_codebook, ...)
+        head_graph, head = (None, nnx.State({})) if modules.head is None else nnx.split(modules.head)
+        judge_graph, judge = nnx.split(modules.discriminator)
+        return (graph, head_graph, judge_graph), Parts(weights, head, codebooks, judge)
+
+    (graph, head_graph, judge_graph), shapes = split(nnx.eval_shape(build))
+    places = Parts(*(state_shardings(state, mesh, RULES) for state in shapes))
     rest = NamedSharding(mesh, P())
     # run once: on CPU, optimising the random generator of every weight would take longer than all the rest of the start
     options = {"xla_backend_optimization_level": 0} if mesh.devices.flat[0].platform == "cpu" else None
-    fresh = jax.jit(lambda: split(build())[1], out_shardings=places, compiler_options=options)
 
-    def init() -> CodecTrainState:
-        weights, codebooks, judge = fresh()
+    def fresh() -> CodecTrainState:
+        parts = jax.jit(lambda: split(build())[1], out_shardings=places, compiler_options=options)()
         step, balancer = jax.device_put((jnp.int32(0), BalancerState.zeros(3)), rest)
-        return CodecTrainState(
-            step, weights, codebooks, judge, jax.jit(codec_tx.init)(weights), jax.jit(judge_tx.init)(judge), balancer
-        )
+        moments = jax.jit(tx.init)((parts.codec, parts.head)), jax.jit(judge_tx.init)(parts.discriminator)
+        return CodecTrainState(step, *parts, *moments, balancer)
 
-    def train_step(state: CodecTrainState, wave: jax.Array):
+    def init(given: Mapping[str, jax.Array] = MappingProxyType({})) -> CodecTrainState:
+        return fresh().with_weights(given)
+
+    def train_step(state: CodecTrainState, wave: jax.Array, phase: Phase = Phase()):
         key, choice_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
-        choice = draw(choice_key, len(wave), codec.num_codebooks - codec.quantizer.num_semantic, config.quantizer)
+        choice = draw(choice_key, len(wave), codec.num_codebooks - codec.quantizer.num_semantic, recipe.quantizer)
 
-        def make(weights: nnx.State):
-            made, semantic, acoustic = reconstructed(nnx.merge(graph, weights, state.codebooks), wave, choice, key)
-            commitment = (semantic.commitment + acoustic.commitment) / 2
-            return (made, commitment), (semantic.statistics, acoustic.statistics)
+        def make(trained: tuple[nnx.State, nnx.State]):
+            module = nnx.merge(graph, trained[0], state.codebooks)
+            made, meaning, commitment, statistics = reconstructed(module, wave, choice, key, phase)
+            extra = {"commitment": commitment} if phase.quantized else {}
+            if teacher is not None:
+                extra["distillation"] = distillation_loss(nnx.merge(head_graph, trained[1])(meaning), teacher(wave))
+            total = sum((getattr(loss, name) * value for name, value in extra.items()), start=jnp.float32(0))
+            return (made, total), (extra, statistics)
 
-        (made, commitment), pull, statistics = jax.vjp(make, state.codec, has_aux=True)
-        gradients, losses = judged(nnx.merge(judge_graph, state.discriminator), made, wave, codec.sampling_rate, config.loss)
-        weights = jnp.array([config.loss.mel, config.loss.adversarial, config.loss.features], jnp.float32)
-        gradient, balancer = balanced(gradients, weights, state.balancer)
-        (codec_gradient,) = pull((gradient / len(wave), jnp.float32(config.loss.commitment)))
-        updates, codec_optimizer = codec_tx.update(codec_gradient, state.codec_optimizer, state.codec)
+        trained = state.codec, state.head
+        (made, _), pull, (metrics, statistics) = jax.vjp(make, trained, has_aux=True)
+        judge = nnx.merge(judge_graph, state.discriminator) if phase.judged else None
+        losses, gradient, balancer = judged(judge, made, wave, codec.sampling_rate, loss, state.balancer)
+        (codec_gradient,) = pull((gradient / len(wave), jnp.float32(1)))
+        updates, optimizer = tx.update(codec_gradient, state.optimizer, trained)
+        weights, head = optax.apply_updates(trained, updates)
+        metrics |= losses | {"gradient_norm": optax.global_norm(codec_gradient), "learning_rate": rate(state.step)}
+        state = state._replace(step=state.step + 1, codec=weights, head=head, optimizer=optimizer, balancer=balancer)
+        if phase.quantized:
+            metrics |= usage(statistics)
+            state = state._replace(codebooks=moved(state.codebooks, statistics, recipe.quantizer))
+        if phase.judged:
+            state, metrics["discriminator_loss"] = corrected(state, jax.lax.stop_gradient(made), wave)
+        return state, metrics
 
-        def judge_loss(judge: nnx.State):
+    def corrected(state: CodecTrainState, made: jax.Array, real: jax.Array) -> tuple[CodecTrainState, jax.Array]:
+        """The discriminator's own step."""
+
+        def hinge(judge: nnx.State):
             module = nnx.merge(judge_graph, judge)
-            return discriminator_loss(module(jax.lax.stop_gradient(made)), module(wave))
+            return discriminator_loss(module(made), module(real))
 
-        hinge, judge_gradient = jax.value_and_grad(judge_loss)(state.discriminator)
-        judge_updates, judge_optimizer = judge_tx.update(judge_gradient, state.discriminator_optimizer, state.discriminator)
-        metrics = losses | {"commitment": commitment, "discriminator_loss": hinge}
-        metrics |= {"gradient_norm": optax.global_norm(codec_gradient)} | usage(statistics)
-        return CodecTrainState(
-            state.step + 1,
-            optax.apply_updates(state.codec, updates),
-            moved(state.codebooks, statistics, config.quantizer),
-            optax.apply_updates(state.discriminator, judge_updates),
-            codec_optimizer,
-            judge_optimizer,
-            balancer,
-        ), metrics
+        value, gradient = jax.value_and_grad(hinge)(state.discriminator)
+        updates, optimizer = judge_tx.update(gradient, state.discriminator_optimizer, state.discriminator)
+        judge = optax.apply_updates(state.discriminator, updates)
+        return state._replace(discriminator=judge, discriminator_optimizer=optimizer), value
+
+    def module(state: CodecTrainState) -> Codec:
+        return nnx.merge(graph, state.codec, state.codebooks)
+
+    def hear(state: CodecTrainState, wave: jax.Array, phase: Phase = Phase()) -> Heard:
+        latents = module(state).latents(wave)
+        codes = module(state).quantizer.encode(latents, codec.num_codebooks)
+        made = module(state).decode(codes) if phase.quantized else module(state).sound(latents)
+        return Heard(made, mel_distance(made, wave, codec.sampling_rate, loss.resolutions), codes)
 
     return CodecTrainer(
+        abstract=_abstract(shapes, places, tx, judge_tx, rest),
         init=init,
-        train_step=jax.jit(train_step, donate_argnums=0),
-        module=lambda state: nnx.merge(graph, state.codec, state.codebooks),
+        train_step=jax.jit(train_step, static_argnames="phase", donate_argnums=0),
+        hear=jax.jit(hear, static_argnames="phase", out_shardings=rest),
+        latents=jax.jit(lambda state, wave: module(state).latents(wave), out_shardings=rest),
+        module=module,
         wave_sharding=NamedSharding(mesh, RULES.at_rest(("batch", None))),
     )
 
 
-def reconstructed(codec: Codec, wave: jax.Array, choice, key: jax.Array):
-    """wave: [B, S], whole frames. Returns (made [B, S], what the semantic and the acoustic branch of the quantizer say)."""
+def _abstract(shapes: Parts, places: Parts, tx, judge_tx, rest: NamedSharding) -> CodecTrainState:
+    placed = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    parts = Parts(*(jax.tree.map(placed, state, where) for state, where in zip(shapes, places, strict=True)))
+
+    def moments(init, trained):
+        # the shape carries its sharding, except where nothing is divided
+        where = lambda x: NamedSharding(rest.mesh, x.sharding.spec if x.sharding else P())
+        return jax.tree.map(lambda x: placed(x, where(x)), jax.eval_shape(init, trained))
+
+    whole = jax.tree.map(
+        lambda x: placed(x, rest), (jax.ShapeDtypeStruct((), jnp.int32), jax.eval_shape(lambda: BalancerState.zeros(3)))
+    )
+    optimizers = moments(tx.init, (parts.codec, parts.head)), moments(judge_tx.init, parts.discriminator)
+    return CodecTrainState(whole[0], *parts, *optimizers, whole[1])
+
+
+def reconstructed(codec: Codec, wave: jax.Array, choice: Choice, key: jax.Array, phase: Phase):
+    """wave: [B, S], whole frames. Returns (made [B, S], what the semantic branch hands on [B, F, D], commitment loss [], what the
+    branches of the quantizer counted, or None)."""
     latents = codec.latents(wave)
+    if not phase.quantized:
+        branch = codec.quantizer.semantic
+        projected = branch.project(latents)
+        return codec.sound(latents), projected if branch.output is None else branch.output(projected), jnp.float32(0), None
     semantic, acoustic = quantize(codec.quantizer, latents, choice, key)
-    return codec.sound(mixed(latents, semantic, acoustic, choice)), semantic, acoustic
+    made = codec.sound(mixed(latents, semantic, acoustic, choice))
+    statistics = semantic.statistics, acoustic.statistics
+    return made, semantic.vectors, (semantic.commitment + acoustic.commitment) / 2, statistics
 
 
 def judged(
-    discriminator: Discriminator, made: jax.Array, real: jax.Array, sample_rate: int, config: CodecLossConfig
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The gradients of the three balanced losses with respect to the made sound, float32 [3, B, S], and their values."""
-    mel, mel_gradient = jax.value_and_grad(mel_loss)(made, real, sample_rate, config.resolutions)
-    verdict = jax.lax.stop_gradient(discriminator(real))
+    discriminator: Discriminator | None,
+    made: jax.Array,
+    real: jax.Array,
+    sample_rate: int,
+    config: CodecLossConfig,
+    balancer: BalancerState,
+) -> tuple[dict[str, jax.Array], jax.Array, BalancerState]:
+    """The losses of the made sound, [B, S], and one gradient with respect to it in which each has its share; without a
+    discriminator, that of the mel loss alone."""
+    mel = lambda made: jnp.mean(mel_distance(made, real, sample_rate, config.resolutions))
+    losses, gradients = {}, []
+    losses["mel_loss"], gradient = jax.value_and_grad(mel)(made)
+    gradients.append(gradient)
+    if discriminator is not None:
+        verdict = jax.lax.stop_gradient(discriminator(real))
 
-    def opinions(made: jax.Array):
-        judged = discriminator(made)
-        return adversarial_loss(judged), feature_loss(judged, verdict)
+        def opinions(made: jax.Array):
+            judged = discriminator(made)
+            return adversarial_loss(judged), feature_loss(judged, verdict)
 
-    (adversarial, features), pull = jax.vjp(opinions, made)
-    one, zero = jnp.float32(1), jnp.float32(0)
-    gradients = jnp.stack([mel_gradient, pull((one, zero))[0], pull((zero, one))[0]])
-    return gradients, {"mel_loss": mel, "adversarial_loss": adversarial, "feature_loss": features}
+        (losses["adversarial_loss"], losses["feature_loss"]), pull = jax.vjp(opinions, made)
+        one, zero = jnp.float32(1), jnp.float32(0)
+        gradients += [pull((one, zero))[0], pull((zero, one))[0]]
+    count = len(gradients)
+    shares = jnp.array([config.mel, config.adversarial, config.features][:count], jnp.float32)
+    gradient, seen = balanced(jnp.stack(gradients), shares, jax.tree.map(lambda x: x[:count], balancer))
+    balancer = jax.tree.map(lambda new, old: jnp.concatenate([new, old[count:]]), seen, balancer)
+    return losses, gradient, balancer
 
 
 def usage(statistics) -> dict[str, jax.Array]:

@@ -1,0 +1,185 @@
+"""Training a Codec, in the order in which it happens; the loop itself is `chroma_jax.training.loop`."""
+
+import importlib.util
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+from tqdm import tqdm
+
+from chroma_jax import config as configs
+from chroma_jax.config import CodecRun
+from chroma_jax.errors import ChromaError
+from chroma_jax.layers.sharding import make_mesh
+from chroma_jax.models.codec import fit_quantizer
+from chroma_jax.paths import values
+from chroma_jax.training.checkpoint import Checkpoints
+from chroma_jax.training.codec.distillation import load_teacher
+from chroma_jax.training.codec.quantize import perplexity
+from chroma_jax.training.codec.step import CodecTrainer, CodecTrainState, Phase, make_codec_trainer
+from chroma_jax.training.loop import check_batch, run_steps, this_host
+from chroma_jax.training.metrics import MetricsWriter
+from chroma_jax.training.run_folder import check_run, has_checkpoint, keep
+from data_pipelines.waves import crops, held_out, open_waves
+
+FRAMES_PER_CODE = 32  # latents that a code is fitted to
+COLLAPSED = 0.02  # an alarm is given when a codebook's held-out perplexity is below this share of its size
+
+
+def train_codec(config: CodecRun, run: Path, prepared: Path, start: Path | None = None) -> CodecTrainState:
+    """Trains from the run folder's newest checkpoint (or from ``start``, or from scratch) to ``config.training.steps``.
+
+    run: created when absent. prepared: a folder that ``chroma-jax prepare`` wrote. start: another Codec's run folder, whose
+    weights a new run begins with. Returns the last state.
+    Raises: ChromaError for a run folder, data or weights of another model, a mesh or batch that does not fit.
+    """
+    t = config.training
+    open_waves(prepared, config.model)
+    check_batch(config)
+    check_run(config, run)
+    teacher = load_teacher(config.recipe.teacher)
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        trainer = make_codec_trainer(config.model, config.recipe, t.seed, mesh, teacher)
+        given = start if start is not None and not has_checkpoint(run) else None
+        weights = {} if given is None else starting_weights(config, trainer, given)
+        keep(config, run, [])
+        with Checkpoints(run, config.checkpoint) as checkpoints:
+            if checkpoints.latest is None:
+                state, step = trainer.init(weights), 0
+            else:
+                state = checkpoints.restore(trainer.abstract)
+                step = int(state.step)
+                print(f"resuming {run} from step {step}")
+            if step >= t.steps:
+                print(f"{run} has reached step {step} of {t.steps}; nothing to do")
+                return state
+            return run_steps(CodecTask(config, prepared, trainer), config, run, checkpoints, state, step)
+
+
+def starting_weights(config: CodecRun, trainer: CodecTrainer, start: Path) -> dict[str, jax.Array]:
+    """The weights that a new run begins with, by path. Raises ChromaError when ``start`` is no run of the same Codec."""
+    before, now = configs.load(start), configs.fields(config.model)
+    if not isinstance(before, CodecRun):
+        raise ChromaError(f"{start}: a run of a speaking model, expected one of a codec")
+    apart = {n: v for n, v in configs.fields(before.model).items() if now[n] != v and configs.concerns_weights(n)}
+    if apart:
+        flags = " ".join(f"--model.{name} {value}" for name, value in apart.items())
+        raise ChromaError(f"{start}: its weights are of a codec that the configuration describes otherwise; it says {flags}")
+    wanted = trainer.abstract.weights()
+    with Checkpoints(start, config.checkpoint, access="read") as checkpoints:
+        held = checkpoints.held()
+        fitting = {p: x for p, x in wanted.items() if p in held and held[p].shape == x.shape}
+        weights = checkpoints.restore_weights(fitting)
+    drawn = sorted({path.split("/")[0] for path in wanted.keys() - weights.keys()})
+    print(f"starting from {start}" + (f"; drawn at random: {', '.join(drawn)}" if drawn else ""))
+    return weights
+
+
+class CodecTask:
+    """The loop's task: a Codec on crops of recordings."""
+
+    shown = ("mel_loss", "commitment", "discriminator_loss")
+
+    def __init__(self, config: CodecRun, prepared: Path, trainer: CodecTrainer):
+        self.config, self.prepared, self.trainer = config, prepared, trainer
+
+    def phase(self, step: int) -> Phase:
+        recipe = self.config.recipe
+        return Phase(quantized=step >= recipe.quantize_from, judged=step >= recipe.judge_from)
+
+    def batches(self, position: int) -> Iterator[np.ndarray]:
+        t = self.config.training
+        share = this_host() | {"global_batch": t.global_batch, "seed": t.seed}
+        return crops(self.prepared, self.config.model, self.config.data, position=position, **share)
+
+    def place(self, batch: np.ndarray) -> jax.Array:
+        return jax.make_array_from_process_local_data(self.trainer.wave_sharding, batch)
+
+    def step(self, step: int, state: CodecTrainState, batch: jax.Array) -> tuple[CodecTrainState, dict[str, jax.Array]]:
+        if step == self.config.recipe.quantize_from > 0:
+            state = self.fitted(step, state)
+        return self.trainer.train_step(state, batch, self.phase(step))
+
+    def fitted(self, step: int, state: CodecTrainState) -> CodecTrainState:
+        """With a quantizer fitted to the latents of the coming batches, so that it joins with little harm."""
+        model, t = self.config.model, self.config.training
+        data, found, wanted = self.batches(step), [], FRAMES_PER_CODE * model.codebook_size
+        while sum(map(len, found)) < wanted:
+            found.append(np.asarray(self.trainer.latents(state, self.place(next(data)))).reshape(-1, model.width))
+        graph, whole = nnx.split(self.trainer.module(state))
+        here = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), self.whole(whole))
+        weights = values(nnx.state(fit_quantizer(nnx.merge(graph, here), np.concatenate(found), t.seed)), "codec/")
+        for branch in ("semantic", "acoustic"):
+            books = f"codec/quantizer/{branch}/codebooks"
+            mean = weights[f"{books}/cluster_usage"].mean(axis=1, keepdims=True)  # the running usage has a mean of one
+            weights[f"{books}/cluster_usage"] = weights[f"{books}/cluster_usage"] / mean
+            weights[f"{books}/embed_sum"] = weights[f"{books}/embed_sum"] / mean[..., None]
+        quantizer = {path: x for path, x in state.weights().items() if path.startswith("codec/quantizer/")}
+        return state.with_weights({p: jax.device_put(np.asarray(weights[p]), x.sharding) for p, x in quantizer.items()})
+
+    def whole(self, tree):
+        """Arrays as they are on every host: not divided."""
+        return jax.jit(lambda x: x, out_shardings=self.trainer.abstract.step.sharding)(tree)
+
+    def evaluate(self, step: int, state: CodecTrainState, writer: MetricsWriter | None) -> dict[str, float]:
+        """Of the held-out recordings: mel distance, STOI (with pystoi installed), perplexity of every codebook; and, for
+        TensorBoard, how the first ones sound."""
+        model, phase = self.config.model, self.phase(step)
+        share = this_host() | {"global_batch": self.config.training.global_batch}
+        distances, scores, first = [], [], []
+        counts = np.zeros((model.num_codebooks, model.codebook_size))
+        for waves, samples in held_out(self.prepared, model, self.config.data, **share):
+            heard = jax.device_get(self.trainer.hear(state, self.place(waves), phase))
+            real, lengths = self.everywhere(waves), self.everywhere(samples)
+            for row in np.flatnonzero(lengths):
+                n = lengths[row]
+                distances.append(heard.distance[row])
+                scores.append(intelligibility(real[row, :n], heard.made[row, :n], model.sampling_rate))
+                for level, codes in enumerate(heard.codes[row, : model.num_frames(n)].T):
+                    counts[level] += np.bincount(codes, minlength=model.codebook_size)
+                if len(first) < 3:
+                    first.append((real[row, :n], heard.made[row, :n]))
+        for i, (real, made) in enumerate(first if writer is not None else []):
+            sounds = {"made": made} | ({"real": real} if step == 0 else {})
+            for name, wave in sounds.items():
+                writer.audio(f"valid/{i}_{name}", wave, model.sampling_rate, step)
+        metrics = {"valid/mel_loss": float(np.mean(distances))}
+        if scores := [s for s in scores if s is not None]:
+            metrics["valid/stoi"] = float(np.mean(scores))
+        if phase.quantized:
+            found = np.asarray(perplexity(jnp.asarray(counts)))
+            metrics |= {f"valid/perplexity_{level}": float(p) for level, p in enumerate(found)}
+            collapsed = [level for level, p in enumerate(found) if p < COLLAPSED * model.codebook_size]
+            metrics["valid/collapsed_codebooks"] = len(collapsed)
+            if collapsed and jax.process_index() == 0:
+                named = ", ".join(f"{level} (perplexity {found[level]:.1f} of {model.codebook_size})" for level in collapsed)
+                tqdm.write(f"ALARM: step {step}: collapsed codebooks: {named}")
+        return metrics
+
+    def everywhere(self, mine: np.ndarray) -> np.ndarray:
+        """This host's rows of a batch → those of all hosts."""
+        where = self.trainer.wave_sharding
+        where = where.update(spec=P(where.spec[0]))
+        return np.asarray(self.whole(jax.make_array_from_process_local_data(where, mine)))
+
+    def rates(self, metrics: dict[str, float], steps_per_second: float) -> dict[str, float]:
+        seconds = self.config.training.global_batch * self.config.data.crop_frames / self.config.model.frame_rate
+        return {"audio_seconds_per_second": seconds * steps_per_second}
+
+
+def intelligibility(real: np.ndarray, made: np.ndarray, sample_rate: int) -> float | None:
+    """STOI (Taal et al., 2011); None without pystoi, or for a recording with too little speech in it."""
+    if importlib.util.find_spec("pystoi") is None or len(real) < sample_rate:
+        return None
+    from pystoi import stoi
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # too few frames of speech: 1e-5 comes back
+        score = float(stoi(real, made, sample_rate))
+    return score if score > 1e-4 else None

@@ -1,0 +1,26 @@
+"""The Codec at the released size, Mimi, by the recipe of its report (Défossez et al., arXiv 2410.00037, sections 3.3 and 4.3).
+
+The report's teacher, WavLM, is not part of this project: give one with ``--recipe.teacher module:function``.
+"""
+
+from chroma_jax.config import CodecRun
+from chroma_jax.models.codec import CodecConfig
+from chroma_jax.training.checkpoint import CheckpointConfig
+from chroma_jax.training.codec.quantize import QuantizerTraining
+from chroma_jax.training.codec.step import CodecRecipe
+from chroma_jax.training.loop import TrainingConfig
+from chroma_jax.training.optimizer import OptimizerConfig
+from data_pipelines.waves import CodecDataConfig
+
+
+def config() -> CodecRun:
+    return CodecRun(
+        model=CodecConfig(),
+        data=CodecDataConfig(crop_frames=150, valid_seconds=12.0),
+        training=TrainingConfig(steps=4_000_000, global_batch=128, eval_every=5000, log_every=50),
+        recipe=CodecRecipe(
+            quantizer=QuantizerTraining(quantized=0.5, dropout=0.5),
+            optimizer=OptimizerConfig(learning_rate=8e-4, warmup_steps=1000, b1=0.5, b2=0.9, weight_decay=0.0),
+        ),
+        checkpoint=CheckpointConfig(every=5000),
+    )

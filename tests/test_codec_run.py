@@ -1,0 +1,294 @@
+"""A Codec's training as a whole: its data, its phases, interruption, what is reported, and what can be done with the result."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import soundfile
+from tiny import model as tiny_model
+from tiny import replace
+from tiny_corpus import RATE, tone, write_corpus
+
+from chroma_jax import cli
+from chroma_jax import config as configs
+from chroma_jax.config import CodecRun
+from chroma_jax.convert.codec import export_codec, trained_codec
+from chroma_jax.errors import ChromaError
+from chroma_jax.layers.sharding import MeshConfig, make_mesh
+from chroma_jax.paths import values
+from chroma_jax.training.checkpoint import CheckpointConfig
+from chroma_jax.training.codec.discriminator import DiscriminatorConfig
+from chroma_jax.training.codec.losses import MelLossConfig
+from chroma_jax.training.codec.step import CodecLossConfig, CodecRecipe, make_codec_trainer
+from chroma_jax.training.codec.train import CodecTask, train_codec
+from chroma_jax.training.loop import TrainingConfig
+from chroma_jax.training.metrics import read_lines
+from chroma_jax.training.optimizer import OptimizerConfig
+from data_pipelines.waves import CodecDataConfig, crops, held_out, open_waves, prepare_waves
+
+CODEC = tiny_model().codec
+FRAME = CODEC.samples_per_frame
+
+
+def loudness_teacher(wave: jax.Array) -> jax.Array:
+    """Two positions per frame: how loud it is, and how loud its differences are."""
+    pieces = wave.reshape(len(wave), -1, FRAME // 2)
+    level = lambda x: jnp.log(jnp.sqrt(jnp.mean(jnp.square(x), axis=-1)) + 1e-3)
+    return jnp.stack([level(pieces), level(jnp.diff(pieces, axis=-1)), jnp.ones_like(level(pieces))], axis=-1)
+
+
+def config_for(corpus, **changes) -> CodecRun:
+    config = CodecRun(
+        model=CODEC,
+        data=CodecDataConfig(corpora=(str(corpus),), crop_frames=6, valid_seconds=1.2),
+        training=TrainingConfig(steps=6, global_batch=8, eval_every=3, log_every=1),
+        recipe=CodecRecipe(
+            quantize_from=2,
+            judge_from=4,
+            loss=CodecLossConfig(resolutions=MelLossConfig((64, 256, 1024), (5, 20, 40))),
+            discriminator=DiscriminatorConfig(windows=(256,), filters=2, dilations=(1,)),
+            optimizer=OptimizerConfig(learning_rate=3e-3, b1=0.5, b2=0.9),
+        ),
+        checkpoint=CheckpointConfig(every=3, keep=3),
+    )
+    for name, value in changes.items():
+        config = replace(config, name.replace("__", "."), value)
+    return config
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("codec") / "corpus")
+
+
+@pytest.fixture(scope="module")
+def prepared(corpus):
+    out = corpus.parent / "waves"
+    prepare_waves(config_for(corpus).data, CODEC, out, progress="none")
+    return out
+
+
+@pytest.fixture(scope="module")
+def finished(corpus, prepared):
+    """A run that was never interrupted."""
+    run = corpus.parent / "straight"
+    return run, train_codec(config_for(corpus), run, prepared)
+
+
+# Data
+
+
+def test_train_recordings_and_references_are_trained_on_and_valid_ones_held_out(prepared):
+    splits = open_waves(prepared, CODEC).manifest["splits"]
+    assert splits["train"]["recordings"] == 2 * 9 + 4  # both voices occur in the train split
+    assert splits["valid"]["recordings"] == 2 * 3
+
+
+def test_a_folder_without_dialogues_adds_all_its_recordings(corpus, tmp_path):
+    (tmp_path / "more" / "deep").mkdir(parents=True)
+    soundfile.write(tmp_path / "more" / "deep" / "a.wav", tone(1.0, 1)[:16_000], 16_000)
+    (tmp_path / "more" / "bad.wav").write_text("no sound")
+    config = CodecDataConfig(corpora=(str(corpus), str(tmp_path / "more")))
+    manifest = prepare_waves(config, CODEC, tmp_path / "waves", progress="none").manifest
+    assert manifest["splits"]["train"]["recordings"] == 2 * 9 + 4 + 1
+    assert manifest["splits"]["train"]["samples"][-1] == RATE
+    assert manifest["skipped"]["count"] == 1 and "bad.wav" in manifest["skipped"]["entries"][0]
+
+
+def test_a_crop_depends_on_its_place_in_the_stream_alone(corpus, prepared):
+    config = config_for(corpus).data
+    read = lambda **kw: crops(prepared, CODEC, config, global_batch=4, seed=3, **kw)
+    stream = read()
+    first = [next(stream) for _ in range(5)]
+    np.testing.assert_array_equal(next(read(position=4)), first[4])
+    halves = [next(read(position=2, process_index=i, process_count=2)) for i in range(2)]
+    np.testing.assert_array_equal(np.concatenate(halves), first[2])
+    assert first[0].shape == (4, 6 * FRAME) and first[0].dtype == np.float32
+    assert not np.array_equal(first[0], next(crops(prepared, CODEC, config, global_batch=4, seed=4)))
+
+
+def test_a_pass_crops_every_recording_as_often_as_it_is_long(corpus, prepared):
+    """Recordings are told apart by their pitch; the shortest are padded with silence."""
+    lengths = open_waves(prepared).manifest["splits"]["train"]["samples"]
+    config = dataclasses.replace(config_for(corpus).data, crop_frames=4, level_db=0.0)
+    expected = sum(max(1, round(n / (4 * FRAME))) for n in lengths)
+    rows = np.concatenate([batch for batch, _ in zip(crops(prepared, CODEC, config, global_batch=1, seed=0), range(expected))])
+    pitches = [int(np.abs(np.fft.rfft(row, 8 * len(row))).argmax()) for row in rows]
+    share = np.bincount(np.unique(pitches, return_inverse=True)[1])
+    assert share.sum() == expected and len(share) > 10 and share.max() < 0.25 * expected
+
+
+def test_held_out_recordings_come_once_each_and_the_last_batch_is_filled_up(corpus, prepared):
+    found = list(held_out(prepared, CODEC, config_for(corpus).data, global_batch=4))
+    samples = np.concatenate([n for _, n in found])
+    assert [len(w) for w, _ in found] == [4, 4] and (samples > 0).sum() == 6 and (samples[6:] == 0).all()
+    for waves, lengths in found:
+        for wave, n in zip(waves, lengths, strict=True):
+            assert not wave[n:].any() and n <= 15 * FRAME == len(wave)
+
+
+def test_what_does_not_fit_is_named(corpus, prepared, tmp_path):
+    config = config_for(corpus).data
+    with pytest.raises(ChromaError, match="sampling_rate|24000 Hz"):
+        open_waves(prepared, dataclasses.replace(CODEC, sampling_rate=16_000))
+    with pytest.raises(ChromaError, match="max_seconds"):
+        prepare_waves(dataclasses.replace(config, max_seconds=1.0), CODEC, prepared, progress="none")
+    with pytest.raises(ChromaError, match="no such corpus folder"):
+        prepare_waves(dataclasses.replace(config, corpora=("nowhere",)), CODEC, tmp_path / "x", progress="none")
+    (tmp_path / "sounds").mkdir()
+    soundfile.write(tmp_path / "sounds" / "a.wav", tone(1.0, 1), RATE)
+    with pytest.raises(ChromaError, match="valid split"):
+        prepare_waves(CodecDataConfig((str(tmp_path / "sounds"),)), CODEC, tmp_path / "x", progress="none")
+    assert not (tmp_path / "x").exists() and not list(tmp_path.glob("*.partial"))
+    assert prepare_waves(config, CODEC, prepared, progress="none").rows("train") == 22  # the same again
+
+
+# Training
+
+
+def test_the_phases_follow_each_other_and_are_reported(finished):
+    lines = {}
+    for line in read_lines(finished[0] / "metrics.jsonl"):
+        lines.setdefault(line["step"], {}).update(line)
+    assert "train/commitment" not in lines[2] and "train/commitment" in lines[3]
+    assert "train/discriminator_loss" not in lines[4] and "train/discriminator_loss" in lines[5]
+    assert "valid/perplexity_0" not in lines[0] and lines[6]["valid/perplexity_3"] > 1
+    assert all(np.isfinite(lines[step]["valid/mel_loss"]) for step in (0, 3, 6))
+    assert lines[6]["speed/audio_seconds_per_second"] > 0
+
+
+def test_held_out_recordings_can_be_listened_to(finished):
+    events = b"".join(p.read_bytes() for p in (finished[0] / "tensorboard").iterdir())
+    assert all(f"valid/{i}_made".encode() in events for i in range(3)) and b"valid/0_real" in events and b"RIFF" in events
+
+
+def test_an_interrupted_run_ends_where_a_straight_one_does(corpus, prepared, finished, tmp_path):
+    train_codec(config_for(corpus, training__steps=3), tmp_path / "run", prepared)
+    state = train_codec(config_for(corpus), tmp_path / "run", prepared)
+    for path, x in state.weights().items():
+        np.testing.assert_array_equal(x, finished[1].weights()[path], err_msg=path)
+    for x, y in zip(jax.tree.leaves(state), jax.tree.leaves(finished[1]), strict=True):
+        np.testing.assert_array_equal(x, y)
+    said = [{k: v for k, v in line.items() if not k.startswith("speed/")} for line in read_lines(tmp_path / "run/metrics.jsonl")]
+    whole = [{k: v for k, v in line.items() if not k.startswith("speed/")} for line in read_lines(finished[0] / "metrics.jsonl")]
+    assert said == whole
+
+
+def test_a_mesh_trains_the_same_codec(corpus, prepared, finished, tmp_path):
+    """Through all phases: the quantizer is fitted, the discriminator joins."""
+    config = config_for(corpus, mesh=MeshConfig(data=2, fsdp=2, tensor=2))
+    train_codec(config, tmp_path / "run", prepared)
+    ours, theirs = (
+        [line for line in read_lines(run / "metrics.jsonl") if "train/mel_loss" in line]
+        for run in (tmp_path / "run", finished[0])
+    )
+    for a, b in zip(ours[:2], theirs[:2], strict=True):
+        # Adam makes full-sized steps of gradients that are only rounding, which then differ
+        assert a["train/mel_loss"] == pytest.approx(b["train/mel_loss"], rel=1e-3)
+    assert len(ours) == len(theirs) and ours[-1]["train/mel_loss"] == pytest.approx(theirs[-1]["train/mel_loss"], rel=0.1)
+
+
+def test_the_quantizer_joins_with_little_harm(corpus, prepared):
+    """What is decoded from codes right after the fit is close to what is decoded from the latents themselves."""
+    config, mesh = config_for(corpus), make_mesh(MeshConfig())
+    with jax.set_mesh(mesh):
+        trainer = make_codec_trainer(CODEC, config.recipe, 0, mesh)
+        task, state = CodecTask(config, prepared, trainer), trainer.init()
+        wave = task.place(next(task.batches(2)))
+        latents = np.asarray(trainer.latents(state, wave))
+        error = {}
+        for name, with_codebooks in (("drawn", state), ("fitted", task.fitted(2, state))):
+            codec = trainer.module(with_codebooks)
+            decoded = codec.quantizer.decode(codec.quantizer.encode(latents, CODEC.num_codebooks), jnp.float32)
+            error[name] = np.square(decoded - latents).sum() / np.square(latents - latents.mean((0, 1))).sum()
+    assert error["fitted"] < 0.3 and error["drawn"] > 0.9  # four codebooks of 58, latents of a random encoder
+
+
+def test_a_teacher_is_learnt_from(corpus, prepared, tmp_path):
+    config = config_for(corpus, recipe__teacher="test_codec_run:loudness_teacher", training__steps=30, recipe__judge_from=100)
+    train_codec(replace(config, "training.eval_every", 100), tmp_path / "run", prepared)
+    losses = [line["train/distillation"] for line in read_lines(tmp_path / "run/metrics.jsonl") if "train/distillation" in line]
+    assert len(losses) == 30 and np.mean(losses[-5:]) < 0.5 * losses[0]
+    with pytest.raises(ChromaError, match="recipe.teacher.*no_such"):
+        train_codec(replace(config, "recipe.teacher", "no_such:thing"), tmp_path / "other", prepared)
+    with pytest.raises(ChromaError, match="expected.*features"):
+        train_codec(replace(config, "recipe.teacher", "jax.numpy:square"), tmp_path / "other", prepared)
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_run_starts_from_another_one(corpus, prepared, finished, tmp_path, capsys):
+    config = config_for(corpus, training__steps=1, recipe__quantize_from=0, recipe__optimizer=OptimizerConfig(learning_rate=0.0))
+    state = train_codec(config, tmp_path / "run", prepared, start=finished[0])
+    assert "starting from" in capsys.readouterr().out
+    for path, x in values(state.codec).items():
+        np.testing.assert_array_equal(x, values(finished[1].codec)[path])
+    wider = replace(config, "model.seanet.num_filters", 8)
+    with pytest.raises(ChromaError, match=r"--model\.seanet\.num_filters 4"):
+        train_codec(wider, tmp_path / "wider", prepared, start=finished[0])
+
+
+def test_a_collapsed_codebook_is_an_alarm(corpus, prepared, finished, capsys):
+    config, mesh = config_for(corpus), make_mesh(MeshConfig())
+    with jax.set_mesh(mesh):
+        trainer = make_codec_trainer(CODEC, config.recipe, 0, mesh)
+        task, state = CodecTask(config, prepared, trainer), finished[1]
+        healthy = task.evaluate(6, state, None)
+        path = "codec/quantizer/acoustic/codebooks/embed_sum"
+        found = task.evaluate(6, state.with_weights({path: jnp.zeros_like(state.weights()[path])}), None)
+    assert healthy["valid/collapsed_codebooks"] == 0 and found["valid/collapsed_codebooks"] == 3
+    said = capsys.readouterr()
+    assert "ALARM: step 6: collapsed codebooks: 1 (perplexity 1.0 of 58)" in said.out + said.err
+
+
+def test_a_run_of_something_else_is_refused(corpus, prepared, finished, tmp_path):
+    with pytest.raises(ChromaError, match="holds another run.*crop_frames"):
+        train_codec(config_for(corpus, data__crop_frames=4), finished[0], prepared)
+    with pytest.raises(ChromaError, match="not a multiple"):
+        train_codec(config_for(corpus, training__global_batch=3, mesh=MeshConfig(data=2)), tmp_path / "run", prepared)
+
+
+# The result
+
+
+def test_a_configuration_is_read_back_as_its_kind(corpus, tmp_path):
+    config = config_for(corpus)
+    assert configs.parse(configs.dump(config), "x") == config
+    with pytest.raises(ChromaError, match="kind 'codek'.*codec"):
+        configs.parse(configs.dump(config).replace("'codec'", "'codek'"), "x")
+
+
+def test_a_trained_codec_makes_the_codes_of_a_dataset(corpus, finished, tmp_path):
+    model = tiny_model()
+    codec = trained_codec(finished[0], model)
+    for path, x in values(codec, "codec/").items():
+        np.testing.assert_array_equal(x, finished[1].weights()[path])
+    export_codec(finished[0], tmp_path / "export")
+    exported = trained_codec(tmp_path / "export", model)
+    for (path, x), y in zip(values(codec).items(), values(exported).values(), strict=True):
+        np.testing.assert_array_equal(x, y, err_msg=path)
+    assert json.loads((tmp_path / "export/config.json").read_text())["codebook_size"] == CODEC.codebook_size
+    with pytest.raises(ChromaError, match="codebook_dim"):
+        trained_codec(finished[0], replace(model, "codec.quantizer.codebook_dim", 4))
+
+
+def test_the_command_line_tells_the_two_kinds_apart(corpus, finished, tmp_path, capsys):
+    file = tmp_path / "tiny_codec.py"
+    file.write_text(
+        "from test_codec_run import config_for\nconfig = lambda: config_for('CORPUS')\n".replace("CORPUS", str(corpus))
+    )
+    assert cli.main(["prepare", str(file), str(tmp_path / "waves")]) == 0
+    assert "train 22 recordings" in capsys.readouterr().out
+    assert (
+        cli.main(["train", str(file), str(tmp_path / "run"), "--prepared", str(tmp_path / "waves"), "--training.steps", "1"]) == 0
+    )
+    assert cli.main(["export", str(tmp_path / "run"), str(tmp_path / "export")]) == 0
+    assert cli.main(["info", str(file)]) == 0
+    assert "discriminator (training only)" in capsys.readouterr().out
+    assert cli.main(["prepare", str(file), str(tmp_path / "other"), "--codec", str(finished[0])]) == 2
+    assert cli.main(["train", "nano", str(tmp_path / "x"), "--prepared", str(tmp_path / "waves")]) == 2
+    assert cli.main(["reply", str(finished[0]), "--question", "q", "--reference", "r", "--transcript", "t", "--out", "o"]) == 2
+    said = capsys.readouterr().err
+    assert "--codec is for dialogues" in said and "expected one of a speaking model" in said
