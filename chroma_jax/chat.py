@@ -20,17 +20,20 @@ class SpecialTokens:
     text_end: int = 151_666
 
 
-def question(encode: Encode, tokens: SpecialTokens, *, audio_outputs: int, system: str = "") -> list[int]:
+def question(encode: Encode, tokens: SpecialTokens, *, audio_outputs: int, said: str = "", system: str = "") -> list[int]:
     """Token ids of a conversation up to where the reply begins.
 
-    audio_outputs: how many encoder outputs the user's recording has; each gets a placeholder ``tokens.audio``.
+    audio_outputs: how many encoder outputs the user's recording has; each gets a placeholder ``tokens.audio``. said: what the
+    user writes, after the recording or (audio_outputs 0) instead of one.
     """
     newline = encode("\n")
     turns = []
     if system:
         turns += [tokens.im_start, *encode("system\n" + system), tokens.im_end, *newline]
-    turns += [tokens.im_start, *encode("user\n"), tokens.audio_start, *[tokens.audio] * audio_outputs, tokens.audio_end]
-    return [*turns, tokens.im_end, *newline, tokens.im_start, *encode("assistant\n")]
+    turns += [tokens.im_start, *encode("user\n")]
+    if audio_outputs:
+        turns += [tokens.audio_start, *[tokens.audio] * audio_outputs, tokens.audio_end]
+    return [*turns, *encode(said), tokens.im_end, *newline, tokens.im_start, *encode("assistant\n")]
 
 
 def answer(encode: Encode, tokens: SpecialTokens, text: str) -> list[int]:

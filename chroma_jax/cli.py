@@ -104,10 +104,11 @@ class Export:
     """Writes a run's newest checkpoint in the released model's Hugging Face layout, or as a serving artefact.
 
     run: run folder (that of a codec is written in the layout of transformers' Mimi), or an imported one (for an artefact also an
-    exported one). dest: folder to write. format: "huggingface", or "stablehlo" for the compiled streaming programs, which need no model code. For huggingface, dtype: of the weights, "stored"
-    keeps every bit; shard_gb: largest file. For stablehlo, dtype: "stored" means the run's reply.dtype; platforms, and the sizes
-    that the programs are made for: rows, conversations at once; question_seconds, the longest question; text and voice, positions
-    of the question's and the voice prompt's text and sound; max_frames of a reply.
+    exported one). dest: folder to write. format: "huggingface", or "stablehlo" for the compiled streaming programs, which
+    need no model code. For huggingface, dtype: of the weights, "stored" keeps every bit; shard_gb: largest file. For stablehlo,
+    dtype: "stored" means the run's reply.dtype; platforms, and the sizes that the programs are made for: rows, conversations at
+    once; question_seconds, the longest question; text and voice, positions of the question's and the voice prompt's text and
+    sound; max_frames of a reply.
     """
 
     run: Positional[Path]
@@ -132,6 +133,28 @@ class Verify:
 
     folder: Positional[Path]
     every: Literal["quantity", "case"] = "case"
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    """Judges a run on held-out dialogues: its codec, and a speaking model's answers in text and in sound.
+
+    run: run folder of a speaking model or of a codec, or an exported model. out: folder for report.txt, report.json and
+    index.html, a page with players. suite: what is asked. split: test, or valid while choosing settings. corpus: another folder
+    of the suite's layout. limit: so many dialogues only. parts: codec, answers, and ablations: answers under other voice
+    prompts. recogniser: folder with a Whisper for CTranslate2, instead of Whisper base. speaker_model: folder with
+    transformers' WavLMForXVector, instead of resemblyzer. Flags beginning with --reply say how codes are chosen.
+    """
+
+    run: Positional[Path]
+    out: Path
+    suite: str = "parley"
+    split: Literal["test", "valid"] = "test"
+    corpus: str | None = None
+    limit: int | None = None
+    parts: tuple[Literal["codec", "answers", "ablations"], ...] = ("codec", "answers")
+    recogniser: Path | None = None
+    speaker_model: Path | None = None
 
 
 def prepare(args: Prepare, config) -> int:
@@ -200,6 +223,19 @@ def reply(args: Reply, config) -> int:
 
     report = reply(args.run, config, args.question, args.reference, transcript(args.transcript), args.out)
     print(json.dumps(report, indent=1, ensure_ascii=False))
+    return 0
+
+
+def evaluate(args: Evaluate, config) -> int:
+    from chroma_jax.evaluation import report
+    from chroma_jax.evaluation.evaluate import evaluate
+    from chroma_jax.evaluation.judges import appointed
+    from chroma_jax.files import check_new
+
+    check_new(args.out)
+    judges = appointed(args.recogniser, args.speaker_model)
+    given = {name: getattr(args, name) for name in ("suite", "split", "corpus", "limit", "parts")}
+    print(report.text(evaluate(args.run, config, args.out, judges=judges, **given)), end="")
     return 0
 
 
@@ -274,13 +310,14 @@ def verify(args: Verify) -> int:
 
 
 # Command → (its arguments, what it does, where its configuration comes from: a file named first, a run folder, the file that
-# --onto names, or none).
-COMMANDS: dict[str, tuple[type, Callable, Literal["file", "run", "onto", "none"]]] = {
+# --onto names, or none). A run may have to be that of a speaking model.
+COMMANDS: dict[str, tuple[type, Callable, Literal["file", "run", "speaking run", "onto", "none"]]] = {
     "prepare": (Prepare, prepare, "file"),
     "train": (Train, train, "file"),
-    "reply": (Reply, reply, "run"),
+    "reply": (Reply, reply, "speaking run"),
+    "evaluate": (Evaluate, evaluate, "run"),
     "export": (Export, export, "none"),
-    "prompt": (Prompt, prompt, "run"),
+    "prompt": (Prompt, prompt, "speaking run"),
     "convert import": (Import, import_, "onto"),
     "convert export": (Export, export, "none"),
     "info": (Info, info, "file"),
@@ -337,7 +374,7 @@ def dispatch(command: str, argv: list[str]) -> int:
     elif source == "onto":
         base = configs.read_python(flag(argv, "--onto") or "chroma_4b")
     else:
-        base = run_configuration(argv)
+        base = run_configuration(argv, "speaking" if source == "speaking run" else "any")
     whole = dataclasses.make_dataclass(
         arguments.__name__,
         [("config", Annotated[type(base), tyro.conf.arg(name="")], dataclasses.field(default=base))],
@@ -357,7 +394,7 @@ def flag(argv: list[str], name: str) -> str | None:
     return given[-1] if given else None
 
 
-def run_configuration(argv: list[str]):
+def run_configuration(argv: list[str], kind: Literal["speaking", "any"] = "speaking"):
     """The configuration that the run folder named first keeps; an exported folder brings its own model, and defaults will do
     for the rest, as for a command line without a folder, which is about to be refused or only wants help."""
     from chroma_jax import config as configs
@@ -365,7 +402,7 @@ def run_configuration(argv: list[str]):
     if not argv or argv[0].startswith("-") or (Path(argv[0]) / "config.json").is_file():
         return configs.Config()
     config = configs.load(Path(argv[0]))
-    if not isinstance(config, configs.Config):
+    if kind == "speaking" and not isinstance(config, configs.Config):
         raise ChromaError(f"{argv[0]}: a run that trained a codec, expected one of a speaking model")
     return config
 

@@ -20,6 +20,7 @@ from chroma_jax.training.loop import TrainingConfig
 from chroma_jax.training.loss import LossConfig
 from chroma_jax.training.optimizer import OptimizerConfig
 from chroma_jax.training.state import PrecisionConfig
+from data_pipelines.augment import AugmentConfig
 from data_pipelines.prepare import DataConfig
 from data_pipelines.waves import CodecDataConfig
 
@@ -48,6 +49,7 @@ class Config:
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     precision: PrecisionConfig = PrecisionConfig()
+    augment: AugmentConfig = AugmentConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     reply: ReplyConfig = ReplyConfig()
 

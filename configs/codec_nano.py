@@ -14,7 +14,7 @@ from data_pipelines.waves import CodecDataConfig
 
 
 def codec() -> CodecConfig:
-    """24 kHz, 12.5 frames per second, 8 codebooks of 512: 900 bits per second."""
+    """24 kHz, 12.5 frames per second, 8 codebooks of 256: 800 bits per second."""
     transformer = EncoderConfig(
         num_layers=2,
         width=128,
@@ -28,16 +28,16 @@ def codec() -> CodecConfig:
     return CodecConfig(
         seanet=SeanetConfig(num_filters=16),
         transformer=transformer,
-        quantizer=QuantizerConfig(num_codebooks=8, codebook_size=512, codebook_dim=32),
+        quantizer=QuantizerConfig(num_codebooks=8, codebook_size=256, codebook_dim=32),
         upsample_groups=128,
         window=32,
     )
 
 
 def config() -> CodecRun:
-    steps = 12_000
+    steps = 8000
     optimizer = OptimizerConfig(
-        learning_rate=1e-3,
+        learning_rate=2.5e-3,
         warmup_steps=100,
         schedule="cosine",
         decay_steps=steps,
@@ -51,8 +51,8 @@ def config() -> CodecRun:
         data=CodecDataConfig(crop_frames=12),
         training=TrainingConfig(steps=steps, global_batch=8, eval_every=500, log_every=50),
         recipe=CodecRecipe(
-            quantize_from=1000,
-            judge_from=10_000,
+            quantize_from=4000,
+            judge_from=steps,
             quantizer=QuantizerTraining(quantized=1.0, dropout=0.25),
             discriminator=DiscriminatorConfig(windows=(1024, 256), filters=8),
             optimizer=optimizer,

@@ -1,6 +1,7 @@
 """Reading recordings. The Codec hears 24 kHz, the Reasoner 16 kHz."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import soundfile
@@ -10,6 +11,19 @@ from chroma_jax.features import FeatureConfig, resample_sinc, resample_soxr
 
 CODEC_RATE = 24_000
 REASONER_RATE = 16_000
+
+
+class Clip(NamedTuple):
+    """A recording, perhaps played faster or slower than it was recorded: its pitch and its formants move with it, so that it
+    sounds like another voice."""
+
+    path: Path
+    speed: float = 1.0
+
+    def load(self, sample_rate: int, *, max_seconds: float | None = None) -> np.ndarray:
+        """As the function `load`; max_seconds is of the recording itself."""
+        wave = load(self.path, sample_rate, max_seconds=max_seconds)
+        return wave if self.speed == 1 else resample_soxr(wave, round(sample_rate * self.speed), sample_rate)
 
 
 def load(path: Path | str, sample_rate: int, *, max_seconds: float | None = None) -> np.ndarray:

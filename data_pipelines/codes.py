@@ -1,7 +1,7 @@
 """Codec codes of a corpus, computed once: recordings are batched by length so that few shapes are compiled."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal, Protocol
@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from chroma_jax.errors import ChromaError
 from data_pipelines import audio
+from data_pipelines.audio import Clip
 from data_pipelines.dialogues import Problem
 
 ROWS = 16  # recordings encoded together
@@ -59,29 +60,29 @@ def seconds_in_header(path: Path) -> float:
         return 0.0
 
 
-def loaded(paths: Sequence[Path], rate: int, max_seconds: float) -> Iterator[tuple[Path, np.ndarray | ChromaError]]:
+def loaded(clips: Sequence[Clip], rate: int, max_seconds: float) -> Iterator[tuple[Clip, np.ndarray | ChromaError]]:
     """Reads recordings in several threads, in order; one that is unusable comes as the error that says why."""
 
-    def read(path: Path):
+    def read(clip: Clip):
         try:
-            return path, audio.load(path, rate, max_seconds=max_seconds)
+            return clip, clip.load(rate, max_seconds=max_seconds)
         except ChromaError as error:
-            return path, error
+            return clip, error
 
     with ThreadPoolExecutor() as pool:
-        for start in range(0, len(paths), 256):  # bounds what is in memory
-            yield from pool.map(read, paths[start : start + 256])
+        for start in range(0, len(clips), 256):  # bounds what is in memory
+            yield from pool.map(read, clips[start : start + 256])
 
 
 def padded_batches(
-    paths: Sequence[Path], samples_per_frame: int, max_seconds: float, problems: list[Problem], name: str, progress: Progress
-) -> Iterator[tuple[np.ndarray, list[tuple[Path, int]]]]:
-    """Yields (float32 [ROWS, S] at 24 kHz, (path, frames) of the rows in use), shortest recordings first.
+    clips: Sequence[Clip], samples_per_frame: int, max_seconds: float, problems: list[Problem], name: str, progress: Progress
+) -> Iterator[tuple[np.ndarray, list[tuple[Clip, int]]]]:
+    """Yields (float32 [ROWS, S] at 24 kHz, (clip, frames) of the rows in use), shortest recordings first.
 
     name: of the progress bar. Recordings end with zeros up to a whole frame. Unusable ones are added to ``problems``.
     """
-    order = sorted(dict.fromkeys(paths), key=lambda p: (seconds_in_header(p), str(p)))
-    group: list[tuple[Path, np.ndarray]] = []
+    order = sorted(dict.fromkeys(clips), key=lambda c: (seconds_in_header(c.path) / c.speed, str(c.path)))
+    group: list[tuple[Clip, np.ndarray]] = []
 
     def flush():
         frames = [-(-len(wave) // samples_per_frame) for _, wave in group]
@@ -89,13 +90,13 @@ def padded_batches(
         batch = np.zeros((ROWS, length), np.float32)
         for row, (_, wave) in zip(batch, group, strict=False):
             row[: len(wave)] = wave
-        return batch, [(path, n) for (path, _), n in zip(group, frames, strict=True)]
+        return batch, [(clip, n) for (clip, _), n in zip(group, frames, strict=True)]
 
-    for path, wave in bar(loaded(order, audio.CODEC_RATE, max_seconds), name, len(order), "recording", progress):
+    for clip, wave in bar(loaded(order, audio.CODEC_RATE, max_seconds), name, len(order), "recording", progress):
         if isinstance(wave, ChromaError):
-            problems.append(Problem("bad audio", str(path), str(wave).removeprefix(f"{path}: ")))
+            problems.append(bad_audio(clip, wave))
             continue
-        group.append((path, wave))
+        group.append((clip, wave))
         if len(group) == ROWS:
             yield flush()
             group = []
@@ -103,45 +104,38 @@ def padded_batches(
         yield flush()
 
 
+def bad_audio(clip: Clip, error: ChromaError) -> Problem:
+    return Problem("bad audio", str(clip.path), str(error).removeprefix(f"{clip.path}: "))
+
+
 def encode_recordings(
-    paths: Sequence[Path],
+    clips: Sequence[Clip],
     codec: CodecLike,
     samples_per_frame: int,
     *,
     max_seconds: float,
     problems: list[Problem],
     progress: Progress = "bar",
-) -> dict[Path, np.ndarray]:
-    """Codes of recordings: path → int16 [F, Q], F = ceil(S / samples_per_frame).
+) -> dict[Clip, np.ndarray]:
+    """Codes of recordings: clip → int16 [F, Q], F = ceil(S / samples_per_frame).
 
     The Codec is causal, so padding a recording with silence leaves its codes as they are.
     """
     encode, found = compiled(codec, "encode"), {}
-    for batch, rows in padded_batches(paths, samples_per_frame, max_seconds, problems, "codec", progress):
+    for batch, rows in padded_batches(clips, samples_per_frame, max_seconds, problems, "codec", progress):
         codes = np.asarray(encode(batch))
-        for row, (path, frames) in zip(codes, rows, strict=False):
-            found[path] = row[:frames].astype(np.int16)
+        for row, (clip, frames) in zip(codes, rows, strict=False):
+            found[clip] = row[:frames].astype(np.int16)
     return found
 
 
 def latents(
-    paths: Sequence[Path], codec: CodecLike, samples_per_frame: int, *, max_seconds: float, progress: Progress = "bar"
+    clips: Sequence[Clip], codec: CodecLike, samples_per_frame: int, *, max_seconds: float, progress: Progress = "bar"
 ) -> np.ndarray:
     """What the Codec would quantize, of all frames of the recordings: float32 [N, D], for fitting codebooks."""
     function, found, problems = compiled(codec, "latents"), [], []
-    for batch, rows in padded_batches(paths, samples_per_frame, max_seconds, problems, "fit codec", progress):
+    for batch, rows in padded_batches(clips, samples_per_frame, max_seconds, problems, "fit codec", progress):
         found += [row[:frames] for row, (_, frames) in zip(np.asarray(function(batch)), rows, strict=False)]
     if not found:
         raise ChromaError(f"no usable recording to fit codebooks on: {next(iter(problems), 'none given')}")
     return np.concatenate(found).astype(np.float32)
-
-
-def save_codes(path: Path, codes: Mapping[Path, np.ndarray], folder: Path) -> None:
-    """Writes codes: ``paths`` (relative to the corpus), ``frames`` of each, ``codes`` int16 [ΣF, Q] in that order."""
-    names = sorted(codes)
-    np.savez_compressed(
-        path,
-        paths=np.array([n.relative_to(folder).as_posix() for n in names]),
-        frames=np.array([len(codes[n]) for n in names], np.int32),
-        codes=np.concatenate([codes[n] for n in names]),
-    )

@@ -74,32 +74,43 @@ class Conversation(NamedTuple):
 def conversation(
     name: str,
     *,
-    wave: np.ndarray,
-    answer_text: str,
-    transcript: str,
-    reference_codes: np.ndarray,
-    answer_codes: np.ndarray,
+    wave: np.ndarray | None,
+    said: str = "",
+    answer_text: str | None,
+    transcript: str = "",
+    reference_codes: np.ndarray | None = None,
+    answer_codes: np.ndarray | None,
     encode: Encode,
     config: PackConfig,
 ) -> Conversation:
-    """Lays out one dialogue.
+    """Lays out one dialogue, or a part of one: without ``answer_text`` the Reasoner has no part in it, without ``answer_codes``
+    the Backbone has none.
 
-    wave: int16 [S] at 16 kHz, the user's speech. transcript: what is said in the reference recording. reference_codes:
-    int [R, Q]; answer_codes: int [F, Q], without EOS; Q may exceed ``config.codebooks``, the rest is not used.
+    wave: int16 [S] at 16 kHz, the user's speech, or None; said: what the user writes. transcript: what is said in the reference
+    recording. reference_codes: int [R, Q]; answer_codes: int [F, Q], without EOS; Q may exceed ``config.codebooks``, the rest is
+    not used.
     """
-    c = config
+    c, nothing = config, np.zeros(0, np.int32)
+    wave = nothing.astype(np.int16) if wave is None or answer_text is None else wave
     frames = num_frames(len(wave), FeatureConfig(hop=c.hop))
     outputs = num_outputs(frames)
-    asked = np.array(question(encode, c.tokens, audio_outputs=outputs, system=c.system), np.int32)
-    answered = np.array(answer(encode, c.tokens, answer_text), np.int32)
-    text = np.concatenate([asked, answered[:-1]])  # the last token is predicted, never read
+    asked = answered = text = nothing
+    if answer_text is not None:
+        asked = np.array(question(encode, c.tokens, audio_outputs=outputs, said=said, system=c.system), np.int32)
+        answered = np.array(answer(encode, c.tokens, answer_text), np.int32)
+        text = np.concatenate([asked, answered[:-1]])  # the last token is predicted, never read
     audio_index = np.full(len(text), NOTHING, np.int32)
     audio_index[: len(asked)][asked == c.tokens.audio] = np.arange(outputs)
 
-    prompt = np.array(voice_prompt(encode, c.tokens, transcript), np.int32)
-    reply = np.asarray(answer_codes, np.int32)[:, : c.codebooks]
-    reference = np.asarray(reference_codes, np.int32)[:, : c.codebooks]
-    kind, index, target = layout(Counts(len(prompt), len(reference), len(answered), len(reply)))
+    prompt, reply, reference = nothing, np.zeros((0, c.codebooks), np.int32), np.zeros((0, c.codebooks), np.int32)
+    targets = reply
+    kind, index, target = nothing, nothing, nothing
+    if answer_codes is not None:
+        prompt = np.array(voice_prompt(encode, c.tokens, transcript), np.int32)
+        reply = np.asarray(answer_codes, np.int32)[:, : c.codebooks]
+        reference = reference if reference_codes is None else np.asarray(reference_codes, np.int32)[:, : c.codebooks]
+        kind, index, target = layout(Counts(len(prompt), len(reference), len(answered), len(reply)))
+        targets = np.concatenate([reply, np.full((1, c.codebooks), c.codebook_eos, np.int32)])
 
     def fill(shape: tuple[int, ...], pieces: dict[Kind, np.ndarray]) -> np.ndarray:
         out = np.full(shape, NOTHING, np.int32)
@@ -121,7 +132,7 @@ def conversation(
         codes=fill((*kind.shape, c.codebooks), {Kind.PROMPT_FRAME: reference, Kind.FRAME: reply}),
         # targets come in the order of their positions, so frame f is target number f
         target_position=np.flatnonzero(target != NOTHING).astype(np.int32),
-        target_codes=np.concatenate([reply, np.full((1, c.codebooks), c.codebook_eos, np.int32)]),
+        target_codes=targets,
     )
 
 

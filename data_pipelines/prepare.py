@@ -4,7 +4,6 @@ Everything is written into a temporary folder beside the target, which takes its
 either complete or not there. User speech stays in memory while packing: about 115 MB per hour.
 """
 
-import collections
 import dataclasses
 import hashlib
 import json
@@ -28,23 +27,24 @@ from chroma_jax.models.chroma import ChromaConfig
 from chroma_jax.models.codec import Codec, fit_quantizer
 from chroma_jax.rows import RowShape
 from data_pipelines import audio
+from data_pipelines.audio import Clip
 from data_pipelines.codes import (
     CodecLike,
     Progress,
+    bad_audio,
     bar,
     encode_recordings,
     fingerprint,
     latents,
     loaded,
-    save_codes,
+    seconds_in_header,
 )
+from data_pipelines.curriculum import CurriculumConfig, Example, dialogues_of, instructions, training_examples, unwritten
 from data_pipelines.dialogues import (
     SPLITS,
     Corpus,
-    Dialogue,
     OnProblem,
     Problem,
-    Reference,
     counted,
     licence,
     raise_problems,
@@ -69,10 +69,10 @@ class DataConfig:
     """What to prepare.
 
     corpus: a corpus folder, or "embedded" for the one that comes with the code. tokenizer: "train", "qwen", or a path (see
-    `data_pipelines.tokenizer.load_tokenizer`). row: capacities of a packed row. prompts_per_dialogue: how often a training
-    dialogue is packed, each time with another reference recording of its assistant's voice as far as there are several;
-    valid and test dialogues are packed once. max_seconds: of any single recording; longer ones are a problem. system: system
-    prompt of every conversation. on_problem: leave unusable entries out and count them, or stop.
+    `data_pipelines.tokenizer.load_tokenizer`). row: capacities of a packed row. prompts_per_dialogue: passes over the train
+    split, each time with other voice prompts as far as there are several; valid and test dialogues are packed once. max_seconds:
+    of any single recording; longer ones are a problem. system: system prompt of every conversation. curriculum: what is made of
+    the train split. on_problem: leave unusable entries out and count them, or stop.
     """
 
     corpus: str = "embedded"
@@ -82,6 +82,7 @@ class DataConfig:
     max_seconds: float = 30.0
     system: str = ""
     seed: int = 0
+    curriculum: CurriculumConfig = CurriculumConfig()
     on_problem: OnProblem = "skip"
 
     def __post_init__(self):
@@ -126,12 +127,13 @@ def configuration(config: DataConfig, model: ChromaConfig, codec: CodecLike, cor
         data["tokenizer"] = str(Path(config.tokenizer).resolve())
     if config.corpus != "embedded":
         data["corpus"] = str(Path(config.corpus).resolve())
-    return {
+    facts = {
         "data": data,
         "model": model_facts(model),
         "codec": fingerprint(codec) if codec is not None else {"fitted": repr(model.codec)},
         "corpus": hashlib.sha256(manifests).hexdigest()[:16],
     }
+    return json.loads(json.dumps(facts))  # as they are read back
 
 
 def existing(out: Path, wanted: dict, progress: Progress) -> Dataset:
@@ -155,25 +157,25 @@ def fill(
     tokenizer = make_tokenizer(config, model, corpus)
     tokenizer.save(str(out / "tokenizer.json"))
 
-    recordings = [d.answer_audio for d in corpus.dialogues] + [r.audio for r in corpus.references]
+    examples = {split: dialogues_of(corpus, split, 1, config.seed, usable(corpus)) for split in ("valid", "test")}
+    lengths = {path: seconds_in_header(path) for path in (*usable(corpus), *unwritten(config.curriculum))}
+    examples["train"] = training_examples(corpus, config.curriculum, config.prompts_per_dialogue, config.seed, lengths)
+    everything = [e for split in SPLITS for e in examples[split]]
     codes = encode_recordings(
-        recordings,
+        [clip for e in everything for clip in e.spoken],
         codec,
         model.codec.samples_per_frame,
         max_seconds=config.max_seconds,
         problems=problems,
         progress=progress,
     )
-    waves = user_speech(corpus, config.max_seconds, problems, progress)
+    waves = user_speech([e.heard for e in everything if e.heard is not None], config.max_seconds, problems, progress)
     if config.on_problem == "strict":
         raise_problems(problems)
-    save_codes(out / "codes.npz", codes, corpus.folder)
 
     splits, packed = {}, {}
     for split in SPLITS:
-        passes = config.prompts_per_dialogue if split == "train" else 1
-        pairs = paired(corpus, split, passes, config.seed, codes)
-        found = conversations(pairs, config, model, encoder(tokenizer), waves, codes, problems)
+        found = conversations(examples[split], config, model, encoder(tokenizer), waves, codes, problems)
         splits[split] = found
         packed[split] = write_split(out / f"{split}.array_record", found, config.row, model, config.system, progress)
     problems = list(dict.fromkeys(problems))  # a dialogue that is packed twice may be too long twice
@@ -193,6 +195,12 @@ def fill(
     (out / "dataset.json").write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def usable(corpus: Corpus) -> set[Path]:
+    """Every recording of a corpus."""
+    spoken = {path for d in corpus.dialogues for path in (d.question_audio, d.answer_audio)}
+    return spoken | {r.audio for r in corpus.references}
+
+
 def make_tokenizer(config: DataConfig, model: ChromaConfig, corpus: Corpus) -> Tokenizer:
     """Trains a tokenizer on the train split and the references, or loads the one that is configured."""
     vocab_size = model.reasoner.vocab_size
@@ -200,67 +208,53 @@ def make_tokenizer(config: DataConfig, model: ChromaConfig, corpus: Corpus) -> T
         return load_tokenizer(config.tokenizer, model.tokens, vocab_size)
     texts = [text for d in corpus.dialogues if d.split == "train" for text in (d.question, d.answer)]
     roles = ["system\n", "user\n", "assistant\n", config.system]  # what every conversation contains
+    roles += instructions(config.curriculum)
     return train_tokenizer(texts + [r.text for r in corpus.references] + roles * 8, vocab_size, model.tokens)
 
 
-def user_speech(corpus: Corpus, max_seconds: float, problems: list[Problem], progress: Progress) -> dict[Path, np.ndarray]:
-    """The users' recordings: path → int16 [S] at 16 kHz. Unusable ones are added to ``problems``."""
-    paths = list(dict.fromkeys(d.question_audio for d in corpus.dialogues))
-    found = {}
-    for path, wave in bar(loaded(paths, audio.REASONER_RATE, max_seconds), "speech", len(paths), "recording", progress):
+def user_speech(clips: list[Clip], max_seconds: float, problems: list[Problem], progress: Progress) -> dict[Clip, np.ndarray]:
+    """What users are heard to say: clip → int16 [S] at 16 kHz. Unusable ones are added to ``problems``."""
+    clips, found = list(dict.fromkeys(clips)), {}
+    for clip, wave in bar(loaded(clips, audio.REASONER_RATE, max_seconds), "speech", len(clips), "recording", progress):
         if isinstance(wave, ChromaError):
-            problems.append(Problem("bad audio", str(path), str(wave).removeprefix(f"{path}: ")))
+            problems.append(bad_audio(clip, wave))
         else:
-            found[path] = audio.to_int16(wave)
+            found[clip] = audio.to_int16(wave)
     return found
 
 
-def paired(corpus: Corpus, split: str, passes: int, seed: int, codes: dict[Path, np.ndarray]) -> list[tuple[Dialogue, Reference]]:
-    """Each dialogue of a split with a reference of its assistant's voice, ``passes`` times over.
-
-    Every pass is in a random order of its own; from pass to pass a dialogue goes through the references of its voice.
-    """
-    dialogues = [d for d in corpus.dialogues if d.split == split]
-    of_voice = collections.defaultdict(list)
-    for r in corpus.references:
-        if r.audio in codes:
-            of_voice[r.voice].append(r)
-    rng = np.random.default_rng((seed, SPLITS.index(split)))
-    first = rng.integers(1 << 30, size=len(dialogues))
-    pairs = []
-    for turn in range(passes):
-        for i in rng.permutation(len(dialogues)):
-            if choices := of_voice[dialogues[i].assistant_voice]:
-                pairs.append((dialogues[i], choices[(first[i] + turn) % len(choices)]))
-    return pairs
-
-
 def conversations(
-    pairs: Sequence[tuple[Dialogue, Reference]],
+    examples: Sequence[Example],
     config: DataConfig,
     model: ChromaConfig,
     encode,
-    waves: dict[Path, np.ndarray],
-    codes: dict[Path, np.ndarray],
+    waves: dict[Clip, np.ndarray],
+    codes: dict[Clip, np.ndarray],
     problems: list[Problem],
 ) -> list[Conversation]:
-    """Lays out dialogues whose audio is usable. One that is too long for a row is added to ``problems``."""
+    """Lays out examples whose audio is usable. One that is too long for a row is added to ``problems``."""
     packing, found = pack_config(model, feature_config(model), config.system), []
-    for d, reference in pairs:
-        if d.question_audio not in waves or d.answer_audio not in codes:
+    for e in examples:
+        if not (set(e.spoken) <= codes.keys() and (e.heard is None or e.heard in waves)):
             continue  # named already, when its audio was read
+        reply = None if e.reply is None else codes[e.reply]
+        reference = np.concatenate([codes[clip] for clip in e.prompt]) if e.prompt else None
+        if e.piece is not None:
+            start, middle, end = (round(share * len(reply)) for share in e.piece)
+            reference, reply = reply[start:middle], reply[middle:end]
         c = conversation(
-            d.id,
-            wave=waves[d.question_audio],
-            answer_text=d.answer,
-            transcript=reference.text,
-            reference_codes=codes[reference.audio],
-            answer_codes=codes[d.answer_audio],
+            e.id,
+            wave=None if e.heard is None else waves[e.heard],
+            said=e.said,
+            answer_text=e.answer,
+            transcript=e.transcript,
+            reference_codes=reference,
+            answer_codes=reply,
             encode=encode,
             config=packing,
         )
         if over := excess(c.size, config.row):
-            problems.append(Problem("too long for a row", d.id, ", ".join(over)))
+            problems.append(Problem("too long for a row", e.id, ", ".join(over)))
         else:
             found.append(c)
     return found
@@ -325,6 +319,6 @@ def fitted_codec(config: DataConfig, model: ChromaConfig, corpus: Corpus, progre
     most = max(64, 2 * model.codec.codebook_size)
     chosen = np.random.default_rng(config.seed).permutation(len(paths))[:most]
     found = latents(
-        [paths[i] for i in chosen], codec, model.codec.samples_per_frame, max_seconds=config.max_seconds, progress=progress
+        [Clip(paths[i]) for i in chosen], codec, model.codec.samples_per_frame, max_seconds=config.max_seconds, progress=progress
     )
     return fit_quantizer(codec, found, config.seed)

@@ -2,7 +2,6 @@
 
     dataset.json            what was prepared, from what, by which configuration
     tokenizer.json
-    codes.npz               Codec codes of every recording (see `data_pipelines.codes`)
     <split>.array_record    one packed row per record
 
 The whole state of the training iterator is one integer, the number of global batches consumed: the order of the rows is a
@@ -27,6 +26,7 @@ from chroma_jax.models.audio_encoder import cut_blocks
 from chroma_jax.models.chroma import ChromaConfig
 from chroma_jax.rows import Batch, RowShape
 from data_pipelines.audio import from_int16
+from data_pipelines.augment import AugmentConfig
 from data_pipelines.pack import FIELDS, Row, pack_config, place
 
 VERSION = 1
@@ -195,19 +195,24 @@ class RowReader:
             raise ChromaError(f"{self.path}: record {index} is damaged ({error})") from error
 
 
-Augment = Callable[[np.ndarray, np.random.Generator], np.ndarray]  # float32 [S] → float32 [S], the same length
-
-
-def to_example(row: Row, features: FeatureConfig, block_frames: int, heard: Callable = lambda wave: wave) -> Batch:
+def to_example(
+    row: Row,
+    features: FeatureConfig,
+    block_frames: int,
+    augment: AugmentConfig = AugmentConfig(),
+    rng: np.random.Generator | None = None,
+) -> Batch:
     """A stored row as the model reads it (no leading axis): log-mel features are computed here, for each conversation alone.
 
-    heard: what happens to each wave (float32 [S]) before.
+    augment, rng: what happens to each user's speech, and by which chance.
     """
     lengths = row.arrays["mel_length"]
     mel = np.zeros((len(lengths), block_frames, features.mel_bins), np.float32)
     block = 0
     for name, wave in zip(row.ids, row.waves, strict=True):
-        cut, valid = cut_blocks(log_mel(heard(from_int16(wave)), features), block_frames)
+        if not len(wave):  # nothing was heard
+            continue
+        cut, valid = cut_blocks(augment.features(log_mel(augment.wave(from_int16(wave), rng), features), rng), block_frames)
         if not np.array_equal(lengths[block : block + len(cut)], valid):
             raise ChromaError(f"conversation {name}: {valid.sum()} mel frames, packed for {lengths[block : block + len(cut)]}")
         mel[block : block + len(cut)] = cut
@@ -259,14 +264,14 @@ def batches(
     process_count: int = 1,
     threads: int = 4,
     prefetch: int = 4,
-    augment: Augment | None = None,
+    augment: AugmentConfig = AugmentConfig(),
 ) -> BatchIterator:
     """Endless shuffled batches for training: this host's rows of global batch ``position``, ``position`` + 1, …
 
     Returns an iterator of `Batch` of numpy arrays with global_batch / process_count rows. Which rows a global batch holds,
     and in which order, depends on the split, ``global_batch`` and ``seed`` alone; each pass over the split is shuffled anew.
-    augment gets each conversation's speech and a generator that depends on the seed and on the row's place in the stream, so
-    that it too repeats after a resume. Raises ChromaError: see `open_dataset` and `local_rows`; on damaged records while
+    augment: of the users' speech; its chance depends on the seed and on the row's place in the stream alone, so that it too
+    repeats after a resume. Raises ChromaError: see `open_dataset` and `local_rows`; on damaged records while
     iterating.
     """
     dataset = open_dataset(folder, model)
@@ -279,8 +284,7 @@ def batches(
 
     def example(place_in_stream: int) -> Batch:
         rng = np.random.default_rng((seed, place_in_stream))
-        heard = (lambda wave: augment(wave, rng)) if augment else (lambda wave: wave)
-        return to_example(reader[order[place_in_stream]], features, block_frames, heard)
+        return to_example(reader[order[place_in_stream]], features, block_frames, augment, rng)
 
     def load(step: int) -> Batch:
         return stack([example(step * global_batch + i) for i in range(mine.start, mine.stop)])

@@ -18,7 +18,8 @@ from chroma_jax.errors import ChromaError
 from chroma_jax.files import write_json, written_aside
 from chroma_jax.models.codec import CodecConfig
 from data_pipelines import audio
-from data_pipelines.codes import Progress, bar, loaded
+from data_pipelines.audio import Clip
+from data_pipelines.codes import Progress, bad_audio, bar, loaded
 from data_pipelines.dialogues import EMBEDDED, OnProblem, Problem, counted, licence, raise_problems, read_corpus
 from data_pipelines.pack import Row
 from data_pipelines.records import BatchIterator, RowReader, differences, local_rows, write_rows
@@ -152,13 +153,13 @@ def write_waves(
     lengths: list[int] = []
 
     def rows():
-        read = loaded(paths, codec.sampling_rate, config.max_seconds)
-        for source, wave in bar(read, f"{path.stem} recordings", len(paths), "recording", progress):
+        read = loaded([Clip(p) for p in paths], codec.sampling_rate, config.max_seconds)
+        for clip, wave in bar(read, f"{path.stem} recordings", len(paths), "recording", progress):
             if isinstance(wave, ChromaError):
-                problems.append(Problem("bad audio", str(source), str(wave).removeprefix(f"{source}: ")))
+                problems.append(bad_audio(clip, wave))
                 continue
             lengths.append(len(wave))
-            yield Row((source.stem,), (audio.to_int16(wave),), {})
+            yield Row((clip.path.stem,), (audio.to_int16(wave),), {})
 
     count = write_rows(path, rows())
     return {

@@ -10,6 +10,7 @@ from chroma_jax.models.audio_encoder import cut_blocks
 from chroma_jax.rows import Batch, empty_batch
 from data_pipelines import records
 from data_pipelines.audio import from_int16
+from data_pipelines.augment import AugmentConfig
 from data_pipelines.prepare import prepare
 
 
@@ -104,12 +105,25 @@ def test_features_are_those_of_each_recording_alone(dataset):
 
 
 def test_augmentation_is_the_same_after_a_resume(dataset):
-    def louder(wave, rng):
-        return wave * rng.uniform(0.1, 2.0)
-
-    whole = stream(dataset, 4, augment=louder)
-    assert_same(stream(dataset, 2, augment=louder, position=2)[1], whole[3])
+    harder = AugmentConfig(gain_db=6.0, noise=0.5, tilt_db=6.0, time_masks=1, bin_masks=1)
+    whole = stream(dataset, 4, augment=harder)
+    assert_same(stream(dataset, 2, augment=harder, position=2)[1], whole[3])
     assert not np.array_equal(whole[0].mel, stream(dataset, 1)[0].mel)
+
+
+def test_noise_has_the_level_that_is_asked_for_and_masks_hide_what_they_say():
+    rng = np.random.default_rng(0)
+    wave = (0.1 * rng.normal(size=16_000)).astype(np.float32)
+    noisy = AugmentConfig(noise=1.0, snr_db=(12.0, 12.0)).wave(wave, rng)
+    assert 10 * np.log10(np.square(wave).sum() / np.square(noisy - wave).sum()) == pytest.approx(12, abs=0.2)
+    assert noisy.dtype == np.float32 and len(noisy) == len(wave)
+    louder = [AugmentConfig(gain_db=6.0).wave(wave, rng) for _ in range(50)]
+    gains = [20 * np.log10(np.std(x) / np.std(wave)) for x in louder]
+    assert min(gains) < -3 and max(gains) > 3 and np.abs(gains).max() < 6.01
+    mel = rng.normal(size=(100, 80)).astype(np.float32)
+    changed = AugmentConfig(time_masks=1, time_mask=10, bin_masks=1, bin_mask=8).features(mel, rng) != mel
+    assert changed.all(axis=1).sum() <= 10 and changed.all(axis=0).sum() <= 8 and changed.any()
+    assert AugmentConfig().wave(wave, rng) is wave and AugmentConfig().features(mel, rng) is mel
 
 
 def test_impossible_divisions_and_splits_are_errors(dataset):

@@ -13,6 +13,7 @@ from tiny_corpus import write_corpus
 from chroma_jax.layers.transformer import EncoderConfig
 from chroma_jax.models.codec import Codec, CodecConfig, QuantizerConfig, SeanetConfig
 from data_pipelines import audio
+from data_pipelines.audio import Clip
 from data_pipelines.codes import ROWS, compiled, encode_recordings, fingerprint, latents
 from data_pipelines.dialogues import read_corpus
 
@@ -35,11 +36,11 @@ def small_codec(seed=0):
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory):
     corpus = read_corpus(write_corpus(tmp_path_factory.mktemp("codes") / "corpus", train=2, valid=1, test=1))
-    return [d.answer_audio for d in corpus.dialogues]
+    return [Clip(d.answer_audio) for d in corpus.dialogues]
 
 
 def frames_of(path):
-    return -(-len(audio.load(path, audio.CODEC_RATE)) // CONFIG.samples_per_frame)
+    return -(-len(path.load(audio.CODEC_RATE)) // CONFIG.samples_per_frame)
 
 
 def test_codes_are_those_of_each_recording_alone(paths):
@@ -49,7 +50,7 @@ def test_codes_are_those_of_each_recording_alone(paths):
     codes = encode_recordings(paths, codec, CONFIG.samples_per_frame, max_seconds=9, problems=problems, progress="none")
     assert set(codes) == set(paths) and not problems
     for path in paths:
-        wave = audio.load(path, audio.CODEC_RATE)
+        wave = path.load(audio.CODEC_RATE)
         batch = np.zeros((ROWS, 16 * CONFIG.samples_per_frame), np.float32)
         batch[-1, : len(wave)] = wave
         assert codes[path].dtype == np.int16
@@ -57,7 +58,7 @@ def test_codes_are_those_of_each_recording_alone(paths):
 
 
 def test_silence_after_a_recording_leaves_its_codes_as_they_are(paths):
-    wave = audio.load(paths[0], audio.CODEC_RATE)
+    wave = paths[0].load(audio.CODEC_RATE)
     frames = frames_of(paths[0])
     encode = compiled(small_codec(), "encode")
     short, long = (np.zeros((1, n * CONFIG.samples_per_frame), np.float32) for n in (frames, frames + 7))

@@ -107,7 +107,7 @@ class Speaking:
     def batches(self, position: int) -> Iterator[Batch]:
         t = self.config.training
         share = this_host() | {"global_batch": t.global_batch, "seed": t.seed}
-        return batches(self.prepared, "train", self.config.model, position=position, **share)
+        return batches(self.prepared, "train", self.config.model, position=position, augment=self.config.augment, **share)
 
     def place(self, batch: Batch) -> Batch:
         return place(batch, self.trainer)

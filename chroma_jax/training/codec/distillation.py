@@ -1,7 +1,8 @@
 """Semantic distillation: the first codebook is to carry what a teacher hears (Défossez et al., arXiv 2410.00037, section 3.3.2).
 
 A teacher is any frozen function of JAX, waves float32 [B, S] at the Codec's rate → features [B, T, W], T a multiple of the
-frames in S samples; for instance a self-supervised model's last layer, its weights closed over. Nothing of it is trained or stored.
+frames in S samples; for instance a self-supervised model's last layer, its weights closed over. Nothing of it is trained or
+stored.
 """
 
 import importlib

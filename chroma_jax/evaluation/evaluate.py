@@ -1,0 +1,73 @@
+"""Judges a run on a suite: its Codec alone, and, of a speaking model, its answers."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import jax
+
+from chroma_jax.config import CodecRun, Config
+from chroma_jax.convert.codec import stored_codec
+from chroma_jax.evaluation import report
+from chroma_jax.evaluation.codec import evaluate_codec
+from chroma_jax.evaluation.judges import Judges, appointed
+from chroma_jax.evaluation.speaking import ABLATIONS, MAIN, evaluate_speaking
+from chroma_jax.evaluation.suite import read_suite, recordings
+from chroma_jax.files import check_new, written_aside
+from chroma_jax.streaming.load import load_run
+from chroma_jax.streaming.stream import Speaker
+
+Part = Literal["codec", "answers", "ablations"]
+
+
+def evaluate(
+    run: Path,
+    config: Config | CodecRun,
+    out: Path,
+    *,
+    suite: str = "parley",
+    split: Literal["test", "valid"] = "test",
+    corpus: str | None = None,
+    limit: int | None = None,
+    parts: Sequence[Part] = ("codec", "answers"),
+    judges: Judges | None = None,
+) -> dict:
+    """Writes report.json, report.txt and index.html, with the sounds that it plays, into ``out``, all or none; returns the
+    report.
+
+    run: of a Codec or of a speaking model, or an exported model. corpus: a folder of the suite's layout, instead of the suite's
+    own. limit: so many dialogues only. parts: "ablations" are answers under other voice prompts. judges: None appoints those
+    that are installed. Raises: ChromaError for what is missing or does not fit.
+    """
+    out = Path(out)
+    check_new(out)
+    asked = read_suite(suite, split, corpus, limit)
+    judges = judges or appointed()
+    speaker = None
+    if isinstance(config, CodecRun):
+        codec, books, parts = stored_codec(run, config), config.model.num_codebooks, ("codec",)
+    else:
+        model, codec, tokenizer = load_run(run, config)
+        books, speaker = model.config.codebooks, Speaker(model, codec, config.reply.dtype, config.reply.compatibility)
+    rate = codec.config.sampling_rate
+    found: dict = {
+        "run": Path(run).name,
+        "suite": {"name": suite, "split": split, "dialogues": len(asked.dialogues), "voices": len(asked.voices)},
+        "judges": judges.origins,
+        "device": jax.devices()[0].device_kind,
+    }
+    sounds = report.Sounds(rate)
+    if "codec" in parts:
+        spoken = recordings(asked, rate)
+        found["codec"], made = evaluate_codec(codec, spoken, judges, books)
+        sounds.add_codec(spoken, made)
+    conditions = [*([MAIN] if "answers" in parts else []), *(ABLATIONS if "ablations" in parts else ())]
+    if speaker is not None and conditions:
+        settings = {"temperature": config.reply.temperature, "top_k": config.reply.top_k, "seed": config.reply.seed}
+        found["sampling"] = settings | {"dtype": config.reply.dtype}
+        part, replies = evaluate_speaking(speaker, tokenizer, asked, conditions, judges, config.reply, config.data.system)
+        found |= part
+        sounds.add_replies(replies)
+    with written_aside(out) as folder:
+        report.write(folder, found, sounds)
+    return found

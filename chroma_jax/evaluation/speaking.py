@@ -1,0 +1,217 @@
+"""A speaking model: every question of a suite answered, under several voice prompts, and what judges say of the answers."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+from chroma_jax.config import ReplyConfig
+from chroma_jax.evaluation.judges import Judges, equal_error_rate
+from chroma_jax.evaluation.suite import Suite
+from chroma_jax.evaluation.words import error_rate, same, word_errors
+from chroma_jax.features import FeatureConfig
+from chroma_jax.schedule import NOTHING
+from chroma_jax.streaming.prefill import Prompt
+from chroma_jax.streaming.prompt import make_prompt, stack
+from chroma_jax.streaming.reply import measures, speak, text_pieces, warm_up
+from chroma_jax.streaming.stream import Speaker, settings
+from data_pipelines import audio
+from data_pipelines.dialogues import Dialogue
+from data_pipelines.tokenizer import encoder
+
+ROWS = 11  # conversations that are answered at once
+TIMED = 5  # replies that are spoken alone, for their timing
+
+
+@dataclasses.dataclass(frozen=True)
+class Condition:
+    """A kind of voice prompt. voice: whose. seconds: how much of the voice's references, one after the other; None is the first
+    reference, whole."""
+
+    name: str
+    voice: str = "own"  # "own", "other" or "none"
+    seconds: float | None = None
+
+
+MAIN = Condition("whole reference")
+ABLATIONS = (
+    Condition("no prompt", "none"),
+    Condition("another voice", "other"),
+    Condition("1 s", seconds=1.0),
+    Condition("2 s", seconds=2.0),
+    Condition("5 s", seconds=5.0),
+    Condition("10 s", seconds=10.0),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class VoicePrompt:
+    """wave: float32 [S] at the Codec's rate, empty for none. text: what is said in it."""
+
+    voice: str | None
+    wave: np.ndarray
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Reply:
+    """dialogue, prompt: what was asked, and in which voice. text: the model's; wave: float32 [S]. ended: whether the model itself
+    ended it."""
+
+    dialogue: Dialogue
+    prompt: VoicePrompt
+    text: str
+    wave: np.ndarray
+    ended: bool
+
+
+def voice_prompt(suite: Suite, dialogue: Dialogue, condition: Condition, rate: int) -> VoicePrompt:
+    """Of a recording that is cut, as large a share of the words is kept as of the sound."""
+    if condition.voice == "none":
+        return VoicePrompt(None, np.zeros(0, np.float32), "")
+    voice, voices = dialogue.assistant_voice, list(suite.voices)
+    if condition.voice == "other":
+        voice = voices[(voices.index(voice) + len(voices) // 2) % len(voices)]
+    references = suite.voices[voice] if condition.seconds is not None else suite.voices[voice][:1]
+    wave = np.concatenate([audio.load_reference(r.audio, rate) for r in references])
+    words = " ".join(r.text for r in references).split()
+    if condition.seconds is not None and condition.seconds * rate < len(wave):
+        share = condition.seconds * rate / len(wave)
+        wave, words = wave[: round(condition.seconds * rate)], words[: max(1, round(share * len(words)))]
+    return VoicePrompt(voice, wave, " ".join(words))
+
+
+def coded(speaker: Speaker, prompt: VoicePrompt) -> np.ndarray:
+    """The voice prompt's codes, int32 [R, Q], R = 0 without one."""
+    return speaker.encode(prompt.wave) if len(prompt.wave) else np.zeros((0, speaker.config.codebooks), np.int32)
+
+
+def row_of(
+    speaker: Speaker, tokenizer: Tokenizer, question: np.ndarray, prompt: VoicePrompt, codes: np.ndarray, system: str
+) -> Prompt:
+    """What one reply starts from; the question's features are computed here."""
+    given = {"question": question, "reference_codes": codes, "transcript": prompt.text, "system": system}
+    return make_prompt(speaker.config, encoder(tokenizer), **given)
+
+
+def heard_question(dialogue: Dialogue) -> np.ndarray:
+    return audio.load(dialogue.question_audio, audio.REASONER_RATE, max_seconds=FeatureConfig().max_seconds)
+
+
+def answered(
+    speaker: Speaker, tokenizer: Tokenizer, asked: Sequence[tuple[Dialogue, VoicePrompt]], config: ReplyConfig, system: str
+) -> Iterator[Reply]:
+    """Answers, ``ROWS`` at a time."""
+    frames = int(config.max_seconds * speaker.config.codec.frame_rate)
+    for start in range(0, len(asked), ROWS):
+        group = list(asked[start : start + ROWS])
+        filled = group + group[:1] * (ROWS - len(group))  # one shape for all groups
+        rows = [row_of(speaker, tokenizer, heard_question(d), p, coded(speaker, p), system) for d, p in filled]
+        prompt = stack(rows, speaker.compatibility)
+        seed = config.seed + start
+        sampling, keys = settings(ROWS, temperature=config.temperature, top_k=config.top_k, seed=seed)
+        samples: list[list[np.ndarray]] = [[] for _ in group]
+        tokens: list[list[tuple[int, int]]] = [[] for _ in group]
+        ended = [False] * len(group)
+        for frame in speaker.stream(prompt, sampling, keys, frames):
+            for row in range(len(group)):
+                if not frame.live[row]:
+                    ended[row] = True
+                    continue
+                if frame.token[row] != NOTHING:
+                    tokens[row].append((len(samples[row]), int(frame.token[row])))
+                samples[row].append(frame.samples[row])
+        for row, (dialogue, voice) in enumerate(group):
+            text = "".join(piece for _, piece in text_pieces(tokenizer, tokens[row], speaker.config.tokens.im_end))
+            wave = np.concatenate(samples[row]) if samples[row] else np.zeros(0, np.float32)
+            yield Reply(dialogue, voice, text, wave, ended[row])
+
+
+def evaluate_speaking(
+    speaker: Speaker,
+    tokenizer: Tokenizer,
+    suite: Suite,
+    conditions: Sequence[Condition],
+    judges: Judges,
+    config: ReplyConfig,
+    system: str = "",
+) -> tuple[dict, dict[str, list[Reply]]]:
+    """Returns the report's part, and the replies by condition."""
+    rate = speaker.config.codec.sampling_rate
+    known = {v: judges.voices(audio.load_reference(refs[0].audio, rate), rate) for v, refs in suite.voices.items()}
+    report: dict = {"conditions": {}, "replies": {}}
+    replies: dict[str, list[Reply]] = {}
+    for condition in conditions:
+        asked = [(d, voice_prompt(suite, d, condition, rate)) for d in suite.dialogues]
+        spoken = answered(speaker, tokenizer, asked, config, system)
+        replies[condition.name], rows = [], []
+        for reply in tqdm(spoken, condition.name, total=len(asked), unit="reply"):
+            replies[condition.name].append(reply)
+            rows.append(judged(reply, known, judges, rate))
+        report["conditions"][condition.name] = summary(rows)
+        report["replies"][condition.name] = rows
+    report["speed"] = timed(speaker, tokenizer, suite, config, system)
+    return report, replies
+
+
+def judged(reply: Reply, known: dict[str, np.ndarray], judges: Judges, rate: int) -> dict:
+    """What is said of one reply. known: the suite's voices as vectors."""
+    heard, vector = judges.words(reply.wave, rate), judges.voices(reply.wave, rate)
+    scores = {voice: float(vector @ known[voice]) for voice in known}
+    wanted = reply.prompt.voice
+    return {
+        "id": reply.dialogue.id,
+        "question": reply.dialogue.question,
+        "expected": reply.dialogue.answer,
+        "text": reply.text,
+        "heard": heard,
+        "right": same(reply.text, reply.dialogue.answer),
+        "right_as_heard": same(heard, reply.dialogue.answer),
+        "ended": reply.ended,
+        "seconds": round(len(reply.wave) / rate, 2),
+        "prompt_voice": wanted,
+        "assistant_voice": reply.dialogue.assistant_voice,
+        "similarity": None if wanted is None else scores[wanted],
+        "similarity_to_others": float(np.mean([s for v, s in scores.items() if v != wanted])),
+        "similarities": scores,
+        "dnsmos": judges.dnsmos(reply.wave, rate),
+        "word_errors": word_errors(reply.text, heard),
+    }
+
+
+def summary(rows: Sequence[dict]) -> dict:
+    mean = lambda values: float(np.mean(values)) if len(values) else None
+    own = np.array([row["similarity"] for row in rows if row["similarity"] is not None])
+    others = [
+        s for row in rows if row["similarity"] is not None for v, s in row["similarities"].items() if v != row["prompt_voice"]
+    ]
+    similar, apart = mean(own), mean([row["similarity_to_others"] for row in rows])
+    return {
+        "replies": len(rows),
+        "right": mean([row["right"] for row in rows]),
+        "right_as_heard": mean([row["right_as_heard"] for row in rows]),
+        "ended": mean([row["ended"] for row in rows]),
+        "wer": error_rate([row["word_errors"] for row in rows]),
+        "similarity": similar,
+        "similarity_to_others": apart,
+        "margin": None if similar is None else similar - apart,
+        "eer": None if similar is None else equal_error_rate(own, np.array(others)),
+        "dnsmos": mean([row["dnsmos"] for row in rows if row["dnsmos"] is not None]),
+        "seconds": mean([row["seconds"] for row in rows]),
+    }
+
+
+def timed(speaker: Speaker, tokenizer: Tokenizer, suite: Suite, config: ReplyConfig, system: str) -> dict:
+    """Medians over a few replies spoken alone: time to the first audio and real-time factor, see `chroma_jax.streaming.reply`."""
+    rate, frames = speaker.config.codec.sampling_rate, int(config.max_seconds * speaker.config.codec.frame_rate)
+    found = []
+    for dialogue in suite.dialogues[:TIMED]:
+        prompt, question = voice_prompt(suite, dialogue, MAIN, rate), heard_question(dialogue)
+        given = (question, prompt, coded(speaker, prompt), system)
+        make = lambda given=given: stack([row_of(speaker, tokenizer, *given)], speaker.compatibility)
+        warm_up(speaker, make(), config, frames)
+        found.append(measures(speak(speaker, make, config, frames), 1 / speaker.config.codec.frame_rate, rate))
+    median = lambda name: float(np.median([m[name] for m in found if m[name] is not None] or [float("nan")]))
+    return {"replies": len(found), **{name: median(name) for name in ("first_audio_ms", "rtf", "rtf_steady")}}

@@ -1,0 +1,66 @@
+"""The user's speech made harder to hear, anew each time that training reads it; lengths stay as they are."""
+
+import dataclasses
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class AugmentConfig:
+    """All zero: nothing is changed.
+
+    gain_db: louder or softer by up to so much. noise: the share of recordings that get noise, its spectrum falling by up to 6 dB
+    per octave, at a signal-to-noise ratio drawn from snr_db. tilt_db: highs against lows, up or down by up to so much. Of the
+    features (Park et al., arXiv 1904.08779): time_masks and bin_masks, how many stretches of frames and of mel bins are hidden,
+    each of up to time_mask frames (a hundred a second) and bin_mask bins.
+    """
+
+    gain_db: float = 0.0
+    noise: float = 0.0
+    snr_db: tuple[float, float] = (10.0, 40.0)
+    tilt_db: float = 0.0
+    time_masks: int = 0
+    time_mask: int = 20
+    bin_masks: int = 0
+    bin_mask: int = 20
+
+    def __post_init__(self):
+        for name in ("gain_db", "noise", "tilt_db", "time_masks", "bin_masks"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"augment.{name} must not be negative, got {getattr(self, name)}")
+        if self.snr_db[0] > self.snr_db[1]:
+            raise ValueError(f"augment.snr_db {self.snr_db} does not go from low to high")
+
+    def wave(self, wave: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """wave: float32 [S]. Returns float32 [S]."""
+        if not len(wave) or not (self.gain_db or self.noise or self.tilt_db):
+            return wave
+        spectrum = np.fft.rfft(wave)
+        frequency = np.linspace(1 / len(spectrum), 1, len(spectrum))
+        octaves = np.log2(frequency / frequency.mean())
+        if self.tilt_db:
+            spectrum = spectrum * decibels(rng.uniform(-self.tilt_db, self.tilt_db) * np.clip(octaves / 3, -1, 1))
+        if rng.random() < self.noise:
+            hiss = rng.normal(size=(2, len(spectrum)))
+            noise = (hiss[0] + 1j * hiss[1]) * decibels(-rng.uniform(0, 6) * np.clip(octaves, -6, 6))
+            level = np.sqrt(np.sum(np.abs(spectrum) ** 2) / np.sum(np.abs(noise) ** 2))
+            spectrum = spectrum + noise * level * decibels(-rng.uniform(*self.snr_db))
+        spectrum = spectrum * decibels(rng.uniform(-self.gain_db, self.gain_db))
+        return np.fft.irfft(spectrum, len(wave)).astype(np.float32)
+
+    def features(self, mel: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """mel: float32 [F, bins] of a whole recording. Returns the same with the masked parts at the mean."""
+        if not (self.time_masks or self.bin_masks):
+            return mel
+        mel, mean = mel.copy(), mel.mean()
+        for count, longest, axis in ((self.time_masks, self.time_mask, 0), (self.bin_masks, self.bin_mask, 1)):
+            for _ in range(count):
+                length = rng.integers(0, min(longest, mel.shape[axis] // 3) + 1)
+                start = rng.integers(0, mel.shape[axis] - length + 1)
+                mel[(slice(None),) * axis + (slice(start, start + length),)] = mean
+        return mel
+
+
+def decibels(x):
+    """Of amplitude."""
+    return 10 ** (x / 20)

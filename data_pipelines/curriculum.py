@@ -1,0 +1,216 @@
+"""Which conversations are made of a corpus, in which voices, and how often: the training examples before they are laid out.
+
+The corpus's dialogues are what a speaking model is for. What else can be made of the same recordings teaches it the parts of
+that: hearing (write down what is said), knowing (answer in text alone), speaking (read a text aloud), and keeping a voice (go on
+speaking without a text, which needs no transcript).
+"""
+
+import collections
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from chroma_jax.errors import ChromaError
+from data_pipelines.audio import Clip
+from data_pipelines.dialogues import SPLITS, Corpus
+from data_pipelines.waves import SOUNDS
+
+WRITE_DOWN = "Write down what I say."
+READ_ALOUD = "Say: "
+
+
+@dataclasses.dataclass(frozen=True)
+class CurriculumConfig:
+    """What is made of the train split in every pass over it; valid and test hold their dialogues alone.
+
+    dialogue, write, answer, read: how often a pass has each dialogue; each recording, heard and written down; each dialogue in
+    text alone; each recording, read aloud. Below 1, that share of them is drawn. proceed: the same of recordings that are
+    continued from somewhere within; those below the folders ``unwritten``, which have no transcript, are so once a pass.
+    prompts: "references" are the voice's own; "any" are one or more recordings of the voice, up to prompt_seconds. no_prompt: the
+    share of spoken replies that have none. speeds: at which a voice is played, drawn for each example: for the user, and for a
+    reply together with its prompt. piece_seconds: the longest piece of a recording that is continued.
+    """
+
+    dialogue: float = 1.0
+    write: float = 0.0
+    answer: float = 0.0
+    read: float = 0.0
+    proceed: float = 0.0
+    unwritten: tuple[str, ...] = ()
+    prompts: Literal["references", "any"] = "references"
+    prompt_seconds: float = 8.0
+    no_prompt: float = 0.0
+    speeds: tuple[float, ...] = (1.0,)
+    piece_seconds: float = 9.0
+
+    def __post_init__(self):
+        for name in ("dialogue", "write", "answer", "read", "proceed", "no_prompt"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not self.speeds or min(self.speeds) < 0.5 or max(self.speeds) > 2:
+            raise ValueError(f"speeds must lie in 0.5 … 2, got {self.speeds}")
+        for name in ("prompt_seconds", "piece_seconds"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be more than 0, got {getattr(self, name)}")
+
+
+class Spoken(NamedTuple):
+    """A recording and what is said in it."""
+
+    path: Path
+    text: str
+    seconds: float = 0.0
+
+
+class Example(NamedTuple):
+    """A conversation to be laid out.
+
+    heard, said: the user's recording, and what the user writes. answer: the text of the reply, None where only sound is wanted.
+    prompt, transcript: recordings of the voice prompt, and what is said in them. reply: recording of the reply, None where only
+    text is wanted. piece: for a recording that is continued, where (of its length) its prompt begins and ends and its reply ends.
+    """
+
+    id: str
+    heard: Clip | None = None
+    said: str = ""
+    answer: str | None = None
+    prompt: tuple[Clip, ...] = ()
+    transcript: str = ""
+    reply: Clip | None = None
+    piece: tuple[float, float, float] | None = None
+
+    @property
+    def spoken(self) -> tuple[Clip, ...]:
+        """Recordings whose codes are needed."""
+        return self.prompt + (() if self.reply is None else (self.reply,))
+
+
+def dialogues_of(corpus: Corpus, split: str, passes: int, seed: int, usable: set[Path]) -> list[Example]:
+    """Each dialogue of a split with a reference of its assistant's voice, ``passes`` times over.
+
+    Every pass is in a random order of its own; from pass to pass a dialogue goes through the references of its voice.
+    """
+    dialogues = [d for d in corpus.dialogues if d.split == split]
+    of_voice = collections.defaultdict(list)
+    for r in corpus.references:
+        if r.audio in usable:
+            of_voice[r.voice].append(r)
+    rng = np.random.default_rng((seed, SPLITS.index(split)))
+    first = rng.integers(1 << 30, size=len(dialogues))
+    found = []
+    for turn in range(passes):
+        for i in rng.permutation(len(dialogues)):
+            d = dialogues[i]
+            if choices := of_voice[d.assistant_voice]:
+                r = choices[(first[i] + turn) % len(choices)]
+                heard = {"heard": Clip(d.question_audio), "answer": d.answer, "reply": Clip(d.answer_audio)}
+                found.append(Example(d.id, **heard, prompt=(Clip(r.audio),), transcript=r.text))
+    return found
+
+
+def training_examples(
+    corpus: Corpus, config: CurriculumConfig, passes: int, seed: int, seconds: dict[Path, float]
+) -> list[Example]:
+    """What training reads, pass by pass, each in a random order. seconds: length of every usable recording."""
+    plain = CurriculumConfig()
+    if dataclasses.replace(config, prompt_seconds=plain.prompt_seconds, piece_seconds=plain.piece_seconds) == plain:
+        return dialogues_of(corpus, "train", passes, seed, set(seconds))
+    drawing = Drawing(corpus, config, np.random.default_rng((seed, SPLITS.index("train"))), seconds)
+    found = []
+    for _ in range(passes):
+        examples = list(drawing.examples())
+        found += [examples[i] for i in drawing.rng.permutation(len(examples))]
+    return found
+
+
+class Drawing:
+    """Draws the examples of a pass."""
+
+    def __init__(self, corpus: Corpus, config: CurriculumConfig, rng: np.random.Generator, seconds: dict[Path, float]):
+        self.config, self.rng, self.seconds = config, rng, seconds
+        train = [d for d in corpus.dialogues if d.split == "train"]
+        self.dialogues = [d for d in train if {d.question_audio, d.answer_audio} <= seconds.keys()]
+        self.of_voice: dict[str, list[Spoken]] = collections.defaultdict(list)
+        heard = {d.question_audio: (d.user_voice, d.question) for d in train} | {
+            d.answer_audio: (d.assistant_voice, d.answer) for d in train
+        }
+        self.references = {r.audio for r in corpus.references}
+        voices = {voice for voice, _ in heard.values()}
+        heard |= {r.audio: (r.voice, r.text) for r in corpus.references if r.voice in voices}
+        for path, (voice, text) in heard.items():
+            if path in seconds:
+                self.of_voice[voice].append(Spoken(path, text, seconds[path]))
+
+    def examples(self) -> Iterator[Example]:
+        c = self.config
+        recordings = [(voice, spoken) for voice, of in self.of_voice.items() for spoken in of]
+        for d in self.some(self.dialogues, c.dialogue):
+            speed = self.speed()
+            prompt, transcript = self.prompt(d.assistant_voice, d.answer_audio, speed)
+            yield Example(
+                d.id, Clip(d.question_audio, self.speed()), "", d.answer, prompt, transcript, Clip(d.answer_audio, speed)
+            )
+        for _, s in self.some(recordings, c.write):
+            yield Example(f"write {s.path.stem}", Clip(s.path, self.speed()), WRITE_DOWN, s.text)
+        for d in self.some(self.dialogues, c.answer):
+            yield Example(f"answer {d.id}", said=d.question, answer=d.answer)
+        for voice, s in self.some(recordings, c.read):
+            speed = self.speed()
+            prompt, transcript = self.prompt(voice, s.path, speed)
+            said = {"said": READ_ALOUD + s.text, "answer": s.text}
+            yield Example(f"read {s.path.stem}", **said, prompt=prompt, transcript=transcript, reply=Clip(s.path, speed))
+        proceeding = [s.path for _, s in self.some(recordings, c.proceed)]
+        proceeding += [path for path in unwritten(c) if path in self.seconds]
+        for path in proceeding:
+            yield Example(f"proceed {path.stem}", reply=Clip(path, self.speed()), piece=self.piece(path))
+
+    def some(self, things: list, share: float) -> list:
+        """All of them ``share`` times over, the fraction drawn at random."""
+        rest = self.rng.permutation(len(things))[: round((share - int(share)) * len(things))]
+        return things * int(share) + [things[i] for i in rest]
+
+    def speed(self) -> float:
+        return float(self.rng.choice(self.config.speeds))
+
+    def prompt(self, voice: str, but: Path, speed: float) -> tuple[tuple[Clip, ...], str]:
+        """Recordings of a voice, and what is said in them."""
+        if self.rng.random() < self.config.no_prompt:
+            return (), ""
+        choices = [s for s in self.of_voice[voice] if s.path != but]
+        if self.config.prompts == "references":
+            choices = [s for s in choices if s.path in self.references]
+            chosen = [choices[i] for i in self.rng.integers(len(choices), size=1)] if choices else []
+        else:
+            wanted, chosen, total = self.rng.uniform(1.0, self.config.prompt_seconds), [], 0.0
+            for i in self.rng.permutation(len(choices)):
+                length = choices[i].seconds / speed
+                if total >= wanted:
+                    break
+                if total + length <= self.config.prompt_seconds:
+                    chosen, total = [*chosen, choices[i]], total + length
+        return tuple(Clip(s.path, speed) for s in chosen), " ".join(s.text for s in chosen)
+
+    def piece(self, path: Path) -> tuple[float, float, float]:
+        """A quarter to three quarters of a piece are its prompt."""
+        share = min(1.0, self.config.piece_seconds / self.seconds[path])
+        start = self.rng.uniform(0, 1 - share)
+        return start, start + share * self.rng.uniform(0.25, 0.75), start + share
+
+
+def unwritten(config: CurriculumConfig) -> list[Path]:
+    """Recordings without a transcript. Raises ChromaError for a folder that is not there or holds none."""
+    found = []
+    for folder in map(Path, config.unwritten):
+        paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SOUNDS) if folder.is_dir() else []
+        if not paths:
+            raise ChromaError(f"{folder}: no recording there (data.curriculum.unwritten)")
+        found += paths
+    return found
+
+
+def instructions(config: CurriculumConfig) -> list[str]:
+    """What the user writes, for a tokenizer to learn."""
+    return ([WRITE_DOWN] if config.write else []) + ([READ_ALOUD] if config.read else [])
