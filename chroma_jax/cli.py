@@ -158,6 +158,7 @@ class Evaluate:
 
 
 def prepare(args: Prepare, config) -> int:
+    from chroma_jax import pretrained
     from chroma_jax.config import CodecRun
     from chroma_jax.convert.codec import trained_codec
     from data_pipelines.prepare import prepare
@@ -168,7 +169,7 @@ def prepare(args: Prepare, config) -> int:
             raise ChromaError("--codec is for dialogues, whose codes it makes; recordings for a codec's training need none")
         print(f"{args.out}: {recordings(prepare_waves(config.data, config.model, args.out).manifest)}")
         return 0
-    codec = None if args.codec is None else trained_codec(args.codec, config.model)
+    codec = None if args.codec is None else trained_codec(pretrained.found(args.codec), config.model)
     dataset = prepare(config.data, config.model, codec, args.out)
     print(f"{args.out}: {summary(dataset.manifest)}")
     return 0
@@ -219,14 +220,16 @@ def info(args: Info, config) -> int:
 
 
 def reply(args: Reply, config) -> int:
+    from chroma_jax import pretrained
     from chroma_jax.streaming.reply import reply
 
-    report = reply(args.run, config, args.question, args.reference, transcript(args.transcript), args.out)
+    report = reply(pretrained.found(args.run), config, args.question, args.reference, transcript(args.transcript), args.out)
     print(json.dumps(report, indent=1, ensure_ascii=False))
     return 0
 
 
 def evaluate(args: Evaluate, config) -> int:
+    from chroma_jax import pretrained
     from chroma_jax.evaluation import report
     from chroma_jax.evaluation.evaluate import evaluate
     from chroma_jax.evaluation.judges import appointed
@@ -235,7 +238,7 @@ def evaluate(args: Evaluate, config) -> int:
     check_new(args.out)
     judges = appointed(args.recogniser, args.speaker_model)
     given = {name: getattr(args, name) for name in ("suite", "split", "corpus", "limit", "parts")}
-    print(report.text(evaluate(args.run, config, args.out, judges=judges, **given)), end="")
+    print(report.text(evaluate(pretrained.found(args.run), config, args.out, judges=judges, **given)), end="")
     return 0
 
 
@@ -245,21 +248,23 @@ def transcript(given: str) -> str:
 
 
 def prompt(args: Prompt, config) -> int:
+    from chroma_jax import pretrained
     from chroma_jax.convert.stablehlo import write_prompt
 
     said = transcript(args.transcript)
-    print(write_prompt(args.run, config, args.artefact, args.question, args.reference, said, args.out))
+    print(write_prompt(pretrained.found(args.run), config, args.artefact, args.question, args.reference, said, args.out))
     return 0
 
 
 def import_(args: Import, config) -> int:
+    from chroma_jax import pretrained
     from chroma_jax.convert.importer import import_sources, plan_import
 
     *sources, dest = args.paths
     if not sources:
         raise ChromaError("convert import wants SOURCE … DEST, at least one checkpoint and the folder to write")
     own = None if args.onto is None else config
-    plan = plan_import(sources, own, lambda: config)
+    plan = plan_import([pretrained.found(source) for source in sources], own, lambda: config)
     print("\n".join(plan.lines()))
     if args.dry_run:
         print("dry run: every tensor is accounted for; nothing was written")
@@ -288,13 +293,14 @@ def export(args: Export) -> int:
 
 
 def export_artefact(args: Export) -> int:
+    from chroma_jax import pretrained
     from chroma_jax.convert.stablehlo import Sizes, export_stablehlo
 
     config = run_configuration([str(args.run)])
     if args.dtype != "stored":
         config = dataclasses.replace(config, reply=dataclasses.replace(config.reply, dtype=args.dtype))
     sizes = Sizes(args.rows, args.question_seconds, args.text, args.voice, args.max_frames)
-    print(export_stablehlo(args.run, args.dest, config, sizes, args.platforms))
+    print(export_stablehlo(pretrained.found(args.run), args.dest, config, sizes, args.platforms))
     return 0
 
 
@@ -395,13 +401,19 @@ def flag(argv: list[str], name: str) -> str | None:
 
 
 def run_configuration(argv: list[str], kind: Literal["speaking", "any"] = "speaking"):
-    """The configuration that the run folder named first keeps; an exported folder brings its own model, and defaults will do
-    for the rest, as for a command line without a folder, which is about to be refused or only wants help."""
+    """The configuration that the run folder named first keeps, or that an exported folder implies; defaults will do for a command
+    line without a folder, which is about to be refused or only wants help."""
     from chroma_jax import config as configs
+    from chroma_jax import pretrained
 
-    if not argv or argv[0].startswith("-") or (Path(argv[0]) / "config.json").is_file():
+    if not argv or argv[0].startswith("-"):
         return configs.Config()
-    config = configs.load(Path(argv[0]))
+    run = pretrained.found(argv[0])
+    if (run / "config.json").is_file():
+        from chroma_jax.streaming.load import exported_run
+
+        return exported_run(run)
+    config = configs.load(run)
     if kind == "speaking" and not isinstance(config, configs.Config):
         raise ChromaError(f"{argv[0]}: a run that trained a codec, expected one of a speaking model")
     return config

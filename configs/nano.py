@@ -1,19 +1,21 @@
 """A laptop-sized Chroma of the same architecture, every part trained from scratch: what the demo trains."""
 
 from chroma_jax.chat import SpecialTokens
-from chroma_jax.config import Config, TrainingConfig
+from chroma_jax.config import Config, ReplyConfig, TrainingConfig
 from chroma_jax.layers.rope import RopeConfig
 from chroma_jax.layers.sharding import MeshConfig
-from chroma_jax.layers.transformer import EncoderConfig, LlamaConfig
+from chroma_jax.layers.transformer import LlamaConfig
 from chroma_jax.models.audio_encoder import AudioEncoderConfig
 from chroma_jax.models.chroma import ChromaConfig
-from chroma_jax.models.codec import CodecConfig, QuantizerConfig, SeanetConfig
 from chroma_jax.models.reasoner import ReasonerConfig
 from chroma_jax.rows import RowShape
 from chroma_jax.training.checkpoint import CheckpointConfig
 from chroma_jax.training.loss import LossConfig
 from chroma_jax.training.optimizer import OptimizerConfig
 from chroma_jax.training.state import PrecisionConfig
+from configs.codec_nano import codec
+from data_pipelines.augment import AugmentConfig
+from data_pipelines.curriculum import CurriculumConfig
 from data_pipelines.prepare import DataConfig
 
 VOCABULARY = 1024
@@ -22,26 +24,6 @@ VOCABULARY = 1024
 def special_tokens(vocabulary: int) -> SpecialTokens:
     """The last eight ids of a small vocabulary."""
     return SpecialTokens(*range(vocabulary - 8, vocabulary))
-
-
-def codec() -> CodecConfig:
-    """Mimi with narrow layers: 24 kHz, 12.5 frames per second, 8 codebooks of 256."""
-    transformer = EncoderConfig(
-        num_layers=2,
-        width=64,
-        num_heads=4,
-        num_kv_heads=4,
-        head_dim=16,
-        mlp_width=128,
-        layer_scale=0.01,
-        rope=RopeConfig(theta=10_000.0),
-    )
-    return CodecConfig(
-        seanet=SeanetConfig(num_filters=8),
-        transformer=transformer,
-        quantizer=QuantizerConfig(num_codebooks=8, codebook_size=256, codebook_dim=16),
-        upsample_groups=64,
-    )
 
 
 def model() -> ChromaConfig:
@@ -73,15 +55,34 @@ def model() -> ChromaConfig:
 
 
 def config() -> Config:
+    """The joint stage: every part learns from dialogues, and from what else can be made of their recordings."""
+    steps = 6000
     return Config(
         model=model(),
-        data=DataConfig(row=RowShape(blocks=6, text=256, answers=32, positions=384, frames=112)),
-        mesh=MeshConfig(data=2, fsdp=2, tensor=2),
-        training=TrainingConfig(steps=160, global_batch=4, eval_every=40, log_every=10),
+        data=DataConfig(
+            row=RowShape(blocks=4, text=224, answers=32, positions=288, frames=80),
+            prompts_per_dialogue=12,
+            curriculum=CurriculumConfig(
+                dialogue=1.0,
+                write=0.5,
+                answer=0.5,
+                read=0.5,
+                proceed=0.15,
+                prompts="any",
+                prompt_seconds=8.0,
+                no_prompt=0.05,
+                speeds=(0.87, 0.93, 1.0, 1.07, 1.15),
+                piece_seconds=6.0,
+            ),
+        ),
+        mesh=MeshConfig(),
+        training=TrainingConfig(steps=steps, global_batch=8, eval_every=500, log_every=25),
         loss=LossConfig(decoder_weight=0.5, text_weight=1.0),
         optimizer=OptimizerConfig(
-            learning_rate=2e-3, warmup_steps=20, schedule="cosine", decay_steps=140, final_factor=0.1, weight_decay=0.1
+            learning_rate=2e-3, warmup_steps=100, schedule="cosine", decay_steps=steps - 100, final_factor=0.05, weight_decay=0.1
         ),
         precision=PrecisionConfig(compute="float32"),
-        checkpoint=CheckpointConfig(every=40, keep=2),
+        augment=AugmentConfig(gain_db=6.0, noise=0.5, tilt_db=6.0, time_masks=1, time_mask=10, bin_masks=1, bin_mask=12),
+        checkpoint=CheckpointConfig(every=500, keep=2),
+        reply=ReplyConfig(temperature=0.8, top_k=50),
     )

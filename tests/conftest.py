@@ -34,3 +34,32 @@ def tiny_prepared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
     c = config(write_corpus(folder / "corpus"))
     return c, prepare(c.data, c.model, TinyCodec(), folder / "data", progress="none").folder
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_prepared, tmp_path_factory):
+    """A run folder with one checkpoint of untrained weights, complete with tokenizer and Codec."""
+    import shutil
+
+    from safetensors.numpy import save_file
+
+    from chroma_jax.config import dump
+    from chroma_jax.convert.names import codec_rows
+    from chroma_jax.convert.weights import all_tensors
+    from chroma_jax.layers.sharding import make_mesh
+    from chroma_jax.models.codec import Codec
+    from chroma_jax.training.checkpoint import Checkpoints
+    from chroma_jax.training.state import make_trainer
+
+    config, prepared = tiny_prepared
+    folder = tmp_path_factory.mktemp("run") / "run"
+    folder.mkdir()
+    (folder / "config.txt").write_text(dump(config))
+    shutil.copy(prepared / "tokenizer.json", folder)
+    codec = jax.jit(lambda: Codec(nnx.Rngs(0), config.model.codec))()
+    save_file(dict(all_tensors(codec, "codec/", codec_rows(config.model))), folder / "codec.safetensors")
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh), Checkpoints(folder, config.checkpoint) as checkpoints:
+        trainer = make_trainer(config.model, config.optimizer, config.loss, config.precision, 0, mesh)
+        checkpoints.save(0, trainer.init())
+    return folder

@@ -10,33 +10,11 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from chroma_jax.cli import COMMANDS, main
-from chroma_jax.config import dump
-from chroma_jax.convert.names import codec_rows
-from chroma_jax.convert.weights import all_tensors
-from chroma_jax.layers.sharding import make_mesh
-from chroma_jax.models.codec import Codec
-from chroma_jax.training.checkpoint import Checkpoints
-from chroma_jax.training.state import TrainState, make_trainer
 
 
-@pytest.fixture(scope="module")
-def run(tiny_prepared, tmp_path_factory) -> Path:
-    """A run folder with one checkpoint of untrained weights, complete with tokenizer and Codec."""
-    import jax
-
-    config, prepared = tiny_prepared
-    folder = tmp_path_factory.mktemp("cli") / "run"
-    folder.mkdir()
-    (folder / "config.txt").write_text(dump(config))
-    shutil.copy(prepared / "tokenizer.json", folder)
-    codec = jax.jit(lambda: Codec(nnx.Rngs(0), config.model.codec))()
-    save_file(dict(all_tensors(codec, "codec/", codec_rows(config.model))), folder / "codec.safetensors")
-    mesh = make_mesh(config.mesh)
-    with jax.set_mesh(mesh), Checkpoints(folder, config.checkpoint) as checkpoints:
-        trainer = make_trainer(config.model, config.optimizer, config.loss, config.precision, 0, mesh)
-        state: TrainState = trainer.init()
-        checkpoints.save(0, state)
-    return folder
+@pytest.fixture
+def run(tiny_run) -> Path:
+    return tiny_run
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ DType = Literal["stored", "float32", "bfloat16"]
 
 def export(run: Path, dest: Path, dtype: DType = "stored", shard_bytes: int = 4 * 2**30) -> str:
     """Writes ``dest``: config.json, safetensors shards with the released names and their index, tokenizer.json,
-    preprocessor_config.json.
+    preprocessor_config.json, generation_config.json.
 
     run: a training run or an imported folder; unused tensors that an import kept are exported again. dtype: of the speaking
     model; "stored" keeps every bit. The Codec stays in float32, as in the released checkpoint. shard_bytes: largest file, unless
@@ -47,7 +47,12 @@ def export(run: Path, dest: Path, dtype: DType = "stored", shard_bytes: int = 4 
         for name in BESIDE:
             if (run / name).is_file():
                 shutil.copyfile(run / name, folder / name)
-        for name, make in (("preprocessor_config.json", preprocessor), ("tokenizer_config.json", tokenizer_config)):
+        made = {
+            "preprocessor_config.json": preprocessor,
+            "tokenizer_config.json": tokenizer_config,
+            "generation_config.json": generation_config,
+        }
+        for name, make in made.items():
             if not (folder / name).is_file():
                 write_json(folder / name, make(config))
     lacks = "" if (dest / "tokenizer.json").is_file() else f"; {run} has no tokenizer.json, put one there for replies"
@@ -128,6 +133,13 @@ def preprocessor(config: Config) -> dict:
         "padding_value": 0.0,
         "return_attention_mask": True,
     }
+
+
+def generation_config(config: Config) -> dict:
+    """How codes are chosen, which `reply_from_hf` reads back."""
+    r = config.reply
+    found = {"do_sample": r.temperature > 0, "max_new_tokens": int(r.max_seconds * config.model.codec.frame_rate)}
+    return found | ({"temperature": r.temperature, "top_k": r.top_k} if r.temperature > 0 else {})
 
 
 def tokenizer_config(config: Config) -> dict:

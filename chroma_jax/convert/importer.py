@@ -45,7 +45,7 @@ from chroma_jax.paths import values
 from chroma_jax.training.checkpoint import Checkpoints
 
 CODEC, UNUSED, SOURCE_CONFIG = "codec.safetensors", "unused.safetensors", "source_config.json"
-BESIDE = ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json")  # copied as they are
+BESIDE = ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "generation_config.json")  # copied as they are
 
 
 @dataclasses.dataclass(frozen=True)

@@ -65,14 +65,19 @@ def evaluate_codec(
         )
     config = codec.config
     bits = num_codebooks * np.log2(config.codebook_size) * config.frame_rate
-    mean = lambda name: float(np.mean([row[name] for row in rows if row[name] is not None]))
     summary = {
         "recordings": len(rows),
         "seconds": round(sum(len(r.wave) for r in recordings) / rate, 1),
         "bits_per_second": round(float(bits), 1),
-        **{name: mean(name) for name in ("stoi", "pesq", "similarity", "dnsmos", "dnsmos_of_original")},
+        **{name: mean([row[name] for row in rows]) for name in ("stoi", "pesq", "similarity", "dnsmos", "dnsmos_of_original")},
         "wer": error_rate([row["word_errors"] for row in rows]),
         "wer_of_original": error_rate([row["word_errors_of_original"] for row in rows]),
         "rtf": seconds / (sum(len(r.wave) for r in recordings) / rate),
     }
     return {"summary": summary, "recordings": rows}, made
+
+
+def mean(values: Sequence[float | None]) -> float | None:
+    """Of those that there are."""
+    known = [x for x in values if x is not None]
+    return float(np.mean(known)) if known else None

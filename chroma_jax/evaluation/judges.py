@@ -170,8 +170,8 @@ def dnsmos(wave: np.ndarray, rate: int) -> float | None:
 
 
 class Judges(NamedTuple):
-    """All of them. words: (wave, rate) → text; voices: (wave, rate) → unit vector; the others as the functions above. origins: what
-    the report says of them."""
+    """All of them. words: (wave, rate) → text; voices: (wave, rate) → unit vector; the others as the functions above. origins:
+    what the report says of them."""
 
     words: Callable[[np.ndarray, int], str]
     voices: Callable[[np.ndarray, int], np.ndarray]
@@ -182,7 +182,7 @@ class Judges(NamedTuple):
 
 
 def appointed(recogniser: Path | None = None, speaker_model: Path | None = None) -> Judges:
-    """The judges, ready. recogniser, speaker_model: see `Recogniser` and `Voices`. Raises: ChromaError for one that is missing."""
+    """The judges, ready. recogniser, speaker_model: see `Recogniser` and `Voices`. Raises: ChromaError when one is missing."""
     words, voices = Recogniser(recogniser), Voices(speaker_model)
     for module in ("pystoi", "pesq", "speechmos"):
         needed(module)
@@ -190,10 +190,10 @@ def appointed(recogniser: Path | None = None, speaker_model: Path | None = None)
     return Judges(words, voices, stoi, pesq, dnsmos, origins)
 
 
-def equal_error_rate(same: np.ndarray, different: np.ndarray) -> float:
-    """Where as many equal voices are told apart as different ones are taken for one, by the best threshold. NaN without any."""
+def equal_error_rate(same: np.ndarray, different: np.ndarray) -> float | None:
+    """Where as many equal voices are told apart as different ones are taken for one, by the best threshold. None without any."""
     if not len(same) or not len(different):
-        return float("nan")
+        return None
     thresholds = np.unique(np.concatenate([same, different]))
     missed = np.array([(same < t).mean() for t in thresholds])
     taken = np.array([(different >= t).mean() for t in thresholds])

@@ -42,11 +42,13 @@ PERCENT = ("right", "right_as_heard", "wer", "wer_of_original", "eer", "ended")
 
 
 def number(name: str, value: float | None) -> str:
-    if value is None or not np.isfinite(value):
+    if value is None:
         return "–"
     if name in PERCENT:
         return f"{100 * value:.1f} %"
-    return f"{value:.0f}" if name == "bits_per_second" else f"{value:.3f}" if name == "rtf" else f"{value:.2f}"
+    if name.endswith("_ms"):
+        return f"{value:.0f} ms"
+    return f"{value:.0f}" if name == "bits_per_second" else f"{value:.3f}" if name.startswith("rtf") else f"{value:.2f}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +100,7 @@ def tables(report: dict) -> list[tuple[str, list[str], list[list[str]]]]:
         found.append((f"Answers: {report['suite']['dialogues']} questions", ["voice prompt", *COLUMNS.values()], rows))
     if "speed" in report:
         speed = report["speed"]
-        shown = [f"{speed['first_audio_ms']:.0f} ms", f"{speed['rtf']:.3f}", f"{speed['rtf_steady']:.3f}"]
+        shown = [number(name, speed[name]) for name in ("first_audio_ms", "rtf", "rtf_steady")]
         header = ["first audio", "real-time factor", "without the first frame"]
         found.append((f"Speed: medians of {speed['replies']} replies on {report['device']}", header, [shown]))
     return found

@@ -8,6 +8,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from chroma_jax.config import ReplyConfig
+from chroma_jax.evaluation.codec import mean
 from chroma_jax.evaluation.judges import Judges, equal_error_rate
 from chroma_jax.evaluation.suite import Suite
 from chroma_jax.evaluation.words import error_rate, same, word_errors
@@ -182,7 +183,6 @@ def judged(reply: Reply, known: dict[str, np.ndarray], judges: Judges, rate: int
 
 
 def summary(rows: Sequence[dict]) -> dict:
-    mean = lambda values: float(np.mean(values)) if len(values) else None
     own = np.array([row["similarity"] for row in rows if row["similarity"] is not None])
     others = [
         s for row in rows if row["similarity"] is not None for v, s in row["similarities"].items() if v != row["prompt_voice"]
@@ -198,7 +198,7 @@ def summary(rows: Sequence[dict]) -> dict:
         "similarity_to_others": apart,
         "margin": None if similar is None else similar - apart,
         "eer": None if similar is None else equal_error_rate(own, np.array(others)),
-        "dnsmos": mean([row["dnsmos"] for row in rows if row["dnsmos"] is not None]),
+        "dnsmos": mean([row["dnsmos"] for row in rows]),
         "seconds": mean([row["seconds"] for row in rows]),
     }
 
@@ -213,5 +213,8 @@ def timed(speaker: Speaker, tokenizer: Tokenizer, suite: Suite, config: ReplyCon
         make = lambda given=given: stack([row_of(speaker, tokenizer, *given)], speaker.compatibility)
         warm_up(speaker, make(), config, frames)
         found.append(measures(speak(speaker, make, config, frames), 1 / speaker.config.codec.frame_rate, rate))
-    median = lambda name: float(np.median([m[name] for m in found if m[name] is not None] or [float("nan")]))
-    return {"replies": len(found), **{name: median(name) for name in ("first_audio_ms", "rtf", "rtf_steady")}}
+    speed: dict[str, float | None] = {"replies": len(found)}
+    for name in ("first_audio_ms", "rtf", "rtf_steady"):
+        known = [m[name] for m in found if m[name] is not None]
+        speed[name] = float(np.median(known)) if known else None
+    return speed

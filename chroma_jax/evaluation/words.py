@@ -37,7 +37,7 @@ def word_errors(expected: str, heard: str) -> tuple[int, int]:
     return counts.substitutions + counts.deletions + counts.insertions, len(wanted.split())
 
 
-def error_rate(pairs: Sequence[tuple[int, int]]) -> float:
-    """Word error rate of a whole set: errors over words, not a mean of rates. NaN for no words."""
-    errors, words = (sum(column) for column in zip(*pairs, strict=True)) if pairs else (0, 0)
-    return errors / words if words else float("nan")
+def error_rate(pairs: Sequence[tuple[int, int]]) -> float | None:
+    """Word error rate of a whole set: errors over words, not a mean of rates. None for no words."""
+    words = sum(words for _, words in pairs)
+    return sum(errors for errors, _ in pairs) / words if words else None

@@ -4,6 +4,7 @@ A training run, or what was imported: config.txt, checkpoints/, and beside them 
 An exported model, in the released layout: config.json, *.safetensors (the Codec among them) and tokenizer.json.
 """
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -58,6 +59,26 @@ def exported_config(path: Path) -> ChromaConfig:
     except ValueError as error:
         raise ChromaError(f"{path}: not JSON ({error})") from error
     return from_hf(fields)
+
+
+def exported_run(folder: Path) -> Config:
+    """The configuration of an exported folder: its model, and how codes are chosen as far as a generation_config.json says it."""
+    config = Config(model=exported_config(folder / "config.json"))
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return config
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+        temperature = float(said.get("temperature", 1.0)) if said.get("do_sample") else 0.0
+        seconds = (
+            said.get("max_new_tokens", config.reply.max_seconds * config.model.codec.frame_rate) / config.model.codec.frame_rate
+        )
+        reply = dataclasses.replace(
+            config.reply, temperature=temperature, top_k=int(said.get("top_k", config.reply.top_k)), max_seconds=float(seconds)
+        )
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ChromaError(f"{path}: damaged ({type(error).__name__}: {error})") from error
+    return dataclasses.replace(config, reply=reply)
 
 
 def from_checkpoint(run: Path, config: Config, dtype) -> Chroma:

@@ -1,0 +1,205 @@
+"""How answers are judged: words, voices, prompts, and a report that holds together. Judges here are simple functions; the real
+ones are asked in a slow test."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from tiny import replace
+
+from chroma_jax import cli
+from chroma_jax import config as configs
+from chroma_jax.errors import ChromaError
+from chroma_jax.evaluation import judges as real_judges
+from chroma_jax.evaluation import report
+from chroma_jax.evaluation.evaluate import evaluate
+from chroma_jax.evaluation.judges import Judges, equal_error_rate
+from chroma_jax.evaluation.speaking import ABLATIONS, MAIN, Condition, summary, voice_prompt
+from chroma_jax.evaluation.suite import read_suite
+from chroma_jax.evaluation.words import error_rate, normalised, same, word_errors
+from data_pipelines import audio
+
+RATE = 24_000
+
+
+def loudness_and_brightness(wave: np.ndarray, rate: int) -> np.ndarray:
+    spectrum = np.abs(np.fft.rfft(wave, 4096)) if len(wave) else np.zeros(2049)
+    found = np.array([spectrum[:200].sum(), spectrum[200:].sum(), 1e-6])
+    return (found / np.linalg.norm(found)).astype(np.float32)
+
+
+STAND_INS = Judges(
+    words=lambda wave, rate: "it is three of course" if len(wave) else "",
+    voices=loudness_and_brightness,
+    stoi=lambda real, made, rate: 0.5,
+    pesq=lambda real, made, rate: None,
+    dnsmos=lambda wave, rate: 3.0 if len(wave) else None,
+    origins={"words": "a constant (proxy)", "voices": "spectra (proxy)", "quality": "constants"},
+)
+
+
+# Words
+
+
+@pytest.mark.parametrize(
+    "said, written",
+    [
+        ("Six minus two is four.", "6-2 is 4."),
+        ("Six minus two is four.", "6 - 2 = 4"),
+        ("Eight plus zero is eight.", "8+0 is 8"),
+        ("There are fifty-two weeks in a year.", "there are 52 weeks in a year"),
+        ("Twenty-one comes after twenty.", "21 comes after 20"),
+        ("A crow is gray!", "a crow is grey"),
+    ],
+)
+def test_numbers_and_signs_are_the_same_however_they_are_written(said, written):
+    assert same(said, written), (normalised(said), normalised(written))
+
+
+def test_a_wrong_word_is_an_error_and_rates_are_of_all_words_together():
+    assert word_errors("A cat says meow.", "a cat says moo") == (1, 4)
+    assert word_errors("A cat says meow.", "") == (4, 4)
+    assert word_errors("", "what is this") == (3, 0)
+    assert not same("Six plus two is eight.", "Six plus three is nine.")
+    assert error_rate([(1, 4), (0, 4)]) == 0.125 and error_rate([(2, 0)]) is None
+
+
+def test_the_equal_error_rate_is_zero_for_voices_apart_and_a_half_for_none():
+    assert equal_error_rate(np.array([0.8, 0.9]), np.array([0.1, 0.5])) == 0
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(2, 2000))
+    assert equal_error_rate(a, b) == pytest.approx(0.5, abs=0.03)
+    assert equal_error_rate(a + 2, b) == pytest.approx(0.159, abs=0.02)  # Φ(−1)
+
+
+# Prompts
+
+
+@pytest.fixture(scope="module")
+def corpus(tiny_prepared):
+    return tiny_prepared[0].data.corpus
+
+
+@pytest.fixture(scope="module")
+def suite(corpus):
+    return read_suite("parley", "test", corpus)
+
+
+def test_voice_prompts_are_what_their_condition_says(suite):
+    dialogue = suite.dialogues[0]
+    own = [audio.load(r.audio, RATE) for r in suite.voices[dialogue.assistant_voice]]
+    text = [r.text for r in suite.voices[dialogue.assistant_voice]]
+    main = voice_prompt(suite, dialogue, MAIN, RATE)
+    assert main.voice == dialogue.assistant_voice and len(main.wave) == len(own[0]) and main.text == text[0]
+    long = voice_prompt(suite, dialogue, Condition("", seconds=30.0), RATE)
+    assert len(long.wave) == sum(map(len, own)) and long.text == " ".join(text)
+    short = voice_prompt(suite, dialogue, Condition("", seconds=0.5), RATE)
+    assert len(short.wave) == RATE / 2 and 0 < len(short.text.split()) < len(text[0].split())
+    none = voice_prompt(suite, dialogue, Condition("", "none"), RATE)
+    assert none.voice is None and not len(none.wave) and not none.text
+    other = voice_prompt(suite, dialogue, Condition("", "other"), RATE)
+    assert other.voice != dialogue.assistant_voice and len(other.wave)
+
+
+def test_a_summary_counts_what_it_says():
+    row = {
+        "right": True,
+        "right_as_heard": False,
+        "ended": True,
+        "seconds": 2.0,
+        "dnsmos": None,
+        "word_errors": (1, 4),
+        "prompt_voice": "a",
+        "similarity": 0.9,
+        "similarity_to_others": 0.4,
+        "similarities": {"a": 0.9, "b": 0.3, "c": 0.5},
+    }
+    found = summary([row, row | {"right": False}])
+    assert (found["right"], found["right_as_heard"], found["wer"], found["dnsmos"]) == (0.5, 0.0, 0.25, None)
+    assert found["margin"] == pytest.approx(0.5) and found["eer"] == 0
+    nobody = summary([row | {"prompt_voice": None, "similarity": None}])
+    assert nobody["similarity"] is None and nobody["margin"] is None
+
+
+# The whole
+
+
+@pytest.fixture(scope="module")
+def judged(tiny_run, corpus, tmp_path_factory):
+    out = tmp_path_factory.mktemp("evaluation") / "out"
+    config = replace(configs.load(tiny_run), "reply.max_seconds", 0.8)
+    parts = ("codec", "answers", "ablations")
+    return out, evaluate(tiny_run, config, out, corpus=corpus, parts=parts, judges=STAND_INS)
+
+
+def test_every_question_is_answered_under_every_condition(judged):
+    _, found = judged
+    assert set(found["conditions"]) == {MAIN.name, *(c.name for c in ABLATIONS)}
+    for name, rows in found["replies"].items():
+        assert [row["id"] for row in rows] == ["d12", "d13"], name
+        assert all(row["seconds"] <= 0.8 and row["heard"] == "it is three of course" for row in rows if row["seconds"])
+        assert all((row["similarity"] is None) == (name == "no prompt") for row in rows)
+    assert found["codec"]["summary"]["recordings"] == 4 and found["codec"]["summary"]["stoi"] == 0.5
+    assert found["speed"]["rtf"] > 0 and found["speed"]["first_audio_ms"] > 0
+
+
+def test_the_report_is_complete(judged):
+    out, found = judged
+    kept = json.loads((out / "report.json").read_text())
+    assert kept["judges"]["words"] == "a constant (proxy)"
+    assert kept["conditions"].keys() == found["conditions"].keys()
+    text = (out / "report.txt").read_text()
+    assert "voice prompt" in text and "another voice" in text and "STOI" in text and "(proxy)" in text
+    page = (out / "index.html").read_text()
+    files = re.findall(r'src="(sounds/[^"]+)"', page)
+    assert len(files) == 2 * (8 + 2 * 7) and all((out / file).is_file() for file in files)
+
+
+def test_a_codec_run_is_judged_without_answers(tmp_path, corpus):
+    from test_codec_run import config_for
+
+    from chroma_jax.training.codec.train import train_codec
+    from data_pipelines.waves import prepare_waves
+
+    config = config_for(corpus, training__steps=1, recipe__quantize_from=0, recipe__judge_from=9)
+    prepare_waves(config.data, config.model, tmp_path / "waves", progress="none")
+    train_codec(config, tmp_path / "run", tmp_path / "waves")
+    found = evaluate(tmp_path / "run", config, tmp_path / "out", corpus=corpus, judges=STAND_INS)
+    assert "conditions" not in found and found["codec"]["summary"]["bits_per_second"] > 0
+    assert "Codec: 4 recordings" in report.text(found)
+
+
+def test_what_is_missing_is_named(tiny_run, corpus, tmp_path, monkeypatch, capsys):
+    with pytest.raises(ChromaError, match="no such suite; there is parley"):
+        read_suite("pareley", "test", corpus)
+    with pytest.raises(ChromaError, match=r"no model\.bin.*CTranslate2|eval"):
+        real_judges.Recogniser(tmp_path)
+    monkeypatch.setitem(__import__("sys").modules, "faster_whisper", None)
+    assert cli.main(["evaluate", str(tiny_run), "--out", str(tmp_path / "out"), "--corpus", corpus]) == 2
+    said = capsys.readouterr().err
+    assert "faster-whisper" in said and "chroma-jax[eval]" in said and not (tmp_path / "out").exists()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").touch()
+    assert cli.main(["evaluate", str(tiny_run), "--out", str(tmp_path / "full")]) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_real_judges_know_words_voices_and_quality():
+    """Needs the extra ``eval`` and resemblyzer."""
+    judges = real_judges.appointed()
+    suite = read_suite("parley", "test", limit=6)
+    rows = [(d, audio.load(d.answer_audio, RATE)) for d in suite.dialogues]
+    errors = [word_errors(d.answer, judges.words(wave, RATE)) for d, wave in rows]
+    assert error_rate(errors) < 0.05
+    references = {v: judges.voices(audio.load(refs[0].audio, RATE), RATE) for v, refs in suite.voices.items()}
+    for d, wave in rows:
+        scores = {v: float(judges.voices(wave, RATE) @ known) for v, known in references.items()}
+        assert max(scores, key=scores.get) == d.assistant_voice
+    wave = rows[0][1]
+    noisy = wave + 0.1 * np.random.default_rng(0).normal(size=len(wave)).astype(np.float32)
+    assert judges.stoi(wave, wave, RATE) > 0.99 > judges.stoi(wave, noisy, RATE)
+    assert judges.pesq(wave, wave, RATE) > 4.5 > judges.pesq(wave, noisy, RATE)
+    assert judges.dnsmos(wave, RATE) > judges.dnsmos(noisy, RATE) + 0.5
+    assert judges.dnsmos(np.zeros(RATE, np.float32), RATE) is None and not judges.voices(np.zeros(0, np.float32), RATE).any()
