@@ -35,7 +35,7 @@ def codec() -> CodecConfig:
 
 
 def config() -> CodecRun:
-    steps = 8000
+    steps = 18_000
     optimizer = OptimizerConfig(
         learning_rate=2.5e-3,
         warmup_steps=100,
@@ -48,7 +48,7 @@ def config() -> CodecRun:
     )
     return CodecRun(
         model=codec(),
-        data=CodecDataConfig(crop_frames=12),
+        data=CodecDataConfig(crop_frames=12, speeds=(0.87, 0.93, 1.0, 1.07, 1.15)),
         training=TrainingConfig(steps=steps, global_batch=8, eval_every=500, log_every=50),
         recipe=CodecRecipe(
             quantize_from=4000,

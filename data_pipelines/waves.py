@@ -36,14 +36,15 @@ class CodecDataConfig:
     corpora: folders, or "embedded" for the corpus that comes with the code. Of a folder with a dialogues.jsonl, the recordings
     of its train split and the references of that split's voices are trained on, those of its valid split are held out; of any
     other folder, all recordings below it are trained on. max_seconds: of a recording, longer ones are a problem. crop_frames:
-    length of a training crop. level_db: a crop is made louder or softer by up to so much. valid_seconds: held-out recordings are
-    cut to this.
+    length of a training crop. level_db: a crop is made louder or softer by up to so much. speeds: at one of which, drawn for each
+    crop, it is played. valid_seconds: held-out recordings are cut to this.
     """
 
     corpora: tuple[str, ...] = ("embedded",)
     max_seconds: float = 60.0
     crop_frames: int = 12
     level_db: float = 6.0
+    speeds: tuple[float, ...] = (1.0,)
     valid_seconds: float = 4.0
     on_problem: OnProblem = "skip"
 
@@ -53,6 +54,8 @@ class CodecDataConfig:
         for name in ("max_seconds", "crop_frames", "valid_seconds"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be more than 0, got {getattr(self, name)}")
+        if not self.speeds or min(self.speeds) < 0.5 or max(self.speeds) > 2:
+            raise ValueError(f"speeds must lie in 0.5 … 2, got {self.speeds}")
         if self.level_db < 0:
             raise ValueError(f"level_db must not be negative, got {self.level_db}")
 
@@ -228,8 +231,10 @@ def crops(
     def crop(place: int) -> np.ndarray:
         rng = np.random.default_rng((seed, place))
         wave = reader[int(source[order[place]])].waves[0]
-        start = rng.integers(max(len(wave) - length, 0) + 1)
-        piece = audio.from_int16(wave[start : start + length])
+        speed = float(rng.choice(config.speeds))
+        wanted = round(length * speed)
+        start = rng.integers(max(len(wave) - wanted, 0) + 1)
+        piece = audio.faster(audio.from_int16(wave[start : start + wanted]), speed, codec.sampling_rate)[:length]
         level = 10 ** (rng.uniform(-config.level_db, config.level_db) / 20)
         return np.pad(np.clip(level * piece, -1, 1), (0, length - len(piece)))
 

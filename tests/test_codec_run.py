@@ -230,6 +230,18 @@ def test_a_run_starts_from_another_one(corpus, prepared, finished, tmp_path, cap
         train_codec(wider, tmp_path / "wider", prepared, start=finished[0])
 
 
+def test_with_all_but_the_decoder_frozen_codes_stay_as_they_are(corpus, prepared, finished, tmp_path):
+    freeze = ("encoder", "downsample", "quantizer")
+    optimizer = OptimizerConfig(learning_rate=3e-3, b1=0.5, b2=0.9, freeze=freeze)
+    config = config_for(corpus, training__steps=2, recipe__quantize_from=0, recipe__judge_from=1, recipe__optimizer=optimizer)
+    after = train_codec(config, tmp_path / "run", prepared, start=finished[0]).weights()
+    moved = {path for path, x in finished[1].weights().items() if path.startswith("codec/") and np.any(x != after[path])}
+    assert moved and all(path.startswith(("codec/decoder", "codec/upsample")) for path in moved)
+    with pytest.raises(ChromaError, match=r"'encodr' matches no weight"):
+        broken = replace(config, "recipe.optimizer.freeze", ("encodr",))
+        train_codec(broken, tmp_path / "broken", prepared)
+
+
 def test_a_collapsed_codebook_is_an_alarm(corpus, prepared, finished, capsys):
     config, mesh = config_for(corpus), make_mesh(MeshConfig())
     with jax.set_mesh(mesh):

@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 from tiny_speaker import AUDIO_VOCAB, CODES, CONFIG, RATE, VOCABULARY, case, drawn, edited, rescored
 
 from chroma_jax.config import Config, ReplyConfig
+from chroma_jax.convert.export import generation_config
 from chroma_jax.convert.hf_config import to_hf
 from chroma_jax.convert.names import chroma_rows, codec_rows
 from chroma_jax.convert.weights import all_tensors
@@ -24,7 +25,7 @@ from chroma_jax.models.codec import Codec
 from chroma_jax.schedule import NOTHING
 from chroma_jax.streaming import step as steps
 from chroma_jax.streaming.compatibility import with_window
-from chroma_jax.streaming.load import load_run
+from chroma_jax.streaming.load import exported_run, load_run
 from chroma_jax.streaming.prompt import stack
 from chroma_jax.streaming.reply import reply
 from chroma_jax.streaming.sampling import Sampling, probabilities, sample
@@ -330,6 +331,22 @@ def test_bfloat16_weights_are_kept_in_bfloat16_and_the_codec_in_float32(folders)
         model, codec, _ = load_run(folders / name, config)
         assert {x.dtype for x in jax.tree.leaves(nnx.state(model))} == {jnp.dtype("bfloat16")}
         assert {x.dtype for x in jax.tree.leaves(nnx.state(codec))} == {jnp.dtype("float32")}
+
+
+def test_an_exported_folder_says_how_codes_are_chosen(folders, tmp_path):
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / name).write_bytes((folders / "exported" / name).read_bytes())
+    assert exported_run(tmp_path) == Config(model=CONFIG)
+    reply = ReplyConfig(temperature=0.7, top_k=9, max_seconds=MAX_FRAMES / CONFIG.codec.frame_rate)
+    said = generation_config(Config(model=CONFIG, reply=reply))
+    (tmp_path / "generation_config.json").write_text(json.dumps(said))
+    assert said["do_sample"] and exported_run(tmp_path) == Config(model=CONFIG, reply=reply)
+    greedy = generation_config(Config(model=CONFIG, reply=dataclasses.replace(reply, temperature=0.0)))
+    (tmp_path / "generation_config.json").write_text(json.dumps(greedy | {"temperature": 1.0}))
+    assert exported_run(tmp_path).reply.temperature == 0
+    (tmp_path / "generation_config.json").write_text('{"max_new_tokens": "many"}')
+    with pytest.raises(ChromaError, match="generation_config.json: damaged"):
+        exported_run(tmp_path)
 
 
 @pytest.mark.parametrize("missing", ["tokenizer.json", "codec.safetensors", "checkpoints"])

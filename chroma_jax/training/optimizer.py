@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -80,8 +81,8 @@ def _matrices(weights: nnx.State) -> nnx.State:
     return jax.tree.map(is_matrix, weights, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
-def split_trainable(model: nnx.Module, config: OptimizerConfig) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
-    """(graph, trainable weights, frozen weights) of a model, concrete or abstract.
+def is_frozen(model: nnx.Module, config: OptimizerConfig) -> Callable[[tuple, object], bool]:
+    """A filter for `nnx.split`: the weights that ``config.freeze`` names.
 
     Raises: ChromaError for a pattern that freezes nothing, or when nothing is left to train.
     """
@@ -91,11 +92,13 @@ def split_trainable(model: nnx.Module, config: OptimizerConfig) -> tuple[nnx.Gra
             parts = sorted({"/".join(p.split("/")[:2]) for p in paths})
             begin = f"{near(pattern, parts)}; weights begin with {', '.join(parts)}"
             raise ChromaError(f"optimizer.freeze: {pattern!r} matches no weight{begin}")
-
-    def trainable(path, _):
-        return not any(re.match(pattern, "/".join(map(str, path))) for pattern in config.freeze)
-
-    graph, trained, frozen = nnx.split(model, trainable, ...)
-    if not nnx.to_flat_state(trained):
+    frozen = lambda path: any(re.match(pattern, path) for pattern in config.freeze)
+    if all(map(frozen, paths)):
         raise ChromaError(f"optimizer.freeze: {list(config.freeze)} freezes every weight; nothing is left to train")
+    return lambda path, _: frozen("/".join(map(str, path)))
+
+
+def split_trainable(model: nnx.Module, config: OptimizerConfig) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+    """(graph, trainable weights, frozen weights) of a model, concrete or abstract. Raises: ChromaError, see `is_frozen`."""
+    graph, frozen, trained = nnx.split(model, is_frozen(model, config), ...)
     return graph, trained, frozen

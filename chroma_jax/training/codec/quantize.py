@@ -47,7 +47,8 @@ class Statistics(NamedTuple):
 
 class Quantized(NamedTuple):
     """vectors: [B, F, D], for the decoder, with the gradient going straight through. codes: int32 [B, F, Q]. commitment: float32
-    [], the mean squared distance of what each codebook saw to the code it chose."""
+    [], the mean squared distance of what each codebook saw to the code it chose, over the mean square of what the first one saw:
+    else an encoder of large latents would do best to shrink them, and the codebooks would collapse."""
 
     vectors: jax.Array
     codes: jax.Array
@@ -87,6 +88,7 @@ def mixed(x: jax.Array, semantic: Quantized, acoustic: Quantized, choice: Choice
 
 def _branch(branch: ResidualQuantizer, x: jax.Array, levels: jax.Array, key: jax.Array) -> Quantized:
     z = branch.project(x)
+    power = jax.lax.stop_gradient(jnp.mean(jnp.square(z))) + 1e-8
     count = branch.codebooks.embed_sum.shape[0]
     embed_sum, usage = branch.codebooks.stacked(count)
 
@@ -98,7 +100,7 @@ def _branch(branch: ResidualQuantizer, x: jax.Array, levels: jax.Array, key: jax
         in_use = (index < levels)[:, None, None]
         distance = jnp.sum(jnp.where(in_use, jnp.square(residual - chosen), 0))
         used = jnp.sum(in_use) * residual.shape[1] * residual.shape[2]
-        commitment = distance / jnp.maximum(used, 1)
+        commitment = distance / jnp.maximum(used, 1) / power
         chosen = jnp.where(in_use, jax.lax.stop_gradient(chosen), 0)
         seen = jax.lax.stop_gradient(residual)
         return residual - chosen, (codes, chosen, commitment, chosen_by(seen, codes, index < levels, len(usage), key))

@@ -11,6 +11,7 @@ fitted to the latents; then with the discriminator.
 """
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
@@ -38,7 +39,7 @@ from chroma_jax.training.codec.losses import (
     mel_distance,
 )
 from chroma_jax.training.codec.quantize import Choice, QuantizerTraining, draw, followed, mixed, perplexity, quantize
-from chroma_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from chroma_jax.training.optimizer import OptimizerConfig, is_frozen, learning_rate, make_optimizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,16 +50,19 @@ class CodecLossConfig:
     mel: float = 1.0
     adversarial: float = 3.0
     features: float = 3.0
-    commitment: float = 0.25
+    commitment: float = 1.0
     distillation: float = 1.0
     resolutions: MelLossConfig = MelLossConfig()
 
 
 @dataclasses.dataclass(frozen=True)
 class CodecRecipe:
-    """How a codec is trained, data and duration aside. quantize_from, judge_from: the steps at which the quantizer and the
-    discriminator join. teacher: of the semantic codebook, ``module:function``, see `chroma_jax.training.codec.distillation`;
-    empty for none."""
+    """How a codec is trained, data and duration aside.
+
+    quantize_from, judge_from: the steps at which the quantizer and the discriminator join. teacher: of the semantic codebook,
+    ``module:function``, see `chroma_jax.training.codec.distillation`; empty for none. optimizer.freeze names weights of the
+    codec; with ``encoder``, ``downsample`` and ``quantizer`` frozen only the decoder is trained, and codes stay as they are.
+    """
 
     quantize_from: int = 0
     judge_from: int = 0
@@ -71,11 +75,12 @@ class CodecRecipe:
 
 
 class CodecTrainState(NamedTuple):
-    """step: int32 [], steps taken. codec: weights that gradients reach; codebooks: those that follow their vectors. head: from
-    the semantic codes to the teacher's features, empty without a teacher."""
+    """step: int32 [], steps taken. codec: weights that gradients reach; frozen: those that stay; codebooks: those that follow
+    their vectors. head: from the semantic codes to the teacher's features, empty without a teacher."""
 
     step: jax.Array
     codec: nnx.State
+    frozen: nnx.State
     head: nnx.State
     codebooks: nnx.State
     discriminator: nnx.State
@@ -87,12 +92,13 @@ class CodecTrainState(NamedTuple):
         """By path: ``codec/…``, ``distillation/…``, ``discriminator/…``."""
         parts = {"codec/": self.codec, "distillation/": self.head, "discriminator/": self.discriminator}
         found = {path: x for prefix, state in parts.items() for path, x in values(state, prefix).items()}
-        return found | values(self.codebooks, "codec/")
+        return found | values(self.codebooks, "codec/") | values(self.frozen, "codec/")
 
     def with_weights(self, weights: Mapping[str, jax.Array]) -> "CodecTrainState":
         """With the arrays that ``weights`` has for its paths."""
         return self._replace(
             codec=filled(self.codec, weights, "codec/"),
+            frozen=filled(self.frozen, weights, "codec/"),
             head=filled(self.head, weights, "distillation/"),
             codebooks=filled(self.codebooks, weights, "codec/"),
             discriminator=filled(self.discriminator, weights, "discriminator/"),
@@ -147,10 +153,6 @@ class CodecTrainer(NamedTuple):
     wave_sharding: NamedSharding
 
 
-def is_codebook(path, _) -> bool:
-    return "codebooks" in path
-
-
 class Modules(NamedTuple):
     """All that has weights in Codec training."""
 
@@ -163,6 +165,7 @@ class Parts(NamedTuple):
     """Their weights, by what becomes of them in a step."""
 
     codec: nnx.State
+    frozen: nnx.State
     head: nnx.State
     codebooks: nnx.State
     discriminator: nnx.State
@@ -173,10 +176,11 @@ def make_codec_trainer(
 ) -> CodecTrainer:
     """Builds the functions for a mesh (which must be set, ``jax.set_mesh``).
 
-    Raises: ChromaError for weights that the mesh does not divide.
+    Raises: ChromaError for weights that the mesh does not divide, or freeze patterns that do not fit.
     """
     tx, judge_tx = make_optimizer(recipe.optimizer), make_optimizer(recipe.discriminator_optimizer)
     rate, loss = learning_rate(recipe.optimizer), recipe.loss
+    settled = any(re.match(pattern, "quantizer/acoustic/codebooks") for pattern in recipe.optimizer.freeze)
 
     def build() -> Modules:
         width = None if teacher is None else teacher_width(teacher, codec)
@@ -184,10 +188,11 @@ def make_codec_trainer(
         return Modules(Codec(nnx.Rngs(seed), codec), head, Discriminator(nnx.Rngs(seed + 1), recipe.discriminator))
 
     def split(modules: Modules):
-        graph, codebooks, weights = nnx.split(modules.codec, is_codebook, ...)
+        codebook = lambda path, _: "codebooks" in path
+        graph, codebooks, frozen, weights = nnx.split(modules.codec, codebook, is_frozen(modules.codec, recipe.optimizer), ...)
         head_graph, head = (None, nnx.State({})) if modules.head is None else nnx.split(modules.head)
         judge_graph, judge = nnx.split(modules.discriminator)
-        return (graph, head_graph, judge_graph), Parts(weights, head, codebooks, judge)
+        return (graph, head_graph, judge_graph), Parts(weights, frozen, head, codebooks, judge)
 
     (graph, head_graph, judge_graph), shapes = split(nnx.eval_shape(build))
     places = Parts(*(state_shardings(state, mesh, RULES) for state in shapes))
@@ -209,7 +214,7 @@ def make_codec_trainer(
         choice = draw(choice_key, len(wave), codec.num_codebooks - codec.quantizer.num_semantic, recipe.quantizer)
 
         def make(trained: tuple[nnx.State, nnx.State]):
-            module = nnx.merge(graph, trained[0], state.codebooks)
+            module = nnx.merge(graph, trained[0], state.frozen, state.codebooks)
             made, meaning, commitment, statistics = reconstructed(module, wave, choice, key, phase)
             extra = {"commitment": commitment} if phase.quantized else {}
             if teacher is not None:
@@ -228,7 +233,8 @@ def make_codec_trainer(
         state = state._replace(step=state.step + 1, codec=weights, head=head, optimizer=optimizer, balancer=balancer)
         if phase.quantized:
             metrics |= usage(statistics)
-            state = state._replace(codebooks=moved(state.codebooks, statistics, recipe.quantizer))
+            if not settled:
+                state = state._replace(codebooks=moved(state.codebooks, statistics, recipe.quantizer))
         if phase.judged:
             state, metrics["discriminator_loss"] = corrected(state, jax.lax.stop_gradient(made), wave)
         return state, metrics
@@ -246,7 +252,7 @@ def make_codec_trainer(
         return state._replace(discriminator=judge, discriminator_optimizer=optimizer), value
 
     def module(state: CodecTrainState) -> Codec:
-        return nnx.merge(graph, state.codec, state.codebooks)
+        return nnx.merge(graph, state.codec, state.frozen, state.codebooks)
 
     def hear(state: CodecTrainState, wave: jax.Array, phase: Phase = Phase()) -> Heard:
         latents = module(state).latents(wave)
