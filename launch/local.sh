@@ -25,17 +25,138 @@ TEXT
 
 usage_demo() {
     cat <<'TEXT'
-usage: launch/local.sh demo [OUT] [--steps N] [--fresh]
+usage: launch/local.sh demo [OUT] [--steps N] [--scratch] [--fresh]
 
-Prepares the embedded corpus, trains the configuration "nano" in two pieces (the second resumes from the checkpoint of the
-first), answers a question of the test split in a voice that training never heard, and exports the weights. Takes ten
-minutes or so on two CPU cores, plus one or two for the installation. Uses a GPU or TPU if the environment has JAX for it
-(CHROMA_EXTRAS=cuda). Run again, it goes on where it stopped; once all is trained, only the reply and the export are redone.
+Answers a question of the test split with the weights that come with the code, in a voice that they were never trained on. Then
+trains: prepares the embedded corpus, trains the configuration "nano" a little further from these weights, in two pieces (the
+second resumes from the checkpoint of the first), answers again and exports the result. Takes some minutes on two CPU cores, plus
+one or two for the installation; the first answer is there within the first. Uses a GPU or TPU if the environment has JAX for it
+(CHROMA_EXTRAS=cuda). Run again, it goes on where it stopped.
 
   OUT          results (default: runs/demo in the repository)
-                 OUT/data     the packed corpus       OUT/reply    reply.wav, reply.txt, reply.png, summary.json
+                 OUT/reply    reply.wav, reply.txt, reply.png, summary.json: the shipped weights' answer
+                 OUT/data     the packed corpus       OUT/again    the trained weights' answer
                  OUT/run      checkpoints, metrics    OUT/export   weights in the released model's layout
-  --steps N    training steps (default: what the configuration says)
+  --steps N    training steps (default: 40; from scratch 200)
+  --scratch    trains from random weights instead; only the codec is the shipped one
+  --fresh      starts over: removes OUT first, if the demo made it
+TEXT
+}
+
+usage_test() {
+    cat <<'TEXT'
+usage: launch/local.sh test [ARGS …]
+
+Installs the package with its "test" extra, then runs pytest in the repository: two processes, JAX on the CPU, without the
+tests marked slow. Takes some minutes, plus one or two for the installation. ARGS go to pytest, paths among them relative to
+the repository: -k NAME for some tests; -m slow for the slow ones, which also installs the "dev" extra (PyTorch, transformers)
+and runs them one at a time, as they need much memory. Results are printed; nothing is kept.
+TEXT
+}
+
+die() {
+    printf 'local.sh: error: %s\n' "$*" >&2
+    exit 2
+}
+
+elapsed() { printf '%d:%02d' $((SECONDS / 60)) $((SECONDS % 60)); }
+
+begin() { printf '\n[%s] %s\n' "$(elapsed)" "$*"; }
+
+is_recent() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
+
+find_python() {
+    local candidate
+    if [[ -n ${PYTHON:-} ]]; then
+        is_recent "$PYTHON" || die "PYTHON=$PYTHON is not a Python 3.11 or newer"
+        printf '%s\n' "$PYTHON"
+        return
+    fi
+    for candidate in python3 python3.13 python3.12 python3.11; do
+        if is_recent "$candidate"; then
+            command -v "$candidate"
+            return
+        fi
+    done
+    die "needs Python 3.11 or newer, and $(python3 --version 2>/dev/null || echo 'no python3') is what PATH has; set PYTHON"
+}
+
+# environment core|test|dev: makes the virtual environment and installs the package, if what it depends on has changed.
+environment() {
+    local extras=${CHROMA_EXTRAS:-} state python
+    if [[ $1 != core ]]; then
+        extras=$1${extras:+,$extras}
+    fi
+    state="$(cat "$ROOT/requirements.txt" "$ROOT/pyproject.toml" | cksum) $ROOT ${CHROMA_EXTRAS:-}"
+    if [[ -x $VENV/bin/python && $(cat "$VENV/.chroma_jax.$1" 2>/dev/null) == "$state" ]]; then
+        return
+    fi
+    if [[ -e $VENV && ! -f $VENV/pyvenv.cfg ]]; then
+        die "$VENV is there and is not a virtual environment; set CHROMA_VENV to another folder"
+    fi
+    if [[ ! -x $VENV/bin/python ]]; then
+        python=$(find_python)
+        begin "making the virtual environment $VENV"
+        "$python" -m venv --clear --without-pip "$VENV"
+    fi
+    is_recent "$VENV/bin/python" || die "$VENV has a Python older than 3.11; remove it, or set CHROMA_VENV to another folder"
+    begin "installing chroma-jax${extras:+[$extras]} into $VENV"
+    if command -v uv >/dev/null; then
+        uv pip install --quiet --python "$VENV/bin/python" --editable ".${extras:+[$extras]}"
+    else
+        "$VENV/bin/python" -m pip --version >/dev/null 2>&1 || "$VENV/bin/python" -m ensurepip >/dev/null
+        "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --editable ".${extras:+[$extras]}"
+    fi
+    printf '%s\n' "$state" >"$VENV/.chroma_jax.$1"
+    printf '%s\n' "$state" >"$VENV/.chroma_jax.core" # the core is part of test, and test of dev
+    if [[ $1 == dev ]]; then
+        printf '%s\n' "$state" >"$VENV/.chroma_jax.test"
+    fi
+}
+
+# quick and quiet: a second run finds its programs compiled
+settings() {
+    export PYTHONUTF8=1
+    export TF_CPP_MIN_LOG_LEVEL=${TF_CPP_MIN_LOG_LEVEL:-2}
+    export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-${XDG_CACHE_HOME:-${HOME:-/tmp}/.cache}/chroma_jax/jax}
+    export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=${JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS:-0}
+}
+
+chroma() { "$VENV/bin/python" -m chroma_jax "$@"; }
+
+# Prints four lines: a test question's recording, its assistant's reference recording and what is said there, the question.
+held_out() {
+    "$VENV/bin/python" - "$ROOT/data_pipelines/corpus" <<'PY'
+import json
+import sys
+from pathlib import Path
+
+corpus = Path(sys.argv[1])
+dialogues, references = (
+    [json.loads(line) for line in (corpus / name).read_text().splitlines()] for name in ("dialogues.jsonl", "references.jsonl")
+)
+asked = next(d for d in dialogues if d["split"] == "test")
+voice = next(r for r in references if r["voice"] == asked["assistant_voice"] and r["index"] == 0)
+print(corpus / asked["question_audio"], corpus / voice["audio"], voice["text"], asked["question"], sep="\n")
+PY
+}
+
+demo() {
+    cat <<'TEXT'
+usage: launch/local.sh demo [OUT] [--steps N] [--scratch] [--fresh]
+
+Answers a question of the test split with the weights that come with the code, in a voice that they were never trained on. Then
+trains: prepares the embedded corpus, trains the configuration "nano" a little further from these weights, in two pieces (the
+second resumes from the checkpoint of the first), answers again and exports the result. Takes some minutes on two CPU cores, plus
+one or two for the installation; the first answer is there within the first. Uses a GPU or TPU if the environment has JAX for it
+(CHROMA_EXTRAS=cuda). Run again, it goes on where it stopped.
+
+  OUT          results (default: runs/demo in the repository)
+                 OUT/reply    reply.wav, reply.txt, reply.png, summary.json: the shipped weights' answer
+                 OUT/data     the packed corpus       OUT/again    the trained weights' answer
+                 OUT/run      checkpoints, metrics    OUT/export   weights in the released model's layout
+  --steps N    training steps (default: 40; from scratch 200)
+  --scratch    trains from random weights instead; only the codec is the shipped one
   --fresh      starts over: removes OUT first, if the demo made it
 TEXT
 }
@@ -156,7 +277,7 @@ PY
 }
 
 demo() {
-    local out='' steps='' fresh=no found picked recording voice transcript question
+    local out='' steps='' start=shipped fresh=no picked recording voice transcript question
     while (($#)); do
         case $1 in
         -h | --help)
@@ -164,6 +285,7 @@ demo() {
             return
             ;;
         --fresh) fresh=yes ;;
+        --scratch) start=scratch ;;
         --steps)
             [[ ${2-} =~ ^[1-9][0-9]*$ ]] || die "demo: --steps wants a positive number, got '${2-}'"
             steps=$2
@@ -190,17 +312,6 @@ demo() {
     settings
     mkdir -p -- "$out"
     : >"$out/$MARKER"
-    found=$(configured)
-    read -ra found <<<"$found"
-    steps=${steps:-${found[0]}}
-    set -- --prepared "$out/data" "${found[@]:1}"
-
-    begin "1/5 preparing the corpus → $out/data"
-    chroma prepare nano "$out/data"
-    begin "2/5 training to step $(((steps + 1) / 2)) → $out/run"
-    chroma train nano "$out/run" "$@" --training.steps $(((steps + 1) / 2))
-    begin "3/5 resuming, to step $steps"
-    chroma train nano "$out/run" "$@" --training.steps "$steps"
     picked=$(held_out)
     {
         read -r recording
@@ -208,17 +319,38 @@ demo() {
         read -r transcript
         read -r question
     } <<<"$picked"
-    begin "4/5 answering \"$question\" in the voice of $(basename "$voice") → $out/reply"
-    chroma reply "$out/run" --question "$recording" --reference "$voice" --transcript "$transcript" --out "$out/reply"
-    begin "5/5 exporting the weights → $out/export"
+    local -a asked=(--question "$recording" --reference "$voice" --transcript "$transcript")
+    local -a less=(--data.prompts_per_dialogue 1 --data.curriculum.speeds 1.0) # one pass, each voice at its own speed
+
+    begin "1/6 answering \"$question\" in the voice of $(basename "$voice") → $out/reply"
+    chroma reply nano "${asked[@]}" --out "$out/reply"
+    begin "2/6 preparing the corpus → $out/data"
+    chroma prepare nano "$out/data" --codec nano "${less[@]}"
+    if [[ $start == scratch ]]; then
+        steps=${steps:-200}
+        set -- --optimizer.decay_steps "$steps"
+    else
+        steps=${steps:-40}
+        [[ -d $out/start ]] || chroma convert import nano "$out/start" --onto nano
+        set -- --start "$out/start" --optimizer.learning_rate 1e-4 --optimizer.schedule constant --optimizer.warmup_steps 10
+    fi
+    set -- --prepared "$out/data" "${less[@]}" "$@" --training.eval_every 20 --checkpoint.every 20
+    begin "3/6 training to step $(((steps + 1) / 2)) → $out/run"
+    chroma train nano "$out/run" "$@" --training.steps $(((steps + 1) / 2))
+    begin "4/6 resuming, to step $steps"
+    chroma train nano "$out/run" "$@" --training.steps "$steps"
+    begin "5/6 answering again → $out/again"
+    chroma reply "$out/run" "${asked[@]}" --out "$out/again"
+    begin "6/6 exporting the weights → $out/export"
     rm -rf -- "$out/export" # of an earlier run
     chroma export "$out/run" "$out/export"
 
     begin "done; everything is in $out"
     cat <<'TEXT'
+  reply/     reply.wav, reply.txt, reply.png, summary.json, by the shipped weights
   data/      the packed corpus
   run/       config.txt, metrics.jsonl, tensorboard/, checkpoints/
-  reply/     reply.wav, reply.txt, reply.png, summary.json
+  again/     the same answer by the trained weights
   export/    the weights in the released model's layout
 TEXT
 }

@@ -44,10 +44,11 @@ from chroma_jax.training.optimizer import OptimizerConfig, is_frozen, learning_r
 
 @dataclasses.dataclass(frozen=True)
 class CodecLossConfig:
-    """mel, adversarial, features: shares of the balanced gradient. commitment, distillation: weights of these losses, which are
-    added."""
+    """mel, wave, adversarial, features: shares of the balanced gradient. wave is the mean absolute difference of the samples, which
+    alone hears phases. commitment, distillation: weights of these losses, which are added."""
 
     mel: float = 1.0
+    wave: float = 0.0
     adversarial: float = 3.0
     features: float = 3.0
     commitment: float = 1.0
@@ -119,6 +120,9 @@ class CodecTrainState(NamedTuple):
             discriminator_optimizer=judge_optimizer,
             balancer=balancer,
         )
+
+
+LOSSES = 4  # that are balanced
 
 
 class Phase(NamedTuple):
@@ -202,7 +206,7 @@ def make_codec_trainer(
 
     def fresh() -> CodecTrainState:
         parts = jax.jit(lambda: split(build())[1], out_shardings=places, compiler_options=options)()
-        step, balancer = jax.device_put((jnp.int32(0), BalancerState.zeros(3)), rest)
+        step, balancer = jax.device_put((jnp.int32(0), BalancerState.zeros(LOSSES)), rest)
         moments = jax.jit(tx.init)((parts.codec, parts.head)), jax.jit(judge_tx.init)(parts.discriminator)
         return CodecTrainState(step, *parts, *moments, balancer)
 
@@ -281,7 +285,7 @@ def _abstract(shapes: Parts, places: Parts, tx, judge_tx, rest: NamedSharding) -
         return jax.tree.map(lambda x: placed(x, where(x)), jax.eval_shape(init, trained))
 
     whole = jax.tree.map(
-        lambda x: placed(x, rest), (jax.ShapeDtypeStruct((), jnp.int32), jax.eval_shape(lambda: BalancerState.zeros(3)))
+        lambda x: placed(x, rest), (jax.ShapeDtypeStruct((), jnp.int32), jax.eval_shape(lambda: BalancerState.zeros(LOSSES)))
     )
     optimizers = moments(tx.init, (parts.codec, parts.head)), moments(judge_tx.init, parts.discriminator)
     return CodecTrainState(whole[0], *parts, *optimizers, whole[1])
@@ -314,7 +318,8 @@ def judged(
     mel = lambda made: jnp.mean(mel_distance(made, real, sample_rate, config.resolutions))
     losses, gradients = {}, []
     losses["mel_loss"], gradient = jax.value_and_grad(mel)(made)
-    gradients.append(gradient)
+    losses["wave_loss"], wave_gradient = jax.value_and_grad(lambda made: jnp.mean(jnp.abs(made - real)))(made)
+    gradients += [gradient, wave_gradient]
     if discriminator is not None:
         verdict = jax.lax.stop_gradient(discriminator(real))
 
@@ -326,7 +331,7 @@ def judged(
         one, zero = jnp.float32(1), jnp.float32(0)
         gradients += [pull((one, zero))[0], pull((zero, one))[0]]
     count = len(gradients)
-    shares = jnp.array([config.mel, config.adversarial, config.features][:count], jnp.float32)
+    shares = jnp.array([config.mel, config.wave, config.adversarial, config.features][:count], jnp.float32)
     gradient, seen = balanced(jnp.stack(gradients), shares, jax.tree.map(lambda x: x[:count], balancer))
     balancer = jax.tree.map(lambda new, old: jnp.concatenate([new, old[count:]]), seen, balancer)
     return losses, gradient, balancer
