@@ -56,15 +56,34 @@ class Conv2d(nnx.Module):
         scaled = lambda key, shape, dtype: gain * ones(key, shape, dtype)
         self.gain = weight(rngs, {"channels": outputs}, scaled)
         self.bias = weight(rngs, {"channels": outputs}, zeros)
-        self.stride, self.dilation = (1, stride), (dilation, 1)
+        self.stride, self.dilation = stride, dilation
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Returns [B, T, ⌈W / stride⌉, out]."""
         direction = in_use(self.direction, jnp.float32)
         length = jnp.sqrt(jnp.sum(jnp.square(direction), axis=(0, 1, 2)) + 1e-12)
         kernel = (direction * (in_use(self.gain, jnp.float32) / length)).astype(x.dtype)
+        (taps, wide), edge = kernel.shape[:2], (kernel.shape[0] - 1) * self.dilation // 2
+        out = -(-x.shape[2] // self.stride)
+        low = max((out - 1) * self.stride + wide - x.shape[2], 0) // 2
+        if self.stride > 1:
+            # frequencies in groups of one stride become channels: the same sums, in a convolution that skips nothing
+            groups = -(-wide // self.stride)
+            high = (out - 1 + groups) * self.stride - low - x.shape[2]
+            x = jnp.pad(x, ((0, 0), (0, 0), (low, high), (0, 0)))
+            x = x.reshape(*x.shape[:2], x.shape[2] // self.stride, -1)
+            kernel = jnp.pad(kernel, ((0, 0), (0, groups * self.stride - wide), (0, 0), (0, 0)))
+            kernel = kernel.reshape(taps, groups, -1, kernel.shape[3])
+            low = high = 0
+        else:
+            high = wide - 1 - low
         y = jax.lax.conv_general_dilated(
-            x, kernel, self.stride, "SAME", rhs_dilation=self.dilation, dimension_numbers=("NHWC", "HWIO", "NHWC")
+            x,
+            kernel,
+            (1, 1),
+            ((edge, (taps - 1) * self.dilation - edge), (low, high)),
+            rhs_dilation=(self.dilation, 1),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
         return y + in_use(self.bias, x.dtype)
 
