@@ -17,7 +17,7 @@ COMMAND --help tells more. Both first install this package into a virtual enviro
 
 environment variables:
   CHROMA_VENV      the virtual environment (default: .venv in the repository)
-  CHROMA_EXTRAS    further extras to install: tpu, cuda, cuda12, qwen, serve (several with commas)
+  CHROMA_EXTRAS    further extras to install: tpu, cuda, cuda12, qwen, serve, eval (several with commas)
   PYTHON           the Python to make it from, 3.11 or newer (default: python3 on PATH)
   JAX_COMPILATION_CACHE_DIR   where compiled programs are kept (default: ~/.cache/chroma_jax/jax)
 TEXT
@@ -81,6 +81,15 @@ find_python() {
     die "needs Python 3.11 or newer, and $(python3 --version 2>/dev/null || echo 'no python3') is what PATH has; set PYTHON"
 }
 
+install() {
+    if command -v uv >/dev/null; then
+        uv pip install --quiet --python "$VENV/bin/python" "$@"
+    else
+        "$VENV/bin/python" -m pip --version >/dev/null 2>&1 || "$VENV/bin/python" -m ensurepip >/dev/null
+        "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check "$@"
+    fi
+}
+
 # environment core|test|dev: makes the virtual environment and installs the package, if what it depends on has changed.
 environment() {
     local extras=${CHROMA_EXTRAS:-} state python
@@ -101,11 +110,9 @@ environment() {
     fi
     is_recent "$VENV/bin/python" || die "$VENV has a Python older than 3.11; remove it, or set CHROMA_VENV to another folder"
     begin "installing chroma-jax${extras:+[$extras]} into $VENV"
-    if command -v uv >/dev/null; then
-        uv pip install --quiet --python "$VENV/bin/python" --editable ".${extras:+[$extras]}"
-    else
-        "$VENV/bin/python" -m pip --version >/dev/null 2>&1 || "$VENV/bin/python" -m ensurepip >/dev/null
-        "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --editable ".${extras:+[$extras]}"
+    install --editable ".${extras:+[$extras]}"
+    if [[ ,$extras, == *,dev,* || ,$extras, == *,eval,* ]]; then
+        install --no-deps "resemblyzer>=0.1.4,<0.2" # its own list asks for what it does not need
     fi
     printf '%s\n' "$state" >"$VENV/.chroma_jax.$1"
     printf '%s\n' "$state" >"$VENV/.chroma_jax.core" # the core is part of test, and test of dev

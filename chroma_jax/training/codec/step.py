@@ -44,8 +44,8 @@ from chroma_jax.training.optimizer import OptimizerConfig, is_frozen, learning_r
 
 @dataclasses.dataclass(frozen=True)
 class CodecLossConfig:
-    """mel, wave, adversarial, features: shares of the balanced gradient. wave is the mean absolute difference of the samples, which
-    alone hears phases. commitment, distillation: weights of these losses, which are added."""
+    """mel, wave, adversarial, features: shares of the balanced gradient. wave is the mean absolute difference of the samples,
+    which alone hears phases. commitment, distillation: weights of these losses, which are added."""
 
     mel: float = 1.0
     wave: float = 0.0

@@ -1,7 +1,6 @@
 """Training a Codec, in the order in which it happens; the loop itself is `chroma_jax.training.loop`."""
 
 import importlib.util
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from tqdm import tqdm
 from chroma_jax import config as configs
 from chroma_jax.config import CodecRun
 from chroma_jax.errors import ChromaError
+from chroma_jax.evaluation.judges import stoi
 from chroma_jax.layers.sharding import make_mesh
 from chroma_jax.models.codec import fit_quantizer
 from chroma_jax.paths import values
@@ -140,7 +140,8 @@ class CodecTask:
             for row in np.flatnonzero(lengths):
                 n = lengths[row]
                 distances.append(heard.distance[row])
-                scores.append(intelligibility(real[row, :n], heard.made[row, :n], model.sampling_rate))
+                if importlib.util.find_spec("pystoi") is not None:
+                    scores.append(stoi(real[row, :n], heard.made[row, :n], model.sampling_rate))
                 for level, codes in enumerate(heard.codes[row, : model.num_frames(n)].T):
                     counts[level] += np.bincount(codes, minlength=model.codebook_size)
                 if len(first) < 3:
@@ -171,15 +172,3 @@ class CodecTask:
     def rates(self, metrics: dict[str, float], steps_per_second: float) -> dict[str, float]:
         seconds = self.config.training.global_batch * self.config.data.crop_frames / self.config.model.frame_rate
         return {"audio_seconds_per_second": seconds * steps_per_second}
-
-
-def intelligibility(real: np.ndarray, made: np.ndarray, sample_rate: int) -> float | None:
-    """STOI (Taal et al., 2011); None without pystoi, or for a recording with too little speech in it."""
-    if importlib.util.find_spec("pystoi") is None or len(real) < sample_rate:
-        return None
-    from pystoi import stoi
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # too few frames of speech: 1e-5 comes back
-        score = float(stoi(real, made, sample_rate))
-    return score if score > 1e-4 else None
