@@ -81,7 +81,7 @@ find_python() {
     die "needs Python 3.11 or newer, and $(python3 --version 2>/dev/null || echo 'no python3') is what PATH has; set PYTHON"
 }
 
-install() {
+put_in() {
     if command -v uv >/dev/null; then
         uv pip install --quiet --python "$VENV/bin/python" "$@"
     else
@@ -110,9 +110,9 @@ environment() {
     fi
     is_recent "$VENV/bin/python" || die "$VENV has a Python older than 3.11; remove it, or set CHROMA_VENV to another folder"
     begin "installing chroma-jax${extras:+[$extras]} into $VENV"
-    install --editable ".${extras:+[$extras]}"
+    put_in --editable ".${extras:+[$extras]}"
     if [[ ,$extras, == *,dev,* || ,$extras, == *,eval,* ]]; then
-        install --no-deps "resemblyzer>=0.1.4,<0.2" # its own list asks for what it does not need
+        put_in --no-deps "resemblyzer>=0.1.4,<0.2" # its own list asks for what it does not need
     fi
     printf '%s\n' "$state" >"$VENV/.chroma_jax.$1"
     printf '%s\n' "$state" >"$VENV/.chroma_jax.core" # the core is part of test, and test of dev
@@ -145,141 +145,6 @@ dialogues, references = (
 asked = next(d for d in dialogues if d["split"] == "test")
 voice = next(r for r in references if r["voice"] == asked["assistant_voice"] and r["index"] == 0)
 print(corpus / asked["question_audio"], corpus / voice["audio"], voice["text"], asked["question"], sep="\n")
-PY
-}
-
-demo() {
-    cat <<'TEXT'
-usage: launch/local.sh demo [OUT] [--steps N] [--scratch] [--fresh]
-
-Answers a question of the test split with the weights that come with the code, in a voice that they were never trained on. Then
-trains: prepares the embedded corpus, trains the configuration "nano" a little further from these weights, in two pieces (the
-second resumes from the checkpoint of the first), answers again and exports the result. Takes some minutes on two CPU cores, plus
-one or two for the installation; the first answer is there within the first. Uses a GPU or TPU if the environment has JAX for it
-(CHROMA_EXTRAS=cuda). Run again, it goes on where it stopped.
-
-  OUT          results (default: runs/demo in the repository)
-                 OUT/reply    reply.wav, reply.txt, reply.png, summary.json: the shipped weights' answer
-                 OUT/data     the packed corpus       OUT/again    the trained weights' answer
-                 OUT/run      checkpoints, metrics    OUT/export   weights in the released model's layout
-  --steps N    training steps (default: 40; from scratch 200)
-  --scratch    trains from random weights instead; only the codec is the shipped one
-  --fresh      starts over: removes OUT first, if the demo made it
-TEXT
-}
-
-usage_test() {
-    cat <<'TEXT'
-usage: launch/local.sh test [ARGS …]
-
-Installs the package with its "test" extra, then runs pytest in the repository: two processes, JAX on the CPU, without the
-tests marked slow. Takes some minutes, plus one or two for the installation. ARGS go to pytest, paths among them relative to
-the repository: -k NAME for some tests; -m slow for the slow ones, which also installs the "dev" extra (PyTorch, transformers)
-and runs them one at a time, as they need much memory. Results are printed; nothing is kept.
-TEXT
-}
-
-die() {
-    printf 'local.sh: error: %s\n' "$*" >&2
-    exit 2
-}
-
-elapsed() { printf '%d:%02d' $((SECONDS / 60)) $((SECONDS % 60)); }
-
-begin() { printf '\n[%s] %s\n' "$(elapsed)" "$*"; }
-
-is_recent() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
-
-find_python() {
-    local candidate
-    if [[ -n ${PYTHON:-} ]]; then
-        is_recent "$PYTHON" || die "PYTHON=$PYTHON is not a Python 3.11 or newer"
-        printf '%s\n' "$PYTHON"
-        return
-    fi
-    for candidate in python3 python3.13 python3.12 python3.11; do
-        if is_recent "$candidate"; then
-            command -v "$candidate"
-            return
-        fi
-    done
-    die "needs Python 3.11 or newer, and $(python3 --version 2>/dev/null || echo 'no python3') is what PATH has; set PYTHON"
-}
-
-# environment core|test|dev: makes the virtual environment and installs the package, if what it depends on has changed.
-environment() {
-    local extras=${CHROMA_EXTRAS:-} state python
-    if [[ $1 != core ]]; then
-        extras=$1${extras:+,$extras}
-    fi
-    state="$(cat "$ROOT/requirements.txt" "$ROOT/pyproject.toml" | cksum) $ROOT ${CHROMA_EXTRAS:-}"
-    if [[ -x $VENV/bin/python && $(cat "$VENV/.chroma_jax.$1" 2>/dev/null) == "$state" ]]; then
-        return
-    fi
-    if [[ -e $VENV && ! -f $VENV/pyvenv.cfg ]]; then
-        die "$VENV is there and is not a virtual environment; set CHROMA_VENV to another folder"
-    fi
-    if [[ ! -x $VENV/bin/python ]]; then
-        python=$(find_python)
-        begin "making the virtual environment $VENV"
-        "$python" -m venv --clear --without-pip "$VENV"
-    fi
-    is_recent "$VENV/bin/python" || die "$VENV has a Python older than 3.11; remove it, or set CHROMA_VENV to another folder"
-    begin "installing chroma-jax${extras:+[$extras]} into $VENV"
-    if command -v uv >/dev/null; then
-        uv pip install --quiet --python "$VENV/bin/python" --editable ".${extras:+[$extras]}"
-    else
-        "$VENV/bin/python" -m pip --version >/dev/null 2>&1 || "$VENV/bin/python" -m ensurepip >/dev/null
-        "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --editable ".${extras:+[$extras]}"
-    fi
-    printf '%s\n' "$state" >"$VENV/.chroma_jax.$1"
-    printf '%s\n' "$state" >"$VENV/.chroma_jax.core" # the core is part of test, and test of dev
-    if [[ $1 == dev ]]; then
-        printf '%s\n' "$state" >"$VENV/.chroma_jax.test"
-    fi
-}
-
-# quick and quiet: a second run finds its programs compiled
-settings() {
-    export PYTHONUTF8=1
-    export TF_CPP_MIN_LOG_LEVEL=${TF_CPP_MIN_LOG_LEVEL:-2}
-    export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-${XDG_CACHE_HOME:-${HOME:-/tmp}/.cache}/chroma_jax/jax}
-    export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=${JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS:-0}
-}
-
-chroma() { "$VENV/bin/python" -m chroma_jax "$@"; }
-
-# Prints four lines: a test question's recording, its assistant's reference recording and what is said there, the question.
-held_out() {
-    "$VENV/bin/python" - "$ROOT/data_pipelines/corpus" <<'PY'
-import json
-import sys
-from pathlib import Path
-
-corpus = Path(sys.argv[1])
-dialogues, references = (
-    [json.loads(line) for line in (corpus / name).read_text().splitlines()] for name in ("dialogues.jsonl", "references.jsonl")
-)
-asked = next(d for d in dialogues if d["split"] == "test")
-voice = next(r for r in references if r["voice"] == asked["assistant_voice"] and r["index"] == 0)
-print(corpus / asked["question_audio"], corpus / voice["audio"], voice["text"], asked["question"], sep="\n")
-PY
-}
-
-# Prints the configured number of steps and, where there are fewer accelerators than its mesh wants, flags for a smaller mesh.
-configured() {
-    "$VENV/bin/python" - <<'PY'
-import math
-
-import jax
-
-from chroma_jax.config import read_python
-
-config, flags = read_python("nano"), []
-if jax.default_backend() != "cpu" and jax.device_count() < config.mesh.num_devices:  # a CPU counts as many as are wanted
-    rows = math.gcd(2 ** int(math.log2(jax.device_count())), config.training.global_batch)
-    flags = [f"--mesh.data={rows}", "--mesh.fsdp=1", "--mesh.tensor=1"]
-print(config.training.steps, *flags)
 PY
 }
 
