@@ -25,20 +25,18 @@ TEXT
 
 usage_demo() {
     cat <<'TEXT'
-usage: launch/local.sh demo [OUT] [--steps N] [--scratch] [--fresh]
+usage: launch/local.sh demo [OUT] [--steps N] [--fresh]
 
-Answers a question of the test split with the weights that come with the code, in a voice that they were never trained on. Then
-trains: prepares the embedded corpus, trains the configuration "nano" a little further from these weights, in two pieces (the
-second resumes from the checkpoint of the first), answers again and exports the result. Takes some minutes on two CPU cores, plus
-one or two for the installation; the first answer is there within the first. Uses a GPU or TPU if the environment has JAX for it
-(CHROMA_EXTRAS=cuda). Run again, it goes on where it stopped.
+Prepares the embedded corpus with the Codec that comes with the code, trains the configuration "nano" in two pieces (the second
+resumes from the checkpoint of the first), answers a question of the test split in a voice that training never heard, and exports
+the weights. Takes some minutes on two CPU cores, plus one or two for the installation. Uses a GPU or TPU if the environment has
+JAX for it (CHROMA_EXTRAS=cuda). Run again, it goes on where it stopped; once all is trained, only the reply and the export are
+redone.
 
   OUT          results (default: runs/demo in the repository)
-                 OUT/reply    reply.wav, reply.txt, reply.png, summary.json: the shipped weights' answer
-                 OUT/data     the packed corpus       OUT/again    the trained weights' answer
+                 OUT/data     the packed corpus       OUT/reply    reply.wav, reply.txt, reply.png, summary.json
                  OUT/run      checkpoints, metrics    OUT/export   weights in the released model's layout
-  --steps N    training steps (default: 40; from scratch 200)
-  --scratch    trains from random weights instead; only the codec is the shipped one
+  --steps N    training steps (default: 200)
   --fresh      starts over: removes OUT first, if the demo made it
 TEXT
 }
@@ -149,7 +147,7 @@ PY
 }
 
 demo() {
-    local out='' steps='' start=shipped fresh=no picked recording voice transcript question
+    local out='' steps=200 fresh=no picked recording voice transcript question
     while (($#)); do
         case $1 in
         -h | --help)
@@ -157,7 +155,6 @@ demo() {
             return
             ;;
         --fresh) fresh=yes ;;
-        --scratch) start=scratch ;;
         --steps)
             [[ ${2-} =~ ^[1-9][0-9]*$ ]] || die "demo: --steps wants a positive number, got '${2-}'"
             steps=$2
@@ -191,38 +188,26 @@ demo() {
         read -r transcript
         read -r question
     } <<<"$picked"
-    local -a asked=(--question "$recording" --reference "$voice" --transcript "$transcript")
     local -a less=(--data.prompts_per_dialogue 1 --data.curriculum.speeds 1.0) # one pass, each voice at its own speed
 
-    begin "1/6 answering \"$question\" in the voice of $(basename "$voice") → $out/reply"
-    chroma reply nano "${asked[@]}" --out "$out/reply"
-    begin "2/6 preparing the corpus → $out/data"
-    chroma prepare nano "$out/data" --codec nano "${less[@]}"
-    if [[ $start == scratch ]]; then
-        steps=${steps:-200}
-        set -- --optimizer.decay_steps "$steps"
-    else
-        steps=${steps:-40}
-        [[ -d $out/start ]] || chroma convert import nano "$out/start" --onto nano
-        set -- --start "$out/start" --optimizer.learning_rate 1e-4 --optimizer.schedule constant --optimizer.warmup_steps 10
-    fi
-    set -- --prepared "$out/data" "${less[@]}" "$@" --training.eval_every 20 --checkpoint.every 20
-    begin "3/6 training to step $(((steps + 1) / 2)) → $out/run"
+    begin "1/5 preparing the corpus → $out/data"
+    chroma prepare nano "$out/data" --codec codec_nano "${less[@]}"
+    set -- --prepared "$out/data" "${less[@]}" --optimizer.decay_steps "$steps" --training.eval_every 50 --checkpoint.every 50
+    begin "2/5 training to step $(((steps + 1) / 2)) → $out/run"
     chroma train nano "$out/run" "$@" --training.steps $(((steps + 1) / 2))
-    begin "4/6 resuming, to step $steps"
+    begin "3/5 resuming, to step $steps"
     chroma train nano "$out/run" "$@" --training.steps "$steps"
-    begin "5/6 answering again → $out/again"
-    chroma reply "$out/run" "${asked[@]}" --out "$out/again"
-    begin "6/6 exporting the weights → $out/export"
+    begin "4/5 answering \"$question\" in the voice of $(basename "$voice") → $out/reply"
+    chroma reply "$out/run" --question "$recording" --reference "$voice" --transcript "$transcript" --out "$out/reply"
+    begin "5/5 exporting the weights → $out/export"
     rm -rf -- "$out/export" # of an earlier run
     chroma export "$out/run" "$out/export"
 
     begin "done; everything is in $out"
     cat <<'TEXT'
-  reply/     reply.wav, reply.txt, reply.png, summary.json, by the shipped weights
   data/      the packed corpus
   run/       config.txt, metrics.jsonl, tensorboard/, checkpoints/
-  again/     the same answer by the trained weights
+  reply/     reply.wav, reply.txt, reply.png, summary.json
   export/    the weights in the released model's layout
 TEXT
 }
