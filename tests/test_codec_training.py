@@ -195,6 +195,17 @@ def test_weight_normalisation_keeps_the_level():
     np.testing.assert_allclose(doubled(x), layer(x), atol=1e-5)
 
 
+@pytest.mark.parametrize("kernel, stride, dilation", [((3, 9), 1, 1), ((3, 9), 2, 4), ((3, 3), 2, 1), ((1, 8), 3, 2)])
+@pytest.mark.parametrize("width", [33, 64, 129])
+def test_strides_as_channels_are_the_same_convolution(width, kernel, stride, dilation):
+    layer = Conv2d(nnx.Rngs(0), 3, 4, kernel, stride=stride, dilation=dilation)
+    x = jnp.asarray(RNG.normal(size=(2, 7, width, 3)), jnp.float32)
+    weights = layer.direction[...] * layer.gain[...] / jnp.sqrt(jnp.sum(layer.direction[...] ** 2, axis=(0, 1, 2)))
+    options = {"rhs_dilation": (dilation, 1), "dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+    expected = jax.lax.conv_general_dilated(x, weights, (1, stride), "SAME", **options)
+    np.testing.assert_allclose(layer(x), expected, atol=1e-5)  # sums in another order
+
+
 def test_the_discriminator_learns_to_tell_and_the_losses_say_so():
     real = jnp.asarray(np.sin(np.arange(2048) * 0.3)[None] * RNG.uniform(0.2, 1, (4, 1)), jnp.float32)
     made = jnp.asarray(RNG.normal(size=(4, 2048)) * 0.4, jnp.float32)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from chroma_jax.layers.linear import in_use, normal, ones, weight, zeros
+from chroma_jax.layers.sharding import reshape_rows
 from chroma_jax.training.codec.spectra import stft
 
 
@@ -71,7 +72,7 @@ class Conv2d(nnx.Module):
             groups = -(-wide // self.stride)
             high = (out - 1 + groups) * self.stride - low - x.shape[2]
             x = jnp.pad(x, ((0, 0), (0, 0), (low, high), (0, 0)))
-            x = x.reshape(*x.shape[:2], x.shape[2] // self.stride, -1)
+            x = reshape_rows(x, *x.shape[:2], x.shape[2] // self.stride, self.stride * x.shape[3])
             kernel = jnp.pad(kernel, ((0, 0), (0, groups * self.stride - wide), (0, 0), (0, 0)))
             kernel = kernel.reshape(taps, groups, -1, kernel.shape[3])
             low = high = 0
