@@ -7,7 +7,7 @@ speaking without a text, which needs no transcript).
 
 import collections
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -88,37 +88,14 @@ class Example(NamedTuple):
         return self.prompt + (() if self.reply is None else (self.reply,))
 
 
-def dialogues_of(corpus: Corpus, split: str, passes: int, seed: int, usable: set[Path]) -> list[Example]:
-    """Each dialogue of a split with a reference of its assistant's voice, ``passes`` times over.
-
-    Every pass is in a random order of its own; from pass to pass a dialogue goes through the references of its voice.
-    """
-    dialogues = [d for d in corpus.dialogues if d.split == split]
-    of_voice = collections.defaultdict(list)
-    for r in corpus.references:
-        if r.audio in usable:
-            of_voice[r.voice].append(r)
-    rng = np.random.default_rng((seed, SPLITS.index(split)))
-    first = rng.integers(1 << 30, size=len(dialogues))
-    found = []
-    for turn in range(passes):
-        for i in rng.permutation(len(dialogues)):
-            d = dialogues[i]
-            if choices := of_voice[d.assistant_voice]:
-                r = choices[(first[i] + turn) % len(choices)]
-                heard = {"heard": Clip(d.question_audio), "answer": d.answer, "reply": Clip(d.answer_audio)}
-                found.append(Example(d.id, **heard, prompt=(Clip(r.audio),), transcript=r.text))
-    return found
-
-
-def training_examples(
-    corpus: Corpus, config: CurriculumConfig, passes: int, seed: int, seconds: dict[Path, float]
+def drawn(
+    corpus: Corpus, split: str, config: CurriculumConfig, passes: int, seed: int, seconds: Mapping[Path, float]
 ) -> list[Example]:
-    """What training reads, pass by pass, each in a random order. seconds: length of every usable recording."""
-    plain = CurriculumConfig()
-    if dataclasses.replace(config, prompt_seconds=plain.prompt_seconds, piece_seconds=plain.piece_seconds) == plain:
-        return dialogues_of(corpus, "train", passes, seed, set(seconds))
-    drawing = Drawing(corpus, config, np.random.default_rng((seed, SPLITS.index("train"))), seconds)
+    """The examples of a split, pass by pass, each pass in a random order of its own.
+
+    seconds: length of every usable recording; what is not in it takes no part.
+    """
+    drawing = Drawing(corpus, split, config, np.random.default_rng((seed, SPLITS.index(split))), seconds)
     found = []
     for _ in range(passes):
         examples = list(drawing.examples())
@@ -127,22 +104,24 @@ def training_examples(
 
 
 class Drawing:
-    """Draws the examples of a pass."""
+    """Draws the examples of a pass. From pass to pass, a reply goes through the references of its voice."""
 
-    def __init__(self, corpus: Corpus, config: CurriculumConfig, rng: np.random.Generator, seconds: dict[Path, float]):
+    def __init__(
+        self, corpus: Corpus, split: str, config: CurriculumConfig, rng: np.random.Generator, seconds: Mapping[Path, float]
+    ):
         self.config, self.rng, self.seconds = config, rng, seconds
-        train = [d for d in corpus.dialogues if d.split == "train"]
-        self.dialogues = [d for d in train if {d.question_audio, d.answer_audio} <= seconds.keys()]
+        of_split = [d for d in corpus.dialogues if d.split == split]
+        self.dialogues = [d for d in of_split if {d.question_audio, d.answer_audio} <= seconds.keys()]
+        said = {d.question_audio: (d.user_voice, d.question) for d in of_split}
+        said |= {d.answer_audio: (d.assistant_voice, d.answer) for d in of_split}
+        voices = {voice for voice, _ in said.values()}
+        self.references = {r.audio for r in corpus.references if r.voice in voices}
+        said |= {r.audio: (r.voice, r.text) for r in corpus.references if r.voice in voices}
         self.of_voice: dict[str, list[Spoken]] = collections.defaultdict(list)
-        heard = {d.question_audio: (d.user_voice, d.question) for d in train} | {
-            d.answer_audio: (d.assistant_voice, d.answer) for d in train
-        }
-        self.references = {r.audio for r in corpus.references}
-        voices = {voice for voice, _ in heard.values()}
-        heard |= {r.audio: (r.voice, r.text) for r in corpus.references if r.voice in voices}
-        for path, (voice, text) in heard.items():
+        for path, (voice, text) in said.items():
             if path in seconds:
                 self.of_voice[voice].append(Spoken(path, text, seconds[path]))
+        self.turn: dict[Path, int] = collections.defaultdict(lambda: int(rng.integers(1 << 30)))  # of each reply's references
 
     def examples(self) -> Iterator[Example]:
         c = self.config
@@ -150,9 +129,8 @@ class Drawing:
         for d in self.some(self.dialogues, c.dialogue):
             speed = self.speed()
             prompt, transcript = self.prompt(d.assistant_voice, d.answer_audio, speed)
-            yield Example(
-                d.id, Clip(d.question_audio, self.speed()), "", d.answer, prompt, transcript, Clip(d.answer_audio, speed)
-            )
+            heard, reply = Clip(d.question_audio, self.speed()), Clip(d.answer_audio, speed)
+            yield Example(d.id, heard, "", d.answer, prompt, transcript, reply)
         for _, s in self.some(recordings, c.write):
             yield Example(f"write {s.path.stem}", Clip(s.path, self.speed()), WRITE_DOWN, s.text)
         for d in self.some(self.dialogues, c.answer):
@@ -182,7 +160,8 @@ class Drawing:
         choices = [s for s in self.of_voice[voice] if s.path != but]
         if self.config.prompts == "references":
             choices = [s for s in choices if s.path in self.references]
-            chosen = [choices[i] for i in self.rng.integers(len(choices), size=1)] if choices else []
+            chosen = choices and [choices[self.turn[but] % len(choices)]]
+            self.turn[but] += 1
         else:
             wanted, chosen, total = self.rng.uniform(1.0, self.config.prompt_seconds), [], 0.0
             for i in self.rng.permutation(len(choices)):

@@ -8,9 +8,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
-import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,6 +20,7 @@ from tokenizers import Tokenizer
 from chroma_jax.convert.names import codec_rows
 from chroma_jax.convert.weights import all_tensors
 from chroma_jax.errors import ChromaError
+from chroma_jax.files import written_aside
 from chroma_jax.models.chroma import ChromaConfig
 from chroma_jax.models.codec import Codec, fit_quantizer
 from chroma_jax.rows import RowShape
@@ -39,7 +37,7 @@ from data_pipelines.codes import (
     loaded,
     seconds_in_header,
 )
-from data_pipelines.curriculum import CurriculumConfig, Example, dialogues_of, instructions, training_examples, unwritten
+from data_pipelines.curriculum import CurriculumConfig, Example, drawn, instructions, unwritten
 from data_pipelines.dialogues import (
     SPLITS,
     Corpus,
@@ -54,7 +52,7 @@ from data_pipelines.pack import Conversation, conversation, excess, first_fit, p
 from data_pipelines.records import (
     VERSION,
     Dataset,
-    differences,
+    check_same,
     feature_config,
     model_facts,
     open_dataset,
@@ -106,16 +104,10 @@ def prepare(
     corpus = read_corpus(config.corpus, on_problem=config.on_problem)
     wanted = configuration(config, model, codec, corpus)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        return existing(out, wanted, progress)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        os.chmod(partial, 0o755)  # mkdtemp's folder is for its owner only
+        check_same(out, read_manifest(out)["config"], wanted, progress)
+        return open_dataset(out)
+    with written_aside(out) as partial:
         fill(partial, config, model, codec, corpus, wanted, progress)
-        os.rename(partial, out)
-    except BaseException:  # an interruption too leaves nothing behind
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return open_dataset(out, model)
 
 
@@ -136,15 +128,6 @@ def configuration(config: DataConfig, model: ChromaConfig, codec: CodecLike, cor
     return json.loads(json.dumps(facts))  # as they are read back
 
 
-def existing(out: Path, wanted: dict, progress: Progress) -> Dataset:
-    """Opens a folder that is already there, if it is what would be prepared."""
-    if different := differences(read_manifest(out)["config"], wanted):
-        raise ChromaError(f"{out}: already holds a dataset that differs: {'; '.join(different)}; choose another folder")
-    if progress == "bar":
-        print(f"{out}: already prepared with the same configuration; using it")
-    return open_dataset(out)
-
-
 def fill(
     out: Path, config: DataConfig, model: ChromaConfig, codec: CodecLike, corpus: Corpus, wanted: dict, progress: Progress
 ) -> None:
@@ -157,9 +140,15 @@ def fill(
     tokenizer = make_tokenizer(config, model, corpus)
     tokenizer.save(str(out / "tokenizer.json"))
 
-    examples = {split: dialogues_of(corpus, split, 1, config.seed, usable(corpus)) for split in ("valid", "test")}
-    lengths = {path: seconds_in_header(path) for path in (*usable(corpus), *unwritten(config.curriculum))}
-    examples["train"] = training_examples(corpus, config.curriculum, config.prompts_per_dialogue, config.seed, lengths)
+    lengths = usable([*recordings(corpus), *unwritten(config.curriculum)], config.max_seconds, problems)
+    examples = {
+        split: drawn(corpus, split, *how, config.seed, lengths)
+        for split, how in {
+            "train": (config.curriculum, config.prompts_per_dialogue),
+            "valid": (CurriculumConfig(), 1),
+            "test": (CurriculumConfig(), 1),
+        }.items()
+    }
     everything = [e for split in SPLITS for e in examples[split]]
     codes = encode_recordings(
         [clip for e in everything for clip in e.spoken],
@@ -195,10 +184,17 @@ def fill(
     (out / "dataset.json").write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def usable(corpus: Corpus) -> set[Path]:
-    """Every recording of a corpus."""
-    spoken = {path for d in corpus.dialogues for path in (d.question_audio, d.answer_audio)}
-    return spoken | {r.audio for r in corpus.references}
+def recordings(corpus: Corpus) -> list[Path]:
+    spoken = [path for d in corpus.dialogues for path in (d.question_audio, d.answer_audio)]
+    return list(dict.fromkeys(spoken + [r.audio for r in corpus.references]))
+
+
+def usable(paths: Sequence[Path], max_seconds: float, problems: list[Problem]) -> dict[Path, float]:
+    """Seconds of every recording that by its header can be read and is not too long; the others are added to ``problems``."""
+    seconds = {path: seconds_in_header(path) for path in paths}
+    others = [Clip(path) for path, length in seconds.items() if not 0 < length <= max_seconds]
+    problems += [bad_audio(clip, e) for clip, e in loaded(others, audio.CODEC_RATE, max_seconds) if isinstance(e, ChromaError)]
+    return {path: length for path, length in seconds.items() if 0 < length <= max_seconds}
 
 
 def make_tokenizer(config: DataConfig, model: ChromaConfig, corpus: Corpus) -> Tokenizer:

@@ -107,6 +107,15 @@ def differences(there: dict, here: dict, prefix: str = "") -> list[str]:
     return found
 
 
+def check_same(folder: Path, there: dict, here: dict, progress: str) -> None:
+    """Raises ChromaError that says what differs when a folder holds another dataset than would be prepared; else says that it is
+    used."""
+    if different := differences(there, here):
+        raise ChromaError(f"{folder}: already holds a dataset that differs: {'; '.join(different)}; choose another folder")
+    if progress == "bar":
+        print(f"{folder}: already prepared with the same configuration; using it")
+
+
 @dataclasses.dataclass(frozen=True)
 class Dataset:
     """A prepared folder that has been checked. manifest: the contents of its dataset.json."""

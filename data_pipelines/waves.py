@@ -22,7 +22,7 @@ from data_pipelines.audio import Clip
 from data_pipelines.codes import Progress, bad_audio, bar, loaded
 from data_pipelines.dialogues import EMBEDDED, OnProblem, Problem, counted, licence, raise_problems, read_corpus
 from data_pipelines.pack import Row
-from data_pipelines.records import BatchIterator, RowReader, differences, local_rows, write_rows
+from data_pipelines.records import BatchIterator, RowReader, check_same, local_rows, write_rows
 
 VERSION = 1
 SOUNDS = (".flac", ".wav", ".ogg", ".opus", ".mp3")
@@ -88,10 +88,7 @@ def prepare_waves(config: CodecDataConfig, codec: CodecConfig, out: Path | str, 
     }
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         dataset = open_waves(out)
-        if different := differences(dataset.manifest["config"], wanted):
-            raise ChromaError(f"{out}: already holds a dataset that differs: {'; '.join(different)}; choose another folder")
-        if progress == "bar":
-            print(f"{out}: already prepared with the same configuration; using it")
+        check_same(out, dataset.manifest["config"], wanted, progress)
         return dataset
     with written_aside(out) as partial:
         problems: list[Problem] = []

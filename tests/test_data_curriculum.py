@@ -10,12 +10,12 @@ from tiny_corpus import MODEL, RATE, StandInCodec, data_config, tone, write_corp
 from chroma_jax.errors import ChromaError
 from chroma_jax.rows import RowShape
 from chroma_jax.schedule import NOTHING
-from data_pipelines import records
+from data_pipelines import curriculum, records
 from data_pipelines.audio import Clip
 from data_pipelines.codes import seconds_in_header
-from data_pipelines.curriculum import READ_ALOUD, WRITE_DOWN, CurriculumConfig, training_examples
+from data_pipelines.curriculum import READ_ALOUD, WRITE_DOWN, CurriculumConfig
 from data_pipelines.dialogues import read_corpus
-from data_pipelines.prepare import prepare, usable
+from data_pipelines.prepare import prepare, recordings, usable
 
 EVERYTHING = CurriculumConfig(
     write=1.0,
@@ -42,7 +42,7 @@ def corpus(folder):
 
 
 def drawn(corpus, config, passes=1, seed=0):
-    return training_examples(corpus, config, passes, seed, {p: seconds_in_header(p) for p in usable(corpus)})
+    return curriculum.drawn(corpus, "train", config, passes, seed, usable(recordings(corpus), 30.0, []))
 
 
 def of(examples, kind):
@@ -119,8 +119,10 @@ def prepared(folder, tmp_path_factory):
     more = folder.parent / "more"
     more.mkdir()
     soundfile.write(more / "long.wav", tone(4.0, 7), RATE)
-    curriculum = dataclasses.replace(EVERYTHING, unwritten=(str(more),))
-    config = data_config(folder, curriculum=curriculum, row=ROW, prompts_per_dialogue=2)
+    (more / "broken.wav").write_text("no sound")
+    config = data_config(
+        folder, curriculum=dataclasses.replace(EVERYTHING, unwritten=(str(more),)), row=ROW, prompts_per_dialogue=2
+    )
     return prepare(config, MODEL, StandInCodec(), tmp_path_factory.mktemp("data") / "set", progress="none")
 
 
@@ -154,6 +156,11 @@ def test_valid_and_test_are_as_without_a_curriculum(prepared, folder, tmp_path):
         assert [a[i].ids for i in range(len(a))] == [b[i].ids for i in range(len(b))]
         for x, y in zip(a[0].waves, b[0].waves, strict=True):
             np.testing.assert_array_equal(x, y)
+
+
+def test_a_recording_that_cannot_be_read_is_named_and_the_rest_is_used(prepared):
+    entries = prepared.manifest["skipped"]["entries"]
+    assert len(entries) == 1 and "broken.wav: bad audio" in entries[0]
 
 
 def test_what_cannot_be_is_named(folder, tmp_path):

@@ -6,7 +6,7 @@ also the data position, whatever the mesh and the number of hosts.
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -55,6 +55,23 @@ class Task(Protocol):
     def evaluate(self, step: int, state: Any, writer: MetricsWriter | None) -> dict[str, float]: ...
 
     def rates(self, metrics: dict[str, float], steps_per_second: float) -> dict[str, float]: ...
+
+
+def train_on(task: Task, config, run: Path, abstract: Any, init: Callable[[], Any]) -> Any:
+    """From the run folder's newest checkpoint, or from what ``init`` gives, to ``config.training.steps``. abstract: the state's
+    shapes and shardings. Returns the last state."""
+    t = config.training
+    with Checkpoints(run, config.checkpoint) as checkpoints:
+        if checkpoints.latest is None:
+            state, step = init(), 0
+        else:
+            state = checkpoints.restore(abstract)
+            step = int(state.step)
+            print(f"resuming {run} from step {step}")
+        if step >= t.steps:
+            print(f"{run} has reached step {step} of {t.steps}; nothing to do")
+            return state
+        return run_steps(task, config, run, checkpoints, state, step)
 
 
 def run_steps(task: Task, config, run: Path, checkpoints: Checkpoints, state: Any, step: int) -> Any:

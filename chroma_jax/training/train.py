@@ -18,7 +18,7 @@ from chroma_jax.layers.sharding import make_mesh
 from chroma_jax.paths import values
 from chroma_jax.rows import Batch
 from chroma_jax.training.checkpoint import Checkpoints
-from chroma_jax.training.loop import check_batch, run_steps, this_host
+from chroma_jax.training.loop import check_batch, this_host, train_on
 from chroma_jax.training.metrics import MetricsWriter, flat
 from chroma_jax.training.run_folder import check_run, has_checkpoint, keep
 from chroma_jax.training.state import Trainer, TrainState, make_trainer
@@ -45,17 +45,7 @@ def train(config: Config, run: Path, prepared: Path, start: Path | None = None) 
         given = start if start is not None and not has_checkpoint(run) else None
         weights = {} if given is None else starting_weights(config, trainer, given)
         keep(config, run, kept(prepared, given))
-        with Checkpoints(run, config.checkpoint) as checkpoints:
-            if checkpoints.latest is None:
-                state, step = trainer.init(weights), 0
-            else:
-                state = checkpoints.restore(trainer.abstract)
-                step = int(state.step)
-                print(f"resuming {run} from step {step}")
-            if step >= t.steps:
-                print(f"{run} has reached step {step} of {t.steps}; nothing to do")
-                return state
-            return run_steps(Speaking(config, prepared, trainer), config, run, checkpoints, state, step)
+        return train_on(Speaking(config, prepared, trainer), config, run, trainer.abstract, lambda: trainer.init(weights))
 
 
 def starting_weights(config: Config, trainer: Trainer, start: Path) -> dict[str, jax.Array]:

@@ -22,7 +22,7 @@ from chroma_jax.training.checkpoint import Checkpoints
 from chroma_jax.training.codec.distillation import load_teacher
 from chroma_jax.training.codec.quantize import perplexity
 from chroma_jax.training.codec.step import CodecTrainer, CodecTrainState, Phase, make_codec_trainer
-from chroma_jax.training.loop import check_batch, run_steps, this_host
+from chroma_jax.training.loop import check_batch, this_host, train_on
 from chroma_jax.training.metrics import MetricsWriter
 from chroma_jax.training.run_folder import check_run, has_checkpoint, keep
 from data_pipelines.waves import crops, held_out, open_waves
@@ -49,17 +49,7 @@ def train_codec(config: CodecRun, run: Path, prepared: Path, start: Path | None 
         given = start if start is not None and not has_checkpoint(run) else None
         weights = {} if given is None else starting_weights(config, trainer, given)
         keep(config, run, [])
-        with Checkpoints(run, config.checkpoint) as checkpoints:
-            if checkpoints.latest is None:
-                state, step = trainer.init(weights), 0
-            else:
-                state = checkpoints.restore(trainer.abstract)
-                step = int(state.step)
-                print(f"resuming {run} from step {step}")
-            if step >= t.steps:
-                print(f"{run} has reached step {step} of {t.steps}; nothing to do")
-                return state
-            return run_steps(CodecTask(config, prepared, trainer), config, run, checkpoints, state, step)
+        return train_on(CodecTask(config, prepared, trainer), config, run, trainer.abstract, lambda: trainer.init(weights))
 
 
 def starting_weights(config: CodecRun, trainer: CodecTrainer, start: Path) -> dict[str, jax.Array]:
