@@ -220,16 +220,14 @@ def info(args: Info, config) -> int:
 
 
 def reply(args: Reply, config) -> int:
-    from chroma_jax import pretrained
     from chroma_jax.streaming.reply import reply
 
-    report = reply(pretrained.found(args.run), config, args.question, args.reference, transcript(args.transcript), args.out)
+    report = reply(args.run, config, args.question, args.reference, transcript(args.transcript), args.out)
     print(json.dumps(report, indent=1, ensure_ascii=False))
     return 0
 
 
 def evaluate(args: Evaluate, config) -> int:
-    from chroma_jax import pretrained
     from chroma_jax.evaluation import report
     from chroma_jax.evaluation.evaluate import evaluate
     from chroma_jax.evaluation.judges import appointed
@@ -238,7 +236,7 @@ def evaluate(args: Evaluate, config) -> int:
     check_new(args.out)
     judges = appointed(args.recogniser, args.speaker_model)
     given = {name: getattr(args, name) for name in ("suite", "split", "corpus", "limit", "parts")}
-    print(report.text(evaluate(pretrained.found(args.run), config, args.out, judges=judges, **given)), end="")
+    print(report.text(evaluate(args.run, config, args.out, judges=judges, **given)), end="")
     return 0
 
 
@@ -248,11 +246,10 @@ def transcript(given: str) -> str:
 
 
 def prompt(args: Prompt, config) -> int:
-    from chroma_jax import pretrained
     from chroma_jax.convert.stablehlo import write_prompt
 
     said = transcript(args.transcript)
-    print(write_prompt(pretrained.found(args.run), config, args.artefact, args.question, args.reference, said, args.out))
+    print(write_prompt(args.run, config, args.artefact, args.question, args.reference, said, args.out))
     return 0
 
 
@@ -293,14 +290,13 @@ def export(args: Export) -> int:
 
 
 def export_artefact(args: Export) -> int:
-    from chroma_jax import pretrained
     from chroma_jax.convert.stablehlo import Sizes, export_stablehlo
 
     config = run_configuration([str(args.run)])
     if args.dtype != "stored":
         config = dataclasses.replace(config, reply=dataclasses.replace(config.reply, dtype=args.dtype))
     sizes = Sizes(args.rows, args.question_seconds, args.text, args.voice, args.max_frames)
-    print(export_stablehlo(pretrained.found(args.run), args.dest, config, sizes, args.platforms))
+    print(export_stablehlo(args.run, args.dest, config, sizes, args.platforms))
     return 0
 
 
@@ -332,11 +328,13 @@ COMMANDS: dict[str, tuple[type, Callable, Literal["file", "run", "speaking run",
 
 
 def usage() -> str:
+    from chroma_jax.config import shipped
+
     lines = [f"usage: {PROGRAM} COMMAND …", "", "commands (COMMAND --help tells more):"]
     for name, (args, _, source) in COMMANDS.items():
         first = args.__doc__.strip().splitlines()[0]
         lines.append(f"  {name + (' CONFIG' if source == 'file' else ''):<16} {first}")
-    lines += ["", "CONFIG is a configuration file or the name of a shipped one (nano, mini, chroma_4b, codec_nano, codec_mimi);"]
+    lines += ["", f"CONFIG is a configuration file or the name of a shipped one ({', '.join(shipped())});"]
     lines += ["any field of it can be overridden, as in --model.backbone.num_layers 4."]
     return "\n".join(lines)
 
@@ -363,6 +361,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def dispatch(command: str, argv: list[str]) -> int:
     from chroma_jax import config as configs
+    from chroma_jax import pretrained
 
     arguments, function, source = COMMANDS[command]
     program = f"{PROGRAM} {command}"
@@ -372,14 +371,13 @@ def dispatch(command: str, argv: list[str]) -> int:
         if set(argv) & {"-h", "--help"}:
             argv = ["nano", *argv]  # help lists the fields of a configuration; any will do
         else:
-            raise ChromaError(
-                f"{command} wants a configuration first: a file, or one of nano, mini, chroma_4b, codec_nano, codec_mimi"
-            )
+            raise ChromaError(f"{command} wants a configuration first: a file, or one of {', '.join(configs.shipped())}")
     if source == "file":
         base, argv, program = configs.read_python(argv[0]), argv[1:], f"{program} {argv[0]}"
     elif source == "onto":
         base = configs.read_python(flag(argv, "--onto") or "chroma_4b")
     else:
+        argv = [str(pretrained.found(argv[0])), *argv[1:]] if argv else argv
         base = run_configuration(argv, "speaking" if source == "speaking run" else "any")
     whole = dataclasses.make_dataclass(
         arguments.__name__,
@@ -404,18 +402,14 @@ def run_configuration(argv: list[str], kind: Literal["speaking", "any"] = "speak
     """The configuration that the run folder named first keeps, or that an exported folder implies; defaults will do for a command
     line without a folder, which is about to be refused or only wants help."""
     from chroma_jax import config as configs
-    from chroma_jax import pretrained
+    from chroma_jax.streaming.load import exported_run
 
     if not argv or argv[0].startswith("-"):
         return configs.Config()
-    run = pretrained.found(argv[0])
-    if (run / "config.json").is_file():
-        from chroma_jax.streaming.load import exported_run
-
-        return exported_run(run)
-    config = configs.load(run)
+    run = Path(argv[0])
+    config = exported_run(run) if (run / "config.json").is_file() else configs.load(run)
     if kind == "speaking" and not isinstance(config, configs.Config):
-        raise ChromaError(f"{argv[0]}: a run that trained a codec, expected one of a speaking model")
+        raise ChromaError(f"{argv[0]}: a codec, expected a speaking model")
     return config
 
 

@@ -69,6 +69,14 @@ class CodecRun:
 KINDS = {"speaking": Config, "codec": CodecRun}
 
 
+SHIPPED = Path(__file__).parent.parent / "configs"
+
+
+def shipped() -> list[str]:
+    """Names of the configurations that come with the code."""
+    return sorted(path.stem for path in SHIPPED.glob("*.py") if not path.stem.startswith("_"))
+
+
 def read_python(source: str) -> Config | CodecRun:
     """The configuration that a configuration file's ``config()`` returns.
 
@@ -77,12 +85,8 @@ def read_python(source: str) -> Config | CodecRun:
     """
     path = Path(source)
     if not path.suffix and not path.exists():
-        import configs
-
-        shipped = Path(configs.__file__).parent
-        path = shipped / f"{source}.py"
-        if not path.exists():
-            names = sorted(p.stem for p in shipped.glob("*.py") if not p.stem.startswith("_"))
+        path, names = SHIPPED / f"{source}.py", shipped()
+        if source not in names:
             raise ChromaError(f"configuration {source!r} is neither a file nor one of {', '.join(names)}{near(source, names)}")
     if not path.is_file():
         raise ChromaError(f"{path}: no such configuration file")

@@ -303,4 +303,4 @@ def test_the_command_line_tells_the_two_kinds_apart(corpus, finished, tmp_path, 
     assert cli.main(["train", "nano", str(tmp_path / "x"), "--prepared", str(tmp_path / "waves")]) == 2
     assert cli.main(["reply", str(finished[0]), "--question", "q", "--reference", "r", "--transcript", "t", "--out", "o"]) == 2
     said = capsys.readouterr().err
-    assert "--codec is for dialogues" in said and "expected one of a speaking model" in said
+    assert "--codec is for dialogues" in said and "expected a speaking model" in said

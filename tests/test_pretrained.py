@@ -9,7 +9,9 @@ from flax import nnx
 
 from chroma_jax import config as configs
 from chroma_jax import pretrained
+from chroma_jax.cli import main, run_configuration
 from chroma_jax.convert.codec import trained_codec
+from chroma_jax.errors import ChromaError
 from chroma_jax.evaluation.suite import read_suite
 from data_pipelines import audio
 
@@ -59,5 +61,11 @@ def test_a_codec_of_other_sizes_is_refused():
     wider = dataclasses.replace(
         configs.read_python("nano").model, codec=configs.read_python("mini").model.codec, audio_vocab=1027
     )
-    with pytest.raises(Exception, match=r"shape|describes|expected"):
+    with pytest.raises(ChromaError, match="shape"):
         trained_codec(FOLDER, wider)
+
+
+def test_commands_take_the_name(tmp_path, capsys):
+    assert run_configuration([str(FOLDER)], "any").model == configs.read_python("codec_nano").model
+    assert main(["reply", "codec_nano", "--question", "q", "--reference", "r", "--transcript", "t", "--out", str(tmp_path)]) == 2
+    assert "a codec, expected a speaking model" in capsys.readouterr().err

@@ -7,7 +7,7 @@ from typing import Literal
 import jax
 
 from chroma_jax.config import CodecRun, Config
-from chroma_jax.convert.codec import stored_codec
+from chroma_jax.convert.codec import trained_codec, with_codec
 from chroma_jax.evaluation import report
 from chroma_jax.evaluation.codec import evaluate_codec
 from chroma_jax.evaluation.judges import Judges, appointed
@@ -35,9 +35,9 @@ def evaluate(
     """Writes report.json, report.txt and index.html, with the sounds that it plays, into ``out``, all or none; returns the
     report.
 
-    run: of a Codec or of a speaking model, or an exported model. corpus: a folder of the suite's layout, instead of the suite's
-    own. limit: so many dialogues only. parts: "ablations" are answers under other voice prompts. judges: None appoints those
-    that are installed. Raises: ChromaError for what is missing or does not fit.
+    run: of a Codec or of a speaking model, or what was exported of one. corpus: a folder of the suite's layout, instead of the
+    suite's own. limit: so many dialogues only. parts: "ablations" are answers under other voice prompts. judges: None appoints
+    those that are installed. Raises: ChromaError for what is missing or does not fit.
     """
     out = Path(out)
     check_new(out)
@@ -45,7 +45,7 @@ def evaluate(
     judges = judges or appointed()
     speaker = None
     if isinstance(config, CodecRun):
-        codec, books, parts = stored_codec(run, config), config.model.num_codebooks, ("codec",)
+        codec, books, parts = trained_codec(run, with_codec(config.model)), config.model.num_codebooks, ("codec",)
     else:
         model, codec, tokenizer = load_run(run, config)
         books, speaker = model.config.codebooks, Speaker(model, codec, config.reply.dtype, config.reply.compatibility)

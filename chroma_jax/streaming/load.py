@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 from tokenizers import Tokenizer
 
-from chroma_jax.config import Config
-from chroma_jax.convert.hf_config import from_hf
+from chroma_jax.config import CodecRun, Config
+from chroma_jax.convert.hf_config import codec_from_hf, from_hf
 from chroma_jax.convert.names import chroma_rows
 from chroma_jax.convert.sources import PARTS, read_codec
 from chroma_jax.convert.weights import import_weights
@@ -54,28 +54,33 @@ def load_run(run: Path, config: Config) -> tuple[Chroma, Codec, Tokenizer]:
 
 def exported_config(path: Path) -> ChromaConfig:
     """The model configuration of an exported folder's config.json."""
+    return from_hf(read_json(path))
+
+
+def read_json(path: Path) -> dict:
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ChromaError(f"{path}: not JSON ({error})") from error
-    return from_hf(fields)
 
 
-def exported_run(folder: Path) -> Config:
-    """The configuration of an exported folder: its model, and how codes are chosen as far as a generation_config.json says it."""
-    config = Config(model=exported_config(folder / "config.json"))
+def exported_run(folder: Path) -> Config | CodecRun:
+    """The configuration of an exported folder: its model, and how codes are chosen as far as a generation_config.json says it;
+    or that of a Codec in the layout of transformers' Mimi."""
+    said = read_json(folder / "config.json")
+    if said.get("model_type") == "mimi":
+        return CodecRun(model=codec_from_hf(said))
+    config = Config(model=from_hf(said))
     path = folder / "generation_config.json"
     if not path.is_file():
         return config
     try:
         said = json.loads(path.read_text(encoding="utf-8"))
         temperature = float(said.get("temperature", 1.0)) if said.get("do_sample") else 0.0
-        seconds = (
-            said.get("max_new_tokens", config.reply.max_seconds * config.model.codec.frame_rate) / config.model.codec.frame_rate
-        )
-        reply = dataclasses.replace(
-            config.reply, temperature=temperature, top_k=int(said.get("top_k", config.reply.top_k)), max_seconds=float(seconds)
-        )
+        changed = {"temperature": temperature, "top_k": int(said.get("top_k", config.reply.top_k))}
+        if "max_new_tokens" in said:
+            changed["max_seconds"] = said["max_new_tokens"] / config.model.codec.frame_rate
+        reply = dataclasses.replace(config.reply, **changed)
     except (ValueError, TypeError, AttributeError) as error:
         raise ChromaError(f"{path}: damaged ({type(error).__name__}: {error})") from error
     return dataclasses.replace(config, reply=reply)
