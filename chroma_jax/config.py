@@ -129,9 +129,10 @@ def dump(config: Config | CodecRun) -> str:
 
 
 def parse(text: str, source: str) -> Config | CodecRun:
-    """The inverse of `dump`. source: for messages.
+    """The inverse of `dump`. source: for messages. A field that the text does not name has its default: it is younger than the
+    run.
 
-    Raises: ChromaError naming the line or field that is unknown, missing or ill-typed.
+    Raises: ChromaError naming the line or field that is unknown or ill-typed.
     """
     tree: dict[str, Any] = {}
     for number, line in enumerate(text.splitlines(), 1):
@@ -159,9 +160,6 @@ def _build(cls: type, tree: dict, source: str, prefix: str):
     for name in tree:
         if name not in names:
             raise ChromaError(f"{source}: unknown field {prefix + name!r}{near(name, names)}")
-    missing = [prefix + name for name in names if name not in tree]
-    if missing:
-        raise ChromaError(f"{source}: missing field {missing[0]!r}")
     values = {}
     for name, value in tree.items():
         if isinstance(value, dict):

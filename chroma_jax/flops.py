@@ -65,6 +65,10 @@ def forward_flops(model: ChromaConfig, row: RowShape, loss: LossConfig) -> PartF
     text = llama(c.reasoner.text, row.text, row.text / 2)
     if loss.text_weight:
         text += 2 * row.answers * c.reasoner.text.width * c.reasoner.vocab_size
+    if loss.hearing_weight:
+        text += 2 * row.blocks * (c.reasoner.audio.block_frames // 4) * c.reasoner.text.width * c.reasoner.vocab_size
+    if not loss.speech_weight:
+        return PartFlops(row.blocks * audio_encoder(c.reasoner.audio), text, 0, 0)
     backbone = llama(c.backbone, row.positions, row.positions / 2) + 2 * row.frames * c.backbone.width * c.audio_vocab
     frame = llama(c.decoder, q, q / 2) + 2 * q * c.backbone.width * c.decoder.width
     frame += 2 * (q - 1) * c.decoder.width * c.audio_vocab

@@ -12,6 +12,7 @@ conversation. NOTHING (−1) marks an empty entry everywhere. Written once per r
 | audio_index | int32 [text] | which encoder output stands here instead of the token's embedding |
 | answer_position | int32 [answers] | where in ``text`` each reply token is predicted |
 | answer_token | int32 [answers] | that token |
+| heard_token | int32 [heard] | what the users say, recording after recording: what the hearing loss spells out |
 | token | int32 [positions] | Backbone: token whose embedding is fed |
 | hidden_index | int32 [positions] | Backbone: answer whose predicting hidden state is fed |
 | codes | int32 [positions, Q] | Backbone: frame that is fed |
@@ -34,7 +35,8 @@ class RowShape:
     """Capacities of one packed row.
 
     blocks: audio-encoder blocks of user speech. text: Reasoner positions. answers: reply tokens. positions: Backbone
-    positions. frames: target frames, EOS included.
+    positions. frames: target frames, EOS included. heard: tokens of what users say; 0 keeps none, and leaves no hearing loss to
+    train with.
     """
 
     blocks: int = 8
@@ -42,6 +44,7 @@ class RowShape:
     answers: int = 64
     positions: int = 768
     frames: int = 256
+    heard: int = 0
 
 
 class Batch(NamedTuple):
@@ -62,6 +65,7 @@ class Batch(NamedTuple):
     position: jax.Array
     target_position: jax.Array
     target_codes: jax.Array
+    heard_token: jax.Array
 
 
 def empty_batch(shape: RowShape, *, rows: int, block_frames: int, mel_bins: int, codebooks: int) -> Batch:
@@ -87,6 +91,7 @@ def empty_batch(shape: RowShape, *, rows: int, block_frames: int, mel_bins: int,
         position=struct(s.positions),
         target_position=struct(s.frames),
         target_codes=struct(s.frames, codebooks),
+        heard_token=struct(s.heard),
     )
 
 

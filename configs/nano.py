@@ -30,7 +30,7 @@ def model() -> ChromaConfig:
     stack = LlamaConfig(num_layers=4, width=128, num_heads=4, num_kv_heads=2, head_dim=32, mlp_width=384)
     return ChromaConfig(
         reasoner=ReasonerConfig(
-            audio=AudioEncoderConfig(num_layers=2, width=128, num_heads=4, mlp_width=384, output_width=128),
+            audio=AudioEncoderConfig(num_layers=4, width=128, num_heads=4, mlp_width=384, output_width=128),
             text=LlamaConfig(
                 num_layers=4,
                 width=128,
@@ -60,7 +60,7 @@ def config() -> Config:
     return Config(
         model=model(),
         data=DataConfig(
-            row=RowShape(blocks=4, text=224, answers=32, positions=288, frames=80),
+            row=RowShape(blocks=4, text=288, answers=48, positions=288, frames=80, heard=64),
             prompts_per_dialogue=12,
             curriculum=CurriculumConfig(
                 dialogue=1.0,

@@ -26,8 +26,8 @@ READ_ALOUD = "Say: "
 class CurriculumConfig:
     """What is made of the train split in every pass over it; valid and test hold their dialogues alone.
 
-    dialogue, write, answer, read: how often a pass has each dialogue; each recording, heard and written down; each dialogue in
-    text alone; each recording, read aloud. Below 1, that share of them is drawn. proceed: the same of recordings that are
+    dialogue, listen, write, answer, read: how often a pass has each dialogue; each dialogue, heard but answered in text alone; each
+    recording, heard and written down; each dialogue in text alone; each recording, read aloud. Below 1, that share of them is drawn. proceed: the same of recordings that are
     continued from somewhere within; those below the folders ``unwritten``, which have no transcript, are so once a pass.
     prompts: "references" are the voice's own; "any" are one or more recordings of the voice, up to prompt_seconds. no_prompt: the
     share of spoken replies that have none. speeds: at which a voice is played, drawn for each example: for the user, and for a
@@ -35,6 +35,7 @@ class CurriculumConfig:
     """
 
     dialogue: float = 1.0
+    listen: float = 0.0
     write: float = 0.0
     answer: float = 0.0
     read: float = 0.0
@@ -47,7 +48,7 @@ class CurriculumConfig:
     piece_seconds: float = 9.0
 
     def __post_init__(self):
-        for name in ("dialogue", "write", "answer", "read", "proceed", "no_prompt"):
+        for name in ("dialogue", "listen", "write", "answer", "read", "proceed", "no_prompt"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if not self.speeds or min(self.speeds) < 0.5 or max(self.speeds) > 2:
@@ -68,13 +69,14 @@ class Spoken(NamedTuple):
 class Example(NamedTuple):
     """A conversation to be laid out.
 
-    heard, said: the user's recording, and what the user writes. answer: the text of the reply, None where only sound is wanted.
+    heard, transcription: the user's recording, and what is said in it. said: what the user writes. answer: the text of the reply, None where only sound is wanted.
     prompt, transcript: recordings of the voice prompt, and what is said in them. reply: recording of the reply, None where only
     text is wanted. piece: for a recording that is continued, where (of its length) its prompt begins and ends and its reply ends.
     """
 
     id: str
     heard: Clip | None = None
+    transcription: str = ""
     said: str = ""
     answer: str | None = None
     prompt: tuple[Clip, ...] = ()
@@ -130,9 +132,11 @@ class Drawing:
             speed = self.speed()
             prompt, transcript = self.prompt(d.assistant_voice, d.answer_audio, speed)
             heard, reply = Clip(d.question_audio, self.speed()), Clip(d.answer_audio, speed)
-            yield Example(d.id, heard, "", d.answer, prompt, transcript, reply)
+            yield Example(d.id, heard, d.question, "", d.answer, prompt, transcript, reply)
+        for d in self.some(self.dialogues, c.listen):
+            yield Example(f"listen {d.id}", Clip(d.question_audio, self.speed()), d.question, answer=d.answer)
         for _, s in self.some(recordings, c.write):
-            yield Example(f"write {s.path.stem}", Clip(s.path, self.speed()), WRITE_DOWN, s.text)
+            yield Example(f"write {s.path.stem}", Clip(s.path, self.speed()), s.text, WRITE_DOWN, s.text)
         for d in self.some(self.dialogues, c.answer):
             yield Example(f"answer {d.id}", said=d.question, answer=d.answer)
         for voice, s in self.some(recordings, c.read):

@@ -48,7 +48,7 @@ class Conversation(NamedTuple):
     """One dialogue with one voice prompt. Arrays are int32; indices count from this conversation's own start.
 
     wave: int16 [S], the user's speech at 16 kHz. mel_length [blocks]. text, audio_index [L]. answer_position,
-    answer_token [N]. token, hidden_index [T]. codes [T, Q]. target_position [F + 1]. target_codes [F + 1, Q].
+    answer_token [N]. token, hidden_index [T]. codes [T, Q]. target_position [F + 1]. target_codes [F + 1, Q]. heard_token [H].
     """
 
     id: str
@@ -63,11 +63,12 @@ class Conversation(NamedTuple):
     codes: np.ndarray
     target_position: np.ndarray
     target_codes: np.ndarray
+    heard_token: np.ndarray
 
     @property
     def size(self) -> RowShape:
         """How much of each of a row's capacities it takes."""
-        lengths = (self.mel_length, self.text, self.answer_token, self.token, self.target_position)
+        lengths = (self.mel_length, self.text, self.answer_token, self.token, self.target_position, self.heard_token)
         return RowShape(*map(len, lengths))
 
 
@@ -75,6 +76,7 @@ def conversation(
     name: str,
     *,
     wave: np.ndarray | None,
+    heard: str = "",
     said: str = "",
     answer_text: str | None,
     transcript: str = "",
@@ -86,7 +88,8 @@ def conversation(
     """Lays out one dialogue, or a part of one: without ``answer_text`` the Reasoner has no part in it, without ``answer_codes``
     the Backbone has none.
 
-    wave: int16 [S] at 16 kHz, the user's speech, or None; said: what the user writes. transcript: what is said in the reference
+    wave: int16 [S] at 16 kHz, the user's speech, or None; heard: what is said in it, for the hearing loss; said: what the user
+    writes. transcript: what is said in the reference
     recording. reference_codes: int [R, Q]; answer_codes: int [F, Q], without EOS; Q may exceed ``config.codebooks``, the rest is
     not used.
     """
@@ -133,6 +136,7 @@ def conversation(
         # targets come in the order of their positions, so frame f is target number f
         target_position=np.flatnonzero(target != NOTHING).astype(np.int32),
         target_codes=targets,
+        heard_token=np.array(encode(heard) if len(wave) else [], np.int32),
     )
 
 
@@ -143,7 +147,7 @@ def excess(size: RowShape, shape: RowShape) -> list[str]:
 
 
 def first_fit(sizes: Sequence[RowShape], shape: RowShape) -> list[list[int]]:
-    """Which items go into which row: each into the first open row with room in all five capacities, else into a new one.
+    """Which items go into which row: each into the first open row with room in all capacities, else into a new one.
 
     The oldest of more than ``OPEN_ROWS`` rows is closed. Every item must fit alone.
     """
@@ -191,6 +195,7 @@ FIELDS = {
     "position": ("positions", 0),
     "target_position": ("frames", NOTHING),
     "target_codes": ("frames", NOTHING),
+    "heard_token": ("heard", NOTHING),
 }
 
 
@@ -227,6 +232,7 @@ def place(conversations: Sequence[Conversation], shape: RowShape, config: PackCo
             "position": np.arange(len(c.token)),
             "target_position": shifted(c.target_position, start.positions),
             "target_codes": c.target_codes,
+            "heard_token": c.heard_token,
         }
         for name, value in values.items():
             capacity = FIELDS[name][0]

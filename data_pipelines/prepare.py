@@ -241,6 +241,7 @@ def conversations(
         c = conversation(
             e.id,
             wave=None if e.heard is None else waves[e.heard],
+            heard=e.transcription if config.row.heard else "",
             said=e.said,
             answer_text=e.answer,
             transcript=e.transcript,
@@ -263,8 +264,8 @@ def write_split(path: Path, found: list[Conversation], shape: RowShape, model: C
     rows = first_fit(sizes, shape)
     placed = (place([found[i] for i in row], shape, packing) for row in rows)
     count = write_rows(path, bar(placed, f"{path.stem} rows", len(rows), "row", progress))
-    used = np.array([dataclasses.astuple(s) for s in sizes]).reshape(-1, 5).sum(axis=0)
-    capacity = np.array(dataclasses.astuple(shape)) * max(count, 1)
+    used = np.array([dataclasses.astuple(s) for s in sizes]).reshape(-1, len(dataclasses.fields(RowShape))).sum(axis=0)
+    capacity = np.maximum(dataclasses.astuple(shape), 1) * max(count, 1)
     frames = sum(len(c.target_codes) - 1 for c in found)
     return {
         "rows": count,

@@ -18,6 +18,7 @@ from data_pipelines.dialogues import read_corpus
 from data_pipelines.prepare import prepare, recordings, usable
 
 EVERYTHING = CurriculumConfig(
+    listen=1.0,
     write=1.0,
     answer=2.0,
     read=0.5,
@@ -53,7 +54,8 @@ def test_every_kind_occurs_as_often_as_it_is_asked_for(corpus):
     examples = drawn(corpus, EVERYTHING, passes=2)
     recordings = 2 * 9 + 4
     assert len([e for e in examples if e.id.startswith("d")]) == 2 * 9
-    assert [len(of(examples, kind)) for kind in ("write", "answer", "read", "proceed")] == [
+    assert [len(of(examples, kind)) for kind in ("listen", "write", "answer", "read", "proceed")] == [
+        2 * 9,
         2 * recordings,
         2 * 2 * 9,
         2 * recordings // 2,
@@ -65,6 +67,9 @@ def test_what_takes_part_follows_from_the_kind(corpus):
     examples = drawn(corpus, EVERYTHING)
     for e in of(examples, "write"):
         assert e.heard and e.said == WRITE_DOWN and e.answer and not e.spoken
+        assert e.transcription == e.answer
+    for e in of(examples, "listen"):
+        assert e.heard and not e.said and e.transcription.startswith("What") and e.answer and not e.spoken
     for e in of(examples, "answer"):
         assert e.heard is None and e.said and e.answer and not e.spoken
     for e in of(examples, "read"):

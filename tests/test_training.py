@@ -1,5 +1,6 @@
 """What training promises: the mesh does not matter, an interruption does not matter, frozen parts cost nothing."""
 
+import itertools
 import json
 import os
 import signal
@@ -21,7 +22,7 @@ from chroma_jax.layers.sharding import AxisRules, MeshConfig, make_mesh, state_s
 from chroma_jax.models.chroma import Chroma
 from chroma_jax.paths import values
 from chroma_jax.training.checkpoint import Checkpoints
-from chroma_jax.training.loss import LossConfig, choose_frames, cross_entropy, frame_losses
+from chroma_jax.training.loss import LossConfig, choose_frames, cross_entropy, frame_losses, hearing_loss
 from chroma_jax.training.metrics import read_lines
 from chroma_jax.training.optimizer import OptimizerConfig, split_trainable
 from chroma_jax.training.state import make_trainer
@@ -58,7 +59,7 @@ def losses_on_one_device(tiny_prepared, batch):
 )
 def test_a_batch_has_the_same_loss_on_every_mesh(tiny_prepared, batch, losses_on_one_device, mesh):
     got = evaluated(tiny_prepared[0], mesh, batch)
-    for name in ("loss", "c0_loss", "residual_loss", "text_loss"):
+    for name in ("loss", "c0_loss", "residual_loss", "text_loss", "hearing_loss"):
         # float32 sums in another order
         np.testing.assert_allclose(got[name], losses_on_one_device[name], rtol=1e-5, err_msg=name)
 
@@ -128,6 +129,49 @@ def test_cross_entropy_is_the_negative_log_likelihood():
     expected = -jax.nn.log_softmax(logits)[0, 2]
     np.testing.assert_allclose(nll[0], expected, rtol=1e-6)
     assert nll[1] == 0 and hit[1] == 0 and hit[2] == 1
+
+
+def test_the_hearing_loss_sums_over_all_ways_to_spell(tiny_prepared, batch):
+    """Against the sum over every sequence of outputs that reads as the tokens once repetitions and blanks are left out."""
+    config, _ = tiny_prepared
+    reasoner = jax.jit(lambda: Chroma(nnx.Rngs(0), config.model))().reasoner
+    blank, spoken = config.model.tokens.pad, [7, 7, 3]
+    directions = {7: 1, 3: 2, blank: 3}
+    table = np.full(reasoner.embedding.table.shape, -50.0, np.float32)  # no other token has a chance
+    table[[blank, 7, 3]] = 0
+    for token, direction in directions.items():
+        table[token, direction] = 1
+    reasoner.embedding.table[...] = jnp.asarray(table)
+    rng, valid = np.random.default_rng(0), 5
+    audio = np.zeros((1, 100, table.shape[1]), np.float32)
+    audio[0, :valid, 1:4] = rng.uniform(0.1, 2, (valid, 3))
+    audio[0, valid:50, 1] = 9.0  # padding, to be taken for silence
+    heard = batch._replace(
+        mel_length=np.array([[4 * valid, 0]]), heard_token=np.array([spoken + [-1] * 5], np.int32)
+    )
+    shares = jax.nn.softmax(jnp.asarray(audio[0, :valid]) @ table.T)[:, np.array([7, 3, blank])]
+    likelihood = 0.0
+    for way in itertools.product(range(3), repeat=valid):
+        read = [(7, 3, None)[token] for token, _ in itertools.groupby(way)]
+        if [token for token in read if token is not None] == spoken:
+            likelihood += float(np.prod([shares[t, token] for t, token in enumerate(way)]))
+    found = jax.jit(lambda audio: hearing_loss(reasoner, audio, heard, blank))(audio)
+    np.testing.assert_allclose(found, -np.log(likelihood) / 3, rtol=1e-5)
+    # three tokens, of which two are the same, do not fit into three outputs; such a row counts nothing
+    crowded = heard._replace(mel_length=np.array([[4 * 3, 0]]))
+    assert hearing_loss(reasoner, jnp.asarray(audio), crowded, blank) == 0
+
+
+def test_a_reasoner_is_trained_alone_without_computing_the_rest(tiny_prepared, batch):
+    config = replace(tiny_prepared[0], "loss.speech_weight", 0.0)
+    config = replace(config, "optimizer.freeze", ("backbone", "decoder", "audio_embedding"))
+    mesh = make_mesh(MeshConfig())
+    with jax.set_mesh(mesh):
+        trainer = trainer_on(config, mesh)
+        _, metrics = trainer.train_step(trainer.init(), place(batch, trainer))
+    assert "c0_loss" not in metrics and metrics["text_loss"] > 0 and metrics["hearing_loss"] > 0
+    expected = metrics["text_loss"] + 0.5 * metrics["hearing_loss"]
+    np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-6)
 
 
 def test_frozen_parts_have_no_gradient_and_no_moments(tiny_prepared, batch):

@@ -159,8 +159,12 @@ def asked() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def our_logits(model: Chroma, tokens, mel, index) -> np.ndarray:
     blocks, lengths = cut_blocks(mel, MODEL.reasoner.audio.block_frames)
     order, one = np.arange(len(tokens))[None], np.ones((1, len(tokens)), np.int32)
-    hear = jax.jit(lambda m, *x: m.reasoner.logits(m.reasoner.hear(*x, jnp.float32)))
-    return np.asarray(hear(model, blocks[None], lengths[None], tokens[None], order, one, index[None]))[0]
+
+    @jax.jit
+    def heard(m, blocks, lengths, *text):
+        return m.reasoner.logits(m.reasoner.read(m.reasoner.audio(blocks, lengths), *text))
+
+    return np.asarray(heard(model, blocks[None], lengths[None], tokens[None], order, one, index[None]))[0]
 
 
 def their_logits(theirs, tokens, mel) -> np.ndarray:

@@ -66,10 +66,10 @@ def model() -> ChromaConfig:
 def config(corpus: Path | str = "embedded") -> Config:
     return Config(
         model=model(),
-        data=DataConfig(corpus=str(corpus), row=RowShape(blocks=4, text=256, answers=64, positions=160, frames=48)),
+        data=DataConfig(corpus=str(corpus), row=RowShape(blocks=4, text=256, answers=64, positions=160, frames=48, heard=96)),
         mesh=MeshConfig(),
         training=TrainingConfig(steps=4, global_batch=8, eval_every=100, log_every=1),
-        loss=LossConfig(text_weight=1.0),
+        loss=LossConfig(text_weight=1.0, hearing_weight=0.5),
         optimizer=OptimizerConfig(learning_rate=1e-2),
         precision=PrecisionConfig(compute="float32"),
         checkpoint=CheckpointConfig(every=2, keep=3),

@@ -127,7 +127,7 @@ def edited(model: nnx.Module, changes: dict) -> nnx.Module:
 @jax.jit
 def rescored(model: Chroma, batch: Batch):
     """The packed forward pass of training: logits of the reply's tokens, of c0 and of the other levels at each frame."""
-    answers = model.answers(batch, jnp.float32)
+    answers = model.answers(batch, model.reasoner.audio(batch.mel, batch.mel_length))
     hidden = model.backbone(model.interleaved(batch, answers), batch.position, batch.segment)
     hidden = hidden[0, jnp.maximum(batch.target_position[0], 0)]
     residual = model.frame_logits(hidden, batch.target_codes[0])

@@ -66,11 +66,10 @@ class Chroma(nnx.Module):
         self.audio_embedding = AudioEmbedding(rngs, c.codebooks, c.audio_vocab, c.backbone.width)
         self.decoder = Decoder(rngs, c.decoder, input_width=c.backbone.width, codebooks=c.codebooks, audio_vocab=c.audio_vocab)
 
-    def answers(self, batch: Batch, dtype) -> jax.Array:
-        """The Reasoner's hidden states that predict the reply tokens of packed rows: [B, answers, D]."""
-        hidden = self.reasoner.hear(
-            batch.mel, batch.mel_length, batch.text, batch.text_position, batch.text_segment, batch.audio_index, dtype
-        )
+    def answers(self, batch: Batch, audio: jax.Array) -> jax.Array:
+        """The Reasoner's hidden states that predict the reply tokens of packed rows: [B, answers, D]. audio: [B, A, D], what the
+        audio encoder makes of the rows' speech."""
+        hidden = self.reasoner.read(audio, batch.text, batch.text_position, batch.text_segment, batch.audio_index)
         return take_rows(hidden, jnp.maximum(batch.answer_position, 0))
 
     def interleaved(self, batch: Batch, answers: jax.Array) -> jax.Array:

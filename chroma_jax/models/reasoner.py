@@ -60,9 +60,9 @@ class Reasoner(nnx.Module):
         """embeddings: [B, L, D]; positions, segments: int32 [B, L]. Returns hidden states after the final norm, [B, L, D]."""
         return self.text(embeddings, positions, causal_mask(segments))
 
-    def hear(self, mel, mel_length, tokens, positions, segments, audio_index, dtype) -> jax.Array:
-        """Hidden states of packed rows from speech and tokens (shapes as in `chroma_jax.rows`). Returns [B, L, D]."""
-        audio = self.audio(mel, mel_length, dtype)
+    def read(self, audio, tokens, positions, segments, audio_index) -> jax.Array:
+        """Hidden states of packed rows from encoded speech [B, A, D] and tokens (shapes as in `chroma_jax.rows`). Returns
+        [B, L, D]."""
         embeddings = constrain(self.embed(tokens, audio_index, audio), "batch", "sequence", None, rules=self.config.text.rules)
         return self(embeddings, positions, segments)
 

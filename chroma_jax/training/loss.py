@@ -1,4 +1,4 @@
-"""The training objective: (1 − λ) · CE(c0) + λ · CE(c1 … c7), plus the text loss of a trained Reasoner."""
+"""The training objective: (1 − λ) · CE(c0) + λ · CE(c1 … c7), plus the text and hearing losses of a trained Reasoner."""
 
 import dataclasses
 import math
@@ -6,16 +6,21 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import PartitionSpec as P
 
 from chroma_jax.layers.sharding import active, leading_spec, reshape_rows, reshard, take_rows
+from chroma_jax.models.audio_encoder import num_positions
 from chroma_jax.models.chroma import Chroma
+from chroma_jax.models.reasoner import Reasoner
 from chroma_jax.rows import Batch, is_present
 
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """decoder_weight: λ. text_weight: of the Reasoner's text loss (0 leaves its logits uncomputed).
+    """decoder_weight: λ. speech_weight: of the loss of c0 … c7 (0 leaves Backbone and Decoder uncomputed). text_weight: of the
+    Reasoner's text loss (0 leaves its logits uncomputed). hearing_weight: of `hearing_loss`, for an audio encoder that is trained
+    from scratch.
 
     decoder_frames: the share of target frames per row that the Decoder is trained on; below 1, that share of the row's
     capacity is drawn anew at every step, in a fixed number, as CSM does with 1/16. decoder_hidden: whether the Decoder's
@@ -23,7 +28,9 @@ class LossConfig:
     """
 
     decoder_weight: float = 0.5
+    speech_weight: float = 1.0
     text_weight: float = 0.0
+    hearing_weight: float = 0.0
     decoder_frames: float = 1.0
     decoder_hidden: Literal["detached", "attached"] = "detached"
 
@@ -70,11 +77,11 @@ def choose_frames(present: jax.Array, count: int, key: jax.Array) -> tuple[jax.A
 
 def frame_losses(
     model: Chroma, hidden: jax.Array, codes: jax.Array, config: LossConfig, key: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Losses of target frames, given the Backbone's h at the position that predicts each.
 
     hidden: [B, F, D]; codes: int32 [B, F, Q], negative = no target. Returns (mean nll of c0, mean nll of c1 … c(Q−1),
-    accuracy [Q] per codebook, number of target frames).
+    accuracy [Q] per codebook).
     """
     nll, hit = cross_entropy(model.backbone.logits(hidden), codes[..., 0])
     present = is_present(codes[..., 0])
@@ -92,32 +99,61 @@ def frame_losses(
     count = jnp.sum(is_present(flat[:, 1:]), axis=0)
     residual_loss = mean(jnp.sum(residual_nll), jnp.sum(count))
     accuracy = jnp.concatenate([c0_accuracy[None], mean(jnp.sum(residual_hit, axis=0), count)])
-    return c0_loss, residual_loss, accuracy, frames
+    return c0_loss, residual_loss, accuracy
+
+
+def hearing_loss(reasoner: Reasoner, audio: jax.Array, batch: Batch, blank: int) -> jax.Array:
+    """How well the audio encoder's outputs spell what is said: connectionist temporal classification (Graves et al., ICML 2006)
+    with the text model's token embeddings for an output layer, so that speech enters the text model as its words would.
+
+    audio: [B, A, D], the encoder's outputs. blank: the token that stands for none. Returns float32 [], nats per token of
+    ``batch.heard_token``. The recordings of a row are spelled as one, one after the other.
+    """
+    table = reasoner.embedding.table[...].astype(audio.dtype)
+    logits = jnp.einsum("BAD,VD->BAV", reshard(audio, P(*leading_spec(audio, 1))), reshard(table, P()))
+    blocks = batch.mel_length.shape[1]
+    index = jnp.arange(audio.shape[1] // blocks)
+    heard = index < (num_positions(batch.mel_length) // 2)[..., None]
+    heard = reshape_rows(heard, len(heard), audio.shape[1])
+    silent = jnp.where(jnp.arange(logits.shape[-1]) == blank, 0.0, -1e5)
+    logits = jnp.where(heard[..., None], logits.astype(jnp.float32), silent)
+
+    def spelled(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+        nothing = ~is_present(tokens)
+        nll = optax.ctc_loss(logits, jnp.zeros(logits.shape[:2]), jnp.maximum(tokens, 0), nothing.astype(jnp.float32), blank_id=blank)
+        # more tokens than outputs cannot be spelled
+        return jnp.where(jnp.all(nothing, axis=1) | (nll > 1e4), 0, nll)
+
+    # without the check of what varies, which optax's scan does not pass
+    spell = jax.shard_map(spelled, out_specs=P(*leading_spec(logits, 1)), check_vma=False) if active() else spelled
+    return mean(jnp.sum(spell(logits, batch.heard_token)), jnp.sum(is_present(batch.heard_token)))
 
 
 def loss(model: Chroma, batch: Batch, config: LossConfig, key: jax.Array, dtype) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The loss of a global batch and its parts, each a mean over the batch's targets (float32 scalars; accuracy [Q])."""
     with jax.named_scope("reasoner"):
-        answers = model.answers(batch, dtype)
+        audio = model.reasoner.audio(batch.mel, batch.mel_length, dtype)
+        answers = model.answers(batch, audio)
     total = jnp.zeros((), jnp.float32)
     metrics = {}
+    if config.hearing_weight:
+        with jax.named_scope("hearing_loss"):
+            metrics["hearing_loss"] = hearing_loss(model.reasoner, audio, batch, model.config.tokens.pad)
+            total += config.hearing_weight * metrics["hearing_loss"]
     if config.text_weight:
         with jax.named_scope("text_loss"):
             nll, hit = cross_entropy(model.reasoner.logits(answers), batch.answer_token)
             tokens = jnp.sum(is_present(batch.answer_token))
             metrics["text_loss"], metrics["text_accuracy"] = mean(jnp.sum(nll), tokens), mean(jnp.sum(hit), tokens)
             total += config.text_weight * metrics["text_loss"]
-    with jax.named_scope("backbone"):
-        hidden = model.backbone(model.interleaved(batch, answers), batch.position, batch.segment)
-        hidden = take_rows(hidden, jnp.maximum(batch.target_position, 0))
-    with jax.named_scope("frames"):
-        c0, residual, accuracy, frames = frame_losses(model, hidden, batch.target_codes, config, key)
-    total += (1 - config.decoder_weight) * c0 + config.decoder_weight * residual
-    return total, metrics | {
-        "loss": total,
-        "c0_loss": c0,
-        "residual_loss": residual,
-        "accuracy": accuracy,
-        "frames": frames.astype(jnp.float32),
-        "tokens": jnp.sum(is_present(batch.answer_token)).astype(jnp.float32),
-    }
+    if config.speech_weight:
+        with jax.named_scope("backbone"):
+            hidden = model.backbone(model.interleaved(batch, answers), batch.position, batch.segment)
+            hidden = take_rows(hidden, jnp.maximum(batch.target_position, 0))
+        with jax.named_scope("frames"):
+            c0, residual, metrics["accuracy"] = frame_losses(model, hidden, batch.target_codes, config, key)
+        metrics |= {"c0_loss": c0, "residual_loss": residual}
+        total += config.speech_weight * ((1 - config.decoder_weight) * c0 + config.decoder_weight * residual)
+    counts = {"frames": batch.target_codes[..., 0], "tokens": batch.answer_token, "heard_tokens": batch.heard_token}
+    metrics |= {name: jnp.sum(is_present(x)).astype(jnp.float32) for name, x in counts.items()}
+    return total, metrics | {"loss": total}

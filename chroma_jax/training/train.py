@@ -81,10 +81,18 @@ def kept(prepared: Path, start: Path | None) -> list[Path]:
     return wanted
 
 
+COUNTS = ("frames", "tokens", "heard_tokens")  # metrics that say over how many targets the others are means
+
+
+def counted_by(name: str) -> str:
+    """Over what a metric is a mean."""
+    return {"text": "tokens", "hearing": "heard_tokens"}.get(name.split("_")[0], "frames")
+
+
 class Speaking:
     """The loop's task: a speaking model on packed rows."""
 
-    shown = ("c0_loss", "residual_loss", "text_loss")
+    shown = ("c0_loss", "residual_loss", "text_loss", "hearing_loss")
 
     def __init__(self, config: Config, prepared: Path, trainer: Trainer):
         self.config, self.prepared, self.trainer = config, prepared, trainer
@@ -108,22 +116,19 @@ class Speaking:
     def evaluate(self, step: int, state: TrainState, writer: MetricsWriter | None) -> dict[str, float]:
         """Means over the valid split, each loss weighted by its own number of targets."""
         totals: dict[str, float] = {}
-        frames = tokens = 0.0
+        counts = dict.fromkeys(COUNTS, 0.0)
         share = this_host() | {"global_batch": self.config.training.global_batch}
         for batch in evaluation_batches(self.prepared, "valid", self.config.model, **share):
             metrics = flat(jax.device_get(self.trainer.eval_step(state, self.place(batch))))
-            for name, value in metrics.items():
-                weight = metrics["tokens"] if name.startswith("text") else metrics["frames"]
-                totals[name] = totals.get(name, 0.0) + weight * value
-            frames, tokens = frames + metrics["frames"], tokens + metrics["tokens"]
-        if not frames:
-            return {}
-        shown = {n: v for n, v in totals.items() if n not in ("frames", "tokens")}
-        return {f"valid/{n}": v / (tokens if n.startswith("text") else frames) for n, v in shown.items()}
+            for name in COUNTS:
+                counts[name] += metrics[name]
+            for name in metrics.keys() - COUNTS:
+                totals[name] = totals.get(name, 0.0) + metrics[counted_by(name)] * metrics[name]
+        return {f"valid/{n}": v / counts[counted_by(n)] for n, v in sorted(totals.items()) if counts[counted_by(n)]}
 
     def rates(self, metrics: dict[str, float], steps_per_second: float) -> dict[str, float]:
         t, row = self.config.training, self.config.data.row
-        frames, tokens = metrics.pop("frames"), metrics.pop("tokens")
+        frames, tokens, _ = (metrics.pop(name) for name in COUNTS)
         rates = {
             "reply_tokens_per_second": tokens * steps_per_second,
             "positions_per_second": t.global_batch * (row.positions + row.text) * steps_per_second,

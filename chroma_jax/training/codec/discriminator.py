@@ -17,17 +17,21 @@ from chroma_jax.training.codec.spectra import stft
 @dataclasses.dataclass(frozen=True)
 class DiscriminatorConfig:
     """windows: of the spectrograms, in samples; hops are a quarter. filters: channels. dilations: in time, of the layers that
-    also halve the frequencies."""
+    also halve the frequencies. compression: the power to which the spectrograms' magnitudes are raised; 1 leaves them as they
+    are, below it a judge hears what is quiet as well, and learns sooner."""
 
     windows: tuple[int, ...] = (2048, 1024, 512, 256, 128)
     filters: int = 32
     dilations: tuple[int, ...] = (1, 2, 4)
+    compression: float = 1.0
 
     def __post_init__(self):
         if not self.windows or min(self.windows) < 16 or any(w % 4 for w in self.windows):
             raise ValueError(f"windows must be multiples of 4 of at least 16 samples, got {self.windows}")
         if self.filters < 1 or not self.dilations or min(self.dilations) < 1:
             raise ValueError(f"filters {self.filters} and dilations {self.dilations} must be at least 1")
+        if not 0 < self.compression <= 1:
+            raise ValueError(f"compression {self.compression} is not in (0, 1]")
 
 
 class Verdict(NamedTuple):
@@ -93,7 +97,7 @@ class StftDiscriminator(nnx.Module):
     """One judge."""
 
     def __init__(self, rngs: nnx.Rngs, config: DiscriminatorConfig, window: int):
-        self.window, filters = window, config.filters
+        self.window, self.compression, filters = window, config.compression, config.filters
         # a leaky ELU's or ReLU's outputs have about 0.7 of its inputs' level, which the gain makes up for
         gain = math.sqrt(2)
         layers = [Conv2d(rngs, 2, filters, (3, 9))]
@@ -106,6 +110,9 @@ class StftDiscriminator(nnx.Module):
         """wave: float32 [B, S]."""
         spectrum = stft(wave, self.window, self.window // 4)
         x, features = jnp.stack([spectrum.real, spectrum.imag], axis=-1), []
+        if self.compression < 1:  # the floor keeps gradients finite in silence
+            power = jnp.sum(jnp.square(x), axis=-1, keepdims=True) + 1e-6
+            x = x * power ** ((self.compression - 1) / 2)
         for layer in self.layers:
             x = jax.nn.leaky_relu(layer(x), 0.2)
             features.append(x)
