@@ -76,23 +76,21 @@ def forward_flops(model: ChromaConfig, row: RowShape, loss: LossConfig) -> PartF
     return PartFlops(row.blocks * audio_encoder(c.reasoner.audio), text, backbone, frames * frame)
 
 
-def train_flops(forward: PartFlops, trained: set[str]) -> float:
+def train_flops(forward: PartFlops, trained: set[str]) -> PartFlops:
     """FLOPs of one row's training step. trained: first two path elements of the trained weights, such as "reasoner/text".
 
     The backward pass costs twice the forward one where weights are trained, once where gradients only pass through, and
     nothing below the last trained weight.
     """
-    has = {
-        "audio_encoder": any(t.startswith("reasoner/audio") for t in trained),
-        "text_model": any(t.startswith("reasoner/") and not t.startswith("reasoner/audio") for t in trained),
-        "backbone": any(t.startswith(("backbone/", "audio_embedding/")) for t in trained),
-        "decoder": any(t.startswith("decoder/") for t in trained),
-    }
-    total, below = 0.0, False
-    for part in ("audio_encoder", "text_model", "backbone"):
-        total += getattr(forward, part) * (1 + 2 * has[part] + (below and not has[part]))
-        below |= has[part]
-    return total + forward.decoder * (1 + 2 * has["decoder"] + (has["backbone"] and not has["decoder"]))
+    has = PartFlops(
+        audio_encoder=any(t.startswith("reasoner/audio") for t in trained),
+        text_model=any(t.startswith("reasoner/") and not t.startswith("reasoner/audio") for t in trained),
+        backbone=any(t.startswith(("backbone/", "audio_embedding/")) for t in trained),
+        decoder=any(t.startswith("decoder/") for t in trained),
+    )
+    below = (False, has.audio_encoder, has.audio_encoder or has.text_model, has.backbone)
+    passes = (1 + 2 * own + (through and not own) for own, through in zip(has, below))
+    return PartFlops(*(part * times for part, times in zip(forward, passes)))
 
 
 class PartSize(NamedTuple):

@@ -18,10 +18,13 @@ from tiny import replace
 
 from chroma_jax.config import dump
 from chroma_jax.errors import ChromaError
+from chroma_jax.features import log_mel
 from chroma_jax.layers.sharding import AxisRules, MeshConfig, make_mesh, state_shardings
+from chroma_jax.models.audio_encoder import cut_blocks
 from chroma_jax.models.chroma import Chroma
 from chroma_jax.paths import values
 from chroma_jax.training.checkpoint import Checkpoints
+from chroma_jax.training.codec.teacher import audio_encoder, hearing
 from chroma_jax.training.loss import LossConfig, choose_frames, cross_entropy, frame_losses, hearing_loss
 from chroma_jax.training.metrics import read_lines
 from chroma_jax.training.optimizer import OptimizerConfig, split_trainable
@@ -323,3 +326,20 @@ def test_no_step_is_compiled_twice(tiny_prepared, batch):
             lambda a, x: (a.shape, a.dtype, a.sharding) == (x.shape, x.dtype, x.sharding), trainer.abstract, state
         )
         assert all(jax.tree.leaves(same))
+
+
+def test_a_run_s_audio_encoder_teaches_a_codec(tiny_prepared, straight):
+    """What the teacher hears of 24 kHz sound is what the Reasoner hears of the same sound at 16 kHz."""
+    run, model = straight[0], tiny_prepared[0].model
+    rng = np.random.default_rng(0)
+    low, high = (np.arange(int(2.4 * rate)) / rate for rate in (16_000, 24_000))
+    tones = rng.uniform(100, 6000, 12), rng.uniform(0, 6.3, 12)
+    sound = lambda time: 0.1 * np.sin(2 * np.pi * np.outer(time, tones[0]) + tones[1]).sum(1) * (1 + np.sin(9 * time))
+    encoder = audio_encoder(run)
+    heard = jax.jit(hearing(encoder, 24_000))(jnp.asarray(sound(high)[None], jnp.float32))
+    assert heard.shape == (1, 120, model.reasoner.audio.width)
+    mel, lengths = cut_blocks(log_mel(sound(low)), model.reasoner.audio.block_frames)
+    expected = encoder.norm(encoder.attend(encoder.front(mel, lengths, jnp.float32), lengths)).reshape(1, -1, heard.shape[2])
+    # single precision and another sum over the window; the last block's attention sees the right edge, which is reflected
+    np.testing.assert_allclose(heard[:, :100], expected[:, :100], atol=0.02)
+    assert np.std(expected) > 0.5

@@ -8,10 +8,12 @@ so the same model code runs on one device.
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -92,20 +94,34 @@ class AxisRules:
 RULES = AxisRules()
 
 
-def make_mesh(config: MeshConfig, devices=None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Mesh over the first ``config.num_devices`` devices, every axis explicit.
 
-    Raises: ChromaError when there are too few devices.
+    Axes lie on the links of a TPU slice as well as they can. Several slices divide the axis ``data``, so that between them only
+    gradients travel. Raises: ChromaError when there are too few devices, or ``data`` is not a multiple of the slices.
     """
     devices = jax.devices() if devices is None else devices
+    wanted = dict(zip(MESH_AXES, config.shape))
     if min(config.shape) < 1:
-        raise ChromaError(f"mesh axes must be at least 1, got {dict(zip(MESH_AXES, config.shape))}")
+        raise ChromaError(f"mesh axes must be at least 1, got {wanted}")
     if len(devices) < config.num_devices:
-        raise ChromaError(f"mesh {dict(zip(MESH_AXES, config.shape))} needs {config.num_devices} devices, {len(devices)} present")
-    if config.num_devices == len(devices):
-        return jax.make_mesh(config.shape, MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES), devices=devices)
-    chosen = np.asarray(devices[: config.num_devices]).reshape(config.shape)
-    return Mesh(chosen, MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES))
+        raise ChromaError(f"mesh {wanted} needs {config.num_devices} devices, {len(devices)} present")
+    devices = devices[: config.num_devices]
+    slices: dict[int, list[jax.Device]] = {}
+    for device in devices:
+        slices.setdefault(getattr(device, "slice_index", 0), []).append(device)
+    if config.data % len(slices) or len({len(of) for of in slices.values()}) > 1:
+        raise ChromaError(f"mesh {wanted}: data must be a multiple of the {len(slices)} slices, each used as a whole")
+    shape = (config.data // len(slices), *config.shape[1:])
+    grid = np.concatenate([arranged(shape, of) for of in slices.values()])
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES))
+
+
+def arranged(shape: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:
+    """The devices of one slice in the shape of a mesh."""
+    if devices[0].platform == "tpu" and len(devices) > 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return np.asarray(devices).reshape(shape)
 
 
 def active() -> bool:

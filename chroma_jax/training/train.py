@@ -98,7 +98,7 @@ class Speaking:
         self.config, self.prepared, self.trainer = config, prepared, trainer
         trained = {"/".join(map(str, path[:2])) for path, _ in nnx.to_flat_state(trainer.abstract.trained)}
         forward = flops.forward_flops(config.model, config.data.row, config.loss)
-        self.step_flops = flops.train_flops(forward, trained) * config.training.global_batch
+        self.step_flops = sum(flops.train_flops(forward, trained)) * config.training.global_batch
         peak = flops.peak_flops(jax.devices()[0])
         self.peak = None if peak is None else peak * config.mesh.num_devices
 

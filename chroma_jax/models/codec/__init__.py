@@ -9,7 +9,7 @@ from chroma_jax.models.codec.codec import (
     check_codes,
     reset_rows,
 )
-from chroma_jax.models.codec.fit import fit_quantizer
+from chroma_jax.models.codec.fit import FitConfig, fit_quantizer
 from chroma_jax.models.codec.quantizer import QuantizerConfig
 from chroma_jax.models.codec.seanet import SeanetConfig
 
@@ -19,6 +19,7 @@ __all__ = [
     "CodecState",
     "DecodeStages",
     "EncodeStages",
+    "FitConfig",
     "QuantizerConfig",
     "SeanetConfig",
     "check_codes",

@@ -3,6 +3,7 @@ over."""
 
 import dataclasses
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +17,13 @@ from chroma_jax.models.codec.quantizer import Codebooks, nearest
 
 @dataclasses.dataclass(frozen=True)
 class FitConfig:
-    """iterations: Lloyd steps per codebook. max_latents: at most so many are used, chosen at random."""
+    """iterations: Lloyd steps per codebook. max_latents: at most so many are used, chosen at random. semantic: what the semantic
+    branch sees of the latents, their principal components as the acoustic one does, or what its projection has been trained to
+    show it."""
 
     iterations: int = 10
     max_latents: int = 65_536
+    semantic: Literal["components", "trained"] = "components"
 
 
 ROWS_AT_A_TIME = 4096  # of the distance matrix, which has codebook_size columns
@@ -76,8 +80,9 @@ def fit_levels(books: Codebooks, z: np.ndarray, key: jax.Array, config: FitConfi
 def fit_quantizer(codec: Codec, latents: np.ndarray, seed: int, config: FitConfig = FitConfig()) -> Codec:
     """A copy of ``codec`` whose quantizer fits ``latents``; the same arguments give the same one.
 
-    Each branch sees the latents' principal components, as many as its codes have channels; k-means makes its codebooks; and the
-    projections out are those by which both branches together come closest to the latents (least squares).
+    Each branch sees the latents' principal components, as many as its codes have channels (the semantic one perhaps its own view,
+    see `FitConfig`); k-means makes its codebooks; and the projections out are those by which both branches together come closest
+    to the latents (least squares).
 
     latents: float32 [N, D], from `Codec.latents`, frames of silence and padding left out. Raises: ChromaError for a wrong
     shape or values that are not finite.
@@ -92,14 +97,13 @@ def fit_quantizer(codec: Codec, latents: np.ndarray, seed: int, config: FitConfi
     codec = nnx.clone(codec)
     branches = codec.quantizer.semantic, codec.quantizer.acoustic
     projected = branches[0].input is not None
-    seen = latents
     if projected:
         components = np.linalg.eigh(latents.T @ latents)[1][:, ::-1][:, : codec.config.quantizer.codebook_dim]
-        seen = latents @ components
-        for branch in branches:
+        for branch in branches[config.semantic == "trained" :]:
             branch.input.kernel[...] = jnp.asarray(components)
+    seen = [latents @ np.asarray(branch.input.kernel[...]) if projected else latents for branch in branches]
     keys = jax.random.split(jax.random.key(seed))
-    made = [fit_levels(branch.codebooks, seen, key, config) for branch, key in zip(branches, keys, strict=True)]
+    made = [fit_levels(branch.codebooks, z, key, config) for branch, z, key in zip(branches, seen, keys, strict=True)]
     if projected:
         both = np.concatenate(made, axis=1)
         ridge = RIDGE * np.trace(both.T @ both) / both.shape[1] * np.eye(both.shape[1])

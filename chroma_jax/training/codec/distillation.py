@@ -5,7 +5,6 @@ frames in S samples; for instance a self-supervised model's last layer, its weig
 stored.
 """
 
-import importlib
 from collections.abc import Callable
 
 import jax
@@ -15,20 +14,6 @@ from chroma_jax.errors import ChromaError
 from chroma_jax.models.codec import CodecConfig
 
 Teacher = Callable[[jax.Array], jax.Array]
-
-
-def load_teacher(name: str) -> Teacher | None:
-    """The function that ``module:function`` names; None for an empty name. Raises ChromaError when there is none."""
-    if not name:
-        return None
-    module, _, function = name.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as e:
-        raise ChromaError(f"recipe.teacher: {name!r} names no function; expected module:function ({e})") from e
-    if not callable(found):
-        raise ChromaError(f"recipe.teacher: {name!r} is a {type(found).__name__}, expected a function of waves")
-    return found
 
 
 def teacher_width(teacher: Teacher, codec: CodecConfig) -> int:

@@ -61,7 +61,8 @@ class CodecRecipe:
     """How a codec is trained, data and duration aside.
 
     quantize_from, judge_from: the steps at which the quantizer and the discriminator join. teacher: of the semantic codebook,
-    ``module:function``, see `chroma_jax.training.codec.distillation`; empty for none. optimizer.freeze names weights of the
+    ``module:function``, or the run folder of a speaking model, see
+    `chroma_jax.training.codec.teacher`; empty for none. optimizer.freeze names weights of the
     codec; with ``encoder``, ``downsample`` and ``quantizer`` frozen only the decoder is trained, and codes stay as they are.
     """
 

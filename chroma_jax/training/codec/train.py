@@ -16,12 +16,12 @@ from chroma_jax.config import CodecRun
 from chroma_jax.errors import ChromaError
 from chroma_jax.evaluation.judges import stoi
 from chroma_jax.layers.sharding import make_mesh
-from chroma_jax.models.codec import fit_quantizer
+from chroma_jax.models.codec import FitConfig, fit_quantizer
 from chroma_jax.paths import values
 from chroma_jax.training.checkpoint import Checkpoints
-from chroma_jax.training.codec.distillation import load_teacher
 from chroma_jax.training.codec.quantize import perplexity
 from chroma_jax.training.codec.step import CodecTrainer, CodecTrainState, Phase, make_codec_trainer
+from chroma_jax.training.codec.teacher import load_teacher
 from chroma_jax.training.loop import check_batch, this_host, train_on
 from chroma_jax.training.metrics import MetricsWriter
 from chroma_jax.training.run_folder import check_run, has_checkpoint, keep
@@ -42,7 +42,7 @@ def train_codec(config: CodecRun, run: Path, prepared: Path, start: Path | None 
     open_waves(prepared, config.model)
     check_batch(config)
     check_run(config, run)
-    teacher = load_teacher(config.recipe.teacher)
+    teacher = load_teacher(config.recipe.teacher, config.model.sampling_rate)
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         trainer = make_codec_trainer(config.model, config.recipe, t.seed, mesh, teacher)
@@ -104,7 +104,8 @@ class CodecTask:
             found.append(np.asarray(self.trainer.latents(state, self.place(next(data)))).reshape(-1, model.width))
         graph, whole = nnx.split(self.trainer.module(state))
         here = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), self.whole(whole))
-        weights = values(nnx.state(fit_quantizer(nnx.merge(graph, here), np.concatenate(found), t.seed)), "codec/")
+        fit = FitConfig(semantic="trained" if self.config.recipe.teacher else "components")
+        weights = values(nnx.state(fit_quantizer(nnx.merge(graph, here), np.concatenate(found), t.seed, fit)), "codec/")
         for branch in ("semantic", "acoustic"):
             books = f"codec/quantizer/{branch}/codebooks"
             mean = weights[f"{books}/cluster_usage"].mean(axis=1, keepdims=True)  # the running usage has a mean of one

@@ -1,0 +1,314 @@
+"""Compiles the training step for TPU chips that are not here, and reads from the program what it will take."""
+
+import collections
+import dataclasses
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from chroma_jax import flops
+from chroma_jax.config import Config
+from chroma_jax.errors import ChromaError
+from chroma_jax.layers.sharding import MESH_AXES, make_mesh
+from chroma_jax.paths import values
+from chroma_jax.planning import hlo
+from chroma_jax.planning.chips import Topology, compile_only_devices, ring_bandwidth
+from chroma_jax.rows import empty_batch
+from chroma_jax.training.state import Trainer, make_trainer
+
+# Windowed products turn gathers of weights into chains of permutes, which cost more than they hide.
+OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000}
+QUICK = {"exec_time_optimization_effort": -1.0}
+SCOPES = ("reasoner", "text_loss", "hearing_loss", "backbone", "frames", "optimizer")
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """HBM of one device, in bytes. capacity: what a program may use."""
+
+    trained: float
+    frozen: float
+    optimizer: float
+    batch: float
+    activations: float
+    program: float
+    capacity: float
+
+    @property
+    def total(self) -> float:
+        return self.trained + self.frozen + self.optimizer + self.batch + self.activations + self.program
+
+    @property
+    def free(self) -> float:
+        """Share of the capacity that is left."""
+        return 1 - self.total / self.capacity
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """What collectives of one kind send over one combination of mesh axes in a step: bytes that pass through each device, and the
+    seconds that its links need for them. hidden: whether it runs beside other work."""
+
+    kind: str
+    axes: str
+    hidden: bool
+    bytes: float
+    seconds: float
+    count: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A training step on one topology. Times are seconds per step; flops are those of the model, per step, by part.
+
+    compute: the compiler's cycles over the clock, by scope and pass. unestimated: work without an estimate, by kind and number.
+    """
+
+    config: str
+    topology: str
+    chips: int
+    mesh: dict[str, int]
+    global_batch: int
+    effort: str
+    memory: Memory
+    flops: dict[str, float]
+    peak_flops: float
+    compute: dict[str, float]
+    traffic: tuple[Traffic, ...]
+    hbm_seconds: float
+    unestimated: dict[str, int]
+    unknown_loops: int
+    positions: int
+    reply_seconds: float
+    compile_seconds: float
+
+    @property
+    def compute_seconds(self) -> float:
+        return sum(self.compute.values())
+
+    @property
+    def hidden_seconds(self) -> float:
+        return sum(t.seconds for t in self.traffic if t.hidden)
+
+    @property
+    def exposed_seconds(self) -> float:
+        return sum(t.seconds for t in self.traffic if not t.hidden)
+
+    @property
+    def step_seconds(self) -> float:
+        """Collectives that run beside other work cost what they take longer than that; the others their whole time."""
+        return max(self.compute_seconds, self.hidden_seconds) + self.exposed_seconds
+
+    @property
+    def roof_seconds(self) -> float:
+        """No program can be faster: products at peak, HBM at full bandwidth, every link busy, each beside the others."""
+        links = self.hidden_seconds + self.exposed_seconds
+        return max(sum(self.flops.values()) / self.peak_flops, self.hbm_seconds, links)
+
+    @property
+    def utilisation(self) -> float:
+        return sum(self.flops.values()) / self.peak_flops / self.step_seconds
+
+    def json(self) -> dict:
+        """All of it as plain values, with what follows from it."""
+        derived = ("compute_seconds", "hidden_seconds", "exposed_seconds", "step_seconds", "roof_seconds", "utilisation")
+        memory = {"total": self.memory.total, "free": self.memory.free}
+        found = dataclasses.asdict(self) | {name: getattr(self, name) for name in derived}
+        return found | {"memory": found["memory"] | memory}
+
+
+@dataclasses.dataclass(frozen=True)
+class Buffer:
+    bytes: float
+    operator: str
+    shape: str
+
+
+class DoesNotFit(ChromaError):
+    """A program that needs more memory than the chip has. needed, capacity: bytes; buffers: the largest ones."""
+
+    def __init__(self, topology: Topology, needed: float, capacity: float, buffers: list[Buffer]):
+        self.topology, self.needed, self.capacity, self.buffers = topology, needed, capacity, buffers
+        super().__init__(
+            f"does not fit on {topology.name}: a device needs {needed / 2**30:.2f} of {capacity / 2**30:.2f} GiB,"
+            f" {(needed - capacity) / 2**30:.2f} too many"
+        )
+
+
+def without_tpu() -> None:
+    """Prepares a process, before JAX is used, for compiling with a libtpu that has no TPU."""
+    settings = {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # a lock file that is left over would end the process
+        "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_STDERR_LOG_LEVEL": "3",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+    }
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)
+    jax.config.update("jax_platforms", "cpu")
+
+
+def plan_training(name: str, config: Config, topology: Topology, *, effort: str = "full") -> tuple[Plan, jax.stages.Compiled]:
+    """Compiles the training step of a configuration. name: for the report. effort: "quick" compiles in a fraction of the time and
+    says whether it fits and what is sent; "full" is what a pod runs.
+
+    Raises: DoesNotFit; ChromaError for a mesh that the topology or the weights do not fit.
+    """
+    devices = compile_only_devices(topology)
+    if config.mesh.num_devices != len(devices):
+        shape = dict(zip(MESH_AXES, config.mesh.shape))
+        raise ChromaError(f"mesh {shape} has {config.mesh.num_devices} devices, {topology.name} has {len(devices)}")
+    mesh = make_mesh(config.mesh, devices)
+    with jax.set_mesh(mesh):
+        trainer = make_trainer(config.model, config.optimizer, config.loss, config.precision, config.training.seed, mesh)
+        batch = abstract_batch(config, trainer)
+        started = time.perf_counter()
+        lowered = trainer.train_step.lower(trainer.abstract, batch)
+        try:
+            compiled = lowered.compile(OPTIONS | (QUICK if effort == "quick" else {}))
+        except jax.errors.JaxRuntimeError as e:
+            raise too_large(topology, str(e)) from e
+        seconds = time.perf_counter() - started
+    module = hlo.parse(compiled.as_text())
+    work = list(hlo.executed(module))
+    chip, row = topology.chip, config.data.row
+    forward = flops.forward_flops(config.model, row, config.loss)
+    trained = {"/".join(path.split("/")[:2]) for path in values(trainer.abstract.trained)}
+    per_row = flops.train_flops(forward, trained)._asdict()
+    rows = config.training.global_batch
+    plan = Plan(
+        config=name,
+        topology=topology.name,
+        chips=topology.num_chips,
+        mesh=dict(zip(MESH_AXES, config.mesh.shape)),
+        global_batch=rows,
+        effort=effort,
+        memory=memory(trainer, batch, compiled, chip.hbm / chip.devices),
+        flops={part: rows * value for part, value in per_row.items()},
+        peak_flops=topology.num_chips * chip.flops,
+        compute=compute(work, chip.clock),
+        traffic=traffic(hlo.collectives(module, work), topology, mesh),
+        hbm_seconds=hlo.hbm_bytes(module, work) / (chip.bandwidth / chip.devices),
+        unestimated=unestimated(work),
+        unknown_loops=sum(not e.known for e in work),
+        positions=rows * (row.positions + row.text),
+        reply_seconds=rows * row.frames / config.model.codec.frame_rate,
+        compile_seconds=seconds,
+    )
+    return plan, compiled
+
+
+def abstract_batch(config: Config, trainer: Trainer):
+    """Shapes and places of a global batch."""
+    c = config.model
+    audio = c.reasoner.audio
+    batch = empty_batch(
+        config.data.row,
+        rows=config.training.global_batch,
+        block_frames=audio.block_frames,
+        mel_bins=audio.mel_bins,
+        codebooks=c.codebooks,
+    )
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=trainer.batch_sharding), batch)
+
+
+def memory(trainer: Trainer, batch, compiled: jax.stages.Compiled, capacity: float) -> Memory:
+    """Arguments by their shardings, the rest as the compiler has it."""
+
+    def held(tree) -> float:
+        return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+    state, found = trainer.abstract, compiled.memory_analysis()
+    kinds = {"trained": held(state.trained), "frozen": held(state.frozen), "optimizer": held((state.step, state.optimizer))}
+    kinds["batch"] = held(batch)
+    # arguments are padded to the chip's tiles; what that adds counts as activations, and so do results that reuse nothing
+    padding = found.argument_size_in_bytes - sum(kinds.values())
+    results = found.output_size_in_bytes - found.alias_size_in_bytes
+    return Memory(
+        **kinds,
+        activations=found.temp_size_in_bytes + padding + results,
+        program=found.generated_code_size_in_bytes,
+        capacity=capacity,
+    )
+
+
+def compute(work: Iterable[hlo.Executed], clock: float) -> dict[str, float]:
+    """Seconds by scope and pass, as "backbone backward"."""
+    found: dict[str, float] = collections.defaultdict(float)
+    for e in work:
+        if e.instruction.cycles:
+            found[where(e.instruction.source)] += e.times * e.instruction.cycles / clock
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def where(source: str) -> str:
+    scope = next((scope for scope in SCOPES if re.search(rf"\b{scope}\b", source)), "other")
+    if "rematted" in source or "checkpoint" in source:
+        return f"{scope} again"
+    return f"{scope} backward" if "transpose(" in source else scope
+
+
+def traffic(found: list[hlo.Collective], topology: Topology, mesh: jax.sharding.Mesh) -> tuple[Traffic, ...]:
+    """Collectives by kind and by the axes that they cross."""
+    sums: dict[tuple, list[float]] = collections.defaultdict(lambda: [0.0, 0.0, 0])
+    for c in found:
+        if len(c.group) < 2:
+            continue
+        key = (c.kind, axes_of(c.group, mesh), c.hidden)
+        sums[key][0] += c.times * c.bytes
+        sums[key][1] += c.times * c.bytes / ring_bandwidth(topology, np.array(c.group), mesh.devices)
+        sums[key][2] += round(c.times)
+    everything = (Traffic(*key, *values) for key, values in sums.items())
+    return tuple(sorted(everything, key=lambda t: -t.seconds))
+
+
+def axes_of(group: tuple[int, ...], mesh: jax.sharding.Mesh) -> str:
+    """The mesh axes along which a group's devices differ: "data fsdp"."""
+    places = np.stack(np.unravel_index(np.array(group), mesh.devices.shape))
+    return " ".join(axis for axis, at in zip(mesh.axis_names, places) if len(set(at.tolist())) > 1)
+
+
+def unestimated(work: Iterable[hlo.Executed]) -> dict[str, int]:
+    """Work that the compiler gives no cycles for, beside what takes none and what links do: how often, by kind."""
+    found: collections.Counter = collections.Counter()
+    for e in work:
+        i = e.instruction
+        if i.cycles is not None or i.opcode.endswith(("-start", "-done")) or i.opcode in hlo.COLLECTIVES:
+            continue
+        if "AllocateBuffer" in i.rest or sum(a.bytes for a in i.arrays) < 4096:
+            continue
+        target = re.search(r'custom_call_target="([^"]*)"', i.rest)
+        found[target[1] if target else i.opcode] += round(e.times)
+    return dict(found.most_common())
+
+
+def too_large(topology: Topology, message: str) -> ChromaError:
+    """What the compiler says of a program without room."""
+    used = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", message)
+    if "RESOURCE_EXHAUSTED" not in message or used is None:
+        return ChromaError(f"{topology.name}: the compiler failed: {message.strip().splitlines()[0][:300]}")
+    buffers = [
+        Buffer(size(*found[:2]), found[2].strip(), found[3].strip())
+        for found in re.findall(r"Size: ([\d.]+)([KMGT]?)\w*\n(?:\s*Operator: (?:op_name=)?([^\n]*)\n)?\s*Shape: ([^\n]*)", message)
+    ]
+    return DoesNotFit(topology, size(used[1], used[2]), size(used[3], used[4]), buffers[:10])
+
+
+def size(number: str, unit: str) -> float:
+    return float(number) * 1024.0 ** " KMGT".index(unit or " ")
+
+
+def write(plan: Plan, path: Path) -> None:
+    """The plan as JSON; whole or not at all."""
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(json.dumps(plan.json(), indent=1) + "\n")
+    aside.replace(path)

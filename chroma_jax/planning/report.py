@@ -1,0 +1,97 @@
+"""Plans as pages to read."""
+
+from collections.abc import Sequence
+
+from chroma_jax.planning.plan import DoesNotFit, Plan
+
+GIB = 2.0**30
+TIGHT = 0.05  # share of memory that should stay free: the runtime and fragmentation take some
+
+
+def page(plan: Plan, dollars_per_chip_hour: float | None = None) -> str:
+    """One plan: memory, FLOPs, time and what an hour brings."""
+    m, total_flops = plan.memory, sum(plan.flops.values())
+    mesh = " × ".join(f"{axis} {n}" for axis, n in plan.mesh.items() if n > 1) or "one device"
+    devices = " (two devices a chip)" if plan.topology.startswith("tpu7x") else ""
+    lines = [
+        f"{plan.config} on {plan.topology}: {plan.chips} chips{devices}, mesh {mesh}, {plan.global_batch} rows a step",
+        "",
+        "HBM of a device, GiB",
+    ]
+    kinds = {
+        "trained weights": m.trained,
+        "frozen weights": m.frozen,
+        "optimizer state": m.optimizer,
+        "batch": m.batch,
+        "activations, gradients": m.activations,
+        "program": m.program,
+    }
+    lines += [f"  {name:<28}{value / GIB:>9.2f}" for name, value in kinds.items()]
+    verdict = "fits" if m.free >= TIGHT else "fits, but leaves too little" if m.free >= 0 else "DOES NOT FIT"
+    lines += [f"  {'total':<28}{m.total / GIB:>9.2f} of {m.capacity / GIB:.2f}: {verdict}, {m.free:.1%} free", ""]
+    lines += ["FLOPs of the model a step, TFLOP"]
+    lines += [f"  {part.replace('_', ' '):<28}{value / 1e12:>9.1f}" for part, value in plan.flops.items() if value]
+    lines += [f"  {'total':<28}{total_flops / 1e12:>9.1f}", "", "Time of a step, ms (compiler's cycle estimates × turns of loops)"]
+    lines += [f"  {name:<28}{seconds * 1e3:>9.1f}" for name, seconds in list(plan.compute.items())[:12]]
+    rest = sum(list(plan.compute.values())[12:])
+    lines += [f"  {'everything else':<28}{rest * 1e3:>9.1f}"] if rest else []
+    lines += [f"  {'computing in all':<28}{plan.compute_seconds * 1e3:>9.1f}"]
+    lines += ["Collectives, ms on their links (beside other work, or waited for)"]
+    for t in plan.traffic[:10]:
+        name = f"{t.kind} over {t.axes}"
+        how = "beside" if t.hidden else "waited for"
+        lines += [f"  {name:<28}{t.seconds * 1e3:>9.1f}  {how}, {t.bytes / 1e9:.2f} GB in {t.count}"]
+    lines += [f"  {'beside other work':<28}{plan.hidden_seconds * 1e3:>9.1f}"]
+    lines += [f"  {'waited for':<28}{plan.exposed_seconds * 1e3:>9.1f}", ""]
+    lines += [
+        f"predicted step      {plan.step_seconds * 1e3:9.1f} ms",
+        f"bound by the roof   {plan.roof_seconds * 1e3:9.1f} ms (products {total_flops / plan.peak_flops * 1e3:.1f},"
+        f" HBM {plan.hbm_seconds * 1e3:.1f}, links {(plan.hidden_seconds + plan.exposed_seconds) * 1e3:.1f})",
+        f"utilisation         {plan.utilisation:9.1%} of {plan.peak_flops / 1e15:.2f} PFLOP/s",
+    ]
+    hours = 3600 / plan.step_seconds
+    lines += [
+        f"an hour             {plan.positions * hours / 1e6:9.0f} million positions at most,"
+        f" {plan.reply_seconds * hours / 3600:,.0f} hours of replies"
+    ]
+    if dollars_per_chip_hour is not None:
+        cost = plan.chips * dollars_per_chip_hour
+        lines += [f"cost                {cost:9,.0f} $ an hour, {cost / (plan.positions * hours / 1e9):.2f} $ a billion positions"]
+    if plan.unestimated:
+        named = ", ".join(f"{count} × {kind}" for kind, count in list(plan.unestimated.items())[:6])
+        lines += [f"without an estimate, and so not in the time: {named}"]
+    if plan.unknown_loops:
+        lines += [f"counted once, as their loop does not say how often it turns: {plan.unknown_loops} operations"]
+    lines += [f"compiled in {plan.compile_seconds:.0f} s, effort {plan.effort}"]
+    return "\n".join(lines) + "\n"
+
+
+def does_not_fit(error: DoesNotFit) -> str:
+    """By how much, what is large, and what to change."""
+    lines = [f"DOES NOT FIT: {error}", "", "the largest buffers, GiB"]
+    lines += [f"  {b.bytes / GIB:>8.2f}  {b.shape[:70]}  {b.operator[:90]}" for b in error.buffers]
+    lines += [
+        "",
+        "what helps: fewer rows a step (--training.global_batch), or the same in pieces (--training.accumulate);",
+        "rematerialisation (--model.backbone.remat full, --model.reasoner.text.remat full); more fsdp in the mesh;",
+        "frozen weights in bfloat16 (--precision.frozen); fewer of the Decoder's frames (--loss.decoder_frames)",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def table(found: Sequence[tuple[str, Plan | DoesNotFit]]) -> str:
+    """Several plans, the fastest per row first. found: (what was tried, its outcome)."""
+
+    def rank(item):
+        plan = item[1]
+        return (1, 0.0) if isinstance(plan, DoesNotFit) else (0, plan.step_seconds / plan.global_batch)
+
+    lines = [f"{'mesh, rows, rematerialisation':<58}{'ms/step':>9}{'rows/s':>9}{'used':>7}{'GiB':>8}{'free':>7}"]
+    for name, plan in sorted(found, key=rank):
+        if isinstance(plan, DoesNotFit):
+            lines += [f"{name:<58}{'–':>9}{'–':>9}{'–':>7}{plan.needed / GIB:>8.2f}{'none':>7}"]
+            continue
+        speed = plan.global_batch / plan.step_seconds
+        memory = f"{plan.memory.total / GIB:>8.2f}{plan.memory.free:>7.0%}"
+        lines += [f"{name:<58}{plan.step_seconds * 1e3:>9.1f}{speed:>9.1f}{plan.utilisation:>7.1%}{memory}"]
+    return "\n".join(lines) + "\n"
