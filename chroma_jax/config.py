@@ -119,7 +119,7 @@ def fields(config: Any, prefix: str = "") -> dict[str, Any]:
 def concerns_weights(name: str) -> bool:
     """Whether a field of the model's configuration is a property of its weights, rather than of how they are computed with or
     where they lie. name: dotted, as of `fields`."""
-    return not re.search(r"(^|\.)(remat|rules\..*)$", name)
+    return not re.search(r"(^|\.)(remat|attention|rules\..*)$", name)
 
 
 def dump(config: Config | CodecRun) -> str:

@@ -1,15 +1,19 @@
 """Attention with grouped query heads, over a whole sequence or a cache."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from chroma_jax.layers import rope
+from chroma_jax.layers import rope, splash
 from chroma_jax.layers.linear import Linear, zeros
 from chroma_jax.layers.sharding import RULES, AxisRules, active, leading_spec, reshard
+
+
+Kernel = Literal["plain", "splash"]
 
 
 class Rotation(NamedTuple):
@@ -42,22 +46,38 @@ def causal_mask(segments: jax.Array) -> jax.Array:
     return (segments[:, :, None] == keys[:, None, :]) & (order[:, :, None] >= jnp.arange(segments.shape[1]))
 
 
+class Segments(NamedTuple):
+    """A causal mask within segments that is never spelled out: `chroma_jax.layers.splash` computes with it. ids: int32 [B, T]."""
+
+    ids: jax.Array
+
+
+Mask = jax.Array | Segments
+
+
+def packed(segments: jax.Array, kernel: Kernel) -> Mask:
+    """What the positions of packed rows see, for either way to compute it."""
+    return Segments(segments) if kernel == "splash" else causal_mask(segments)
+
+
 def cached_mask(positions: jax.Array, capacity: int) -> jax.Array:
     """positions: int32 [B, T] of the queries. Returns bool [B, T, S]: cache entries at or before each query."""
     return jnp.arange(capacity) <= positions[:, :, None]
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
     """softmax(q kᵀ / √H) v, softmax in float32.
 
-    q: [B, T, K, G, H]; k, v: [B, S, K, H]; mask: bool [B, T, S]. Returns [B, T, K, G, H].
+    q: [B, T, K, G, H]; k, v: [B, S, K, H]; mask: bool [B, T, S], or `Segments`. Returns [B, T, K, G, H].
     """
+    if isinstance(mask, Segments):
+        return splash.attend(q, k, v, mask.ids)
     if active():  # with the sequence divided, every device needs all keys
         k, v = (reshard(x, P(leading_spec(x, 1)[0], None, leading_spec(x, 3)[2])) for x in (k, v))
     scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     probabilities = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("BKGTS,BSKH->BTKGH", probabilities, v)
+    return checkpoint_name(jnp.einsum("BKGTS,BSKH->BTKGH", probabilities, v), splash.SAVED)
 
 
 class Attention(nnx.Module):
@@ -94,7 +114,7 @@ class Attention(nnx.Module):
             q, k = rope.rotate(q, *rotation), rope.rotate(k, *rotation)
         return q, k, v
 
-    def __call__(self, x: jax.Array, rotation: Rotation | None, mask: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, rotation: Rotation | None, mask: Mask) -> jax.Array:
         return self.o(attend(*self.project(x, rotation), mask))
 
     def cached(

@@ -12,26 +12,32 @@ import jax.numpy as jnp
 from flax import nnx
 
 from chroma_jax.layers import rope
-from chroma_jax.layers.attention import Attention, KVCache, Rotation, cached_mask
+from chroma_jax.layers.attention import Attention, Kernel, KVCache, Mask, Rotation, cached_mask
 from chroma_jax.layers.linear import LayerNorm, Linear, RMSNorm, in_use, weight, zeros
 from chroma_jax.layers.rope import RopeConfig
 from chroma_jax.layers.sharding import RULES, AxisRules
+from chroma_jax.layers.splash import SAVED
 
-Remat = Literal["none", "dots", "full"]
+Remat = Literal["none", "dots", "attention", "full"]
 
 
 def rematerialise(body, policy: Remat):
-    """Wraps a scan body: "none" keeps every activation for the backward pass, "dots" the matrix products without batch
-    axes, "full" only the layer's input."""
+    """Wraps a scan body: "none" keeps every activation for the backward pass, "dots" the matrix products without batch axes,
+    "attention" the layer's input and what attention makes, "full" the input alone."""
     if policy == "none":
         return body
-    saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if policy == "dots" else None
-    return jax.checkpoint(body, policy=saved, prevent_cse=False)
+    policies = jax.checkpoint_policies
+    saved = {
+        "dots": policies.dots_with_no_batch_dims_saveable,
+        "attention": policies.save_only_these_names(SAVED),
+        "full": policies.nothing_saveable,
+    }
+    return jax.checkpoint(body, policy=saved[policy], prevent_cse=False)
 
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """Sizes of a Llama stack."""
+    """Sizes of a Llama stack. attention: how packed rows are computed, "plain" anywhere, "splash" by TPU's kernel."""
 
     num_layers: int
     width: int
@@ -43,6 +49,7 @@ class LlamaConfig:
     qkv_bias: Literal["none", "qkv"] = "none"
     rope: RopeConfig = RopeConfig()
     remat: Remat = "none"
+    attention: Kernel = "plain"
     rules: AxisRules = RULES
 
     def __post_init__(self):
@@ -79,7 +86,7 @@ class LlamaBlock(nnx.Module):
         y = self.mlp_norm(x)
         return x + self.down(jax.nn.silu(self.gate(y)) * self.up(y))
 
-    def __call__(self, x: jax.Array, rotation: Rotation, mask: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, rotation: Rotation, mask: Mask) -> jax.Array:
         return self.mlp(x + self.attention(self.attention_norm(x), rotation, mask))
 
     def cached(self, x, rotation, mask, cache, layer, slots) -> tuple[jax.Array, KVCache]:
@@ -95,8 +102,9 @@ class Llama(nnx.Module):
         self.blocks = LlamaBlock(rngs, config)
         self.norm = RMSNorm(rngs, config.width, config.norm_eps)
 
-    def __call__(self, x: jax.Array, positions: jax.Array, mask: jax.Array) -> jax.Array:
-        """x: [B, T, D]; positions: int32 [B, T]; mask: bool [B, T, T]. Returns [B, T, D] after the final norm."""
+    def __call__(self, x: jax.Array, positions: jax.Array, mask: Mask) -> jax.Array:
+        """x: [B, T, D]; positions: int32 [B, T]; mask: bool [B, T, T], or what `packed` makes of segments. Returns [B, T, D] after
+        the final norm."""
         rotation = self._rotation(positions)
         body = rematerialise(lambda x, block: (block(x, rotation, mask), None), self.config.remat)
         x, _ = jax.lax.scan(body, x, self.blocks)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from chroma_jax.layers.attention import KVCache, causal_mask
+from chroma_jax.layers.attention import KVCache, packed
 from chroma_jax.layers.linear import Embedding, Linear
 from chroma_jax.layers.rope import RopeConfig
 from chroma_jax.layers.sharding import constrain, take_rows
@@ -58,7 +58,7 @@ class Reasoner(nnx.Module):
 
     def __call__(self, embeddings: jax.Array, positions: jax.Array, segments: jax.Array) -> jax.Array:
         """embeddings: [B, L, D]; positions, segments: int32 [B, L]. Returns hidden states after the final norm, [B, L, D]."""
-        return self.text(embeddings, positions, causal_mask(segments))
+        return self.text(embeddings, positions, packed(segments, self.config.text.attention))
 
     def read(self, audio, tokens, positions, segments, audio_index) -> jax.Array:
         """Hidden states of packed rows from encoded speech [B, A, D] and tokens (shapes as in `chroma_jax.rows`). Returns

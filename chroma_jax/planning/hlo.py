@@ -51,9 +51,9 @@ class Instruction:
 
     @property
     def cycles(self) -> float | None:
-        """The compiler's estimate, None where it gives none."""
+        """The compiler's estimate, None where it gives none (for some it prints the largest integer)."""
         found = re.search(r'"estimated_cycles":"(-?\d+)"', self.rest)
-        return max(float(found[1]), 0.0) if found else None
+        return float(found[1]) if found and 0 <= int(found[1]) < 1e15 else None
 
     @property
     def source(self) -> str:

@@ -252,7 +252,7 @@ def compute(work: Iterable[hlo.Executed], clock: float) -> dict[str, float]:
 
 def where(source: str) -> str:
     scope = next((scope for scope in SCOPES if re.search(rf"\b{scope}\b", source)), "other")
-    if "rematted" in source or "checkpoint" in source:
+    if "rematted_computation" in source:
         return f"{scope} again"
     return f"{scope} backward" if "transpose(" in source else scope
 
