@@ -17,6 +17,7 @@ from chroma_jax.streaming.compatibility import Compatibility
 from chroma_jax.training.checkpoint import CheckpointConfig
 from chroma_jax.training.codec.step import CodecRecipe
 from chroma_jax.training.loop import TrainingConfig
+from chroma_jax.training.lora import LoraConfig
 from chroma_jax.training.loss import LossConfig
 from chroma_jax.training.optimizer import OptimizerConfig
 from chroma_jax.training.state import PrecisionConfig
@@ -48,6 +49,7 @@ class Config:
     training: TrainingConfig = TrainingConfig()
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    lora: LoraConfig = LoraConfig()
     precision: PrecisionConfig = PrecisionConfig()
     augment: AugmentConfig = AugmentConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

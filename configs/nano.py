@@ -1,4 +1,5 @@
-"""A laptop-sized Chroma of the same architecture, every part trained from scratch: what the demo trains."""
+"""A laptop-sized Chroma of the same architecture, trained from scratch in three stages: `nano_reasoner` hears and answers in
+text; here Backbone and Decoder learn to speak behind it, as in the report's first stage; `nano_decoder` is its second."""
 
 from chroma_jax.chat import SpecialTokens
 from chroma_jax.config import Config, ReplyConfig, TrainingConfig
@@ -55,21 +56,19 @@ def model() -> ChromaConfig:
 
 
 def config() -> Config:
-    """The joint stage: every part learns from dialogues, and from what else can be made of their recordings."""
-    steps = 6000
+    """The stage of speaking. Start it from a run of nano_reasoner (``train --start``)."""
+    steps = 4000
     return Config(
         model=model(),
         data=DataConfig(
-            row=RowShape(blocks=4, text=288, answers=48, positions=288, frames=80, heard=64),
-            prompts_per_dialogue=12,
+            row=RowShape(blocks=4, text=288, answers=48, positions=288, frames=96, heard=64),
+            prompts_per_dialogue=8,
             curriculum=CurriculumConfig(
                 dialogue=1.0,
-                write=0.5,
-                answer=0.5,
-                read=0.5,
+                read=1.0,
                 proceed=0.15,
                 prompts="any",
-                prompt_seconds=8.0,
+                prompt_seconds=6.0,
                 no_prompt=0.05,
                 speeds=(0.87, 0.93, 1.0, 1.07, 1.15),
                 piece_seconds=6.0,
@@ -77,12 +76,20 @@ def config() -> Config:
         ),
         mesh=MeshConfig(),
         training=TrainingConfig(steps=steps, global_batch=8, eval_every=500, log_every=25),
-        loss=LossConfig(decoder_weight=0.5, text_weight=1.0),
+        loss=LossConfig(decoder_weight=0.5),
         optimizer=OptimizerConfig(
-            learning_rate=2e-3, warmup_steps=100, schedule="cosine", decay_steps=steps - 100, final_factor=0.05, weight_decay=0.1
+            learning_rate=2e-3,
+            warmup_steps=100,
+            schedule="cosine",
+            decay_steps=steps - 100,
+            final_factor=0.05,
+            weight_decay=0.1,
+            freeze=("reasoner/",),
         ),
         precision=PrecisionConfig(compute="float32"),
-        augment=AugmentConfig(gain_db=6.0, noise=0.5, tilt_db=6.0, time_masks=1, time_mask=10, bin_masks=1, bin_mask=12),
+        augment=AugmentConfig(
+            gain_db=6.0, noise=0.5, tilt_db=6.0, time_masks=1, time_mask=10, bin_masks=1, bin_mask=12, frames=0.15
+        ),
         checkpoint=CheckpointConfig(every=500, keep=2),
         reply=ReplyConfig(temperature=0.8, top_k=50),
     )

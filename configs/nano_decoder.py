@@ -1,4 +1,4 @@
-"""The second stage of nano: the Decoder alone, behind everything else frozen. Start it from a run of nano (``train --start``)."""
+"""The last stage of nano: the Decoder alone, behind everything else frozen. Start it from a run of nano (``train --start``)."""
 
 import dataclasses
 
@@ -11,7 +11,7 @@ def config() -> Config:
     return dataclasses.replace(
         joint,
         training=dataclasses.replace(joint.training, steps=steps, seed=1),
-        loss=dataclasses.replace(joint.loss, decoder_weight=1.0, text_weight=0.0),
+        loss=dataclasses.replace(joint.loss, decoder_weight=1.0),
         optimizer=dataclasses.replace(
             joint.optimizer, learning_rate=1e-3, decay_steps=steps, freeze=("reasoner", "backbone", "audio_embedding")
         ),

@@ -1,4 +1,4 @@
-"""The user's speech made harder to hear, anew each time that training reads it; lengths stay as they are."""
+"""What training reads made harder, anew each time: the user's speech, and the reply so far. Lengths stay as they are."""
 
 import dataclasses
 
@@ -12,7 +12,8 @@ class AugmentConfig:
     gain_db: louder or softer by up to so much. noise: the share of recordings that get noise, its spectrum falling by up to 6 dB
     per octave, at a signal-to-noise ratio drawn from snr_db. tilt_db: highs against lows, up or down by up to so much. Of the
     features (Park et al., arXiv 1904.08779): time_masks and bin_masks, how many stretches of frames and of mel bins are hidden,
-    each of up to time_mask frames (a hundred a second) and bin_mask bins.
+    each of up to time_mask frames (a hundred a second) and bin_mask bins. frames: the share of the frames fed to the Backbone
+    that another frame of the row takes the place of, so that it learns to go on after its own mistakes; targets stay.
     """
 
     gain_db: float = 0.0
@@ -23,6 +24,7 @@ class AugmentConfig:
     time_mask: int = 20
     bin_masks: int = 0
     bin_mask: int = 20
+    frames: float = 0.0
 
     def __post_init__(self):
         for name in ("gain_db", "noise", "tilt_db", "time_masks", "bin_masks"):
@@ -30,6 +32,8 @@ class AugmentConfig:
                 raise ValueError(f"augment.{name} must not be negative, got {getattr(self, name)}")
         if self.snr_db[0] > self.snr_db[1]:
             raise ValueError(f"augment.snr_db {self.snr_db} does not go from low to high")
+        if not 0 <= self.frames <= 1:
+            raise ValueError(f"augment.frames must lie in 0 … 1, got {self.frames}")
 
     def wave(self, wave: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """wave: float32 [S]. Returns float32 [S]."""
@@ -59,6 +63,16 @@ class AugmentConfig:
                 start = rng.integers(0, mel.shape[axis] - length + 1)
                 mel[(slice(None),) * axis + (slice(start, start + length),)] = mean
         return mel
+
+    def codes(self, codes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """codes: int32 [T, Q] of a row, negative where no frame is fed. Returns the same with some frames exchanged."""
+        there = np.flatnonzero(codes[:, 0] >= 0)
+        if not self.frames or not len(there):
+            return codes
+        changed = there[rng.random(len(there)) < self.frames]
+        codes = codes.copy()
+        codes[changed] = codes[rng.choice(there, len(changed))]
+        return codes
 
 
 def decibels(x):

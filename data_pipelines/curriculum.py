@@ -26,12 +26,13 @@ READ_ALOUD = "Say: "
 class CurriculumConfig:
     """What is made of the train split in every pass over it; valid and test hold their dialogues alone.
 
-    dialogue, listen, write, answer, read: how often a pass has each dialogue; each dialogue, heard but answered in text alone; each
-    recording, heard and written down; each dialogue in text alone; each recording, read aloud. Below 1, that share of them is drawn. proceed: the same of recordings that are
-    continued from somewhere within; those below the folders ``unwritten``, which have no transcript, are so once a pass.
-    prompts: "references" are the voice's own; "any" are one or more recordings of the voice, up to prompt_seconds. no_prompt: the
-    share of spoken replies that have none. speeds: at which a voice is played, drawn for each example: for the user, and for a
-    reply together with its prompt. piece_seconds: the longest piece of a recording that is continued.
+    dialogue, listen, write, answer, read: how often a pass has each dialogue; each dialogue, heard but answered in text alone;
+    each recording, heard and written down; each dialogue in text alone; each recording, read aloud. Below 1, that share of them
+    is drawn. proceed: the same of recordings that are continued from somewhere within; those below the folders ``unwritten``,
+    which have no transcript, are so once a pass. prompts: "references" are the voice's own; "any" are one or more recordings of
+    the voice, up to prompt_seconds. no_prompt: the share of spoken replies that have none. speeds: at which a voice is played,
+    drawn for each example: for the user, and for a reply together with its prompt. piece_seconds: the longest piece of a
+    recording that is continued.
     """
 
     dialogue: float = 1.0
@@ -69,9 +70,10 @@ class Spoken(NamedTuple):
 class Example(NamedTuple):
     """A conversation to be laid out.
 
-    heard, transcription: the user's recording, and what is said in it. said: what the user writes. answer: the text of the reply, None where only sound is wanted.
-    prompt, transcript: recordings of the voice prompt, and what is said in them. reply: recording of the reply, None where only
-    text is wanted. piece: for a recording that is continued, where (of its length) its prompt begins and ends and its reply ends.
+    heard, transcription: the user's recording, and what is said in it. said: what the user writes. answer: the text of the reply,
+    None where only sound is wanted. prompt, transcript: recordings of the voice prompt, and what is said in them. reply:
+    recording of the reply, None where only text is wanted. piece: for a recording that is continued, where (of its length) its
+    prompt begins and ends and its reply ends.
     """
 
     id: str

@@ -213,7 +213,7 @@ def to_example(
 ) -> Batch:
     """A stored row as the model reads it (no leading axis): log-mel features are computed here, for each conversation alone.
 
-    augment, rng: what happens to each user's speech, and by which chance.
+    augment, rng: what happens to each user's speech and to the frames fed, and by which chance.
     """
     lengths = row.arrays["mel_length"]
     mel = np.zeros((len(lengths), block_frames, features.mel_bins), np.float32)
@@ -226,7 +226,8 @@ def to_example(
             raise ChromaError(f"conversation {name}: {valid.sum()} mel frames, packed for {lengths[block : block + len(cut)]}")
         mel[block : block + len(cut)] = cut
         block += len(cut)
-    return Batch(mel=mel, **{name: row.arrays[name] for name in FIELDS})
+    arrays = {name: row.arrays[name] for name in FIELDS}
+    return Batch(mel=mel, **arrays | {"codes": augment.codes(arrays["codes"], rng)})
 
 
 def stack(examples: list[Batch]) -> Batch:

@@ -10,7 +10,7 @@ usage() {
     cat <<'TEXT'
 usage: launch/local.sh COMMAND …
 
-  demo [OUT]       trains a small Chroma on the embedded corpus, lets it answer a spoken question, and exports it
+  demo [OUT]       lets a small trained Chroma answer a spoken question, trains it further, and exports it
   test [ARGS …]    runs the fast tests on the CPU
 
 COMMAND --help tells more. Both first install this package into a virtual environment, unless that is done already.
@@ -25,18 +25,20 @@ TEXT
 
 usage_demo() {
     cat <<'TEXT'
-usage: launch/local.sh demo [OUT] [--steps N] [--fresh]
+usage: launch/local.sh demo [OUT] [--steps N] [--scratch] [--fresh]
 
-Prepares the embedded corpus with the Codec that comes with the code, trains the configuration "nano" in two pieces (the second
-resumes from the checkpoint of the first), answers a question of the test split in a voice that training never heard, and exports
-the weights. Takes some minutes on two CPU cores, plus one or two for the installation. Uses a GPU or TPU if the environment has
-JAX for it (CHROMA_EXTRAS=cuda). Run again, it goes on where it stopped; once all is trained, only the reply and the export are
-redone.
+The weights that come with the code answer a question of the test split in a voice that they never heard. Then the demo prepares
+the embedded corpus, trains the configuration "nano" on it in two pieces (the second resumes from the checkpoint of the first),
+and exports what came out. Takes some minutes on two CPU cores, plus one or two for the installation. Uses a GPU or TPU if the
+environment has JAX for it (CHROMA_EXTRAS=cuda). Run again, it goes on where it stopped; once all is trained, only the reply and
+the export are redone.
 
   OUT          results (default: runs/demo in the repository)
-                 OUT/data     the packed corpus       OUT/reply    reply.wav, reply.txt, reply.png, summary.json
-                 OUT/run      checkpoints, metrics    OUT/export   weights in the released model's layout
-  --steps N    training steps (default: 200)
+                 OUT/reply    reply.wav, reply.txt, reply.png, summary.json
+                 OUT/data     the packed corpus       OUT/run      checkpoints, metrics
+                 OUT/export   weights in the released model's layout
+  --steps N    training steps (default: 100)
+  --scratch    trains from random weights instead of those that come with the code
   --fresh      starts over: removes OUT first, if the demo made it
 TEXT
 }
@@ -147,7 +149,7 @@ PY
 }
 
 demo() {
-    local out='' steps=200 fresh=no picked recording voice transcript question
+    local out='' steps=100 fresh=no scratch=no picked recording voice transcript question
     while (($#)); do
         case $1 in
         -h | --help)
@@ -155,6 +157,7 @@ demo() {
             return
             ;;
         --fresh) fresh=yes ;;
+        --scratch) scratch=yes ;;
         --steps)
             [[ ${2-} =~ ^[1-9][0-9]*$ ]] || die "demo: --steps wants a positive number, got '${2-}'"
             steps=$2
@@ -188,26 +191,32 @@ demo() {
         read -r transcript
         read -r question
     } <<<"$picked"
-    local -a less=(--data.prompts_per_dialogue 1 --data.curriculum.speeds 1.0) # one pass, each voice at its own speed
+    begin "1/5 answering \"$question\" in the voice of $(basename "$voice") → $out/reply"
+    chroma reply nano --question "$recording" --reference "$voice" --transcript "$transcript" --out "$out/reply"
 
-    begin "1/5 preparing the corpus → $out/data"
+    local -a less=(--data.prompts_per_dialogue 1 --data.curriculum.speeds 1.0) # one pass, each voice at its own speed
+    begin "2/5 preparing the corpus → $out/data"
     chroma prepare nano "$out/data" --codec codec_nano "${less[@]}"
     set -- --prepared "$out/data" "${less[@]}" --optimizer.decay_steps "$steps" --training.eval_every 50 --checkpoint.every 50
-    begin "2/5 training to step $(((steps + 1) / 2)) → $out/run"
+    if [[ $scratch == yes ]]; then
+        set -- "$@" --loss.text_weight 1 --optimizer.freeze # nothing
+    else
+        [[ -d $out/start ]] || chroma convert import nano "$out/start" --onto nano
+        set -- "$@" --start "$out/start" --optimizer.learning_rate 2e-4
+    fi
+    begin "3/5 training to step $(((steps + 1) / 2)) → $out/run"
     chroma train nano "$out/run" "$@" --training.steps $(((steps + 1) / 2))
-    begin "3/5 resuming, to step $steps"
+    begin "4/5 resuming, to step $steps"
     chroma train nano "$out/run" "$@" --training.steps "$steps"
-    begin "4/5 answering \"$question\" in the voice of $(basename "$voice") → $out/reply"
-    chroma reply "$out/run" --question "$recording" --reference "$voice" --transcript "$transcript" --out "$out/reply"
     begin "5/5 exporting the weights → $out/export"
     rm -rf -- "$out/export" # of an earlier run
     chroma export "$out/run" "$out/export"
 
     begin "done; everything is in $out"
     cat <<'TEXT'
+  reply/     reply.wav, reply.txt, reply.png, summary.json
   data/      the packed corpus
   run/       config.txt, metrics.jsonl, tensorboard/, checkpoints/
-  reply/     reply.wav, reply.txt, reply.png, summary.json
   export/    the weights in the released model's layout
 TEXT
 }

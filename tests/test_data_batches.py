@@ -105,10 +105,24 @@ def test_features_are_those_of_each_recording_alone(dataset):
 
 
 def test_augmentation_is_the_same_after_a_resume(dataset):
-    harder = AugmentConfig(gain_db=6.0, noise=0.5, tilt_db=6.0, time_masks=1, bin_masks=1)
+    harder = AugmentConfig(gain_db=6.0, noise=0.5, tilt_db=6.0, time_masks=1, bin_masks=1, frames=0.3)
     whole = stream(dataset, 4, augment=harder)
     assert_same(stream(dataset, 2, augment=harder, position=2)[1], whole[3])
-    assert not np.array_equal(whole[0].mel, stream(dataset, 1)[0].mel)
+    plain = stream(dataset, 1)[0]
+    assert not np.array_equal(whole[0].mel, plain.mel)
+    for name in set(Batch._fields) - {"mel", "codes"}:  # what is to be predicted stays
+        np.testing.assert_array_equal(getattr(whole[0], name), getattr(plain, name))
+
+
+def test_exchanged_frames_are_frames_of_the_row_and_as_many_as_asked_for():
+    rng = np.random.default_rng(0)
+    codes = np.arange(8000, dtype=np.int32).reshape(2000, 4)
+    codes[::2] = -1
+    changed = AugmentConfig(frames=0.2).codes(codes, rng)
+    differs = (changed != codes).any(axis=1)
+    assert 0.15 < differs[1::2].mean() < 0.25 and not differs[::2].any()
+    assert {tuple(frame) for frame in changed[1::2]} <= {tuple(frame) for frame in codes[1::2]}
+    assert AugmentConfig().codes(codes, None) is codes
 
 
 def test_noise_has_the_level_that_is_asked_for_and_masks_hide_what_they_say():

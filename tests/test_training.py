@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -25,11 +26,11 @@ from chroma_jax.models.chroma import Chroma
 from chroma_jax.paths import values
 from chroma_jax.training.checkpoint import Checkpoints
 from chroma_jax.training.codec.teacher import audio_encoder, hearing
-from chroma_jax.training.loss import LossConfig, choose_frames, cross_entropy, frame_losses, hearing_loss
+from chroma_jax.training.loss import LossConfig, choose_frames, cross_entropy, frame_losses, hearing_loss, text_losses
 from chroma_jax.training.metrics import read_lines
 from chroma_jax.training.optimizer import OptimizerConfig, split_trainable
 from chroma_jax.training.state import make_trainer
-from chroma_jax.training.train import place, train
+from chroma_jax.training.train import place, train, trainer_of
 from data_pipelines.records import batches
 
 
@@ -134,6 +135,24 @@ def test_cross_entropy_is_the_negative_log_likelihood():
     assert nll[1] == 0 and hit[1] == 0 and hit[2] == 1
 
 
+def test_text_logits_in_pieces_give_the_same_loss_and_gradient(tiny_prepared, batch):
+    """23 answers at a time, which does not divide them."""
+    config, _ = tiny_prepared
+    model = jax.jit(lambda: Chroma(nnx.Rngs(0), config.model))()
+    answers = jax.random.normal(jax.random.key(0), (*batch.answer_token.shape, config.model.backbone.width))
+
+    @partial(jax.jit, static_argnums=1)
+    def run(answers, chunk):
+        found = lambda x: text_losses(model.reasoner, x, batch.answer_token, chunk)
+        return found(answers), jax.grad(lambda x: found(x)[0])(answers)
+
+    (nll, hits), gradient = run(answers, 23)
+    (all_nll, all_hits), whole = run(answers, 0)
+    np.testing.assert_allclose(nll, all_nll, rtol=1e-6)  # float32 sums in another order
+    assert hits == all_hits
+    np.testing.assert_allclose(gradient, whole, atol=1e-6)
+
+
 def test_the_hearing_loss_sums_over_all_ways_to_spell(tiny_prepared, batch):
     """Against the sum over every sequence of outputs that reads as the tokens once repetitions and blanks are left out."""
     config, _ = tiny_prepared
@@ -149,9 +168,7 @@ def test_the_hearing_loss_sums_over_all_ways_to_spell(tiny_prepared, batch):
     audio = np.zeros((1, 100, table.shape[1]), np.float32)
     audio[0, :valid, 1:4] = rng.uniform(0.1, 2, (valid, 3))
     audio[0, valid:50, 1] = 9.0  # padding, to be taken for silence
-    heard = batch._replace(
-        mel_length=np.array([[4 * valid, 0]]), heard_token=np.array([spoken + [-1] * 5], np.int32)
-    )
+    heard = batch._replace(mel_length=np.array([[4 * valid, 0]]), heard_token=np.array([spoken + [-1] * 5], np.int32))
     shares = jax.nn.softmax(jnp.asarray(audio[0, :valid]) @ table.T)[:, np.array([7, 3, blank])]
     likelihood = 0.0
     for way in itertools.product(range(3), repeat=valid):
@@ -159,7 +176,7 @@ def test_the_hearing_loss_sums_over_all_ways_to_spell(tiny_prepared, batch):
         if [token for token in read if token is not None] == spoken:
             likelihood += float(np.prod([shares[t, token] for t, token in enumerate(way)]))
     found = jax.jit(lambda audio: hearing_loss(reasoner, audio, heard, blank))(audio)
-    np.testing.assert_allclose(found, -np.log(likelihood) / 3, rtol=1e-5)
+    np.testing.assert_allclose(found, -np.log(likelihood), rtol=1e-5)
     # three tokens, of which two are the same, do not fit into three outputs; such a row counts nothing
     crowded = heard._replace(mel_length=np.array([[4 * 3, 0]]))
     assert hearing_loss(reasoner, jnp.asarray(audio), crowded, blank) == 0
@@ -175,6 +192,25 @@ def test_a_reasoner_is_trained_alone_without_computing_the_rest(tiny_prepared, b
     assert "c0_loss" not in metrics and metrics["text_loss"] > 0 and metrics["hearing_loss"] > 0
     expected = metrics["text_loss"] + 0.5 * metrics["hearing_loss"]
     np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("pieces", [2, 4])
+def test_a_step_in_pieces_is_the_step_at_once(tiny_prepared, batch, pieces):
+    """Rows have different numbers of targets, so that the mean of the pieces' means would be something else."""
+    config = tiny_prepared[0]
+    mesh = make_mesh(MeshConfig(data=2))
+    with jax.set_mesh(mesh):
+        found = []
+        for accumulate in (1, pieces):
+            trainer = trainer_of(replace(config, "training.accumulate", accumulate), mesh)
+            state, metrics = trainer.train_step(trainer.init(), place(batch, trainer))
+            found.append((jax.device_get(metrics), jax.device_get(state.trained)))
+    (metrics, weights), (others, other_weights) = found
+    for name, value in metrics.items():
+        np.testing.assert_allclose(others[name], value, rtol=1e-5, err_msg=name)  # float32 sums in another order
+    for a, b in zip(jax.tree.leaves(weights), jax.tree.leaves(other_weights), strict=True):
+        # Adam's first step is the sign of the gradient times the learning rate, whatever the gradient's size
+        assert np.mean(np.abs(a - b) > 1e-4) < 0.01
 
 
 def test_frozen_parts_have_no_gradient_and_no_moments(tiny_prepared, batch):

@@ -23,6 +23,7 @@ from chroma_jax.files import check_new, write_json, written_aside
 from chroma_jax.paths import values
 from chroma_jax.streaming.load import check_complete
 from chroma_jax.training.checkpoint import Checkpoints
+from chroma_jax.training.lora import restored
 
 DType = Literal["stored", "float32", "bfloat16"]
 
@@ -73,7 +74,7 @@ def stored_weights(run: Path, config: Config) -> dict[str, jax.Array]:
         check_complete(run, expected.keys() - held.keys())
         wanted = {path: jax.ShapeDtypeStruct(shape, held[path].dtype, sharding=first) for path, shape in expected.items()}
         print(f"reading {run}: {sum(math.prod(x.shape) * x.dtype.itemsize for x in wanted.values()) / 1e9:.2f} GB of weights")
-        weights = checkpoints.restore_weights(wanted)
+        weights = restored(checkpoints, wanted, config.lora)
     return weights | values(read_codec(run / CODEC, config.model), "codec/")
 
 

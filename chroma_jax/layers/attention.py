@@ -12,7 +12,6 @@ from chroma_jax.layers import rope, splash
 from chroma_jax.layers.linear import Linear, zeros
 from chroma_jax.layers.sharding import RULES, AxisRules, active, leading_spec, reshard
 
-
 Kernel = Literal["plain", "splash"]
 
 

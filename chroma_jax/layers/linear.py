@@ -25,16 +25,19 @@ def ones(key, shape, dtype):
     return jnp.ones(shape, dtype)
 
 
-def weight(rngs: nnx.Rngs, dims: Dims | tuple, init: Callable, *, layers: int | None = None, dtype=jnp.float32) -> nnx.Param:
+def weight(
+    rngs: nnx.Rngs, dims: Dims | tuple, init: Callable, *, layers: int | None = None, inputs: int = 0, dtype=jnp.float32
+) -> nnx.Param:
     """A parameter with logical axes.
 
     dims: logical axis → size, or (axis, size) pairs where an axis occurs twice. layers: when given, one such weight per
-    layer, stacked on a leading axis ``layers`` for the scan.
+    layer, stacked on a leading axis ``layers`` for the scan. inputs: of a matrix, how many of its axes are those that it is
+    multiplied over; the others are its outputs.
     """
     pairs = tuple(dims.items() if isinstance(dims, dict) else dims)
     pairs = ((("layers", layers),) if layers is not None else ()) + pairs
     axes, shape = tuple(a for a, _ in pairs), tuple(s for _, s in pairs)
-    return nnx.Param(init(rngs.params(), shape, dtype), axes=axes)
+    return nnx.Param(init(rngs.params(), shape, dtype), axes=axes, inputs=inputs)
 
 
 def in_use(param: nnx.Param, dtype, rules: AxisRules = RULES) -> jax.Array:
@@ -66,19 +69,46 @@ class Linear(nnx.Module):
         self.num_inputs = len(inputs)
         self.rules = rules
         fan_in = math.prod(inputs.values())
-        self.kernel = weight(rngs, tuple(inputs.items()) + tuple(outputs.items()), normal(fan_in**-0.5), layers=layers)
+        dims = tuple(inputs.items()) + tuple(outputs.items())
+        self.kernel = weight(rngs, dims, normal(fan_in**-0.5), layers=layers, inputs=len(inputs))
         self.bias = None if bias is None else weight(rngs, outputs, bias, layers=layers)
+        self.lora: Lora | None = None  # see `chroma_jax.training.lora`
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = in_use(self.kernel, x.dtype, self.rules)
-        lead = x.ndim - self.num_inputs
-        contracting = (tuple(range(lead, x.ndim)), tuple(range(self.num_inputs)))
-        out = None
-        if active():
-            axes = self.kernel.get_metadata()["axes"][-kernel.ndim :][self.num_inputs :]
-            out = P(*leading_spec(x, lead), *self.rules.in_use(axes))
-        y = jax.lax.dot_general(x, kernel, (contracting, ((), ())), out_sharding=out)
-        return y if self.bias is None else y + in_use(self.bias, x.dtype, self.rules)
+        y = product(x, self.kernel, self.num_inputs, self.rules)
+        y = y if self.bias is None else y + in_use(self.bias, x.dtype, self.rules)
+        return y if self.lora is None else y + self.lora(x, self.num_inputs, self.rules)
+
+
+def product(x: jax.Array, weight: nnx.Param, num_inputs: int, rules: AxisRules) -> jax.Array:
+    """x's last axes times a weight's first ones."""
+    kernel = in_use(weight, x.dtype, rules)
+    lead = x.ndim - num_inputs
+    contracting = (tuple(range(lead, x.ndim)), tuple(range(num_inputs)))
+    out = None
+    if active():
+        axes = weight.get_metadata()["axes"][-kernel.ndim :][num_inputs:]
+        out = P(*leading_spec(x, lead), *rules.in_use(axes))
+    return jax.lax.dot_general(x, kernel, (contracting, ((), ())), out_sharding=out)
+
+
+class Lora(nnx.Module):
+    """What is added to a product: scale · (x · down) · up (Hu et al., arXiv 2106.09685). up starts as zero."""
+
+    def __init__(self, rngs: nnx.Rngs, kernel: nnx.Param, rank: int, scale: float):
+        """kernel: the weight that it stands beside, perhaps stacked over layers, perhaps abstract."""
+        axes, inputs = kernel.get_metadata()["axes"], kernel.get_metadata()["inputs"]
+        dims = list(zip(axes, kernel.shape, strict=True))
+        lead = dims[:1] if axes[0] == "layers" else []
+        inner, outer = dims[len(lead) : len(lead) + inputs], dims[len(lead) + inputs :]
+        layers = lead[0][1] if lead else None
+        fan_in = math.prod(size for _, size in inner)
+        self.scale = scale
+        self.down = weight(rngs, (*inner, ("rank", rank)), normal(fan_in**-0.5), layers=layers, inputs=inputs)
+        self.up = weight(rngs, (("rank", rank), *outer), zeros, layers=layers, inputs=1)
+
+    def __call__(self, x: jax.Array, num_inputs: int, rules: AxisRules) -> jax.Array:
+        return product(product(x, self.down, num_inputs, rules), self.up, 1, rules) * self.scale
 
 
 class Embedding(nnx.Module):

@@ -72,6 +72,7 @@ class AxisRules:
     kernel: tuple[str, ...] = ()
     norm: tuple[str, ...] = ()
     width: tuple[str, ...] = ()  # a second model width of the same weight
+    rank: tuple[str, ...] = ()  # between the two matrices of LoRA
 
     def at_rest(self, axes: tuple[str | None, ...]) -> P:
         """PartitionSpec of an array as it is stored."""

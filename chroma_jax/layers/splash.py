@@ -75,9 +75,7 @@ def make(groups: int, queries: int, keys: int, offset: int, interpret: bool):
         block_kv_dkv_compute=kv,
         use_fused_bwd_kernel=True,
     )
-    return kernel.make_splash_mqa_single_device(
-        mask, block_sizes=sizes, residual_checkpoint_name=SAVED, interpret=interpret
-    )
+    return kernel.make_splash_mqa_single_device(mask, block_sizes=sizes, residual_checkpoint_name=SAVED, interpret=interpret)
 
 
 def block(length: int, most: int = 1024) -> int:

@@ -103,8 +103,8 @@ class Llama(nnx.Module):
         self.norm = RMSNorm(rngs, config.width, config.norm_eps)
 
     def __call__(self, x: jax.Array, positions: jax.Array, mask: Mask) -> jax.Array:
-        """x: [B, T, D]; positions: int32 [B, T]; mask: bool [B, T, T], or what `packed` makes of segments. Returns [B, T, D] after
-        the final norm."""
+        """x: [B, T, D]; positions: int32 [B, T]; mask: bool [B, T, T], or what `packed` makes of segments. Returns [B, T, D]
+        after the final norm."""
         rotation = self._rotation(positions)
         body = rematerialise(lambda x, block: (block(x, rotation, mask), None), self.config.remat)
         x, _ = jax.lax.scan(body, x, self.blocks)

@@ -17,9 +17,10 @@ from chroma_jax.errors import ChromaError, near
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """flops: peak dense bf16 per second. hbm: bytes that a program may use, as the compiler has them. bandwidth: of HBM, bytes per
-    second. clock: cycles per second. link: bytes per second, each way, of one link to a neighbour. dcn: bytes per second to other
-    slices. torus: the shape whose links wrap around; a dimension that is a multiple of its entry does. devices: that JAX sees.
+    """flops: peak dense bf16 per second. hbm: bytes that a program may use, as the compiler has them. bandwidth: of HBM, bytes
+    per second. clock: cycles per second. link: bytes per second, each way, of one link to a neighbour. dcn: bytes per second to
+    other slices. torus: the shape whose links wrap around; a dimension that is a multiple of its entry does. devices: that JAX
+    sees.
     """
 
     name: str

@@ -2,8 +2,8 @@
 they turn.
 
 The compiler writes an estimate of its cycles to every fusion, copy and product; a loop's turns stand in its condition; what lies
-in the chip's vector memory is marked S(1), all else lies in HBM. XLA's own cost analysis counts a loop's body once, which makes it
-useless for a scanned model.
+in the chip's vector memory is marked S(1), all else lies in HBM. XLA's own cost analysis counts a loop's body once, which makes
+it useless for a scanned model.
 """
 
 import dataclasses
@@ -20,7 +20,8 @@ BITS |= {"s32": 32, "u32": 32, "f32": 32, "s64": 64, "u64": 64, "f64": 64, "c64"
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 # no work of their own: names for data, or the ends of asynchronous operations that were counted where they began
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id", "iota"}
-FREE |= {"add-dependency", "opt-barrier", "domain", "send", "send-done", "recv", "recv-done", "infeed", "outfeed"}
+FREE |= {"add-dependency", "opt-barrier", "domain", "send-done", "recv", "recv-done", "infeed", "outfeed"}
+BETWEEN_SLICES = "send between slices"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,6 +206,10 @@ def collectives(module: Module, work: Iterable[Executed]) -> list[Collective]:
         i, inside = e.instruction, [e.instruction]
         if i.opcode.endswith("-done"):
             continue  # counted where it began
+        if i.opcode == "send":
+            if "megascale" in i.rest:  # what the runtime passes on to other slices, by way of the hosts
+                found.append(Collective(BETWEEN_SLICES, i.arrays[0].bytes, (), e.times, True, i.source))
+            continue
         if i.opcode in ("fusion", "async-start"):
             inside = list(module.computations.get(i.attribute("calls"), {}).values())
         for c in inside:
@@ -221,7 +226,8 @@ def collectives(module: Module, work: Iterable[Executed]) -> list[Collective]:
 
 
 def passing(kind: str, sent: float, result: float, devices: int) -> float:
-    """Bytes that pass through each device of a ring, in both directions together. sent, result: a device's operands and results."""
+    """Bytes that pass through each device of a ring, in both directions together. sent, result: a device's operands and
+    results."""
     share = (devices - 1) / max(devices, 1)
     if kind == "all-gather":
         return result * share
@@ -269,7 +275,7 @@ def hbm_bytes(module: Module, work: Iterable[Executed]) -> float:
 def traffic(module: Module, e: Executed) -> tuple[float, float]:
     """(read, written) by one run of an instruction."""
     i, within = e.instruction, e.within
-    if i.opcode.endswith("-start"):
+    if i.opcode.endswith("-start") or i.opcode == "send":
         return 0.0, 0.0  # counted where it is done
     shape, opcode, operands = i.arrays, i.opcode, i.operands
     if opcode.endswith("-done"):

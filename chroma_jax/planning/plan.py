@@ -21,7 +21,8 @@ from chroma_jax.paths import values
 from chroma_jax.planning import hlo
 from chroma_jax.planning.chips import Topology, compile_only_devices, ring_bandwidth
 from chroma_jax.rows import empty_batch
-from chroma_jax.training.state import Trainer, make_trainer
+from chroma_jax.training.state import Trainer
+from chroma_jax.training.train import trainer_of
 
 # Windowed products turn gathers of weights into chains of permutes, which cost more than they hide.
 OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000}
@@ -71,7 +72,6 @@ class Plan:
     compute: the compiler's cycles over the clock, by scope and pass. unestimated: work without an estimate, by kind and number.
     """
 
-    config: str
     topology: str
     chips: int
     mesh: dict[str, int]
@@ -157,9 +157,9 @@ def without_tpu() -> None:
     jax.config.update("jax_platforms", "cpu")
 
 
-def plan_training(name: str, config: Config, topology: Topology, *, effort: str = "full") -> tuple[Plan, jax.stages.Compiled]:
-    """Compiles the training step of a configuration. name: for the report. effort: "quick" compiles in a fraction of the time and
-    says whether it fits and what is sent; "full" is what a pod runs.
+def plan_training(config: Config, topology: Topology, *, effort: str = "full") -> tuple[Plan, jax.stages.Compiled]:
+    """Compiles the training step of a configuration. effort: "quick" compiles in a fraction of the time and says whether it fits
+    and what is sent; "full" is what a pod runs.
 
     Raises: DoesNotFit; ChromaError for a mesh that the topology or the weights do not fit.
     """
@@ -169,7 +169,7 @@ def plan_training(name: str, config: Config, topology: Topology, *, effort: str 
         raise ChromaError(f"mesh {shape} has {config.mesh.num_devices} devices, {topology.name} has {len(devices)}")
     mesh = make_mesh(config.mesh, devices)
     with jax.set_mesh(mesh):
-        trainer = make_trainer(config.model, config.optimizer, config.loss, config.precision, config.training.seed, mesh)
+        trainer = trainer_of(config, mesh)
         batch = abstract_batch(config, trainer)
         started = time.perf_counter()
         lowered = trainer.train_step.lower(trainer.abstract, batch)
@@ -186,7 +186,6 @@ def plan_training(name: str, config: Config, topology: Topology, *, effort: str 
     per_row = flops.train_flops(forward, trained)._asdict()
     rows = config.training.global_batch
     plan = Plan(
-        config=name,
         topology=topology.name,
         chips=topology.num_chips,
         mesh=dict(zip(MESH_AXES, config.mesh.shape)),
@@ -261,12 +260,15 @@ def traffic(found: list[hlo.Collective], topology: Topology, mesh: jax.sharding.
     """Collectives by kind and by the axes that they cross."""
     sums: dict[tuple, list[float]] = collections.defaultdict(lambda: [0.0, 0.0, 0])
     for c in found:
-        if len(c.group) < 2:
+        if c.kind == hlo.BETWEEN_SLICES:
+            axes, bandwidth = "data", topology.chip.dcn / topology.chip.devices
+        elif len(c.group) > 1:
+            axes, bandwidth = axes_of(c.group, mesh), ring_bandwidth(topology, np.array(c.group), mesh.devices)
+        else:
             continue
-        key = (c.kind, axes_of(c.group, mesh), c.hidden)
-        sums[key][0] += c.times * c.bytes
-        sums[key][1] += c.times * c.bytes / ring_bandwidth(topology, np.array(c.group), mesh.devices)
-        sums[key][2] += round(c.times)
+        sums[c.kind, axes, c.hidden][0] += c.times * c.bytes
+        sums[c.kind, axes, c.hidden][1] += c.times * c.bytes / bandwidth
+        sums[c.kind, axes, c.hidden][2] += round(c.times)
     everything = (Traffic(*key, *values) for key, values in sums.items())
     return tuple(sorted(everything, key=lambda t: -t.seconds))
 
@@ -282,7 +284,7 @@ def unestimated(work: Iterable[hlo.Executed]) -> dict[str, int]:
     found: collections.Counter = collections.Counter()
     for e in work:
         i = e.instruction
-        if i.cycles is not None or i.opcode.endswith(("-start", "-done")) or i.opcode in hlo.COLLECTIVES:
+        if i.cycles is not None or i.opcode.endswith(("-start", "-done", "send")) or i.opcode in hlo.COLLECTIVES:
             continue
         if "AllocateBuffer" in i.rest or sum(a.bytes for a in i.arrays) < 4096:
             continue
@@ -298,7 +300,9 @@ def too_large(topology: Topology, message: str) -> ChromaError:
         return ChromaError(f"{topology.name}: the compiler failed: {message.strip().splitlines()[0][:300]}")
     buffers = [
         Buffer(size(*found[:2]), found[2].strip(), found[3].strip())
-        for found in re.findall(r"Size: ([\d.]+)([KMGT]?)\w*\n(?:\s*Operator: (?:op_name=)?([^\n]*)\n)?\s*Shape: ([^\n]*)", message)
+        for found in re.findall(
+            r"Size: ([\d.]+)([KMGT]?)\w*\n(?:\s*Operator: (?:op_name=)?([^\n]*)\n)?\s*Shape: ([^\n]*)", message
+        )
     ]
     return DoesNotFit(topology, size(used[1], used[2]), size(used[3], used[4]), buffers[:10])
 

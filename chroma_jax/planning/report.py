@@ -14,7 +14,7 @@ def page(plan: Plan, dollars_per_chip_hour: float | None = None) -> str:
     mesh = " × ".join(f"{axis} {n}" for axis, n in plan.mesh.items() if n > 1) or "one device"
     devices = " (two devices a chip)" if plan.topology.startswith("tpu7x") else ""
     lines = [
-        f"{plan.config} on {plan.topology}: {plan.chips} chips{devices}, mesh {mesh}, {plan.global_batch} rows a step",
+        f"{plan.topology}: {plan.chips} chips{devices}, mesh {mesh}, {plan.global_batch} rows a step",
         "",
         "HBM of a device, GiB",
     ]
@@ -31,7 +31,11 @@ def page(plan: Plan, dollars_per_chip_hour: float | None = None) -> str:
     lines += [f"  {'total':<28}{m.total / GIB:>9.2f} of {m.capacity / GIB:.2f}: {verdict}, {m.free:.1%} free", ""]
     lines += ["FLOPs of the model a step, TFLOP"]
     lines += [f"  {part.replace('_', ' '):<28}{value / 1e12:>9.1f}" for part, value in plan.flops.items() if value]
-    lines += [f"  {'total':<28}{total_flops / 1e12:>9.1f}", "", "Time of a step, ms (compiler's cycle estimates × turns of loops)"]
+    lines += [
+        f"  {'total':<28}{total_flops / 1e12:>9.1f}",
+        "",
+        "Time of a step, ms (compiler's cycle estimates × turns of loops)",
+    ]
     lines += [f"  {name:<28}{seconds * 1e3:>9.1f}" for name, seconds in list(plan.compute.items())[:12]]
     rest = sum(list(plan.compute.values())[12:])
     lines += [f"  {'everything else':<28}{rest * 1e3:>9.1f}"] if rest else []
@@ -56,7 +60,9 @@ def page(plan: Plan, dollars_per_chip_hour: float | None = None) -> str:
     ]
     if dollars_per_chip_hour is not None:
         cost = plan.chips * dollars_per_chip_hour
-        lines += [f"cost                {cost:9,.0f} $ an hour, {cost / (plan.positions * hours / 1e9):.2f} $ a billion positions"]
+        lines += [
+            f"cost                {cost:9,.0f} $ an hour, {cost / (plan.positions * hours / 1e9):.2f} $ a billion positions"
+        ]
     if plan.unestimated:
         named = ", ".join(f"{count} × {kind}" for kind, count in list(plan.unestimated.items())[:6])
         lines += [f"without an estimate, and so not in the time: {named}"]

@@ -23,6 +23,7 @@ from chroma_jax.models.chroma import Chroma, ChromaConfig
 from chroma_jax.models.codec import Codec
 from chroma_jax.paths import filled, values
 from chroma_jax.training.checkpoint import Checkpoints
+from chroma_jax.training.lora import restored
 from data_pipelines.tokenizer import load_tokenizer
 
 
@@ -94,7 +95,7 @@ def from_checkpoint(run: Path, config: Config, dtype) -> Chroma:
     graph, state = nnx.split(placed(nnx.eval_shape(lambda: Chroma(nnx.Rngs(0), config.model)), dtype))
     with Checkpoints(run, config.checkpoint, access="read") as checkpoints:
         check_complete(run, values(state).keys() - checkpoints.held().keys())
-        return nnx.merge(graph, filled(state, checkpoints.restore_weights(values(state))))
+        return nnx.merge(graph, filled(state, restored(checkpoints, values(state), config.lora)))
 
 
 def check_complete(run: Path, missing: set[str]) -> None:

@@ -21,16 +21,18 @@ from chroma_jax.training.metrics import MetricsWriter, flat
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig:
-    """global_batch: rows per step over all devices. eval_every, log_every: in steps."""
+    """global_batch: rows per step over all devices. accumulate: in how many pieces, one after the other, a speaking model's step
+    computes them. eval_every, log_every: in steps."""
 
     steps: int = 100_000
     global_batch: int = 32
+    accumulate: int = 1
     eval_every: int = 1000
     log_every: int = 10
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("steps", "global_batch", "eval_every", "log_every"):
+        for name in ("steps", "global_batch", "accumulate", "eval_every", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"training.{name} is {getattr(self, name)}, must be at least 1")
 
@@ -145,10 +147,13 @@ class Meter:
 
 
 def check_batch(config) -> None:
-    """Raises ChromaError for a global batch that the mesh does not divide."""
-    rows, shards = config.training.global_batch, config.mesh.num_row_shards
+    """Raises ChromaError for a global batch that the mesh and ``training.accumulate`` do not divide."""
+    rows, shards, pieces = config.training.global_batch, config.mesh.num_row_shards, config.training.accumulate
     if rows % shards:
         raise ChromaError(f"training.global_batch {rows} is not a multiple of mesh.data × mesh.fsdp = {shards}")
+    if rows % (shards * pieces):
+        named = "mesh.data × mesh.fsdp × training.accumulate"
+        raise ChromaError(f"training.global_batch {rows} is not a multiple of {named} = {shards * pieces}")
 
 
 def this_host() -> dict[str, int]:

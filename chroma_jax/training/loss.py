@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,9 @@ class LossConfig:
     Reasoner's text loss (0 leaves its logits uncomputed). hearing_weight: of `hearing_loss`, for an audio encoder that is trained
     from scratch.
 
+    text_chunk: answers of a row whose text logits exist at a time; 0 for all at once. With a vocabulary of 152k, 192 answers of a
+    row are 117 MB of logits, and as much again for their gradient.
+
     decoder_frames: the share of target frames per row that the Decoder is trained on; below 1, that share of the row's
     capacity is drawn anew at every step, in a fixed number, as CSM does with 1/16. decoder_hidden: whether the Decoder's
     loss reaches the Backbone through h.
@@ -30,6 +33,7 @@ class LossConfig:
     decoder_weight: float = 0.5
     speech_weight: float = 1.0
     text_weight: float = 0.0
+    text_chunk: int = 0
     hearing_weight: float = 0.0
     decoder_frames: float = 1.0
     decoder_hidden: Literal["detached", "attached"] = "detached"
@@ -39,6 +43,26 @@ class LossConfig:
             raise ValueError(f"loss.decoder_frames {self.decoder_frames} is not in (0, 1]")
         if not 0 <= self.decoder_weight <= 1:
             raise ValueError(f"loss.decoder_weight {self.decoder_weight} is not in [0, 1]")
+        if self.text_chunk < 0:
+            raise ValueError(f"loss.text_chunk is {self.text_chunk}, must not be negative")
+
+
+class Counts(NamedTuple):
+    """How many targets each mean is over, float32: frames, residual (per codebook but the first), tokens, heard_tokens."""
+
+    frames: jax.Array
+    residual: jax.Array
+    tokens: jax.Array
+    heard_tokens: jax.Array
+
+
+def count(batch: Batch, config: LossConfig) -> Counts:
+    """The targets of a batch: of the whole one, where its rows are computed in several pieces."""
+    targets = batch.target_codes[..., 0], batch.answer_token, batch.heard_token
+    frames, tokens, heard = (jnp.sum(is_present(x)).astype(jnp.float32) for x in targets)
+    drawn = math.ceil(batch.target_codes.shape[-2] * config.decoder_frames)
+    residual = jnp.sum(jnp.minimum(jnp.sum(is_present(targets[0]), axis=-1), drawn)).astype(jnp.float32)
+    return Counts(frames, residual, tokens, heard)
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -76,16 +100,16 @@ def choose_frames(present: jax.Array, count: int, key: jax.Array) -> tuple[jax.A
 
 
 def frame_losses(
-    model: Chroma, hidden: jax.Array, codes: jax.Array, config: LossConfig, key: jax.Array
+    model: Chroma, hidden: jax.Array, codes: jax.Array, config: LossConfig, key: jax.Array, whole: Counts | None = None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Losses of target frames, given the Backbone's h at the position that predicts each.
 
-    hidden: [B, F, D]; codes: int32 [B, F, Q], negative = no target. Returns (mean nll of c0, mean nll of c1 … c(Q−1),
-    accuracy [Q] per codebook).
+    hidden: [B, F, D]; codes: int32 [B, F, Q], negative = no target. whole: what the means are over, if not these targets alone.
+    Returns (mean nll of c0, mean nll of c1 … c(Q−1), accuracy [Q] per codebook).
     """
     nll, hit = cross_entropy(model.backbone.logits(hidden), codes[..., 0])
     present = is_present(codes[..., 0])
-    frames = jnp.sum(present)
+    frames = jnp.sum(present) if whole is None else whole.frames
     c0_loss, c0_accuracy = mean(jnp.sum(nll), frames), mean(jnp.sum(hit), frames)
     if config.decoder_frames < 1:
         index, chosen = choose_frames(present, math.ceil(codes.shape[1] * config.decoder_frames), key)
@@ -97,16 +121,42 @@ def frame_losses(
     residual_logits = model.frame_logits(reshape_rows(hidden, frames_in_all, hidden.shape[2]), flat)
     residual_nll, residual_hit = cross_entropy(residual_logits, flat[:, 1:])
     count = jnp.sum(is_present(flat[:, 1:]), axis=0)
+    count = count if whole is None else jnp.broadcast_to(whole.residual, count.shape)
     residual_loss = mean(jnp.sum(residual_nll), jnp.sum(count))
     accuracy = jnp.concatenate([c0_accuracy[None], mean(jnp.sum(residual_hit, axis=0), count)])
     return c0_loss, residual_loss, accuracy
+
+
+def text_losses(reasoner: Reasoner, answers: jax.Array, tokens: jax.Array, chunk: int) -> tuple[jax.Array, jax.Array]:
+    """Sums over the answers' tokens: negative log likelihood in nats, and how many were the likeliest.
+
+    answers: [B, N, D]; tokens: int32 [B, N]. chunk: answers of a row at a time, whose logits are computed again for the gradient
+    instead of being kept.
+    """
+
+    def some(answers: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+        nll, hit = cross_entropy(reasoner.logits(answers), tokens)
+        return jnp.sum(nll), jnp.sum(hit)
+
+    if not chunk or chunk >= tokens.shape[1]:
+        return some(answers, tokens)
+    pad = -tokens.shape[1] % chunk
+    answers = jnp.pad(answers, ((0, 0), (0, pad), (0, 0)))
+    tokens = jnp.pad(tokens, ((0, 0), (0, pad)), constant_values=-1)
+    starts = jnp.arange(0, tokens.shape[1], chunk)
+
+    def step(sums, start):
+        piece = (jax.lax.dynamic_slice_in_dim(x, start, chunk, axis=1) for x in (answers, tokens))
+        return jax.tree.map(jnp.add, sums, jax.checkpoint(some)(*piece)), None
+
+    return jax.lax.scan(step, (jnp.float32(0), jnp.float32(0)), starts)[0]
 
 
 def hearing_loss(reasoner: Reasoner, audio: jax.Array, batch: Batch, blank: int) -> jax.Array:
     """How well the audio encoder's outputs spell what is said: connectionist temporal classification (Graves et al., ICML 2006)
     with the text model's token embeddings for an output layer, so that speech enters the text model as its words would.
 
-    audio: [B, A, D], the encoder's outputs. blank: the token that stands for none. Returns float32 [], nats per token of
+    audio: [B, A, D], the encoder's outputs. blank: the token that stands for none. Returns float32 [], nats in all of
     ``batch.heard_token``. The recordings of a row are spelled as one, one after the other.
     """
     table = reasoner.embedding.table[...].astype(audio.dtype)
@@ -120,17 +170,26 @@ def hearing_loss(reasoner: Reasoner, audio: jax.Array, batch: Batch, blank: int)
 
     def spelled(logits: jax.Array, tokens: jax.Array) -> jax.Array:
         nothing = ~is_present(tokens)
-        nll = optax.ctc_loss(logits, jnp.zeros(logits.shape[:2]), jnp.maximum(tokens, 0), nothing.astype(jnp.float32), blank_id=blank)
+        nll = optax.ctc_loss(
+            logits, jnp.zeros(logits.shape[:2]), jnp.maximum(tokens, 0), nothing.astype(jnp.float32), blank_id=blank
+        )
         # more tokens than outputs cannot be spelled
         return jnp.where(jnp.all(nothing, axis=1) | (nll > 1e4), 0, nll)
 
     # without the check of what varies, which optax's scan does not pass
     spell = jax.shard_map(spelled, out_specs=P(*leading_spec(logits, 1)), check_vma=False) if active() else spelled
-    return mean(jnp.sum(spell(logits, batch.heard_token)), jnp.sum(is_present(batch.heard_token)))
+    return jnp.sum(spell(logits, batch.heard_token))
 
 
-def loss(model: Chroma, batch: Batch, config: LossConfig, key: jax.Array, dtype) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The loss of a global batch and its parts, each a mean over the batch's targets (float32 scalars; accuracy [Q])."""
+def loss(
+    model: Chroma, batch: Batch, config: LossConfig, key: jax.Array, dtype, whole: Counts | None = None
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The loss of a global batch and its parts, each a mean over the batch's targets (float32 scalars; accuracy [Q]).
+
+    whole: the targets of the whole batch, where ``batch`` is a piece of it; losses and metrics of all pieces then add up.
+    """
+    own = count(batch, config)
+    over = own if whole is None else whole
     with jax.named_scope("reasoner"):
         audio = model.reasoner.audio(batch.mel, batch.mel_length, dtype)
         answers = model.answers(batch, audio)
@@ -138,22 +197,21 @@ def loss(model: Chroma, batch: Batch, config: LossConfig, key: jax.Array, dtype)
     metrics = {}
     if config.hearing_weight:
         with jax.named_scope("hearing_loss"):
-            metrics["hearing_loss"] = hearing_loss(model.reasoner, audio, batch, model.config.tokens.pad)
+            nll = hearing_loss(model.reasoner, audio, batch, model.config.tokens.pad)
+            metrics["hearing_loss"] = mean(nll, over.heard_tokens)
             total += config.hearing_weight * metrics["hearing_loss"]
     if config.text_weight:
         with jax.named_scope("text_loss"):
-            nll, hit = cross_entropy(model.reasoner.logits(answers), batch.answer_token)
-            tokens = jnp.sum(is_present(batch.answer_token))
-            metrics["text_loss"], metrics["text_accuracy"] = mean(jnp.sum(nll), tokens), mean(jnp.sum(hit), tokens)
+            nll, hits = text_losses(model.reasoner, answers, batch.answer_token, config.text_chunk)
+            metrics["text_loss"], metrics["text_accuracy"] = mean(nll, over.tokens), mean(hits, over.tokens)
             total += config.text_weight * metrics["text_loss"]
     if config.speech_weight:
         with jax.named_scope("backbone"):
             hidden = model.backbone(model.interleaved(batch, answers), batch.position, batch.segment)
             hidden = take_rows(hidden, jnp.maximum(batch.target_position, 0))
         with jax.named_scope("frames"):
-            c0, residual, metrics["accuracy"] = frame_losses(model, hidden, batch.target_codes, config, key)
+            c0, residual, metrics["accuracy"] = frame_losses(model, hidden, batch.target_codes, config, key, over)
         metrics |= {"c0_loss": c0, "residual_loss": residual}
         total += config.speech_weight * ((1 - config.decoder_weight) * c0 + config.decoder_weight * residual)
-    counts = {"frames": batch.target_codes[..., 0], "tokens": batch.answer_token, "heard_tokens": batch.heard_token}
-    metrics |= {name: jnp.sum(is_present(x)).astype(jnp.float32) for name, x in counts.items()}
-    return total, metrics | {"loss": total}
+    metrics |= {"loss": total, "frames": own.frames, "tokens": own.tokens, "heard_tokens": own.heard_tokens}
+    return total, metrics

@@ -1,6 +1,7 @@
 """What is trained, and by which rule."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable
 from typing import Literal
@@ -9,19 +10,28 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from chroma_jax.errors import ChromaError, near
+from chroma_jax.layers.sharding import active, reshape_rows, reshard
+from chroma_jax.training.lora import MARK
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW with linear warm-up and decay; the defaults are the report's (its learning rate is constant).
 
+    kind: "adamw"; "muon" for the matrices inside the stacks and AdamW for all else, at the same learning rate, as Muon's updates
+    are scaled to the size of AdamW's; "adafactor", whose second moments are kept as one row and one column per matrix. momentum:
+    of Muon; Adafactor has none.
+
     freeze: regular expressions; a weight whose path (such as ``reasoner/text/blocks/gate/kernel``) begins with a match is not
-    trained and has neither gradient nor optimizer state. decay_steps: length of the decay after the warm-up; learning_rate ·
-    final_factor is kept from then on. weight_decay: applied to matrices, not to norms, biases and scales.
+    trained and has neither gradient nor optimizer state, except what LoRA adds. decay_steps: length of the decay after the
+    warm-up; learning_rate · final_factor is kept from then on. weight_decay: applied to matrices, not to norms, biases and
+    scales.
     """
 
+    kind: Literal["adamw", "muon", "adafactor"] = "adamw"
     learning_rate: float = 5e-5
     warmup_steps: int = 0
     schedule: Literal["constant", "cosine", "linear"] = "constant"
@@ -30,6 +40,7 @@ class OptimizerConfig:
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
+    momentum: float = 0.95
     weight_decay: float = 0.01
     clip: float = 1.0
     freeze: tuple[str, ...] = ()
@@ -58,18 +69,74 @@ def learning_rate(config: OptimizerConfig) -> optax.Schedule:
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     """Over a State of trainable weights; moments are float32 and lie as the weights do."""
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip),
-        optax.adamw(
-            learning_rate(config),
-            b1=config.b1,
-            b2=config.b2,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            mask=_matrices,
-            mu_dtype=jnp.float32,
+    c, rate = config, learning_rate(config)
+    decay = optax.add_decayed_weights(c.weight_decay, mask=_matrices)
+    adamw = optax.adamw(rate, b1=c.b1, b2=c.b2, eps=c.eps, weight_decay=c.weight_decay, mask=_matrices, mu_dtype=jnp.float32)
+    muon = optax.chain(optax.trace(c.momentum, nesterov=True), orthogonalise(), decay, optax.scale_by_learning_rate(rate))
+    kinds = {
+        "adamw": adamw,
+        "muon": optax.partition({"muon": muon, "adamw": adamw}, _by_muon),
+        "adafactor": optax.chain(
+            optax.scale_by_factored_rms(decay_rate=0.8),
+            optax.clip_by_block_rms(1.0),
+            decay,
+            optax.scale_by_learning_rate(rate),
         ),
-    )
+    }
+    return optax.chain(optax.clip_by_global_norm(c.clip), kinds[c.kind])
+
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024
+
+
+def orthogonalise(turns: int = 5) -> optax.GradientTransformation:
+    """Updates of matrices → the nearest matrices with orthogonal rows or columns, about, times 0.2 · √(longer side), which is the
+    size of AdamW's updates (Liu et al., arXiv 2502.16982, section 2.2). Stacked layers are divided among the devices of the fsdp
+    axis, each of which computes its own layers' whole matrices."""
+
+    def one(variable: nnx.Variable) -> nnx.Variable:
+        x, metadata = variable.get_value(), variable.get_metadata()
+        if isinstance(x, optax.MaskedNode):  # another rule's
+            return variable
+        lead = metadata["axes"][0] == "layers"
+        inputs = math.prod(x.shape[lead : lead + metadata["inputs"]])
+        layers = x.shape[0] if lead else 1
+        before = jax.typeof(x).sharding.spec if active() else None
+        apart = "fsdp" if active() and layers % jax.sharding.get_abstract_mesh().shape["fsdp"] == 0 else None
+        matrices = reshard(x, P(apart)) if lead else reshard(x, P())[None]
+        matrices = reshape_rows(matrices, layers, inputs, x.size // layers // inputs)
+        y = newton_schulz(matrices.astype(jnp.float32), turns) * (0.2 * math.sqrt(max(matrices.shape[1:])))
+        y = reshape_rows(y, *(x.shape if lead else (1, *x.shape)))
+        y = y if lead else y[0]
+        return variable.replace((y if before is None else reshard(y, before)).astype(x.dtype))
+
+    def update(updates, state, params=None):
+        return jax.tree.map(one, updates, is_leaf=lambda x: isinstance(x, nnx.Variable)), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def newton_schulz(x: jax.Array, turns: int) -> jax.Array:
+    """[L, M, N] → each matrix with its singular values drawn towards one (0.7 … 1.2)."""
+    a, b, c = NEWTON_SCHULZ
+    tall = x.shape[1] > x.shape[2]
+    x = jnp.swapaxes(x, 1, 2) if tall else x
+    x = x / (jnp.sqrt(jnp.sum(jnp.square(x), axis=(1, 2), keepdims=True)) + 1e-7)
+    for _ in range(turns):
+        gram = jnp.einsum("LMN,LKN->LMK", x, x)
+        x = a * x + jnp.einsum("LMK,LKN->LMN", b * gram + c * jnp.einsum("LMK,LKJ->LMJ", gram, gram), x)
+    return jnp.swapaxes(x, 1, 2) if tall else x
+
+
+def _by_muon(weights: nnx.State) -> nnx.State:
+    """Which rule each weight follows: embeddings, heads, convolutions and vectors are AdamW's."""
+
+    def rule(variable: nnx.Variable) -> nnx.Variable:
+        metadata = variable.get_metadata()
+        hidden = metadata.get("inputs", 0) > 0 and not {"vocab", "codes"} & set(metadata["axes"])
+        return variable.replace("muon" if hidden else "adamw")
+
+    return jax.tree.map(rule, weights, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
 def _matrices(weights: nnx.State) -> nnx.State:
@@ -92,7 +159,7 @@ def is_frozen(model: nnx.Module, config: OptimizerConfig) -> Callable[[tuple, ob
             parts = sorted({"/".join(p.split("/")[:2]) for p in paths})
             begin = f"{near(pattern, parts)}; weights begin with {', '.join(parts)}"
             raise ChromaError(f"optimizer.freeze: {pattern!r} matches no weight{begin}")
-    frozen = lambda path: any(re.match(pattern, path) for pattern in config.freeze)
+    frozen = lambda path: MARK not in path and any(re.match(pattern, path) for pattern in config.freeze)
     if all(map(frozen, paths)):
         raise ChromaError(f"optimizer.freeze: {list(config.freeze)} freezes every weight; nothing is left to train")
     return lambda path, _: frozen("/".join(map(str, path)))

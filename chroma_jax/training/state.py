@@ -12,11 +12,12 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from chroma_jax.layers.sharding import RULES, state_shardings
+from chroma_jax.layers.sharding import RULES, reshape_rows, state_shardings
 from chroma_jax.models.chroma import Chroma, ChromaConfig
 from chroma_jax.paths import filled, flat, nested, values
 from chroma_jax.rows import Batch
-from chroma_jax.training.loss import LossConfig, loss
+from chroma_jax.training.lora import LoraConfig, adapted
+from chroma_jax.training.loss import Counts, LossConfig, count, loss
 from chroma_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer, split_trainable
 
 DType = Literal["float32", "bfloat16"]
@@ -71,17 +72,26 @@ class Trainer(NamedTuple):
 
 
 def make_trainer(
-    model: ChromaConfig, optimizer: OptimizerConfig, losses: LossConfig, precision: PrecisionConfig, seed: int, mesh: Mesh
+    model: ChromaConfig,
+    optimizer: OptimizerConfig,
+    losses: LossConfig,
+    precision: PrecisionConfig,
+    seed: int,
+    mesh: Mesh,
+    *,
+    accumulate: int = 1,
+    lora: LoraConfig = LoraConfig(),
 ) -> Trainer:
     """Builds the step functions for a mesh (which must be set, ``jax.set_mesh``).
 
-    Raises: ChromaError for weights that the mesh does not divide, or freeze patterns that do not fit.
+    accumulate: in how many pieces a step computes its rows, one after the other; the gradient is that of all at once.
+    Raises: ChromaError for weights that the mesh does not divide, or freeze or LoRA patterns that do not fit.
     """
     tx, compute = make_optimizer(optimizer), jnp.dtype(precision.compute)
     rate = learning_rate(optimizer)
 
     def build() -> Chroma:
-        return Chroma(nnx.Rngs(seed), model)
+        return adapted(Chroma(nnx.Rngs(seed), model), lora, nnx.Rngs(seed + 1))
 
     graph, trained, frozen = split_trainable(nnx.eval_shape(build), optimizer)
     shardings = [state_shardings(s, mesh, RULES) for s in (trained, frozen)]
@@ -106,12 +116,27 @@ def make_trainer(
         trained, frozen = (filled(state, weights) for state in (abstract.trained, abstract.frozen))
         return TrainState(jax.device_put(jnp.int32(0), NamedSharding(mesh, P())), trained, frozen, jax.jit(tx.init)(trained))
 
-    def forward(trained: nnx.State, state: TrainState, batch: Batch):
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
-        return loss(nnx.merge(graph, trained, state.frozen), batch, losses, key, compute)
+    def forward(trained: nnx.State, state: TrainState, batch: Batch, piece: jax.Array | int = 0, whole: Counts | None = None):
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), state.step), piece)
+        return loss(nnx.merge(graph, trained, state.frozen), batch, losses, key, compute, whole)
+
+    def gradients(state: TrainState, batch: Batch):
+        if accumulate == 1:
+            return jax.grad(forward, has_aux=True)(state.trained, state, batch)
+        whole = count(batch, losses)
+
+        def add(total, piece):
+            index, rows = piece
+            gradient, metrics = jax.grad(forward, has_aux=True)(state.trained, state, rows, index, whole)
+            return jax.tree.map(jnp.add, total, gradient), metrics
+
+        zeros = jax.tree.map(jnp.zeros_like, state.trained)
+        pieces = jnp.arange(accumulate), jax.tree.map(lambda x: dealt(x, accumulate), batch)
+        gradient, metrics = jax.lax.scan(add, zeros, pieces)
+        return gradient, jax.tree.map(lambda x: jnp.sum(x, axis=0), metrics)
 
     def train_step(state: TrainState, batch: Batch):
-        (_, metrics), gradient = jax.value_and_grad(forward, has_aux=True)(state.trained, state, batch)
+        gradient, metrics = gradients(state, batch)
         with jax.named_scope("optimizer"):
             updates, optimizer_state = tx.update(gradient, state.optimizer, state.trained)
             trained = optax.apply_updates(state.trained, updates)
@@ -129,6 +154,12 @@ def make_trainer(
         eval_step=jax.jit(eval_step),
         batch_sharding=NamedSharding(mesh, RULES.at_rest(("batch",))),
     )
+
+
+def dealt(x: jax.Array, pieces: int) -> jax.Array:
+    """[B, …] → [pieces, B / pieces, …], every device's rows being dealt out, none moved."""
+    x = reshape_rows(x, x.shape[0] // pieces, pieces, *x.shape[1:])
+    return jnp.moveaxis(x, 1, 0)
 
 
 def _abstract_state(trained, frozen, shardings, tx, precision: PrecisionConfig, mesh: Mesh) -> TrainState:

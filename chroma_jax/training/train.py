@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 from flax import nnx
+from jax.sharding import Mesh
 
 from chroma_jax import config as configs
 from chroma_jax import flops
@@ -19,6 +20,7 @@ from chroma_jax.paths import values
 from chroma_jax.rows import Batch
 from chroma_jax.training.checkpoint import Checkpoints
 from chroma_jax.training.loop import check_batch, this_host, train_on
+from chroma_jax.training.lora import MARK, restored
 from chroma_jax.training.metrics import MetricsWriter, flat
 from chroma_jax.training.run_folder import check_run, has_checkpoint, keep
 from chroma_jax.training.state import Trainer, TrainState, make_trainer
@@ -32,7 +34,6 @@ def train(config: Config, run: Path, prepared: Path, start: Path | None = None) 
     one, whose weights a new run begins with. Returns the last state.
     Raises: ChromaError for a run folder, data or weights of another model, a mesh or batch that does not fit.
     """
-    t = config.training
     dataset = open_dataset(prepared, config.model)
     if dataset.shape != config.data.row:
         row = config.data.row
@@ -41,11 +42,17 @@ def train(config: Config, run: Path, prepared: Path, start: Path | None = None) 
     mesh = make_mesh(config.mesh)
     check_run(config, run)
     with jax.set_mesh(mesh):
-        trainer = make_trainer(config.model, config.optimizer, config.loss, config.precision, t.seed, mesh)
+        trainer = trainer_of(config, mesh)
         given = start if start is not None and not has_checkpoint(run) else None
         weights = {} if given is None else starting_weights(config, trainer, given)
         keep(config, run, kept(prepared, given))
         return train_on(Speaking(config, prepared, trainer), config, run, trainer.abstract, lambda: trainer.init(weights))
+
+
+def trainer_of(config: Config, mesh: Mesh) -> Trainer:
+    """What a configuration's run is made of, on a mesh, which must be set."""
+    c, t = config, config.training
+    return make_trainer(c.model, c.optimizer, c.loss, c.precision, t.seed, mesh, accumulate=t.accumulate, lora=c.lora)
 
 
 def starting_weights(config: Config, trainer: Trainer, start: Path) -> dict[str, jax.Array]:
@@ -53,7 +60,8 @@ def starting_weights(config: Config, trainer: Trainer, start: Path) -> dict[str,
 
     Raises: ChromaError when ``start`` has no checkpoint, or weights of other sizes or trained with other constants.
     """
-    before, now = configs.fields(configs.load(start).model), configs.fields(config.model)
+    source = configs.load(start)
+    before, now = configs.fields(source.model), configs.fields(config.model)
     wanted = values(trainer.abstract.trained) | values(trainer.abstract.frozen)
     with Checkpoints(start, config.checkpoint, access="read") as checkpoints:
         held = checkpoints.held().keys() & wanted.keys()
@@ -67,7 +75,9 @@ def starting_weights(config: Config, trainer: Trainer, start: Path) -> dict[str,
         if apart:
             flags = " ".join(f"--model.{name} {value}" for name, value in apart.items())
             raise ChromaError(f"{start}: its weights are of a model that the configuration describes otherwise; it says {flags}")
-        weights = checkpoints.restore_weights({path: wanted[path] for path in held})
+        fitting = {path: wanted[path] for path in held}
+        goes_on = any(MARK in path for path in held)  # pairs are trained further, if there are any, or merged
+        weights = checkpoints.restore_weights(fitting) if goes_on else restored(checkpoints, fitting, source.lora)
     drawn = sorted({path.split("/")[0] for path in wanted.keys() - held})
     print(f"starting from {start}" + (f"; drawn at random: {', '.join(drawn)}" if drawn else ""))
     return weights

@@ -31,9 +31,11 @@ def teacher_width(teacher: Teacher, codec: CodecConfig) -> int:
 def distillation_loss(said: jax.Array, heard: jax.Array) -> jax.Array:
     """1 − cosine between what the codes say and the teacher's features, averaged over frames.
 
-    said: [B, F, W]. heard: [B, n · F, W], averaged over the n positions of a frame; no gradient reaches it.
+    said: [B, F, W]. heard: [B, n · F, W], averaged over the n positions of a frame and taken as differences from the batch's
+    mean, as most of what a teacher hears is alike everywhere; no gradient reaches it.
     """
     b, f, w = said.shape
     heard = jnp.mean(jax.lax.stop_gradient(heard).reshape(b, f, -1, w), axis=2)
+    heard = heard - jnp.mean(heard, axis=(0, 1))
     length = lambda x: jnp.sqrt(jnp.sum(jnp.square(x), axis=-1) + 1e-8)
     return jnp.mean(1 - jnp.sum(said * heard, axis=-1) / (length(said) * length(heard)))

@@ -1,4 +1,5 @@
-"""Teachers of the semantic codebook: any frozen function of a user's, or the audio encoder of a Reasoner that was trained here."""
+"""Teachers of the semantic codebook: any frozen function of a user's, or the audio encoder of a Reasoner that was trained
+here."""
 
 import importlib
 from pathlib import Path
@@ -19,6 +20,7 @@ from chroma_jax.paths import filled, values
 from chroma_jax.training.checkpoint import Checkpoints
 from chroma_jax.training.codec.distillation import Teacher
 from chroma_jax.training.codec.spectra import stft
+from chroma_jax.training.lora import restored
 
 
 def load_teacher(name: str, sampling_rate: int) -> Teacher | None:
@@ -51,7 +53,7 @@ def audio_encoder(run: Path) -> AudioEncoder:
     prefix = "reasoner/audio/"
     wanted = {p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here) for p, x in values(state, prefix).items()}
     with Checkpoints(run, config.checkpoint, access="read") as checkpoints:
-        weights = checkpoints.restore_weights(wanted)
+        weights = restored(checkpoints, wanted, config.lora)
     # plain arrays: constants of the program that hears with them, on whatever mesh
     return nnx.merge(graph, filled(state, {path: np.asarray(x) for path, x in weights.items()}, prefix))
 

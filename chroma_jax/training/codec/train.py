@@ -41,6 +41,8 @@ def train_codec(config: CodecRun, run: Path, prepared: Path, start: Path | None 
     t = config.training
     open_waves(prepared, config.model)
     check_batch(config)
+    if t.accumulate > 1:
+        raise ChromaError(f"training.accumulate is {t.accumulate}: a codec's step computes its recordings at once; use 1")
     check_run(config, run)
     teacher = load_teacher(config.recipe.teacher, config.model.sampling_rate)
     mesh = make_mesh(config.mesh)

@@ -1,0 +1,222 @@
+"""Plans: what a compiled TPU program says is read right, topologies and meshes fit together, and real programs are planned."""
+
+import dataclasses
+import importlib.util
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from chroma_jax.config import Config
+from chroma_jax.errors import ChromaError
+from chroma_jax.layers.sharding import MeshConfig
+from chroma_jax.planning import hlo, report
+from chroma_jax.planning.chips import CHIPS, parse_topology, ring_bandwidth
+from chroma_jax.planning.plan import DoesNotFit, plan_training, too_large, where, without_tpu
+from chroma_jax.planning.search import candidates
+
+needs_compiler = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler (extra 'tpu')")
+
+CYCLES = 'backend_config={"window_config":{"estimated_cycles":"%d"}}'
+PROGRAM = f"""HloModule jit_step
+
+%cut.1 (p0: bf16[8,1024], p1: s32[]) -> bf16[1,1024] {{
+  %p0 = bf16[8,1024]{{1,0:T(8,128)(2,1)}} parameter(0)
+  %p1 = s32[]{{:T(128)}} parameter(1)
+  ROOT %slice = bf16[1,1024]{{1,0:T(8,128)(2,1)}} dynamic-slice(%p0, %p1), dynamic_slice_sizes={{1,1024}}
+}}
+
+%condition.1 (state: (s32[], bf16[8,1024])) -> pred[] {{
+  %limit = s32[]{{:T(128)}} constant(8)
+  %state = (s32[]{{:T(128)}}, bf16[8,1024]{{1,0:T(8,128)(2,1)}}) parameter(0)
+  %turn = s32[]{{:T(128)}} get-tuple-element(%state), index=0
+  ROOT %less = pred[]{{:T(512)}} compare(%turn, %limit), direction=LT
+}}
+
+%body.1 (state: (s32[], bf16[8,1024])) -> (s32[], bf16[8,1024]) {{
+  %state.1 = (s32[]{{:T(128)}}, bf16[8,1024]{{1,0:T(8,128)(2,1)}}) parameter(0)
+  %turn.1 = s32[]{{:T(128)}} get-tuple-element(%state.1), index=0
+  %table = bf16[8,1024]{{1,0:T(8,128)(2,1)}} get-tuple-element(%state.1), index=1
+  %row = bf16[1,1024]{{1,0:T(8,128)(2,1)}} fusion(%table, %turn.1), kind=kLoop, calls=%cut.1, {CYCLES % 100}
+  %whole = bf16[4,1024]{{1,0:T(8,128)(2,1)}} all-gather(%row), replica_groups=[2,4]<=[2,4]T(1,0), dimensions={{0}}, metadata={{op_name="jit(step)/transpose(jvp(backbone))/x"}}
+  %near = f32[256]{{0:T(256)S(1)}} fusion(%whole), kind=kLoop, calls=%cut.1, {CYCLES % 7}
+  %odd = f32[256]{{0:T(256)}} fusion(%near), kind=kLoop, calls=%cut.1, {CYCLES % (2**63 - 1)}
+  ROOT %next = (s32[]{{:T(128)}}, bf16[8,1024]{{1,0:T(8,128)(2,1)}}) tuple(%turn.1, %table)
+}}
+
+ENTRY %main (a: bf16[8,1024]) -> bf16[8,1024] {{
+  %a = bf16[8,1024]{{1,0:T(8,128)(2,1)}} parameter(0)
+  %zero = s32[]{{:T(128)}} constant(0)
+  %start = (s32[]{{:T(128)}}, bf16[8,1024]{{1,0:T(8,128)(2,1)}}) tuple(%zero, %a)
+  %loop = (s32[]{{:T(128)}}, bf16[8,1024]{{1,0:T(8,128)(2,1)}}) while(%start), condition=%condition.1, body=%body.1
+  %sent = f32[1000]{{0:T(1024)}} all-reduce(%a), replica_groups={{{{0,1,2,3}},{{4,5,6,7}}}}, to_apply=%cut.1
+  ROOT %out = bf16[8,1024]{{1,0:T(8,128)(2,1)}} get-tuple-element(%loop), index=1
+}}
+"""
+
+
+@pytest.fixture(scope="module")
+def program():
+    module = hlo.parse(PROGRAM)
+    return module, list(hlo.executed(module))
+
+
+def test_a_loop_counts_as_often_as_it_turns(program):
+    module, work = program
+    assert hlo.cycles(work) == 8 * (100 + 7)  # the largest integer is no estimate
+    assert all(e.known for e in work)
+    blind = hlo.parse(PROGRAM.replace("constant(8)", "parameter(1)"))
+    assert hlo.cycles(hlo.executed(blind)) == 107 and not all(e.known for e in hlo.executed(blind))
+
+
+def test_only_what_is_cut_out_of_hbm_is_read(program):
+    module, work = program
+    row, whole, vector = 2 * 1024, 2 * 4096, 4 * 256
+    gather = row + whole
+    near, odd = row, vector  # of the first the result, of the second the operand lies in vector memory
+    index = 4  # the scalar that says where to cut
+    assert hlo.hbm_bytes(module, work) == 8 * (row + index + row + gather + near + odd) + 2 * 8192 + 4000
+
+
+def test_collectives_have_their_bytes_groups_and_turns(program):
+    found = {c.kind: c for c in hlo.collectives(*program)}
+    gather, reduce = found["all-gather"], found["all-reduce"]
+    assert gather.group == (0, 4, 1, 5) and gather.times == 8 and gather.bytes == 2 * 4096 * 3 / 4
+    assert reduce.group == (0, 1, 2, 3) and reduce.times == 1 and reduce.bytes == 2 * 2 * 8192 * 3 / 4
+    assert where(gather.source) == "backbone backward"
+
+
+@pytest.mark.parametrize(
+    ("printed", "group"),
+    [
+        ("replica_groups={{1,3},{0,2}}, x", (1, 3)),
+        ("replica_groups=[4,2]<=[8], x", (0, 1)),
+        ("replica_groups=[4,2]<=[2,4]T(1,0), x", (0, 4)),
+        ("replica_groups=mesh['a'=8,'b'=2], device_ids=([2,8]T(1,0)) {'a'}, x", (0, 1, 2, 3, 4, 5, 6, 7)),
+        ("replica_groups=mesh['a'=2,'b'=4] {'a'}, x", (0, 4)),
+        ("source_target_pairs={{3,4},{4,5}}", (3, 4)),
+        ("nothing of the kind", ()),
+    ],
+)
+def test_every_way_to_print_groups_is_read(printed, group):
+    assert hlo.replica_group(printed) == group
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("v5q:4x4", r"unknown chip 'v5q' \(near: v5"),
+        ("v5e:4x4x4", "expected 2 dimensions, as in v5e:16x16"),
+        ("v5p:4x4", "expected 3 dimensions"),
+        ("v5e:", "expected 2 dimensions"),
+        ("v5e:0x4", "expected 2 dimensions"),
+    ],
+)
+def test_a_topology_that_is_none_is_an_error(name, message):
+    with pytest.raises(ChromaError, match=message):
+        parse_topology(name)
+
+
+def test_links_close_to_rings_where_the_slice_is_whole():
+    assert parse_topology("v5e:16x16").wrap == (True, True) and parse_topology("v5e:4x4").wrap == (False, False)
+    assert parse_topology("v5p:4x4x8").wrap == (True, True, True) and parse_topology("v5p:2x2x1").wrap == (False,) * 3
+    assert parse_topology("v5e:16x16", 2).num_chips == 512 and parse_topology("tpu7x:4x4x4").chip.devices == 2
+
+
+def test_a_program_without_room_says_by_how_much_and_what_is_large():
+    message = """RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 19.50G of 15.75G hbm. Exceeded hbm capacity by 3.75G.
+
+  Largest program allocations in hbm:
+
+  1. Size: 4.00G
+     Operator: op_name="jit(train_step)/jvp(backbone)/while"
+     Shape: bf16[16,8,2048,8192]{3,2,1,0:T(8,128)(2,1)}
+     Unpadded size: 4.00G
+"""
+    error = too_large(parse_topology("v5e:4x4"), message)
+    assert isinstance(error, DoesNotFit) and error.needed == 19.5 * 2**30
+    page = report.does_not_fit(error)
+    assert "3.75 too many" in page and "bf16[16,8,2048,8192]" in page and "jvp(backbone)" in page and "4.00" in page
+    assert not isinstance(too_large(parse_topology("v5e:4x4"), "INTERNAL: broken"), DoesNotFit)
+
+
+def planned(topology: str, mesh: MeshConfig, slices: int = 1, **changes):
+    config: Config = dataclasses.replace(tiny.config(), mesh=mesh)
+    for name, value in changes.items():
+        config = tiny.replace(config, name.replace("__", "."), value)
+    without_tpu()
+    return plan_training(config, parse_topology(topology, slices), effort="quick")
+
+
+@needs_compiler
+def test_a_training_step_is_planned_for_chips_that_are_not_here():
+    plan, program = planned("v5e:2x4", MeshConfig(data=2, fsdp=2, tensor=2), training__global_batch=32)
+    assert plan.chips == 8 and plan.memory.free > 0.5 and plan.unknown_loops == 0
+    assert 0 < plan.utilisation < 1 and plan.step_seconds >= plan.roof_seconds > 0
+    found = program.memory_analysis()
+    assert plan.memory.total == pytest.approx(
+        found.argument_size_in_bytes
+        + found.output_size_in_bytes
+        - found.alias_size_in_bytes
+        + found.temp_size_in_bytes
+        + found.generated_code_size_in_bytes
+    )
+    crossed = {axis for t in plan.traffic for axis in t.axes.split()}
+    assert crossed == {"data", "fsdp", "tensor"}
+    page = report.page(plan, 1.2)
+    for part in ("backbone backward", "all-gather over fsdp", "utilisation", "$ an hour"):
+        assert part in page, part
+    assert {"step_seconds", "utilisation", "memory", "traffic"} <= plan.json().keys()
+
+
+@needs_compiler
+def test_splash_attention_compiles_where_no_tpu_is():
+    _, program = planned(
+        "v5e:2x2",
+        MeshConfig(fsdp=4),
+        model__backbone__attention="splash",
+        model__reasoner__text__attention="splash",
+        data__row__positions=256,
+    )
+    assert "tpu_custom_call" in program.as_text()
+
+
+@needs_compiler
+def test_a_mesh_that_the_topology_does_not_fit_is_an_error():
+    with pytest.raises(ChromaError, match="has 8 devices, v5e:2x2 has 4"):
+        planned("v5e:2x2", MeshConfig(fsdp=8))
+
+
+@needs_compiler
+def test_slices_divide_the_data_axis_and_are_joined_by_the_network():
+    with pytest.raises(ChromaError, match="data must be a multiple of the 2 slices"):
+        planned("v5e:2x2", MeshConfig(fsdp=8), slices=2)
+    plan, _ = planned("v5e:2x2", MeshConfig(data=2, fsdp=4), slices=2)
+    between = [t for t in plan.traffic if t.kind == hlo.BETWEEN_SLICES]
+    assert [t.axes for t in between] == ["data"]
+    assert between[0].seconds == pytest.approx(between[0].bytes / CHIPS["v5e"].dcn) and between[0].bytes > 1000
+
+
+@needs_compiler
+def test_a_ring_has_two_ways_and_a_line_one():
+    from chroma_jax.layers.sharding import make_mesh
+    from chroma_jax.planning.chips import compile_only_devices
+
+    for name, expected in (("v5e:4x4", 1), ("v5e:16x16", 2)):
+        topology = parse_topology(name)
+        side = topology.shape[0]
+        mesh = make_mesh(MeshConfig(data=side, fsdp=side), compile_only_devices(topology))
+        along = np.arange(side)  # of the axis fsdp, which lies along one dimension
+        assert ring_bandwidth(topology, along, mesh.devices) == expected * CHIPS["v5e"].link
+
+
+def test_candidates_use_every_device():
+    topology = parse_topology("tpu7x:2x2x1")
+    tried = dict(candidates(tiny.config(), topology))
+    assert len(tried) > 10 and all(c.mesh.num_devices == 8 for c in tried.values())
+    assert all(c.training.global_batch % c.mesh.num_row_shards == 0 for c in tried.values())
+
+
+def test_the_default_backend_is_left_alone():
+    assert jax.default_backend() == "cpu"
