@@ -82,9 +82,10 @@ def shipped() -> list[str]:
 def read_python(source: str) -> Config | CodecRun:
     """The configuration that a configuration file's ``config()`` returns.
 
-    source: a path, or the bare name of a shipped one (``nano``).
-    Raises: ChromaError naming the file and what is wrong with it.
+    source: a path, or the bare name of a shipped one (``nano``); behind an ``@``, the pod that it is wanted for, where the file
+    has a mesh for some (``chroma_4b_stage1@v5e:16x16``). Raises: ChromaError naming the file and what is wrong with it.
     """
+    source, _, topology = source.partition("@")
     path = Path(source)
     if not path.suffix and not path.exists():
         path, names = SHIPPED / f"{source}.py", shipped()
@@ -98,7 +99,13 @@ def read_python(source: str) -> Config | CodecRun:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        config = module.config()
+        pods = getattr(module, "PODS", {})
+        if topology and topology not in pods:
+            known = ", ".join(pods) or "none"
+            raise ChromaError(f"{path}: no mesh for {topology!r}{near(topology, pods)}; it has {known}; or set --mesh")
+        config = module.config(topology) if topology else module.config()
+    except ChromaError:
+        raise
     except Exception as e:
         raise ChromaError(f"{path}: {type(e).__name__}: {e}") from e
     if not isinstance(config, tuple(KINDS.values())):

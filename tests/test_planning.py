@@ -19,6 +19,7 @@ from chroma_jax.planning.search import candidates
 needs_compiler = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler (extra 'tpu')")
 
 CYCLES = 'backend_config={"window_config":{"estimated_cycles":"%d"}}'
+SOURCE = 'dimensions={0}, metadata={op_name="jit(step)/transpose(jvp(backbone))/x"}'
 PROGRAM = f"""HloModule jit_step
 
 %cut.1 (p0: bf16[8,1024], p1: s32[]) -> bf16[1,1024] {{
@@ -39,7 +40,7 @@ PROGRAM = f"""HloModule jit_step
   %turn.1 = s32[]{{:T(128)}} get-tuple-element(%state.1), index=0
   %table = bf16[8,1024]{{1,0:T(8,128)(2,1)}} get-tuple-element(%state.1), index=1
   %row = bf16[1,1024]{{1,0:T(8,128)(2,1)}} fusion(%table, %turn.1), kind=kLoop, calls=%cut.1, {CYCLES % 100}
-  %whole = bf16[4,1024]{{1,0:T(8,128)(2,1)}} all-gather(%row), replica_groups=[2,4]<=[2,4]T(1,0), dimensions={{0}}, metadata={{op_name="jit(step)/transpose(jvp(backbone))/x"}}
+  %whole = bf16[4,1024]{{1,0:T(8,128)(2,1)}} all-gather(%row), replica_groups=[2,4]<=[2,4]T(1,0), {SOURCE}
   %near = f32[256]{{0:T(256)S(1)}} fusion(%whole), kind=kLoop, calls=%cut.1, {CYCLES % 7}
   %odd = f32[256]{{0:T(256)}} fusion(%near), kind=kLoop, calls=%cut.1, {CYCLES % (2**63 - 1)}
   ROOT %next = (s32[]{{:T(128)}}, bf16[8,1024]{{1,0:T(8,128)(2,1)}}) tuple(%turn.1, %table)
@@ -63,7 +64,7 @@ def program():
 
 
 def test_a_loop_counts_as_often_as_it_turns(program):
-    module, work = program
+    _, work = program
     assert hlo.cycles(work) == 8 * (100 + 7)  # the largest integer is no estimate
     assert all(e.known for e in work)
     blind = hlo.parse(PROGRAM.replace("constant(8)", "parameter(1)"))
@@ -125,7 +126,8 @@ def test_links_close_to_rings_where_the_slice_is_whole():
 
 
 def test_a_program_without_room_says_by_how_much_and_what_is_large():
-    message = """RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 19.50G of 15.75G hbm. Exceeded hbm capacity by 3.75G.
+    message = """RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm.
+Used 19.50G of 15.75G hbm. Exceeded hbm capacity by 3.75G.
 
   Largest program allocations in hbm:
 

@@ -1,0 +1,22 @@
+"""codec_nano further on, its first codebook taught what a Reasoner hears in speech. Start it from a run of codec_nano and name the
+teacher: ``train codec_nano_taught RUN --start CODEC --recipe.teacher REASONER``, a run of nano_reasoner."""
+
+import dataclasses
+
+from chroma_jax.config import CodecRun
+from configs import codec_nano
+
+
+def config() -> CodecRun:
+    first, steps = codec_nano.config(), 3200
+    return dataclasses.replace(
+        first,
+        training=dataclasses.replace(first.training, steps=steps, eval_every=800),
+        recipe=dataclasses.replace(
+            first.recipe,
+            quantize_from=400,
+            judge_from=steps,
+            loss=dataclasses.replace(first.recipe.loss, distillation=2.0),
+            optimizer=dataclasses.replace(first.recipe.optimizer, learning_rate=1.6e-3, decay_steps=3100),
+        ),
+    )

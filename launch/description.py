@@ -1,0 +1,198 @@
+"""What is trained where: one short TOML file, from which every command of `launch.cloud` is made."""
+
+import dataclasses
+import re
+import tomllib
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+from chroma_jax.errors import ChromaError, near
+from launch.tpu import Slice, slice_of
+
+BUCKET = "/bucket"  # where a job sees the bucket
+
+
+@dataclasses.dataclass(frozen=True)
+class Slurm:
+    """Training on a GPU cluster: one process per node, with all its GPUs.
+
+    folder: takes the bucket's place; on a file system that all nodes see. python: of the environment in which chroma-jax is
+    installed. gpus: per node. options: further ones of sbatch, such as "--partition=gpu" and "--time=24:00:00".
+    """
+
+    folder: str
+    nodes: int = 1
+    gpus: int = 8
+    python: str = "python3"
+    options: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """A training.
+
+    config: a shipped configuration's name, or a file in the bucket (gs://… or PATH.py). run: the job's name; the run folder is
+    runs/NAME in the bucket. prepared, start: folders in the bucket. flags: further ones of ``chroma-jax train``.
+
+    topology: one slice, such as "v5e:4x4"; slices: so many of it. bucket: gs://NAME. image: as docker push takes it. extras:
+    of the package in the image. image_user: whom it runs as, where the job does not say (xpk does not: there it must be 0).
+    spot, reservation: what capacity.
+
+    cluster, cluster_location (by default the zone's region), namespace, queue (of Kueue), kubernetes_account (that may read and
+    write the bucket): on GKE. service_account: of TPU VMs, an e-mail address.
+
+    restarts: so many failures are followed by another try; interruptions do not count, except under xpk. grace_seconds: from being
+    asked to stop to being ended, for a last checkpoint; spot machines grant 30 at most.
+    """
+
+    config: str
+    run: str
+    prepared: str
+    start: str | None = None
+    flags: tuple[str, ...] = ()
+    topology: str | None = None
+    slices: int = 1
+    project: str | None = None
+    zone: str | None = None
+    bucket: str | None = None
+    image: str | None = None
+    extras: str = "tpu"
+    image_user: int = 1000
+    spot: bool = False
+    reservation: str | None = None
+    cluster: str | None = None
+    cluster_location: str | None = None
+    namespace: str = "default"
+    queue: str | None = None
+    kubernetes_account: str | None = None
+    service_account: str | None = None
+    restarts: int = 20
+    grace_seconds: int = 300
+    slurm: Slurm | None = None
+
+    def __post_init__(self):
+        # the name ends up in those of Pods (NAME-slice-7-63-abcde, 63 letters at most) and of Cloud TPU's nodes; 40 is xpk's limit
+        if not re.fullmatch(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?", self.run):
+            raise ChromaError(f"run is {self.run!r}, expected a name of a-z, 0-9 and -, from a letter on, of at most 40")
+        if self.bucket is not None and not re.fullmatch(r"gs://[a-z0-9][a-z0-9._-]+[a-z0-9]", self.bucket):
+            raise ChromaError(f"bucket is {self.bucket!r}, expected gs://NAME, without a folder")
+        if self.zone is not None and not re.fullmatch(r"[a-z]+-[a-z]+\d+-[a-z]", self.zone):
+            raise ChromaError(f"zone is {self.zone!r}, expected a zone such as us-central1-a")
+        if self.spot and self.reservation:
+            raise ChromaError(f"spot is true and reservation is {self.reservation!r}; capacity is of one kind")
+        for name, least in (("slices", 1), ("restarts", 0), ("grace_seconds", 1), ("image_user", 0)):
+            if getattr(self, name) < least:
+                raise ChromaError(f"{name} is {getattr(self, name)}, must be at least {least}")
+        for name in ("nodes", "gpus"):
+            if self.slurm is not None and getattr(self.slurm, name) < 1:
+                raise ChromaError(f"slurm.{name} is {getattr(self.slurm, name)}, must be at least 1")
+        if self.topology is not None:
+            slice_of(self.topology)
+        for name in ("config", "prepared", "start"):
+            self._inside("", name)
+
+    @property
+    def slice(self) -> Slice:
+        return slice_of(self.topology)
+
+    @property
+    def bucket_name(self) -> str:
+        return self.bucket.removeprefix("gs://")
+
+    @property
+    def location(self) -> str:
+        """Of the cluster."""
+        return self.cluster_location or self.zone.rpartition("-")[0]
+
+    def train(self, root: str = BUCKET) -> list[str]:
+        """The arguments of chroma-jax, the bucket (or what takes its place) being at ``root``."""
+        start = [] if self.start is None else ["--start", self._inside(root, "start")]
+        config = self._inside(root, "config") if self.config.endswith(".py") else self.config
+        return ["train", config, f"{root}/runs/{self.run}", "--prepared", self._inside(root, "prepared"), *start, *self.flags]
+
+    def environment(self) -> dict[str, str]:
+        """Variables of a training on TPU: without a TPU it is an error, and what was compiled once is there after a restart."""
+        return {"JAX_PLATFORMS": "tpu,cpu", "JAX_COMPILATION_CACHE_DIR": f"{BUCKET}/compiled"}
+
+    def _inside(self, root: str, name: str) -> str | None:
+        """Where something in the bucket is seen."""
+        value = getattr(self, name)
+        if value is None:
+            return None
+        if value.startswith("gs://"):
+            if self.bucket is None or not value.startswith(f"{self.bucket}/"):
+                raise ChromaError(f"{name} is {value!r}, which is not in the bucket {self.bucket}")
+            value = value.removeprefix(f"{self.bucket}/")
+        if value.startswith("/") or ".." in value.split("/") or not value:
+            raise ChromaError(f"{name} is {value!r}, expected a path in the bucket, such as data/chroma_4b")
+        return f"{root}/{value}"
+
+
+def read(path: Path, changes: list[str]) -> Description:
+    """The description in a file. changes: "FIELD=VALUE", which take precedence; VALUE as in TOML, or text.
+
+    Raises: ChromaError naming the file, or --set, and the field.
+    """
+    if not path.is_file():
+        raise ChromaError(f"{path}: no such description; launch/example.toml is one")
+    try:
+        tree = tomllib.loads(path.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise ChromaError(f"{path}: not TOML: {e}") from e
+    for change in changes:
+        name, equals, value = change.partition("=")
+        if not equals:
+            raise ChromaError(f"--set {change!r}: expected FIELD=VALUE")
+        *tables, leaf = name.split(".")
+        node = tree
+        for table in tables:
+            node = node.setdefault(table, {})
+            if not isinstance(node, dict):
+                raise ChromaError(f"--set {change!r}: {table} has no fields")
+        node[leaf] = parsed(value)
+    try:
+        return build(Description, tree, "")
+    except ChromaError as e:
+        raise ChromaError(f"{path}: {e}") from e
+
+
+def parsed(value: str) -> Any:
+    """A value of --set."""
+    try:
+        return tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return value
+
+
+def build(cls: type, tree: dict[str, Any], prefix: str) -> Any:
+    """A dataclass from a table of TOML."""
+    hints, fields = typing.get_type_hints(cls), dataclasses.fields(cls)
+    for name in tree:
+        if name not in hints:
+            raise ChromaError(f"unknown field {prefix + name!r}{near(name, hints) or '; known: ' + ', '.join(hints)}")
+    for field in fields:
+        if field.default is dataclasses.MISSING and field.name not in tree:
+            raise ChromaError(f"{prefix + field.name} is missing")
+    return cls(**{name: checked(prefix + name, value, hints[name]) for name, value in tree.items()})
+
+
+EXPECTED = {str: "text", int: "a whole number", bool: "true or false"}
+
+
+def checked(name: str, value: Any, hint: Any) -> Any:
+    """The value, if it is of the type that a field wants."""
+    if isinstance(hint, types.UnionType):
+        hint = next(option for option in typing.get_args(hint) if option is not types.NoneType)
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise ChromaError(f"{name} is {value!r}, expected a table [{name}]")
+        return build(hint, value, f"{name}.")
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise ChromaError(f'{name} is {value!r}, expected a list of texts, such as ["--mesh.fsdp", "16"]')
+        return tuple(value)
+    if type(value) is not hint:
+        raise ChromaError(f"{name} is {value!r}, expected {EXPECTED[hint]}")
+    return value
