@@ -24,11 +24,13 @@ class Prepare:
     """Turns a corpus into what training reads: packed rows of spoken dialogues, or for a codec its recordings.
 
     out: dataset folder to write. codec, for dialogues: a trained Codec, as a safetensors file, a folder with one or a codec's run
-    folder; without it, a fresh one is made, its codebooks fitted to the corpus.
+    folder; without it, a fresh one is made, its codebooks fitted to the corpus. cache_reasoner: run folder or import whose
+    Reasoner's hidden states are stored beside the rows, for trainings with ``--loss.reasoner stored``; interrupted, it goes on.
     """
 
     out: Positional[Path]
     codec: Path | None = None
+    cache_reasoner: Path | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,6 +174,10 @@ def prepare(args: Prepare, config) -> int:
     codec = None if args.codec is None else trained_codec(pretrained.found(args.codec), config.model)
     dataset = prepare(config.data, config.model, codec, args.out)
     print(f"{args.out}: {summary(dataset.manifest)}")
+    if args.cache_reasoner is not None:
+        from chroma_jax.training.stored import store_hidden
+
+        print(store_hidden(args.out, args.cache_reasoner))
     return 0
 
 

@@ -12,6 +12,7 @@ conversation. NOTHING (−1) marks an empty entry everywhere. Written once per r
 | audio_index | int32 [text] | which encoder output stands here instead of the token's embedding |
 | answer_position | int32 [answers] | where in ``text`` each reply token is predicted |
 | answer_token | int32 [answers] | that token |
+| hidden | bfloat16 [answers, D] | the Reasoner's states that predict the reply tokens, where they were stored; else D is 0 |
 | heard_token | int32 [heard] | what the users say, recording after recording: what the hearing loss spells out |
 | token | int32 [positions] | Backbone: token whose embedding is fed |
 | hidden_index | int32 [positions] | Backbone: answer whose predicting hidden state is fed |
@@ -66,17 +67,19 @@ class Batch(NamedTuple):
     target_position: jax.Array
     target_codes: jax.Array
     heard_token: jax.Array
+    hidden: jax.Array
 
 
-def empty_batch(shape: RowShape, *, rows: int, block_frames: int, mel_bins: int, codebooks: int) -> Batch:
-    """A batch of ``rows`` empty rows as ShapeDtypeStructs: the shapes that a training step is compiled for."""
+def empty_batch(shape: RowShape, *, rows: int, block_frames: int, mel_bins: int, codebooks: int, stored_width: int = 0) -> Batch:
+    """A batch of ``rows`` empty rows as ShapeDtypeStructs: the shapes that a training step is compiled for. stored_width: of
+    stored hidden states, with which no speech is read."""
     s = shape
 
     def struct(*dims, dtype=jnp.int32):
         return jax.ShapeDtypeStruct((rows, *dims), dtype)
 
     return Batch(
-        mel=struct(s.blocks, block_frames, mel_bins, dtype=jnp.float32),
+        mel=struct(s.blocks, 0 if stored_width else block_frames, mel_bins, dtype=jnp.float32),
         mel_length=struct(s.blocks),
         text=struct(s.text),
         text_segment=struct(s.text),
@@ -92,6 +95,7 @@ def empty_batch(shape: RowShape, *, rows: int, block_frames: int, mel_bins: int,
         target_position=struct(s.frames),
         target_codes=struct(s.frames, codebooks),
         heard_token=struct(s.heard),
+        hidden=struct(s.answers, stored_width, dtype=jnp.bfloat16),
     )
 
 

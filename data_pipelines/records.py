@@ -15,8 +15,10 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import grain
+import ml_dtypes
 import numpy as np
 from array_record.python import array_record_module
 
@@ -27,6 +29,7 @@ from chroma_jax.models.chroma import ChromaConfig
 from chroma_jax.rows import Batch, RowShape
 from data_pipelines.audio import from_int16
 from data_pipelines.augment import AugmentConfig
+from data_pipelines.hidden import HiddenReader
 from data_pipelines.pack import FIELDS, Row, pack_config, place
 
 VERSION = 1
@@ -210,15 +213,23 @@ def to_example(
     block_frames: int,
     augment: AugmentConfig = AugmentConfig(),
     rng: np.random.Generator | None = None,
+    states: np.ndarray | None = None,
 ) -> Batch:
     """A stored row as the model reads it (no leading axis): log-mel features are computed here, for each conversation alone.
 
-    augment, rng: what happens to each user's speech and to the frames fed, and by which chance.
+    states: [N, D], the Reasoner's stored hidden states of the row's answers; speech is then not needed, and ``mel`` has no
+    frames. augment, rng: what happens to each user's speech and to the frames fed, and by which chance.
     """
     lengths = row.arrays["mel_length"]
+    answers = row.arrays["answer_position"]
+    hidden = np.zeros((len(answers), 0 if states is None else states.shape[1]), ml_dtypes.bfloat16)
+    if states is not None:
+        hidden[answers >= 0] = states
+    waves = row.waves if states is None else ()
+    block_frames = block_frames if states is None else 0
     mel = np.zeros((len(lengths), block_frames, features.mel_bins), np.float32)
     block = 0
-    for name, wave in zip(row.ids, row.waves, strict=True):
+    for name, wave in zip(row.ids, waves, strict=states is None):
         if not len(wave):  # nothing was heard
             continue
         cut, valid = cut_blocks(augment.features(log_mel(augment.wave(from_int16(wave), rng), features), rng), block_frames)
@@ -227,7 +238,7 @@ def to_example(
         mel[block : block + len(cut)] = cut
         block += len(cut)
     arrays = {name: row.arrays[name] for name in FIELDS}
-    return Batch(mel=mel, **arrays | {"codes": augment.codes(arrays["codes"], rng)})
+    return Batch(mel=mel, hidden=hidden, **arrays | {"codes": augment.codes(arrays["codes"], rng)})
 
 
 def stack(examples: list[Batch]) -> Batch:
@@ -275,14 +286,15 @@ def batches(
     threads: int = 4,
     prefetch: int = 4,
     augment: AugmentConfig = AugmentConfig(),
+    reasoner: Literal["computed", "stored"] = "computed",
 ) -> BatchIterator:
     """Endless shuffled batches for training: this host's rows of global batch ``position``, ``position`` + 1, …
 
     Returns an iterator of `Batch` of numpy arrays with global_batch / process_count rows. Which rows a global batch holds,
     and in which order, depends on the split, ``global_batch`` and ``seed`` alone; each pass over the split is shuffled anew.
     augment: of the users' speech; its chance depends on the seed and on the row's place in the stream alone, so that it too
-    repeats after a resume. Raises ChromaError: see `open_dataset` and `local_rows`; on damaged records while
-    iterating.
+    repeats after a resume. reasoner: "stored" reads the hidden states that were computed before instead of the speech, see
+    `data_pipelines.hidden`. Raises ChromaError: see `open_dataset` and `local_rows`; on damaged records while iterating.
     """
     dataset = open_dataset(folder, model)
     reader = RowReader(dataset, split)
@@ -291,10 +303,12 @@ def batches(
     mine = local_rows(global_batch, process_index, process_count)
     features, block_frames = feature_config(model), model.reasoner.audio.block_frames
     order = grain.MapDataset.range(len(reader)).shuffle(seed=seed).repeat()
+    hidden = HiddenReader(dataset, split, model.reasoner.text.width) if reasoner == "stored" else None
 
     def example(place_in_stream: int) -> Batch:
-        rng = np.random.default_rng((seed, place_in_stream))
-        return to_example(reader[order[place_in_stream]], features, block_frames, augment, rng)
+        rng, row = np.random.default_rng((seed, place_in_stream)), order[place_in_stream]
+        states = None if hidden is None else hidden[row]
+        return to_example(reader[row], features, block_frames, augment, rng, states)
 
     def load(step: int) -> Batch:
         return stack([example(step * global_batch + i) for i in range(mine.start, mine.stop)])
@@ -312,6 +326,7 @@ def evaluation_batches(
     process_count: int = 1,
     threads: int = 4,
     prefetch: int = 4,
+    reasoner: Literal["computed", "stored"] = "computed",
 ) -> BatchIterator:
     """Each row of a split once, in stored order; the last global batch is filled up with empty rows.
 
@@ -322,10 +337,16 @@ def evaluation_batches(
     mine = local_rows(global_batch, process_index, process_count)
     features, block_frames = feature_config(model), model.reasoner.audio.block_frames
     empty = place([], dataset.shape, pack_config(model, features))
+    width = model.reasoner.text.width
+    hidden = HiddenReader(dataset, split, width) if reasoner == "stored" else None
+
+    def example(i: int) -> Batch:
+        there = i < len(reader)
+        states = None if hidden is None else hidden[i] if there else np.zeros((0, width), ml_dtypes.bfloat16)
+        return to_example(reader[i] if there else empty, features, block_frames, states=states)
 
     def load(step: int) -> Batch:
-        wanted = range(step * global_batch + mine.start, step * global_batch + mine.stop)
-        return stack([to_example(reader[i] if i < len(reader) else empty, features, block_frames) for i in wanted])
+        return stack([example(i) for i in range(step * global_batch + mine.start, step * global_batch + mine.stop)])
 
     return BatchIterator(load, 0, -(-len(reader) // global_batch), threads, prefetch)
 

@@ -216,6 +216,7 @@ def abstract_batch(config: Config, trainer: Trainer):
         block_frames=audio.block_frames,
         mel_bins=audio.mel_bins,
         codebooks=c.codebooks,
+        stored_width=c.reasoner.text.width if config.loss.reasoner == "stored" else 0,
     )
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=trainer.batch_sharding), batch)
 

@@ -25,6 +25,9 @@ class LossConfig:
     text_chunk: answers of a row whose text logits exist at a time; 0 for all at once. With a vocabulary of 152k, 192 answers of a
     row are 117 MB of logits, and as much again for their gradient.
 
+    reasoner: where its hidden states come from, "computed" in every step, or "stored" beside the data (``prepare
+    --cache_reasoner``), which needs a Reasoner that is not trained.
+
     decoder_frames: the share of target frames per row that the Decoder is trained on; below 1, that share of the row's
     capacity is drawn anew at every step, in a fixed number, as CSM does with 1/16. decoder_hidden: whether the Decoder's
     loss reaches the Backbone through h.
@@ -32,6 +35,7 @@ class LossConfig:
 
     decoder_weight: float = 0.5
     speech_weight: float = 1.0
+    reasoner: Literal["computed", "stored"] = "computed"
     text_weight: float = 0.0
     text_chunk: int = 0
     hearing_weight: float = 0.0
@@ -43,6 +47,8 @@ class LossConfig:
             raise ValueError(f"loss.decoder_frames {self.decoder_frames} is not in (0, 1]")
         if not 0 <= self.decoder_weight <= 1:
             raise ValueError(f"loss.decoder_weight {self.decoder_weight} is not in [0, 1]")
+        if self.reasoner == "stored" and (self.text_weight or self.hearing_weight or not self.speech_weight):
+            raise ValueError("loss.reasoner 'stored' leaves no loss but that of speech; set text_weight and hearing_weight to 0")
         if self.text_chunk < 0:
             raise ValueError(f"loss.text_chunk is {self.text_chunk}, must not be negative")
 
@@ -190,9 +196,12 @@ def loss(
     """
     own = count(batch, config)
     over = own if whole is None else whole
-    with jax.named_scope("reasoner"):
-        audio = model.reasoner.audio(batch.mel, batch.mel_length, dtype)
-        answers = model.answers(batch, audio)
+    if batch.hidden.shape[-1]:
+        answers = batch.hidden.astype(dtype)
+    else:
+        with jax.named_scope("reasoner"):
+            audio = model.reasoner.audio(batch.mel, batch.mel_length, dtype)
+            answers = model.answers(batch, audio)
     total = jnp.zeros((), jnp.float32)
     metrics = {}
     if config.hearing_weight:

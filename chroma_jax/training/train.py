@@ -16,12 +16,14 @@ from chroma_jax import flops
 from chroma_jax.config import Config
 from chroma_jax.errors import ChromaError
 from chroma_jax.layers.sharding import make_mesh
+from chroma_jax.models.chroma import Chroma
 from chroma_jax.paths import values
 from chroma_jax.rows import Batch
 from chroma_jax.training.checkpoint import Checkpoints
 from chroma_jax.training.loop import check_batch, this_host, train_on
 from chroma_jax.training.lora import MARK, restored
 from chroma_jax.training.metrics import MetricsWriter, flat
+from chroma_jax.training.optimizer import split_trainable
 from chroma_jax.training.run_folder import check_run, has_checkpoint, keep
 from chroma_jax.training.state import Trainer, TrainState, make_trainer
 from data_pipelines.records import batches, evaluation_batches, open_dataset
@@ -39,6 +41,7 @@ def train(config: Config, run: Path, prepared: Path, start: Path | None = None) 
         row = config.data.row
         raise ChromaError(f"{prepared}: rows are {dataset.shape}, the configuration says {row}; prepare the data again")
     check_batch(config)
+    check_stored(config)
     mesh = make_mesh(config.mesh)
     check_run(config, run)
     with jax.set_mesh(mesh):
@@ -47,6 +50,16 @@ def train(config: Config, run: Path, prepared: Path, start: Path | None = None) 
         weights = {} if given is None else starting_weights(config, trainer, given)
         keep(config, run, kept(prepared, given))
         return train_on(Speaking(config, prepared, trainer), config, run, trainer.abstract, lambda: trainer.init(weights))
+
+
+def check_stored(config: Config) -> None:
+    """Raises ChromaError when stored hidden states would be used for a Reasoner that is trained."""
+    if config.loss.reasoner == "computed":
+        return
+    shapes = nnx.eval_shape(lambda: Chroma(nnx.Rngs(0), config.model))
+    _, trained, _ = split_trainable(shapes, config.optimizer)
+    if config.lora.targets or any(path.startswith("reasoner/") for path in values(trained)):
+        raise ChromaError("loss.reasoner is 'stored', but the Reasoner is trained; freeze it: --optimizer.freeze reasoner/")
 
 
 def trainer_of(config: Config, mesh: Mesh) -> Trainer:
@@ -115,7 +128,8 @@ class Speaking:
     def batches(self, position: int) -> Iterator[Batch]:
         t = self.config.training
         share = this_host() | {"global_batch": t.global_batch, "seed": t.seed}
-        return batches(self.prepared, "train", self.config.model, position=position, augment=self.config.augment, **share)
+        share |= {"augment": self.config.augment, "reasoner": self.config.loss.reasoner}
+        return batches(self.prepared, "train", self.config.model, position=position, **share)
 
     def place(self, batch: Batch) -> Batch:
         return place(batch, self.trainer)
@@ -127,7 +141,7 @@ class Speaking:
         """Means over the valid split, each loss weighted by its own number of targets."""
         totals: dict[str, float] = {}
         counts = dict.fromkeys(COUNTS, 0.0)
-        share = this_host() | {"global_batch": self.config.training.global_batch}
+        share = this_host() | {"global_batch": self.config.training.global_batch, "reasoner": self.config.loss.reasoner}
         for batch in evaluation_batches(self.prepared, "valid", self.config.model, **share):
             metrics = flat(jax.device_get(self.trainer.eval_step(state, self.place(batch))))
             for name in COUNTS:

@@ -1,0 +1,100 @@
+"""Stored hidden states: training behind them is training behind the Reasoner, and computing them can be interrupted."""
+
+import jax
+import numpy as np
+import pytest
+from tiny import replace
+
+from chroma_jax.errors import ChromaError
+from chroma_jax.training import stored
+from chroma_jax.training.metrics import read_lines
+from chroma_jax.training.stored import store_hidden
+from chroma_jax.training.train import train
+from data_pipelines import hidden
+from data_pipelines.records import RowReader, batches, open_dataset
+
+
+@pytest.fixture(scope="module")
+def config(tiny_prepared):
+    config = replace(tiny_prepared[0], "optimizer.freeze", ("reasoner/",))
+    return replace(replace(config, "loss.text_weight", 0.0), "loss.hearing_weight", 0.0)
+
+
+@pytest.fixture(scope="module")
+def run(config, tiny_prepared, tmp_path_factory):
+    """Two steps; the Reasoner is that of its checkpoint, as it is frozen."""
+    run = tmp_path_factory.mktemp("stored") / "run"
+    train(replace(config, "training.steps", 2), run, tiny_prepared[1])
+    return run
+
+
+@pytest.fixture(scope="module")
+def states(tiny_prepared, run):
+    assert "were there" in store_hidden(tiny_prepared[1], run, rows_at_once=1)
+    return tiny_prepared[1]
+
+
+def losses(run):
+    return [line["train/c0_loss"] for line in read_lines(run / "metrics.jsonl") if "train/c0_loss" in line]
+
+
+def test_training_behind_stored_states_is_training_behind_the_reasoner(config, states, run, tmp_path):
+    train(replace(replace(config, "loss.reasoner", "stored"), "training.steps", 2), tmp_path / "run", states)
+    # states are kept in bfloat16
+    np.testing.assert_allclose(losses(tmp_path / "run"), losses(run), rtol=1e-3)
+
+
+def test_no_speech_is_read(config, states):
+    batch = next(batches(states, "train", config.model, global_batch=4, seed=0, reasoner="stored"))
+    assert batch.mel.size == 0 and batch.hidden.shape == (*batch.answer_token.shape, config.model.reasoner.text.width)
+    there = np.abs(batch.hidden.astype(np.float32)).sum(axis=-1) > 0
+    np.testing.assert_array_equal(there, batch.answer_position >= 0)
+
+
+def test_an_interrupted_computation_goes_on(states, run, monkeypatch):
+    dataset = open_dataset(states)
+    monkeypatch.setattr(hidden, "ROWS_PER_FILE", 2)
+    files = hidden.files(dataset, "train")
+    assert len(files) >= 2
+    write, written = hidden.write_file, []
+
+    def until_the_second(path, rows):
+        if written:
+            raise KeyboardInterrupt
+        written.append(path)
+        write(path, rows)
+
+    monkeypatch.setattr(stored.hidden, "write_file", until_the_second)
+    for path, _ in files:
+        path.unlink(missing_ok=True)
+    with pytest.raises(KeyboardInterrupt):
+        store_hidden(states, run, rows_at_once=1)
+    monkeypatch.setattr(stored.hidden, "write_file", write)
+    kept = files[0][0].stat().st_mtime_ns
+    store_hidden(states, run, rows_at_once=1)
+    assert files[0][0].stat().st_mtime_ns == kept
+    reader = hidden.HiddenReader(dataset, "train", 32)
+    for row in range(dataset.rows("train")):
+        assert len(reader[row]) == (RowReader(dataset, "train")[row].arrays["answer_position"] >= 0).sum()
+
+
+def test_misuse_is_an_error(config, tiny_prepared, states, run, tmp_path):
+    with pytest.raises(ValueError, match="set text_weight and hearing_weight to 0"):
+        replace(replace(config, "loss.text_weight", 1.0), "loss.reasoner", "stored")
+    trained = replace(replace(config, "loss.reasoner", "stored"), "optimizer.freeze", ())
+    with pytest.raises(ChromaError, match="the Reasoner is trained; freeze it"):
+        train(trained, tmp_path / "a", states)
+    other = tmp_path / "other"
+    train(replace(replace(config, "training.seed", 5), "training.steps", 1), other, tiny_prepared[1])
+    with pytest.raises(ChromaError, match="the states of another Reasoner"):
+        store_hidden(states, other, rows_at_once=1)
+    (states / hidden.FOLDER / "valid-00000.array_record").unlink()
+    with pytest.raises(ChromaError, match="cache_reasoner RUN"):
+        hidden.HiddenReader(open_dataset(states), "valid", 32)
+
+
+def test_a_checksum_does_not_depend_on_the_devices():
+    x = jax.random.normal(jax.random.key(0), (16, 8))
+    mesh = jax.make_mesh((8,), ("fsdp",))
+    divided = jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp")))
+    assert int(stored.checksum(x)) == int(stored.checksum(divided))
