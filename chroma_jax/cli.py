@@ -13,7 +13,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from chroma_jax.errors import ChromaError, near
+from chroma_jax.errors import EXIT_CODES, ChromaError, Ended, near
+from chroma_jax.training.multihost import DistributedConfig
 
 PROGRAM = "chroma-jax"
 Positional = tyro.conf.Positional
@@ -38,12 +39,25 @@ class Train:
     """Trains a speaking model or a codec; on an existing run folder, goes on from its newest checkpoint.
 
     run: run folder. prepared: dataset folder that ``prepare`` wrote. start: another run folder, or one that ``convert import``
-    wrote, whose weights a new run begins with; what it does not have is drawn at random.
+    wrote, whose weights a new run begins with; what it does not have is drawn at random. distributed: of several processes, which
+    one this is. SIGTERM and Ctrl-C end it after the running step, with a checkpoint and exit code 75.
     """
 
     run: Positional[Path]
     prepared: Path
     start: Path | None = None
+    distributed: DistributedConfig = DistributedConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class Status:
+    """Tells how far a run has come, where its wall time went, and what interrupted it; also of one that is going on.
+
+    run: run folder. json: for programs.
+    """
+
+    run: Positional[Path]
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,10 +215,19 @@ def skipped(manifest: dict) -> str:
 def train(args: Train, config) -> int:
     from chroma_jax.config import CodecRun
     from chroma_jax.training.codec.train import train_codec
+    from chroma_jax.training.multihost import joined
     from chroma_jax.training.train import train
 
-    virtual_devices(config)
-    (train_codec if isinstance(config, CodecRun) else train)(config, args.run, args.prepared, args.start)
+    with joined(args.distributed, config.mesh) as progress:
+        (train_codec if isinstance(config, CodecRun) else train)(config, args.run, args.prepared, args.start, progress)
+    return 0
+
+
+def status(args: Status) -> int:
+    from chroma_jax.training.status import described, status
+
+    facts = status(args.run)
+    print(json.dumps(facts, indent=1) if args.json else described(facts))
     return 0
 
 
@@ -322,6 +345,7 @@ def verify(args: Verify) -> int:
 COMMANDS: dict[str, tuple[type, Callable, Literal["file", "run", "speaking run", "onto", "none"]]] = {
     "prepare": (Prepare, prepare, "file"),
     "train": (Train, train, "file"),
+    "status": (Status, status, "none"),
     "reply": (Reply, reply, "speaking run"),
     "evaluate": (Evaluate, evaluate, "run"),
     "export": (Export, export, "none"),
@@ -342,11 +366,12 @@ def usage() -> str:
         lines.append(f"  {name + (' CONFIG' if source == 'file' else ''):<16} {first}")
     lines += ["", f"CONFIG is a configuration file or the name of a shipped one ({', '.join(shipped())});"]
     lines += ["any field of it can be overridden, as in --model.backbone.num_layers 4."]
+    lines += ["", "exit codes:", *(f"  {code:<16} {meaning}" for code, meaning in EXIT_CODES.items())]
     return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0 done, 1 a check failed, 2 bad input."""
+    """Returns the exit code; see `chroma_jax.errors.EXIT_CODES`."""
     argv = sys.argv[1:] if argv is None else argv
     try:
         if not argv or argv[0] in ("-h", "--help", "help"):
@@ -360,6 +385,9 @@ def main(argv: list[str] | None = None) -> int:
     except ChromaError as e:
         print(f"{PROGRAM}: error: {' '.join(str(e).split())}", file=sys.stderr)
         return 2
+    except Ended as e:
+        print(f"{PROGRAM}: {e}", file=sys.stderr)
+        return e.code
     except KeyboardInterrupt:
         print(f"{PROGRAM}: interrupted", file=sys.stderr)
         return 130

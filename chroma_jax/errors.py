@@ -1,11 +1,33 @@
-"""The one exception that means "the user can fix this": the command line prints it in one line and exits with 2."""
+"""The exceptions that end a command in one line on standard error, and the exit codes of every command."""
 
 import difflib
 from collections.abc import Iterable
 
+STOPPED, PEER_LOST, DIVERGED = 75, 76, 77
+
+# After 75, 76 or a death by signal the same command, on all hosts, goes on from the newest checkpoint, so that a launcher may
+# simply repeat it; after 77 a person should look first.
+EXIT_CODES = {
+    0: "done",
+    1: "a check failed, or the program has a fault (then with a traceback)",
+    2: "bad input",
+    STOPPED: "training was asked to stop (SIGTERM, as before a preemption, or Ctrl-C) and has saved; repeated, it goes on",
+    PEER_LOST: "another process of the training died, hung, failed or never came; repeated on all hosts, it goes on",
+    DIVERGED: "too many training steps in a row had to be skipped; the last good checkpoint is named",
+    130: "interrupted",
+}
+
 
 class ChromaError(Exception):
     """Bad input: names the file, field or flag, and what was expected."""
+
+
+class Ended(Exception):
+    """A training that ended before its last step, in good order. code: one of `EXIT_CODES`."""
+
+    def __init__(self, code: int, message: str):
+        super().__init__(message)
+        self.code = code
 
 
 def near(name: str, known: Iterable[str], *, count: int = 3) -> str:

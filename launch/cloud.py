@@ -2,8 +2,8 @@
 
     python -m launch.cloud COMMAND DESCRIPTION [--set FIELD=VALUE …] [--dry-run]
 
-Needs Python and the tool that a command runs (gcloud, kubectl, xpk, sbatch, docker), not JAX. Each command line is shown before it
-runs; --dry-run shows everything, and runs nothing.
+Needs Python and the tool that a command runs (gcloud, kubectl, xpk, sbatch, docker), not JAX. Each command line is shown before
+it runs; --dry-run shows everything, and runs nothing.
 """
 
 import argparse
@@ -20,16 +20,17 @@ from typing import NoReturn
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # chroma-jax need not be installed where trainings are started from
 
-from chroma_jax.errors import ChromaError, near  # noqa: E402
+from chroma_jax.errors import PEER_LOST, STOPPED, ChromaError, near  # noqa: E402
 from launch import jobset  # noqa: E402
 from launch.description import BUCKET, Description, read  # noqa: E402
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a command does. steps: command lines. files: text by name, in the folder where the steps run. manifest: what the last
-    step reads. hints: what one may want to run then."""
+    """What a command does. notes: to know before. steps: command lines. files: text by name, in the folder where the steps run.
+    manifest: what the last step reads. hints: what one may want to run then."""
 
+    notes: list[str]
     steps: list[list[str]]
     files: dict[str, str] = dataclasses.field(default_factory=dict)
     manifest: str | None = None
@@ -39,12 +40,14 @@ class Plan:
 def queued_resource(d: Description) -> Plan:
     where = [f"--project={d.project}", f"--zone={d.zone}"]
     nodes = [f"--node-id={d.run}"] if d.slices == 1 else [f"--node-count={d.slices}", f"--node-prefix={d.run}"]
-    create = ["gcloud", "compute", "tpus", "queued-resources", "create", d.run, *where, *nodes, *d.slice.gcloud()]
+    track = ["alpha"] * (d.slice.family == "v5p")  # of whose shapes only that knows, as of release 528
+    create = ["gcloud", *track, "compute", "tpus", "queued-resources", "create", d.run, *where, *nodes, *d.slice.gcloud()]
     create += [f"--runtime-version={d.slice.facts.runtime}", "--metadata-from-file=startup-script=startup.sh"]
     create += ["--spot"] * d.spot + ["--reserved"] * bool(d.reservation)
     create += [f"--service-account={d.service_account}"] * bool(d.service_account)
     first, at = d.run if d.slices == 1 else f"{d.run}-0", shlex.join(where)
     return Plan(
+        chips(d),
         [create],
         {"startup.sh": startup_script(d)},
         hints=[
@@ -58,22 +61,24 @@ def queued_resource(d: Description) -> Plan:
 def startup_script(d: Description) -> str:
     """launch/tpu_vm.sh with its values."""
     first, body = (ROOT / "launch" / "tpu_vm.sh").read_text().split("\n", 1)
-    options = [f"--env={name}={value}" for name, value in d.environment().items()]
     values = {"BUCKET": d.bucket_name, "IMAGE": d.image, "RESTARTS": str(d.restarts), "GRACE_SECONDS": str(d.grace_seconds)}
-    values["DOCKER_OPTIONS"] = shlex.join(options)
     assignments = [f"{name}={shlex.quote(value)}" for name, value in values.items()]
-    return "\n".join([first, *assignments, f"set -- {shlex.join(d.train())}", body])
+    environment = [f"--env={name}={value}" for name, value in d.environment().items()]
+    return "\n".join([first, *assignments, f"set -- {shlex.join([*environment, d.image, *d.train()])}", body])
 
 
 def gke(d: Description) -> Plan:
     if d.slices > 1 and d.slice.hosts == 1:
         raise ChromaError(f"slices is {d.slices}: GKE joins only slices of several hosts, and {d.topology} has one")
-    cluster = ["gcloud", "container", "clusters", "get-credentials", d.cluster, f"--project={d.project}", f"--location={d.location}"]
-    manifest = jobset.to_yaml(jobset.manifest(d))
+    where = [f"--project={d.project}", f"--location={d.location}"]
     name = f"--namespace={d.namespace}"
     return Plan(
-        [cluster, ["kubectl", "create", "--filename=-"]],
-        manifest=manifest,
+        [*chips(d), "The cluster needs a node pool per slice, such as:", *node_pool(d)],
+        [
+            ["gcloud", "container", "clusters", "get-credentials", d.cluster, *where],
+            ["kubectl", "create", "--filename=-"],
+        ],
+        manifest=jobset.to_yaml(jobset.manifest(d)),
         hints=[
             f"kubectl describe jobset {d.run} {name}",
             f"kubectl logs --follow job/{d.run}-slice-0 {name} --container=train",
@@ -82,26 +87,46 @@ def gke(d: Description) -> Plan:
     )
 
 
+def node_pool(d: Description) -> list[str]:
+    """How one would make a node pool for one slice."""
+    policy, name = f"{d.slice.family}-{d.slice.shape}", f"{d.run}-0"
+    make = ["gcloud", "container", "node-pools", "create", name, f"--cluster={d.cluster}", f"--project={d.project}"]
+    make += [f"--location={d.location}", f"--node-locations={d.zone}"]
+    make += [f"--machine-type={d.slice.machine}", f"--num-nodes={d.slice.hosts}"]
+    make += ["--spot"] * d.spot
+    make += ["--reservation-affinity=specific", f"--reservation={d.reservation}"] * bool(d.reservation)
+    if d.slice.family != "tpu7x":
+        return [shell([*make, f"--tpu-topology={d.slice.shape}"])]
+    if d.slice.hosts == 1:
+        return [shell(make)]
+    # there a policy has the topology: docs.cloud.google.com/kubernetes-engine/docs/concepts/tpu-ironwood
+    first = ["gcloud", "compute", "resource-policies", "create", "workload-policy", policy, f"--project={d.project}"]
+    first += [f"--region={d.zone.rpartition('-')[0]}", "--type=HIGH_THROUGHPUT", f"--accelerator-topology={d.slice.shape}"]
+    return [shell(first), shell([*make, f"--placement-policy={policy}"])]
+
+
 def xpk(d: Description) -> Plan:
     command = shlex.join(["exec", "python", "-m", "chroma_jax", *d.train()])  # in the shell's place, so that signals reach it
     create = ["xpk", "workload", "create", f"--workload={d.run}", *xpk_cluster(d)]
-    create += [f"--tpu-type={d.slice.xpk()}", f"--num-slices={d.slices}", f"--docker-image={d.image}", f"--storage={xpk_storage(d)}"]
-    # whatever is not named ends the workload: by default, all below 127 but 42
-    create += [f"--max-restarts={d.restarts}", f"--restart-on-exit-codes=1,{jobset.RESTART}"]
+    create += [f"--tpu-type={d.slice.xpk()}", f"--num-slices={d.slices}"]
+    create += [f"--docker-image={d.image}", f"--storage={xpk_storage(d)}"]
+    # any other ends the workload, but for those of which xpk itself thinks so, 42 and 127 to 255
+    create += [f"--max-restarts={d.restarts}", f"--restart-on-exit-codes=1,{STOPPED},{PEER_LOST}"]
     create += [f"--termination-grace-period-seconds={d.grace_seconds}"]
     create += [f"--env={name}={value}" for name, value in d.environment().items()]
     create += ["--spot"] * d.spot + [f"--reservation={d.reservation}"] * bool(d.reservation)
     cluster = shlex.join(xpk_cluster(d))
     return Plan(
+        [*chips(d), "The image must run as root (image_user = 0), and the cluster know the bucket (xpk-storage)."],
         [[*create, f"--command={command}"]],
         hints=[f"xpk workload list {cluster}", f"xpk workload delete --workload={d.run} {cluster}"],
     )
 
 
 def xpk_attach(d: Description) -> Plan:
-    attach = ["xpk", "storage", "attach", xpk_storage(d), *xpk_cluster(d), "--type=gcsfuse", f"--bucket={d.bucket_name}", "--size=1"]
-    attach += [f"--mount-point={BUCKET}", "--readonly=false", "--auto-mount=false", "--no-prefetch-metadata"]
-    return Plan([[*attach, f"--mount-options={','.join(jobset.MOUNT_OPTIONS)}"]])
+    attach = ["xpk", "storage", "attach", xpk_storage(d), *xpk_cluster(d), "--type=gcsfuse", f"--bucket={d.bucket_name}"]
+    attach += [f"--mount-point={BUCKET}", "--size=1", "--readonly=false", "--auto-mount=false", "--no-prefetch-metadata"]
+    return Plan([], [[*attach, f"--mount-options={','.join(jobset.MOUNT_OPTIONS)}"]])
 
 
 def xpk_cluster(d: Description) -> list[str]:
@@ -116,17 +141,25 @@ def xpk_storage(d: Description) -> str:
 def slurm(d: Description) -> Plan:
     s = d.slurm
     sbatch = ["sbatch", f"--job-name={d.run}", f"--nodes={s.nodes}", f"--gpus-per-node={s.gpus}"]
-    sbatch += [f"--signal=B:TERM@{d.grace_seconds}", f"--export=ALL,CHROMA_PYTHON={s.python}", *s.options]
+    sbatch += [f"--signal=B:TERM@{d.grace_seconds}", f"--export=ALL,CHROMA_PYTHON={s.python},CHROMA_RESTARTS={d.restarts}"]
+    sbatch += s.options
     return Plan(
+        [f"{s.nodes} × {s.gpus} GPUs: {s.nodes * s.gpus} devices of JAX; the mesh must have as many"],
         [[*sbatch, str(ROOT / "launch" / "slurm.sh"), *d.train(s.folder)[1:]]],
-        hints=[f"squeue --name={d.run}", f"tail --follow {d.run}-*.log", f"scancel --signal=TERM --batch --name={d.run}"],
+        hints=[f"squeue --name={d.run}", f"tail --follow {d.run}-*.log", f"scancel --name={d.run}"],
     )
 
 
 def docker(d: Description) -> Plan:
     build = ["docker", "build", f"--file={ROOT / 'launch' / 'Dockerfile'}", f"--tag={d.image}"]
     build += [f"--build-arg=EXTRAS={d.extras}", f"--build-arg=RUN_AS={d.image_user}", str(ROOT)]
-    return Plan([build, ["docker", "push", d.image]])
+    return Plan([], [build, ["docker", "push", d.image]])
+
+
+def chips(d: Description) -> list[str]:
+    """How many devices that is, the product of the mesh."""
+    s, n = d.slice, d.slices
+    return [f"{n} × {d.topology}: {n * s.chips} chips, {n * s.devices} devices of JAX; the mesh must have as many"]
 
 
 TPU = ("project", "zone", "bucket", "image", "topology")
@@ -152,23 +185,14 @@ def planned(command: str, d: Description) -> Plan:
     return plan(d)
 
 
-def summary(d: Description) -> list[str]:
-    """How many chips that is, and what the mesh must be for them."""
-    if d.topology is None:
-        return []
-    s, n = d.slice, d.slices
-    lines = [f"{n} × {d.topology}: {n * s.chips} chips, {n * s.hosts} hosts of {s.chips_per_host}"]
-    return [*lines, f"{n * s.devices} devices of JAX, as many as the mesh must have"]
-
-
-def show(plan: Plan, notes: list[str]) -> str:
+def show(plan: Plan) -> str:
     """Everything that would be done: a shell script, or a manifest for kubectl."""
     commands = [shell(step) for step in plan.steps]
-    after = ["then, as needed:", *plan.hints] if plan.hints else []
+    after = ["Then, as needed:", *plan.hints] if plan.hints else []
     if plan.manifest is not None:
-        return commented([*notes, *commands]) + plan.manifest + commented(after)
+        return commented([*plan.notes, "What is done:", *commands]) + plan.manifest + commented(after)
     files = "".join(f"cat >{name} <<'END_OF_FILE'\n{text}END_OF_FILE\n" for name, text in plan.files.items())
-    return "#!/usr/bin/env bash\n" + commented(notes) + files + "".join(f"{c}\n" for c in commands) + commented(after)
+    return "#!/usr/bin/env bash\n" + commented(plan.notes) + files + "".join(f"{c}\n" for c in commands) + commented(after)
 
 
 def commented(lines: list[str]) -> str:
@@ -177,9 +201,10 @@ def commented(lines: list[str]) -> str:
 
 def shell(step: list[str]) -> str:
     """A command line as one would type it."""
-    words = [shlex.quote(word) for word in step]
-    line = " ".join(words)
-    return line if len(line) <= 120 else " \\\n    ".join(words)
+    line = shlex.join(step)
+    if len(line) <= 120:
+        return line
+    return " ".join(("\\\n    " if word.startswith("--") else "") + shlex.quote(word) for word in step)
 
 
 def run(plan: Plan) -> int:
@@ -236,11 +261,11 @@ def main(argv: list[str] | None = None) -> int:
         except ChromaError as e:
             raise ChromaError(f"{args.description}: {e}") from e
         if args.dry_run:
-            print(show(plan, summary(d)), end="")
+            print(show(plan), end="")
             return 0
         code = run(plan)
         if code == 0 and plan.hints:
-            print("\n".join(["then, as needed:", *plan.hints]))
+            print("\n".join(["Then, as needed:", *plan.hints]))
         return code
     except ChromaError as e:
         print(f"cloud: error: {' '.join(str(e).split())}", file=sys.stderr)

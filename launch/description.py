@@ -43,8 +43,8 @@ class Description:
     cluster, cluster_location (by default the zone's region), namespace, queue (of Kueue), kubernetes_account (that may read and
     write the bucket): on GKE. service_account: of TPU VMs, an e-mail address.
 
-    restarts: so many failures are followed by another try; interruptions do not count, except under xpk. grace_seconds: from being
-    asked to stop to being ended, for a last checkpoint; spot machines grant 30 at most.
+    restarts: so many failures are followed by another try; interruptions do not count, but for xpk and Slurm. grace_seconds: from
+    being asked to stop to being ended, for a last checkpoint; spot machines grant 30 at most.
     """
 
     config: str
@@ -73,7 +73,7 @@ class Description:
     slurm: Slurm | None = None
 
     def __post_init__(self):
-        # the name ends up in those of Pods (NAME-slice-7-63-abcde, 63 letters at most) and of Cloud TPU's nodes; 40 is xpk's limit
+        # it becomes part of Pods' names (NAME-slice-7-63-abcde, 63 letters at most) and of TPU VMs'; xpk allows 40 letters
         if not re.fullmatch(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?", self.run):
             raise ChromaError(f"run is {self.run!r}, expected a name of a-z, 0-9 and -, from a letter on, of at most 40")
         if self.bucket is not None and not re.fullmatch(r"gs://[a-z0-9][a-z0-9._-]+[a-z0-9]", self.bucket):

@@ -1,13 +1,19 @@
-"""Training as a JobSet of Kubernetes on GKE: one Job per slice, one Pod per host of it, and when all of that is started again."""
+"""Training as a JobSet of Kubernetes on GKE: one Job per slice, one Pod per host of it, and when all of that is started again.
+
+After jobset.sigs.k8s.io/docs/tasks/tpu_multislice and failure_policy, and of docs.cloud.google.com/kubernetes-engine/docs/how-to
+tpu-multislice and cloud-storage-fuse-csi-driver-ephemeral.
+"""
 
 import json
 import re
 from typing import Any
 
+from chroma_jax.errors import DIVERGED, STOPPED
 from launch.description import BUCKET, Description
 
-RESTART = 75  # exit code of a training that has saved itself and wants to go on elsewhere
-HOPELESS = (2, 126, 127)  # bad input; a program that cannot be run, or is not there: the next time would be the same
+# Exit codes after which another try would end likewise: bad input, a loss that has diverged, a program that cannot be run or is
+# not there. A lost neighbour is none of these, but neither an interruption: it may have failed.
+HOPELESS = (2, DIVERGED, 126, 127)
 MOUNT_OPTIONS = (
     "implicit-dirs",  # folders that were made by copying objects
     "rename-dir-limit=1000000",  # a checkpoint gets its name once it is complete
@@ -19,8 +25,8 @@ MOUNT_OPTIONS = (
 def manifest(d: Description) -> dict[str, Any]:
     """The JobSet, as Kubernetes' API has it.
 
-    GKE tells each Pod its place by environment variables, TPU_WORKER_ID and TPU_WORKER_HOSTNAMES within a slice and MEGASCALE_* among
-    slices, which it sets on seeing a JobSet that asks for TPUs; JAX reads them (jax/_src/clusters/cloud_tpu_cluster.py).
+    GKE tells each Pod its place by environment variables, TPU_WORKER_ID and TPU_WORKER_HOSTNAMES within a slice and MEGASCALE_*
+    among slices, which it sets on seeing a JobSet that asks for TPUs; JAX reads them (jax/_src/clusters/cloud_tpu_cluster.py).
     """
     metadata: dict[str, Any] = {"name": d.run, "namespace": d.namespace}
     if d.queue:
@@ -39,9 +45,9 @@ def manifest(d: Description) -> dict[str, Any]:
 
 
 def failure_policy(restarts: int) -> dict[str, Any]:
-    """Bad input ends the JobSet; a training that asks for it, or whose host is taken away, is started again however often; and any
-    other failure so many times. What ended a Job is known by its message ("Container train for pod … failed with exit code 2 matching
-    FailJob rule at index 0"), which JobSet compares since its version 0.10."""
+    """What is hopeless ends the JobSet; a training that asks for it, or whose host is taken away, is started again however often;
+    any other failure is followed by another try so many times. What ended a Job is known by its message ("Container train for pod
+    … failed with exit code 2 matching FailJob rule at index 0"), which JobSet compares since its version 0.10."""
     hopeless = "|".join(map(str, HOPELESS))
     return {
         "maxRestarts": restarts,
@@ -74,7 +80,7 @@ def job(d: Description) -> dict[str, Any]:
         "completions": d.slice.hosts,
         "completionMode": "Indexed",
         "backoffLimit": 0,
-        "podFailurePolicy": {"rules": [exit_code(*HOPELESS), exit_code(RESTART), disrupted]},
+        "podFailurePolicy": {"rules": [exit_code(*HOPELESS), exit_code(STOPPED), disrupted]},
         "template": {
             # no limits for the mount: by default it may stage 5 GiB of what is being written, less than a checkpoint
             "metadata": {"annotations": {"gke-gcsfuse/volumes": "true"} | {f"gke-gcsfuse/{of}-limit": "0" for of in STAGING}},

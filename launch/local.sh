@@ -10,10 +10,11 @@ usage() {
     cat <<'TEXT'
 usage: launch/local.sh COMMAND …
 
-  demo [OUT]       lets a small trained Chroma answer a spoken question, trains it further, and exports it
+  demo [OUT]       trains a small Chroma on the embedded corpus, lets it answer a spoken question, and exports it
+  train CONFIG …   trains, with --processes N in several processes as on several hosts
   test [ARGS …]    runs the fast tests on the CPU
 
-COMMAND --help tells more. Both first install this package into a virtual environment, unless that is done already.
+COMMAND --help tells more. Each first installs this package into a virtual environment, unless that is done already.
 
 environment variables:
   CHROMA_VENV      the virtual environment (default: .venv in the repository)
@@ -25,21 +26,32 @@ TEXT
 
 usage_demo() {
     cat <<'TEXT'
-usage: launch/local.sh demo [OUT] [--steps N] [--scratch] [--fresh]
+usage: launch/local.sh demo [OUT] [--steps N] [--fresh]
 
-The weights that come with the code answer a question of the test split in a voice that they never heard. Then the demo prepares
-the embedded corpus, trains the configuration "nano" on it in two pieces (the second resumes from the checkpoint of the first),
-and exports what came out. Takes some minutes on two CPU cores, plus one or two for the installation. Uses a GPU or TPU if the
-environment has JAX for it (CHROMA_EXTRAS=cuda). Run again, it goes on where it stopped; once all is trained, only the reply and
-the export are redone.
+Prepares the embedded corpus with the Codec that comes with the code, trains the configuration "nano" in two pieces (the second
+resumes from the checkpoint of the first), answers a question of the test split in a voice that training never heard, and exports
+the weights. Takes some minutes on two CPU cores, plus one or two for the installation. Uses a GPU or TPU if the environment has
+JAX for it (CHROMA_EXTRAS=cuda). Run again, it goes on where it stopped; once all is trained, only the reply and the export are
+redone.
 
   OUT          results (default: runs/demo in the repository)
-                 OUT/reply    reply.wav, reply.txt, reply.png, summary.json
-                 OUT/data     the packed corpus       OUT/run      checkpoints, metrics
-                 OUT/export   weights in the released model's layout
-  --steps N    training steps (default: 100)
-  --scratch    trains from random weights instead of those that come with the code
+                 OUT/data     the packed corpus       OUT/reply    reply.wav, reply.txt, reply.png, summary.json
+                 OUT/run      checkpoints, metrics    OUT/export   weights in the released model's layout
+  --steps N    training steps (default: 200)
   --fresh      starts over: removes OUT first, if the demo made it
+TEXT
+}
+
+usage_train() {
+    cat <<'TEXT'
+usage: launch/local.sh train CONFIG RUN --prepared DATA [--processes N] [FLAGS …]
+
+Runs "chroma-jax train" in this script's environment; FLAGS are its own (chroma-jax train CONFIG --help). With --processes N, so many
+processes train together on virtual CPU devices, as so many hosts of a cluster would: what works so, works there. The mesh must have
+a device for each, such as --mesh.data 2 for two. Every line of output has its process's number before it.
+
+Ctrl-C and SIGTERM are passed on, so that the training saves itself. When a process fails, the others are ended too; the exit code is
+that of the first that failed.
 TEXT
 }
 
@@ -194,10 +206,11 @@ demo() {
     begin "1/5 answering \"$question\" in the voice of $(basename "$voice") → $out/reply"
     chroma reply nano --question "$recording" --reference "$voice" --transcript "$transcript" --out "$out/reply"
 
-    local -a less=(--data.prompts_per_dialogue 1 --data.curriculum.speeds 1.0) # one pass, each voice at its own speed
+    # one pass, each voice at its own speed, and the Reasoner too, which the configuration expects to be trained already
+    local -a less=(--data.prompts_per_dialogue 1 --data.curriculum.speeds 1.0) joint=(--loss.text_weight 1 --optimizer.freeze)
     begin "2/5 preparing the corpus → $out/data"
     chroma prepare nano "$out/data" --codec codec_nano "${less[@]}"
-    set -- --prepared "$out/data" "${less[@]}" --optimizer.decay_steps "$steps" --training.eval_every 50 --checkpoint.every 50
+    set -- --prepared "$out/data" "${less[@]}" "${joint[@]}" --optimizer.decay_steps "$steps" --training.eval_every 50 --checkpoint.every 50
     if [[ $scratch == yes ]]; then
         set -- "$@" --loss.text_weight 1 --optimizer.freeze # nothing
     else
@@ -219,6 +232,80 @@ demo() {
   run/       config.txt, metrics.jsonl, tensorboard/, checkpoints/
   export/    the weights in the released model's layout
 TEXT
+}
+
+free_port() { "$VENV/bin/python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
+
+# prefixed TEXT: its input with TEXT before every line, of a progress bar its last state; ends with its input, whatever is signalled
+prefixed() {
+    local line
+    trap '' INT TERM
+    while IFS= read -r line || [[ -n $line ]]; do
+        printf '%s%s\n' "$1" "${line##*$'\r'}"
+    done
+}
+
+train() {
+    local processes=1 address i pid ended code=0 deadline='' signalled=no
+    local -a given=() running=() left
+    while (($#)); do
+        case $1 in
+        -h | --help)
+            usage_train
+            return
+            ;;
+        --processes)
+            [[ ${2-} =~ ^[1-9][0-9]*$ ]] || die "train: --processes wants a positive number, got '${2-}'"
+            processes=$2
+            shift
+            ;;
+        --) ;; # may set the flags apart
+        --distributed.*) die "train: '$1' is for clusters; here there is --processes N" ;;
+        *) given+=("$1") ;;
+        esac
+        shift
+    done
+    ((${#given[@]})) || die "train: expected CONFIG RUN --prepared DATA; see train --help"
+    (cd -- "$ROOT" && environment core)
+    settings
+    if ((processes == 1)); then
+        exec "$VENV/bin/python" -m chroma_jax train "${given[@]}"
+    fi
+    export JAX_PLATFORMS=cpu
+    address=127.0.0.1:$(free_port)
+    set -- "${given[@]}" --distributed.coordinator "$address" --distributed.processes "$processes"
+    trap 'signalled=yes; kill -TERM "${running[@]}" 2>/dev/null || true' INT TERM
+    for ((i = 0; i < processes; i++)); do
+        "$VENV/bin/python" -m chroma_jax train "$@" --distributed.process "$i" > >(prefixed "[$i] ") 2> >(prefixed "[$i] " >&2) &
+        running+=("$!")
+    done
+    while ((${#running[@]})); do
+        sleep 0.2 || true # Ctrl-C reaches it too
+        left=()
+        for pid in "${running[@]}"; do
+            if kill -0 "$pid" 2>/dev/null; then
+                left+=("$pid")
+                continue
+            fi
+            ended=0
+            wait "$pid" 2>/dev/null || ended=$?
+            if ((ended && !code)); then
+                code=$ended
+                printf 'local.sh: a process ended with exit code %s\n' "$code" >&2
+            fi
+        done
+        running=(${left[@]+"${left[@]}"})
+        if ((code && ${#running[@]})); then
+            # 75: they have saved themselves together, and are ending; in another case they may wait for the lost one for ever
+            if [[ -z $deadline ]]; then
+                deadline=$((SECONDS + 30))
+                ((code == 75)) || [[ $signalled == yes ]] || kill -TERM "${running[@]}" 2>/dev/null || true
+            elif ((SECONDS > deadline)); then
+                kill -KILL "${running[@]}" 2>/dev/null || true
+            fi
+        fi
+    done
+    return "$code"
 }
 
 run_tests() {
@@ -243,8 +330,9 @@ run_tests() {
 [[ $VENV == /* ]] || VENV=$PWD/$VENV
 case ${1-} in
 demo) demo "${@:2}" ;;
+train) train "${@:2}" ;;
 test) run_tests "${@:2}" ;;
 -h | --help | help) usage ;;
-'') die "which command? demo or test; see --help" ;;
-*) die "unknown command '$1'; commands: demo, test" ;;
+'') die "which command? train, demo or test; see --help" ;;
+*) die "unknown command '$1'; commands: demo, train, test" ;;
 esac

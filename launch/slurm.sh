@@ -5,7 +5,8 @@
 #
 # The arguments are those of `chroma-jax train`; RUN and DATA lie where all nodes see them. CHROMA_PYTHON: the Python of the environment
 # in which chroma-jax is installed. Two minutes before its time is over, or when Slurm takes the nodes away, the training saves itself;
-# the job goes back into the queue, and on from there.
+# the job goes back into the queue, and on from there. So it does when a process is lost, but no more once it has been back
+# CHROMA_RESTARTS times (default: 20).
 #SBATCH --job-name=chroma
 #SBATCH --ntasks-per-node=1
 #SBATCH --signal=B:TERM@120
@@ -42,7 +43,12 @@ until [[ $ended == yes ]]; do
     wait "$step" || code=$? # unless the trap interrupts it
 done
 
-if ((code == 75)); then
+again=no
+if ((code == 75 || (code == 76 || code > 128) && ${SLURM_RESTART_COUNT:-0} < ${CHROMA_RESTARTS:-20})); then
+    again=yes
+fi
+# a job that was cancelled, or that Slurm itself puts back, is no longer running
+if [[ $again == yes && $(squeue --noheader --format=%T --jobs="$SLURM_JOB_ID") == RUNNING ]]; then
     echo "slurm.sh: back into the queue" >&2
     scontrol requeue "$SLURM_JOB_ID"
 fi

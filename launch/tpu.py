@@ -6,7 +6,6 @@ import math
 
 from chroma_jax.errors import ChromaError, near
 
-
 FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 
 
@@ -22,9 +21,9 @@ def cubes(largest: int) -> tuple[str, ...]:
 class Family:
     """A generation of TPUs.
 
-    shapes: its slices, in chips. devices: of JAX, per chip. gke: the node label cloud.google.com/gke-tpu-accelerator. machine: of
-    GKE's node pools, of 4 chips (of 1 for a slice of one chip). xpk: what its TPU types begin with. gcloud, runtime: type and image
-    of TPU VMs; None where there are none.
+    shapes: its slices, in chips. devices: of JAX, per chip. gke: the node label cloud.google.com/gke-tpu-accelerator. machine:
+    the type of GKE's nodes, without their number of chips. xpk: what its TPU types begin with. gcloud, runtime: type and image of
+    TPU VMs; None where there are none.
     """
 
     shapes: tuple[str, ...]
@@ -65,8 +64,7 @@ class Slice:
 
     @property
     def chips_per_host(self) -> int:
-        """On GKE, in node pools for training. (Machines with 8 chips of v5e or v6e are for inference; as TPU VMs, where a slice of 8
-        chips is one of them, nothing here depends on it.)"""
+        """On GKE, whose machines with 8 chips of v5e or v6e are for inference."""
         return min(self.chips, 4)
 
     @property
@@ -88,7 +86,7 @@ class Slice:
         Raises: ChromaError where there are no TPU VMs of this kind.
         """
         if self.facts.gcloud is None:
-            raise ChromaError(f"topology {self.family}:{self.shape}: Cloud TPU has no queued resources of {self.family}; use jobset")
+            raise ChromaError(f"topology is {self.family}:{self.shape}, but {self.family} has no queued resources; use jobset")
         if self.shape.count("x") == 1:
             return [f"--accelerator-type={self.facts.gcloud}-{self.chips}"]
         return [f"--type={self.facts.gcloud}", f"--topology={self.shape}"]
@@ -111,6 +109,6 @@ def slice_of(topology: str) -> Slice:
     if shape not in shapes:
         small = [s for s in shapes if Slice(family, s).chips <= 512]
         largest = Slice(family, shapes[-1]).chips
-        more = f", and larger boxes AxBxC of multiples of 4, A ≤ B ≤ C, of up to {largest} chips" if len(small) < len(shapes) else ""
+        more = f", and AxBxC of multiples of 4, A ≤ B ≤ C, of up to {largest} chips" if len(small) < len(shapes) else ""
         raise ChromaError(f"topology is {topology!r}, but {family} has only the shapes {', '.join(small)}{more}")
     return Slice(family, shape)

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# What every host of a queued resource runs when it boots, as root: mounts the bucket, pulls the image and trains, again and again until
-# the training is done. `python -m launch.cloud queued-resource` puts the values of what is checked first here above this line.
+# What every host of a queued resource runs when it boots, as root: mounts the bucket, pulls the image and trains, again and again
+# until the training is done. `python -m launch.cloud queued-resource` puts the values of these variables above, and in $@ the end of
+# docker's command line: options, image, arguments of chroma-jax.
 set -euo pipefail
 
-: "${BUCKET:?}" "${IMAGE:?}" "${RESTARTS:?}" "${GRACE_SECONDS:?}" "${1:?arguments of chroma-jax}" # docker options: DOCKER_OPTIONS
+: "${BUCKET:?}" "${IMAGE:?}" "${RESTARTS:?}" "${GRACE_SECONDS:?}" "${1:?}"
 : "${GCSFUSE:=3.4.0}" # a release of github.com/GoogleCloudPlatform/gcsfuse
 export HOME=${HOME:-/root} # where docker keeps its credentials
 
@@ -49,17 +50,16 @@ failures=0
 while [[ $stopping == no ]]; do
     docker rm --force chroma >/dev/null 2>&1 || true # of before a sudden end
     code=0
-    # as root, to whom the TPU's device files and the bucket belong; the host's network, by which JAX finds the others
-    # shellcheck disable=SC2086 # several options
+    # as root, to whom the TPU's device files and the bucket belong; in the host's network, by which JAX finds the others
     docker run --name chroma --privileged --user 0 --network host --ipc host --volume /bucket:/bucket \
-        --stop-timeout "$GRACE_SECONDS" ${DOCKER_OPTIONS:-} "$IMAGE" "$@" || code=$?
+        --stop-timeout "$GRACE_SECONDS" "$@" || code=$?
     case $code in
     0)
         say "the training is done; the machine goes on costing until it is deleted"
         exit 0
         ;;
     75) say "the training wants to be started again" ;;
-    2 | 125 | 126 | 127)
+    2 | 77 | 125 | 126 | 127) # bad input, diverged, no image or program
         say "exit code $code: the next time would be the same; see: docker logs chroma"
         exit "$code"
         ;;

@@ -304,6 +304,18 @@ def test_a_batch_gives_the_same_step_on_a_mesh(run, waves):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-3), name
 
 
+def test_waves_with_nan_leave_all_that_is_trained_as_it_is(run, waves):
+    """Weights, codebooks, the discriminator, all moments: a step is made as a whole or not at all."""
+    trainer, state, history = run
+    with jax.set_mesh(make_mesh(MeshConfig())):
+        broken = jax.device_put(np.where(np.arange(len(waves))[:, None] == 3, np.nan, waves), trainer.wave_sharding)
+        after, metrics = trainer.train_step(jax.tree.map(jnp.copy, state), broken)
+    assert int(metrics["skipped"]) == 1 and not any(m["skipped"] for m in history)
+    assert int(after.step) == int(state.step) + 1
+    for ours, theirs in zip(jax.tree.leaves(after._replace(step=state.step)), jax.tree.leaves(state), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
 def test_a_trained_codec_is_an_ordinary_codec(run, waves):
     trainer, state, _ = run
     codec = trainer.module(jax.device_get(state))

@@ -37,7 +37,7 @@ def test_scripts_are_executable_and_shellcheck_finds_nothing(script):
     assert result.returncode == 0, result.stdout
 
 
-@pytest.mark.parametrize("args", [["--help"], ["demo", "--help"], ["test", "--help"], ["demo", "somewhere", "-h"]])
+@pytest.mark.parametrize("args", [["--help"], ["demo", "--help"], ["train", "--help"], ["test", "--help"], ["demo", "out", "-h"]])
 def test_every_command_says_what_it_does_from_any_folder(args, tmp_path):
     result = local(*args, cwd=tmp_path)
     assert result.returncode == 0, result.stderr

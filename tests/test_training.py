@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -327,6 +328,20 @@ def test_the_second_stage_starts_from_the_firsts_weights_with_more_of_them_froze
     assert {path.split("/")[0] for path in trained} == {"decoder", "audio_embedding"}
     for path, x in trained.items():  # one step of Adam at a learning rate of 0.01, and weight decay
         assert 0 < np.abs(x - before[path]).max() < 0.02, path
+
+
+def test_weights_that_know_other_tokens_than_the_data_are_refused(tiny_prepared, straight, tmp_path):
+    config, prepared = tiny_prepared
+    start = tmp_path / "start"
+    shutil.copytree(straight[0], start)
+    tokenizer = json.loads((start / "tokenizer.json").read_text())
+    first, second, *_ = tokenizer["model"]["vocab"]
+    vocab = tokenizer["model"]["vocab"]
+    vocab[first], vocab[second] = vocab[second], vocab[first]
+    (start / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ChromaError, match="its tokenizer is not that of .*--data.tokenizer"):
+        train(config, tmp_path / "run", prepared, start=start)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_finished_run_is_left_as_it_is(tiny_prepared, straight, capsys):

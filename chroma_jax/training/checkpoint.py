@@ -2,12 +2,16 @@
 
 A checkpoint holds ``weights``, the whole model as plain nested dictionaries, whatever of it is trained, and ``optimizer``: all
 else that training goes on from. One that was imported (see `chroma_jax.convert.importer`) has no ``optimizer``, and perhaps not
-every part of the model.
+every part of the model. ``seal.json``, written last, has the length and a checksum of every file in it: Orbax notices what is
+missing or cut short, but a changed byte in an array it reads as it is.
 """
 
+import contextlib
 import dataclasses
+import json
 import logging
 import math
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, Protocol, Self, TypeVar
@@ -17,6 +21,7 @@ import orbax.checkpoint.experimental.v1 as ocp
 
 from chroma_jax.errors import ChromaError
 from chroma_jax.paths import flat, nested
+from chroma_jax.training.multihost import everywhere, say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +45,7 @@ class State(Protocol):
 
 
 S = TypeVar("S", bound=State)
+SEAL = "seal.json"
 
 
 class Checkpoints:
@@ -50,8 +56,12 @@ class Checkpoints:
         logging.getLogger("absl").setLevel(logging.ERROR)
         self.folder = (run / "checkpoints").absolute()
         self.config = config
+        self.saving: int | None = None  # the step that is being written, or was last
+        context = ocp.Context()
+        context.asynchronous.post_finalization_callback = lambda: self._seal()  # a function, as Orbax copies what it is given
         self.manager = ocp.training.Checkpointer(
             self.folder,
+            context=context,
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
             preservation_policy=ocp.training.preservation_policies.LatestN(config.keep),
             cleanup_tmp_directories=access == "write",
@@ -67,13 +77,31 @@ class Checkpoints:
     def latest(self) -> int | None:
         return None if self.manager.latest is None else self.manager.latest.step
 
+    def before(self, step: int) -> Path | None:
+        """The newest checkpoint of ``step`` or an earlier one."""
+        found = [c.step for c in self.manager.checkpoints if c.step <= step]
+        return self.folder / str(max(found)) if found else None
+
     def due(self, step: int, last: int) -> bool:
         return step == last or step % self.config.every == 0
 
     def save(self, step: int, state: State) -> None:
         """Starts writing; returns as soon as the arrays are copied."""
         if step != self.latest:
+            self.wait()
+            self.saving = step
             self.manager.save_checkpointables_async(step, state.tree())
+
+    def wait(self) -> None:
+        """Until what is being written is complete."""
+        self.manager.wait()
+
+    def _seal(self) -> None:
+        """Called by Orbax in the thread that writes a checkpoint, when all of it is there but its final name."""
+        if jax.process_index() == 0 and self.saving is not None:
+            for folder in [self.folder / str(self.saving), *self.folder.glob(f"{self.saving}.*tmp*")]:
+                if folder.is_dir():
+                    seal(folder)
 
     def save_weights(self, weights: Mapping[str, jax.Array]) -> None:
         """Writes weights by path as the checkpoint of step 0, and waits for it."""
@@ -90,6 +118,35 @@ class Checkpoints:
             raise ChromaError(f"{where}; train another run folder with --start {self.folder.parent.name}")
         return abstract.filled(self._load(abstract.tree(), step))
 
+    def newest(self, abstract: S) -> S | None:
+        """The newest checkpoint that is whole, as of `restore`; None without any. Damaged ones after it are named and set aside
+        as ``STEP.damaged``, where they are in nobody's way.
+
+        Raises: ChromaError about the newest when none can be read; then nothing is set aside.
+        """
+        steps, problems = [c.step for c in self.manager.checkpoints], {}
+        for step in reversed(steps):
+            found, problem = self._whole(abstract, step)
+            if everywhere(problem is None):
+                break
+            problems[step] = problem
+        else:
+            if steps:
+                raise problems[steps[-1]] or ChromaError(f"{self.folder / str(steps[-1])}: another process cannot read it")
+            return None
+        for damaged, problem in problems.items():
+            say(f"WARNING: {problem or 'another process cannot read a checkpoint'}; going on from {self.folder.name}/{step}")
+            self._set_aside(damaged)
+        return found
+
+    def _whole(self, abstract: S, step: int) -> tuple[S | None, ChromaError | None]:
+        """A checkpoint, or what is wrong with it, as far as this process can see."""
+        try:
+            check_seal(self.folder / str(step), jax.process_index(), jax.process_count())
+            return self.restore(abstract, step), None
+        except ChromaError as e:
+            return None, e
+
     def held(self, step: int | None = None) -> dict[str, jax.ShapeDtypeStruct]:
         """Shape and type of every weight that a checkpoint has, by path."""
         weights = flat(self._metadata(step)["weights"])
@@ -97,8 +154,19 @@ class Checkpoints:
 
     def restore_weights(self, abstract: Mapping[str, jax.ShapeDtypeStruct], step: int | None = None) -> dict[str, jax.Array]:
         """The weights that ``abstract`` names, by path, each in the type and sharding that it says."""
-        with one_by_one(abstract, partial=True):
-            return flat(self._load({"weights": nested(abstract)}, step)["weights"])
+        context = one_by_one(abstract, partial=True)
+        return flat(self._load({"weights": nested(abstract)}, step, context)["weights"])
+
+    def _set_aside(self, step: int) -> None:
+        """Nothing is deleted: perhaps a person can make something of it."""
+        if jax.process_index() == 0:
+            folder = self.folder / f"{step}.damaged"
+            while folder.exists():
+                folder = folder.with_name(f"{folder.name}_")
+            with contextlib.suppress(FileNotFoundError):
+                (self.folder / str(step)).rename(folder)
+        everywhere(True)  # all wait for the renaming
+        self.manager.reload()
 
     def _existing(self, step: int | None) -> int:
         step = self.latest if step is None else step
@@ -116,16 +184,55 @@ class Checkpoints:
         except Exception as e:  # Orbax raises many types for a damaged folder
             raise self._unreadable(step, e) from e
 
-    def _load(self, abstract: dict, step: int | None) -> dict:
-        step = self._existing(step)
+    def _load(self, abstract: dict, step: int | None, context: ocp.Context | None = None) -> dict:
+        step, context = self._existing(step), context or ocp.Context()
+        # every process reads its part for itself, so that none waits for one that cannot
+        context.multiprocessing.primary_host = jax.process_index()
+        context.multiprocessing.active_processes = {jax.process_index()}
         try:
-            return self.manager.load_checkpointables(step, abstract)
+            with context:
+                return self.manager.load_checkpointables(step, abstract)
         except Exception as e:  # Orbax raises many types for a damaged folder
             raise self._unreadable(step, e) from e
 
     def _unreadable(self, step: int, e: Exception) -> ChromaError:
         lines = str(e).strip().splitlines() or [type(e).__name__]
         return ChromaError(f"{self.folder / str(step)}: cannot be read into this configuration ({lines[0][:300]})")
+
+
+def seal(folder: Path) -> None:
+    """Writes down length and checksum of every file of what a checkpoint holds; Orbax's notes of its progress come later."""
+    paths = [path for path in sorted(folder.glob("*/**/*")) if path.is_file() and path.name != "commit_success.txt"]
+    sums = {str(path.relative_to(folder)): checksum(path) for path in paths}
+    aside = folder / f"{SEAL}.tmp"
+    aside.write_text(json.dumps(sums, indent=0))
+    aside.replace(folder / SEAL)
+
+
+def check_seal(folder: Path, part: int, parts: int) -> None:
+    """Raises ChromaError for a file that is not as it was written; each of ``parts`` processes looks at some. A checkpoint
+    without a seal is older than seals are, or imported; whether it can be read will show."""
+    if not (folder / SEAL).is_file():
+        return
+    try:
+        sums = json.loads((folder / SEAL).read_text())
+    except ValueError as e:
+        raise ChromaError(f"{folder / SEAL}: damaged ({e})") from e
+    for name, expected in list(sums.items())[part::parts]:
+        if not (folder / name).is_file():
+            raise ChromaError(f"{folder}: damaged, {name} is missing")
+        if (found := checksum(folder / name)) != expected:
+            how = f"{found[0]} bytes long, not {expected[0]}" if found[0] != expected[0] else "not as it was written (checksum)"
+            raise ChromaError(f"{folder}: damaged, {name} is {how}")
+
+
+def checksum(path: Path) -> list[int]:
+    """Length and CRC-32 of a file."""
+    length = value = 0
+    with path.open("rb") as file:
+        while piece := file.read(1 << 22):
+            length, value = length + len(piece), zlib.crc32(piece, value)
+    return [length, value]
 
 
 def one_by_one(weights: Mapping[str, jax.Array | jax.ShapeDtypeStruct], *, partial: bool = False) -> ocp.Context:

@@ -1,28 +1,36 @@
-"""The loop of every training: evaluate → save → next batch → step, so that what is saved is at a batch's boundary.
+"""The loop of every training: stop? → evaluate → save → next batch → step, so that what is saved is at a batch's boundary.
 
-A run folder holds config.txt, metrics.jsonl, tensorboard/ and checkpoints/. One step consumes one global batch, so the step is
-also the data position, whatever the mesh and the number of hosts.
+A run folder holds config.txt, metrics.jsonl, ledger.jsonl, tensorboard/ and checkpoints/. One step consumes one global batch, so
+the step is also the data position, whatever the mesh and the number of hosts. With several processes each runs this loop, and
+what it decides, it decides in all of them at the same step.
 """
 
 import dataclasses
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import jax
-import numpy as np
 from tqdm import tqdm
 
-from chroma_jax.errors import ChromaError
+from chroma_jax.errors import DIVERGED, STOPPED, ChromaError, Ended
 from chroma_jax.training.checkpoint import Checkpoints
-from chroma_jax.training.metrics import MetricsWriter, flat
+from chroma_jax.training.ledger import CompileClock, Ledger
+from chroma_jax.training.metrics import Meter, MetricsWriter, read_lines
+from chroma_jax.training.multihost import StopRequest, agreed, say
+from chroma_jax.training.watch import Progress, StallWatch
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig:
     """global_batch: rows per step over all devices. accumulate: in how many pieces, one after the other, a speaking model's step
-    computes them. eval_every, log_every: in steps."""
+    computes them. eval_every, log_every: in steps.
+
+    skip_norm: a step whose gradient is longer is not applied, as one whose loss or gradient is not finite; 0 for any length,
+    as ``optimizer.clip`` shortens what is long. max_skipped: so many such steps in a row end the training. stall_seconds: when a
+    step takes longer, every thread's stack is printed; 0 for never. profile_steps: (first, last), between which JAX's profiler
+    records to RUN/profile.
+    """
 
     steps: int = 100_000
     global_batch: int = 32
@@ -30,20 +38,30 @@ class TrainingConfig:
     eval_every: int = 1000
     log_every: int = 10
     seed: int = 0
+    skip_norm: float = 0.0
+    max_skipped: int = 10
+    stall_seconds: float = 600.0
+    profile_steps: tuple[int, ...] = ()
 
     def __post_init__(self):
-        for name in ("steps", "global_batch", "accumulate", "eval_every", "log_every"):
+        for name in ("steps", "global_batch", "accumulate", "eval_every", "log_every", "max_skipped"):
             if getattr(self, name) < 1:
                 raise ValueError(f"training.{name} is {getattr(self, name)}, must be at least 1")
+        for name in ("skip_norm", "stall_seconds"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"training.{name} is {getattr(self, name)}, must not be negative")
+        at = self.profile_steps
+        if at and (len(at) != 2 or not 0 <= at[0] < at[1]):
+            raise ValueError(f"training.profile_steps is {at}, expected two steps, the first before the last")
 
 
 class Task(Protocol):
     """What the loop does not know: what is trained, and on what.
 
     shown: losses for the progress bar. batches: from a position on, as this host reads them. place: a host's batch on the mesh.
-    step: (how many went before, state, batch) → (state, metrics), the old state being given up. evaluate: metrics by name; the
-    writer (None on all hosts but one) is for what is no number. rates: from the mean metrics of some steps, what is done per
-    second; it may take those out that only count.
+    step: (how many went before, state, batch) → (state, metrics), the old state being given up; ``skipped`` among the metrics is
+    1 when it was not applied. evaluate: metrics by name; the writer (None on all hosts but one) is for what is no number. rates:
+    from the mean metrics of some steps, what is done per second; it may take those out that only count.
     """
 
     shown: Sequence[str]
@@ -59,50 +77,86 @@ class Task(Protocol):
     def rates(self, metrics: dict[str, float], steps_per_second: float) -> dict[str, float]: ...
 
 
-def train_on(task: Task, config, run: Path, abstract: Any, init: Callable[[], Any]) -> Any:
-    """From the run folder's newest checkpoint, or from what ``init`` gives, to ``config.training.steps``. abstract: the state's
-    shapes and shardings. Returns the last state."""
-    t = config.training
-    with Checkpoints(run, config.checkpoint) as checkpoints:
-        if checkpoints.latest is None:
-            state, step = init(), 0
-        else:
-            state = checkpoints.restore(abstract)
-            step = int(state.step)
-            print(f"resuming {run} from step {step}")
+def train_on(task: Task, config, run: Path, abstract: Any, init: Callable[[], Any], progress: Progress | None = None) -> Any:
+    """From the run folder's newest checkpoint that is whole, or from what ``init`` gives, to ``config.training.steps``. abstract:
+    the state's shapes and shardings. Returns the last state. Raises: Ended when it stops before."""
+    t, progress = config.training, progress or Progress()
+    with CompileClock() as clock, Checkpoints(run, config.checkpoint) as checkpoints, StopRequest() as stop:
+        state = checkpoints.newest(abstract)
+        resumed = state is not None
+        state = state if resumed else init()
+        step = int(state.step)
+        if resumed:
+            say(f"resuming {run} from step {step}")
         if step >= t.steps:
-            print(f"{run} has reached step {step} of {t.steps}; nothing to do")
+            say(f"{run} has reached step {step} of {t.steps}; nothing to do")
             return state
-        return run_steps(task, config, run, checkpoints, state, step)
+        ledger = Ledger(run, step, progress, clock)
+        with StallWatch(progress, t.stall_seconds, f"process {jax.process_index()}"), ledger.closing():
+            return run_steps(task, config, run, checkpoints, ledger, stop, state, step)
 
 
-def run_steps(task: Task, config, run: Path, checkpoints: Checkpoints, state: Any, step: int) -> Any:
+def run_steps(
+    task: Task, config, run: Path, checkpoints: Checkpoints, ledger: Ledger, stop: StopRequest, state: Any, step: int
+) -> Any:
     """From ``step`` to the last, ``config.training.steps``. Returns the last state."""
-    t, resumed_at = config.training, step
-    data, meter = task.batches(step), Meter(task)
+    t, meter, trace = config.training, Meter(task), Trace(run / "profile", config.training.profile_steps)
+    evaluated = agreed(jax.process_index() == 0 and was_evaluated(run, step))
     writer = MetricsWriter(run, step) if jax.process_index() == 0 else None
     bar = tqdm(total=t.steps, initial=step, unit="step", desc="train", disable=jax.process_index() > 0)
+    data, metrics, owed = task.batches(step), {}, False
     try:
         while True:
-            known = step == resumed_at > 0  # evaluated before the checkpoint was written
-            if not known and (step % t.eval_every == 0 or step == t.steps):
-                record(writer, bar, task, step, task.evaluate(step, state, writer))
-            if checkpoints.due(step, t.steps):
-                checkpoints.save(step, state)
+            if stop.reached(step) and step < t.steps:
+                log(writer, bar, task, step, meter, ledger)
+                save(checkpoints, step, state, ledger, last=True)
+                kept = f"{checkpoints.folder / str(step)} is saved"
+                raise Ended(STOPPED, f"asked to stop at step {step} of {t.steps}; {kept}, the same command goes on from it")
+            if not evaluated and (step % t.eval_every == 0 or step == t.steps):
+                with ledger.time("evaluate", step):
+                    record(writer, bar, task, step, task.evaluate(step, state, writer))
+            owed |= checkpoints.due(step, t.steps)
+            if owed and (step == t.steps or not metrics.get("skipped")):  # so that bad steps do not push good checkpoints out
+                save(checkpoints, step, state, ledger, last=step == t.steps)
+                owed = False
             if step == t.steps:
                 return state
-            batch = meter.next(data)
-            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+            with ledger.time("data_wait", step):
+                batch = task.place(next(data))
+            trace.at(step, state)
+            with ledger.stepping(step), jax.profiler.StepTraceAnnotation("train", step_num=step):
                 state, metrics = task.step(step, state, batch)
-            step += 1
-            meter.count(metrics)
+            step, evaluated = step + 1, False
+            meter.count(step, metrics)
             if step % t.log_every == 0 or step == t.steps:
-                record(writer, bar, task, step, meter.read())
+                log(writer, bar, task, step, meter, ledger)
+                if meter.streak >= t.max_skipped:
+                    raise Ended(DIVERGED, diverged(checkpoints, step, meter.streak))
             bar.update()
     finally:
         bar.close()
+        trace.close()
         if writer is not None:
             writer.close()
+
+
+def was_evaluated(run: Path, step: int) -> bool:
+    """Whether the evaluation at ``step`` had been done when the run was interrupted there."""
+    lines = read_lines(run / "metrics.jsonl")
+    return any(line["step"] == step and any(name.startswith("valid/") for name in line) for line in lines)
+
+
+def save(checkpoints: Checkpoints, step: int, state: Any, ledger: Ledger, *, last: bool) -> None:
+    with ledger.time("checkpoint", step):
+        checkpoints.save(step, state)
+        if last:
+            checkpoints.wait()
+
+
+def log(writer: MetricsWriter | None, bar: tqdm, task: Task, step: int, meter: Meter, ledger: Ledger) -> None:
+    """Writes down what has happened since the last time; waits for the device."""
+    record(writer, bar, task, step, meter.read(ledger.spent.get("data_wait", 0.0)))
+    ledger.write(step, meter.skipped)
 
 
 def record(writer: MetricsWriter | None, bar: tqdm, task: Task, step: int, metrics: dict[str, float]) -> None:
@@ -113,37 +167,35 @@ def record(writer: MetricsWriter | None, bar: tqdm, task: Task, step: int, metri
             bar.set_postfix({name.removesuffix("_loss"): f"{value:.3f}" for name, value in shown.items()})
 
 
-class Meter:
-    """Sums up what happens between two log lines; reads the device only when a line is due."""
+def diverged(checkpoints: Checkpoints, step: int, count: int) -> str:
+    """What is said when ``count`` steps up to ``step`` were skipped."""
+    checkpoints.wait()
+    good = checkpoints.before(step - count)
+    where = "there is no checkpoint from before them" if good is None else f"the last good checkpoint is {good}"
+    how = "their loss or gradient was not finite, or the gradient longer than training.skip_norm"
+    return f"{count} steps in a row, up to step {step}, were not applied: {how}; {where}"
 
-    def __init__(self, task: Task):
-        self.task = task
-        self.reset()
 
-    def reset(self) -> None:
-        self.metrics: list[dict[str, jax.Array]] = []
-        self.waited, self.started = 0.0, time.perf_counter()
+class Trace:
+    """JAX's profiler, from the first to the last of two steps."""
 
-    def next(self, data: Iterator[Any]) -> Any:
-        started = time.perf_counter()
-        batch = next(data)
-        self.waited += time.perf_counter() - started
-        return self.task.place(batch)
+    def __init__(self, folder: Path, steps: tuple[int, ...]):
+        several = jax.process_count() > 1
+        self.folder, self.steps, self.running = folder / str(jax.process_index()) if several else folder, steps, False
 
-    def count(self, metrics: dict[str, jax.Array]) -> None:
-        self.metrics.append(metrics)
+    def at(self, step: int, state: Any) -> None:
+        if self.steps and step == self.steps[0]:
+            jax.profiler.start_trace(str(self.folder))
+            self.running = True
+        elif self.steps and step == self.steps[1]:
+            jax.block_until_ready(state)
+            self.close()
 
-    def read(self) -> dict[str, float]:
-        """Means since the last call, and rates; waits for the device. A metric that only some steps have is averaged over
-        these."""
-        metrics = [flat(m) for m in jax.device_get(self.metrics)]
-        seconds = time.perf_counter() - self.started
-        names = dict.fromkeys(name for m in metrics for name in m)
-        means = {name: float(np.mean([m[name] for m in metrics if name in m])) for name in names}
-        rates = self.task.rates(means, len(metrics) / seconds)
-        rates |= {"steps_per_second": len(metrics) / seconds, "data_wait": self.waited / seconds}
-        self.reset()
-        return {f"train/{name}": value for name, value in means.items()} | {f"speed/{n}": v for n, v in rates.items()}
+    def close(self) -> None:
+        if self.running:
+            self.running = False
+            jax.profiler.stop_trace()
+            say(f"steps {self.steps[0]} to {self.steps[1]} were recorded to {self.folder}; tensorboard or xprof shows them")
 
 
 def check_batch(config) -> None:
@@ -154,8 +206,3 @@ def check_batch(config) -> None:
     if rows % (shards * pieces):
         named = "mesh.data × mesh.fsdp × training.accumulate"
         raise ChromaError(f"training.global_batch {rows} is not a multiple of {named} = {shards * pieces}")
-
-
-def this_host() -> dict[str, int]:
-    """The arguments by which a reader takes this host's share of every batch."""
-    return {"process_index": jax.process_index(), "process_count": jax.process_count()}

@@ -52,7 +52,7 @@ def adapted(model: nnx.Module, config: LoraConfig, rngs: nnx.Rngs) -> nnx.Module
             raise ChromaError(f"lora.targets: {pattern!r} matches no product{near(pattern, products)}")
     for path, module in products.items():
         if any(re.match(pattern, path) for pattern in config.targets):
-            module.lora = Lora(rngs, module.kernel, config.rank, config.scale)
+            module.lora = nnx.data(Lora(rngs, module.kernel, config.rank, config.scale))
     return model
 
 

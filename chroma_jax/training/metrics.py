@@ -1,10 +1,16 @@
-"""Metrics to JSON lines and TensorBoard."""
+"""Metrics: what steps give, gathered, and written to JSON lines and TensorBoard."""
 
 import json
 import math
+import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import jax
 import numpy as np
+
+if TYPE_CHECKING:
+    from chroma_jax.training.loop import Task
 
 
 def flat(metrics: dict, prefix: str = "") -> dict[str, float]:
@@ -17,6 +23,45 @@ def flat(metrics: dict, prefix: str = "") -> dict[str, float]:
         else:
             out |= {f"{prefix}{name}_{i}": float(v) for i, v in enumerate(value)}
     return out
+
+
+class Meter:
+    """Sums up what happens between two log lines; reads the device only when a line is due.
+
+    Of the last `read`: skipped: the steps that were not applied; streak: how many such there were without another one after them.
+    """
+
+    def __init__(self, task: "Task"):
+        self.task, self.streak = task, 0
+        self.reset()
+
+    def reset(self) -> None:
+        self.metrics: list[tuple[int, dict[str, jax.Array]]] = []
+        self.started = time.perf_counter()
+
+    def count(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        self.metrics.append((step, metrics))
+
+    def read(self, waited: float) -> dict[str, float]:
+        """Means since the last call, and rates; waits for the device. A metric that only some steps have is averaged over
+        these; of steps that were skipped, if others were not, only the number counts. waited: seconds, for data."""
+        found = [(step, flat(metrics)) for step, metrics in jax.device_get(self.metrics)]
+        seconds = time.perf_counter() - self.started
+        self.reset()
+        self.skipped = []
+        for step, metrics in found:
+            bad = bool(metrics.pop("skipped", 0))
+            self.streak = self.streak + 1 if bad else 0
+            self.skipped += [step] if bad else []
+        if not found:
+            return {}
+        taken = [m for step, m in found if step not in self.skipped] or [m for _, m in found]
+        names = dict.fromkeys(name for m in taken for name in m)
+        means = {name: float(np.mean([m[name] for m in taken if name in m])) for name in names}
+        rates = self.task.rates(means, len(found) / seconds)
+        rates |= {"steps_per_second": len(found) / seconds, "data_wait": waited / seconds}
+        means["skipped"] = float(len(self.skipped))
+        return {f"train/{name}": value for name, value in means.items()} | {f"speed/{n}": v for n, v in rates.items()}
 
 
 class MetricsWriter:

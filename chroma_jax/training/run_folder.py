@@ -8,14 +8,13 @@ import jax
 
 from chroma_jax import config as configs
 from chroma_jax.errors import ChromaError
-from chroma_jax.training.checkpoint import CheckpointConfig, Checkpoints
+from chroma_jax.training.multihost import agreed, everywhere
 
 
 def has_checkpoint(run: Path) -> bool:
-    if not (run / "checkpoints").is_dir():
-        return False
-    with Checkpoints(run, CheckpointConfig(), access="read") as checkpoints:
-        return checkpoints.latest is not None
+    """Whether a training there goes on from a checkpoint; the same on every process."""
+    found = jax.process_index() == 0 and any(path.name.isdigit() for path in (run / "checkpoints").glob("*"))
+    return bool(agreed(found))
 
 
 def check_run(config, run: Path) -> None:
@@ -32,6 +31,7 @@ def check_run(config, run: Path) -> None:
 
 def keep(config, run: Path, files: Sequence[Path]) -> None:
     """Writes config.txt, and copies ``files``, as far as they exist: a run folder is complete in itself."""
+    everywhere(True)  # all have looked at the folder before anything is written
     if jax.process_index() > 0:
         return
     run.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from chroma_jax.training.optimizer import OptimizerConfig, learning_rate, make_o
 
 DType = Literal["float32", "bfloat16"]
 Metrics = dict[str, jax.Array]
+State = TypeVar("State", bound=NamedTuple)
 
 
 class TrainState(NamedTuple):
@@ -81,11 +82,12 @@ def make_trainer(
     *,
     accumulate: int = 1,
     lora: LoraConfig = LoraConfig(),
+    skip_norm: float = 0.0,
 ) -> Trainer:
     """Builds the step functions for a mesh (which must be set, ``jax.set_mesh``).
 
-    accumulate: in how many pieces a step computes its rows, one after the other; the gradient is that of all at once.
-    Raises: ChromaError for weights that the mesh does not divide, or freeze or LoRA patterns that do not fit.
+    accumulate: in how many pieces a step computes its rows, one after the other; the gradient is that of all at once. skip_norm:
+    see `applied`. Raises: ChromaError for weights that the mesh does not divide, or freeze or LoRA patterns that do not fit.
     """
     tx, compute = make_optimizer(optimizer), jnp.dtype(precision.compute)
     rate = learning_rate(optimizer)
@@ -140,8 +142,11 @@ def make_trainer(
         with jax.named_scope("optimizer"):
             updates, optimizer_state = tx.update(gradient, state.optimizer, state.trained)
             trained = optax.apply_updates(state.trained, updates)
-        metrics |= {"gradient_norm": optax.global_norm(gradient), "learning_rate": rate(state.step)}
-        return TrainState(state.step + 1, trained, state.frozen, optimizer_state), metrics
+        norm = optax.global_norm(gradient)
+        metrics |= {"gradient_norm": norm, "learning_rate": rate(state.step)}
+        new = TrainState(state.step + 1, trained, state.frozen, optimizer_state)
+        new, metrics["skipped"] = applied(new, state, metrics["loss"], norm, skip_norm)
+        return new, metrics
 
     def eval_step(state: TrainState, batch: Batch) -> Metrics:
         return forward(state.trained, state, batch)[1]
@@ -160,6 +165,16 @@ def dealt(x: jax.Array, pieces: int) -> jax.Array:
     """[B, …] → [pieces, B / pieces, …], every device's rows being dealt out, none moved."""
     x = reshape_rows(x, x.shape[0] // pieces, pieces, *x.shape[1:])
     return jnp.moveaxis(x, 1, 0)
+
+
+def applied(new: State, old: State, loss: jax.Array, norm: jax.Array, skip_norm: float) -> tuple[State, jax.Array]:
+    """(the state after a step, 0), or, where the loss or the norm of the gradient is not finite or the norm exceeds ``skip_norm``
+    (0 for no limit), (the state before it but for ``step``, 1): the data goes on, the weights and moments stay."""
+    bad = ~(jnp.isfinite(loss) & jnp.isfinite(norm))
+    if skip_norm:
+        bad |= norm > skip_norm
+    kept = jax.tree.map(lambda after, before: jnp.where(bad, before, after), new, old)
+    return kept._replace(step=new.step), bad.astype(jnp.int32)
 
 
 def _abstract_state(trained, frozen, shardings, tx, precision: PrecisionConfig, mesh: Mesh) -> TrainState:

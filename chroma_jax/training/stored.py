@@ -75,8 +75,8 @@ def store_hidden(prepared: Path, run: Path, *, rows_at_once: int = 8) -> str:
 
 
 def frozen_reasoner(run: Path, config: Config, mesh) -> tuple[nnx.GraphDef, nnx.State, str]:
-    """A Chroma of which the Reasoner alone has weights, those of the newest checkpoint in the type in which a training keeps frozen
-    ones, and the weights' fingerprint."""
+    """A Chroma of which the Reasoner alone has weights, those of the newest checkpoint in the type in which a training keeps
+    frozen ones, and the weights' fingerprint."""
     graph, state = nnx.split(nnx.eval_shape(lambda: Chroma(nnx.Rngs(0), config.model)))
     places = values(state_shardings(state, mesh, RULES))
     wanted = {

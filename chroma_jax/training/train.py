@@ -4,6 +4,7 @@ Weights come from, in this order: the newest checkpoint of the run folder; else 
 import, and what that does not have, or all, is drawn at random.
 """
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,21 +21,24 @@ from chroma_jax.models.chroma import Chroma
 from chroma_jax.paths import values
 from chroma_jax.rows import Batch
 from chroma_jax.training.checkpoint import Checkpoints
-from chroma_jax.training.loop import check_batch, this_host, train_on
+from chroma_jax.training.loop import check_batch, train_on
 from chroma_jax.training.lora import MARK, restored
 from chroma_jax.training.metrics import MetricsWriter, flat
+from chroma_jax.training.multihost import say, share_of_rows
 from chroma_jax.training.optimizer import split_trainable
 from chroma_jax.training.run_folder import check_run, has_checkpoint, keep
 from chroma_jax.training.state import Trainer, TrainState, make_trainer
+from chroma_jax.training.watch import Progress
 from data_pipelines.records import batches, evaluation_batches, open_dataset
 
 
-def train(config: Config, run: Path, prepared: Path, start: Path | None = None) -> TrainState:
+def train(config: Config, run: Path, prepared: Path, start: Path | None = None, progress: Progress | None = None) -> TrainState:
     """Trains from the run folder's newest checkpoint (or from ``start``, or from scratch) to ``config.training.steps``.
 
     run: created when absent. prepared: a folder that ``chroma-jax prepare`` wrote. start: another run folder or an imported
-    one, whose weights a new run begins with. Returns the last state.
-    Raises: ChromaError for a run folder, data or weights of another model, a mesh or batch that does not fit.
+    one, whose weights a new run begins with. progress: of the process, see `chroma_jax.training.multihost.joined`.
+    Returns the last state. Raises: Ended when it stops before; ChromaError for a run folder, data or weights of another model, a
+    mesh or batch that does not fit.
     """
     dataset = open_dataset(prepared, config.model)
     if dataset.shape != config.data.row:
@@ -47,9 +51,23 @@ def train(config: Config, run: Path, prepared: Path, start: Path | None = None) 
     with jax.set_mesh(mesh):
         trainer = trainer_of(config, mesh)
         given = start if start is not None and not has_checkpoint(run) else None
+        if given is not None:
+            check_tokenizer(prepared, given)
         weights = {} if given is None else starting_weights(config, trainer, given)
         keep(config, run, kept(prepared, given))
-        return train_on(Speaking(config, prepared, trainer), config, run, trainer.abstract, lambda: trainer.init(weights))
+        task = Speaking(config, prepared, trainer)
+        return train_on(task, config, run, trainer.abstract, lambda: trainer.init(weights), progress)
+
+
+def check_tokenizer(prepared: Path, start: Path) -> None:
+    """Raises ChromaError when the weights to begin with know other tokens than the data."""
+    ours, theirs = prepared / "tokenizer.json", start / "tokenizer.json"
+    if theirs.is_file() and vocabulary(ours) != vocabulary(theirs):
+        raise ChromaError(f"{prepared}: its tokenizer is not that of {start}; prepare the data with --data.tokenizer {theirs}")
+
+
+def vocabulary(tokenizer: Path) -> dict[str, int]:
+    return json.loads(tokenizer.read_text())["model"]["vocab"]
 
 
 def check_stored(config: Config) -> None:
@@ -65,7 +83,8 @@ def check_stored(config: Config) -> None:
 def trainer_of(config: Config, mesh: Mesh) -> Trainer:
     """What a configuration's run is made of, on a mesh, which must be set."""
     c, t = config, config.training
-    return make_trainer(c.model, c.optimizer, c.loss, c.precision, t.seed, mesh, accumulate=t.accumulate, lora=c.lora)
+    more = {"accumulate": t.accumulate, "lora": c.lora, "skip_norm": t.skip_norm}
+    return make_trainer(c.model, c.optimizer, c.loss, c.precision, t.seed, mesh, **more)
 
 
 def starting_weights(config: Config, trainer: Trainer, start: Path) -> dict[str, jax.Array]:
@@ -92,7 +111,7 @@ def starting_weights(config: Config, trainer: Trainer, start: Path) -> dict[str,
         goes_on = any(MARK in path for path in held)  # pairs are trained further, if there are any, or merged
         weights = checkpoints.restore_weights(fitting) if goes_on else restored(checkpoints, fitting, source.lora)
     drawn = sorted({path.split("/")[0] for path in wanted.keys() - held})
-    print(f"starting from {start}" + (f"; drawn at random: {', '.join(drawn)}" if drawn else ""))
+    say(f"starting from {start}" + (f"; drawn at random: {', '.join(drawn)}" if drawn else ""))
     return weights
 
 
@@ -119,6 +138,7 @@ class Speaking:
 
     def __init__(self, config: Config, prepared: Path, trainer: Trainer):
         self.config, self.prepared, self.trainer = config, prepared, trainer
+        self.share = share_of_rows(trainer.batch_sharding, config.training.global_batch)
         trained = {"/".join(map(str, path[:2])) for path, _ in nnx.to_flat_state(trainer.abstract.trained)}
         forward = flops.forward_flops(config.model, config.data.row, config.loss)
         self.step_flops = sum(flops.train_flops(forward, trained)) * config.training.global_batch
@@ -127,7 +147,7 @@ class Speaking:
 
     def batches(self, position: int) -> Iterator[Batch]:
         t = self.config.training
-        share = this_host() | {"global_batch": t.global_batch, "seed": t.seed}
+        share = self.share | {"global_batch": t.global_batch, "seed": t.seed}
         share |= {"augment": self.config.augment, "reasoner": self.config.loss.reasoner}
         return batches(self.prepared, "train", self.config.model, position=position, **share)
 
@@ -141,7 +161,7 @@ class Speaking:
         """Means over the valid split, each loss weighted by its own number of targets."""
         totals: dict[str, float] = {}
         counts = dict.fromkeys(COUNTS, 0.0)
-        share = this_host() | {"global_batch": self.config.training.global_batch, "reasoner": self.config.loss.reasoner}
+        share = self.share | {"global_batch": self.config.training.global_batch, "reasoner": self.config.loss.reasoner}
         for batch in evaluation_batches(self.prepared, "valid", self.config.model, **share):
             metrics = flat(jax.device_get(self.trainer.eval_step(state, self.place(batch))))
             for name in COUNTS:

@@ -40,6 +40,7 @@ from chroma_jax.training.codec.losses import (
 )
 from chroma_jax.training.codec.quantize import Choice, QuantizerTraining, draw, followed, mixed, perplexity, quantize
 from chroma_jax.training.optimizer import OptimizerConfig, is_frozen, learning_rate, make_optimizer
+from chroma_jax.training.state import applied
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,9 +178,10 @@ class Parts(NamedTuple):
 
 
 def make_codec_trainer(
-    codec: CodecConfig, recipe: CodecRecipe, seed: int, mesh: Mesh, teacher: Teacher | None = None
+    codec: CodecConfig, recipe: CodecRecipe, seed: int, mesh: Mesh, teacher: Teacher | None = None, skip_norm: float = 0.0
 ) -> CodecTrainer:
-    """Builds the functions for a mesh (which must be set, ``jax.set_mesh``).
+    """Builds the functions for a mesh (which must be set, ``jax.set_mesh``). skip_norm: of the codec's gradient, see
+    `chroma_jax.training.state.applied`; a step is applied as a whole or not at all.
 
     Raises: ChromaError for weights that the mesh does not divide, or freeze patterns that do not fit.
     """
@@ -227,25 +229,29 @@ def make_codec_trainer(
             total = sum((getattr(loss, name) * value for name, value in extra.items()), start=jnp.float32(0))
             return (made, total), (extra, statistics)
 
-        trained = state.codec, state.head
+        before, trained = state, (state.codec, state.head)
         (made, _), pull, (metrics, statistics) = jax.vjp(make, trained, has_aux=True)
         judge = nnx.merge(judge_graph, state.discriminator) if phase.judged else None
         losses, gradient, balancer = judged(judge, made, wave, codec.sampling_rate, loss, state.balancer)
         (codec_gradient,) = pull((gradient / len(wave), jnp.float32(1)))
         updates, optimizer = tx.update(codec_gradient, state.optimizer, trained)
         weights, head = optax.apply_updates(trained, updates)
-        metrics |= losses | {"gradient_norm": optax.global_norm(codec_gradient), "learning_rate": rate(state.step)}
+        norm = optax.global_norm(codec_gradient)
+        metrics |= losses | {"gradient_norm": norm, "learning_rate": rate(state.step)}
         state = state._replace(step=state.step + 1, codec=weights, head=head, optimizer=optimizer, balancer=balancer)
         if phase.quantized:
             metrics |= usage(statistics)
             if not settled:
                 state = state._replace(codebooks=moved(state.codebooks, statistics, recipe.quantizer))
+        sound = sum(losses.values())
         if phase.judged:
-            state, metrics["discriminator_loss"] = corrected(state, jax.lax.stop_gradient(made), wave)
+            state, metrics["discriminator_loss"], judge_norm = corrected(state, jax.lax.stop_gradient(made), wave)
+            sound += metrics["discriminator_loss"] + judge_norm  # it only matters whether all are finite
+        state, metrics["skipped"] = applied(state, before, sound, norm, skip_norm)
         return state, metrics
 
-    def corrected(state: CodecTrainState, made: jax.Array, real: jax.Array) -> tuple[CodecTrainState, jax.Array]:
-        """The discriminator's own step."""
+    def corrected(state: CodecTrainState, made: jax.Array, real: jax.Array) -> tuple[CodecTrainState, jax.Array, jax.Array]:
+        """The discriminator's own step, its loss and the norm of its gradient."""
 
         def hinge(judge: nnx.State):
             module = nnx.merge(judge_graph, judge)
@@ -254,7 +260,7 @@ def make_codec_trainer(
         value, gradient = jax.value_and_grad(hinge)(state.discriminator)
         updates, optimizer = judge_tx.update(gradient, state.discriminator_optimizer, state.discriminator)
         judge = optax.apply_updates(state.discriminator, updates)
-        return state._replace(discriminator=judge, discriminator_optimizer=optimizer), value
+        return state._replace(discriminator=judge, discriminator_optimizer=optimizer), value, optax.global_norm(gradient)
 
     def module(state: CodecTrainState) -> Codec:
         return nnx.merge(graph, state.codec, state.frozen, state.codebooks)

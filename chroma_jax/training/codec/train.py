@@ -22,21 +22,26 @@ from chroma_jax.training.checkpoint import Checkpoints
 from chroma_jax.training.codec.quantize import perplexity
 from chroma_jax.training.codec.step import CodecTrainer, CodecTrainState, Phase, make_codec_trainer
 from chroma_jax.training.codec.teacher import load_teacher
-from chroma_jax.training.loop import check_batch, this_host, train_on
+from chroma_jax.training.loop import check_batch, train_on
 from chroma_jax.training.metrics import MetricsWriter
+from chroma_jax.training.multihost import say, share_of_rows
 from chroma_jax.training.run_folder import check_run, has_checkpoint, keep
+from chroma_jax.training.watch import Progress
 from data_pipelines.waves import crops, held_out, open_waves
 
 FRAMES_PER_CODE = 32  # latents that a code is fitted to
 COLLAPSED = 0.02  # an alarm is given when a codebook's held-out perplexity is below this share of its size
 
 
-def train_codec(config: CodecRun, run: Path, prepared: Path, start: Path | None = None) -> CodecTrainState:
+def train_codec(
+    config: CodecRun, run: Path, prepared: Path, start: Path | None = None, progress: Progress | None = None
+) -> CodecTrainState:
     """Trains from the run folder's newest checkpoint (or from ``start``, or from scratch) to ``config.training.steps``.
 
     run: created when absent. prepared: a folder that ``chroma-jax prepare`` wrote. start: another Codec's run folder, whose
-    weights a new run begins with. Returns the last state.
-    Raises: ChromaError for a run folder, data or weights of another model, a mesh or batch that does not fit.
+    weights a new run begins with. progress: of the process, see `chroma_jax.training.multihost.joined`.
+    Returns the last state. Raises: Ended when it stops before; ChromaError for a run folder, data or weights of another model, a
+    mesh or batch that does not fit.
     """
     t = config.training
     open_waves(prepared, config.model)
@@ -47,11 +52,12 @@ def train_codec(config: CodecRun, run: Path, prepared: Path, start: Path | None 
     teacher = load_teacher(config.recipe.teacher, config.model.sampling_rate)
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        trainer = make_codec_trainer(config.model, config.recipe, t.seed, mesh, teacher)
+        trainer = make_codec_trainer(config.model, config.recipe, t.seed, mesh, teacher, t.skip_norm)
         given = start if start is not None and not has_checkpoint(run) else None
         weights = {} if given is None else starting_weights(config, trainer, given)
         keep(config, run, [])
-        return train_on(CodecTask(config, prepared, trainer), config, run, trainer.abstract, lambda: trainer.init(weights))
+        task = CodecTask(config, prepared, trainer)
+        return train_on(task, config, run, trainer.abstract, lambda: trainer.init(weights), progress)
 
 
 def starting_weights(config: CodecRun, trainer: CodecTrainer, start: Path) -> dict[str, jax.Array]:
@@ -69,7 +75,7 @@ def starting_weights(config: CodecRun, trainer: CodecTrainer, start: Path) -> di
         fitting = {p: x for p, x in wanted.items() if p in held and held[p].shape == x.shape}
         weights = checkpoints.restore_weights(fitting)
     drawn = sorted({path.split("/")[0] for path in wanted.keys() - weights.keys()})
-    print(f"starting from {start}" + (f"; drawn at random: {', '.join(drawn)}" if drawn else ""))
+    say(f"starting from {start}" + (f"; drawn at random: {', '.join(drawn)}" if drawn else ""))
     return weights
 
 
@@ -80,6 +86,7 @@ class CodecTask:
 
     def __init__(self, config: CodecRun, prepared: Path, trainer: CodecTrainer):
         self.config, self.prepared, self.trainer = config, prepared, trainer
+        self.share = share_of_rows(trainer.wave_sharding, config.training.global_batch)
 
     def phase(self, step: int) -> Phase:
         recipe = self.config.recipe
@@ -87,7 +94,7 @@ class CodecTask:
 
     def batches(self, position: int) -> Iterator[np.ndarray]:
         t = self.config.training
-        share = this_host() | {"global_batch": t.global_batch, "seed": t.seed}
+        share = self.share | {"global_batch": t.global_batch, "seed": t.seed}
         return crops(self.prepared, self.config.model, self.config.data, position=position, **share)
 
     def place(self, batch: np.ndarray) -> jax.Array:
@@ -124,7 +131,7 @@ class CodecTask:
         """Of the held-out recordings: mel distance, STOI (with pystoi installed), perplexity of every codebook; and, for
         TensorBoard, how the first ones sound."""
         model, phase = self.config.model, self.phase(step)
-        share = this_host() | {"global_batch": self.config.training.global_batch}
+        share = self.share | {"global_batch": self.config.training.global_batch}
         distances, scores, first = [], [], []
         counts = np.zeros((model.num_codebooks, model.codebook_size))
         for waves, samples in held_out(self.prepared, model, self.config.data, **share):
