@@ -66,6 +66,24 @@ class Info:
 
 
 @dataclasses.dataclass(frozen=True)
+class Plan:
+    """Compiles the training step for TPU chips that are not here: does it fit, how long does it take, what does it cost.
+
+    Needs no TPU, but its compiler (extra "tpu"). topology: as v5e:4x4, v5p:4x4x4, v6e:16x16, tpu7x:4x4x4; slices: how many of
+    these, joined by the data-centre network. effort: "quick" compiles in minutes and says what fits and what is sent; the times
+    of "full" are those to believe. dollars_per_chip_hour: for the cost of an hour. search: tries meshes, rows and
+    rematerialisations, quickly, and prints a ranked table. out: file for the plan as JSON.
+    """
+
+    topology: str
+    slices: int = 1
+    effort: Literal["full", "quick"] = "full"
+    dollars_per_chip_hour: float | None = None
+    search: tyro.conf.FlagCreatePairsOff[bool] = False
+    out: Path | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Reply:
     """Answers a spoken question in the voice of a reference recording.
 
@@ -248,6 +266,31 @@ def info(args: Info, config) -> int:
     return 0
 
 
+def plan(args: Plan, config) -> int:
+    from chroma_jax.config import Config
+    from chroma_jax.planning import report
+    from chroma_jax.planning.chips import parse_topology
+    from chroma_jax.planning.plan import DoesNotFit, plan_training, without_tpu, write
+    from chroma_jax.planning.search import search
+
+    if not isinstance(config, Config):
+        raise ChromaError("plan wants the configuration of a speaking model")
+    topology = parse_topology(args.topology, args.slices)
+    without_tpu()
+    if args.search:
+        print(report.table(search(config, topology)), end="")
+        return 0
+    try:
+        found, _ = plan_training(config, topology, effort=args.effort)
+    except DoesNotFit as e:
+        print(report.does_not_fit(e), end="")
+        return 1
+    print(report.page(found, args.dollars_per_chip_hour), end="")
+    if args.out is not None:
+        write(found, args.out)
+    return 0
+
+
 def reply(args: Reply, config) -> int:
     from chroma_jax.streaming.reply import reply
 
@@ -353,6 +396,7 @@ COMMANDS: dict[str, tuple[type, Callable, Literal["file", "run", "speaking run",
     "convert import": (Import, import_, "onto"),
     "convert export": (Export, export, "none"),
     "info": (Info, info, "file"),
+    "plan": (Plan, plan, "file"),
     "verify": (Verify, verify, "none"),
 }
 
