@@ -236,10 +236,9 @@ TEXT
 
 free_port() { "$VENV/bin/python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
 
-# prefixed TEXT: its input with TEXT before every line, of a progress bar its last state; ends with its input, whatever is signalled
+# prefixed TEXT: its input with TEXT before every line, of a progress bar its last state
 prefixed() {
     local line
-    trap '' INT TERM
     while IFS= read -r line || [[ -n $line ]]; do
         printf '%s%s\n' "$1" "${line##*$'\r'}"
     done
@@ -274,11 +273,15 @@ train() {
     export JAX_PLATFORMS=cpu
     address=127.0.0.1:$(free_port)
     set -- "${given[@]}" --distributed.coordinator "$address" --distributed.processes "$processes"
-    trap 'signalled=yes; kill -TERM "${running[@]}" 2>/dev/null || true' INT TERM
+    trap '' INT TERM # what prefixes the output outlives the training
     for ((i = 0; i < processes; i++)); do
-        "$VENV/bin/python" -m chroma_jax train "$@" --distributed.process "$i" > >(prefixed "[$i] ") 2> >(prefixed "[$i] " >&2) &
+        (
+            trap - TERM
+            exec "$VENV/bin/python" -m chroma_jax train "$@" --distributed.process "$i"
+        ) > >(prefixed "[$i] ") 2> >(prefixed "[$i] " >&2) &
         running+=("$!")
     done
+    trap 'signalled=yes; kill -TERM "${running[@]}" 2>/dev/null || true' INT TERM
     while ((${#running[@]})); do
         sleep 0.2 || true # Ctrl-C reaches it too
         left=()

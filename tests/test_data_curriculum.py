@@ -141,7 +141,7 @@ def test_rows_hold_only_the_parts_that_take_part(prepared):
             targets = a["target_position"] != NOTHING
             mine = targets & (a["segment"][np.maximum(a["target_position"], 0)] == segment)
             seen.add(kind)
-            assert bool(len(wave)) == (kind in ("dialogue", "write")), kind
+            assert bool(len(wave)) == (kind in ("dialogue", "listen", "write")), kind
             assert text.any() == (kind != "proceed"), kind
             assert positions.any() == mine.any() == (kind in ("dialogue", "read", "proceed")), kind
             if mine.any():
@@ -149,7 +149,7 @@ def test_rows_hold_only_the_parts_that_take_part(prepared):
             if kind == "proceed":
                 assert not (a["hidden_index"][positions] != NOTHING).any()
                 assert list(a["token"][positions][:2]) == [MODEL.tokens.text_start, MODEL.tokens.text_end]
-    assert seen == {"dialogue", "write", "answer", "read", "proceed"}
+    assert seen == {"dialogue", "listen", "write", "answer", "read", "proceed"}
     batch = next(records.batches(prepared.folder, "train", MODEL, global_batch=4, seed=0))
     assert np.isfinite(batch.mel).all()
 
