@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 import tyro
 
 from chroma_jax.errors import EXIT_CODES, ChromaError, Ended, near
+from chroma_jax.files import write_whole
 from chroma_jax.training.multihost import DistributedConfig
 
 PROGRAM = "chroma-jax"
@@ -69,8 +70,9 @@ class Info:
 class Plan:
     """Compiles the training step for TPU chips that are not here: does it fit, how long does it take, what does it cost.
 
-    Needs no TPU, but its compiler (extra "tpu"). topology: as v5e:4x4, v5p:4x4x4, v6e:16x16, tpu7x:4x4x4; slices: how many of
-    these, joined by the data-centre network. effort: "quick" compiles in minutes and says what fits and what is sent; the times
+    Needs no TPU, but its compiler (extra "tpu"). The mesh is what the configuration recommends for that pod, if anything, or what
+    flags say. topology: as v5e:4x4, v5p:4x4x4, v6e:16x16, tpu7x:4x4x4; slices: how many of these, joined by the data-centre
+    network. effort: "quick" compiles in minutes and says what fits and what is sent; the times
     of "full" are those to believe. dollars_per_chip_hour: for the cost of an hour. search: tries meshes, rows and
     rematerialisations, quickly, and prints a ranked table. out: file for the plan as JSON.
     """
@@ -80,6 +82,20 @@ class Plan:
     effort: Literal["full", "quick"] = "full"
     dollars_per_chip_hour: float | None = None
     search: tyro.conf.FlagCreatePairsOff[bool] = False
+    out: Path | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchTrain:
+    """Measures training steps on full random rows, in turn with those of a peer, and prints JSON.
+
+    rows: of a step. rounds: counted steps of either side. peer: "torch" for the same sizes in transformers' classes (extra
+    "dev"). out: file for the JSON besides.
+    """
+
+    rows: int = 2
+    rounds: int = 5
+    peer: Literal["torch", "none"] = "torch"
     out: Path | None = None
 
 
@@ -270,7 +286,7 @@ def plan(args: Plan, config) -> int:
     from chroma_jax.config import Config
     from chroma_jax.planning import report
     from chroma_jax.planning.chips import parse_topology
-    from chroma_jax.planning.plan import DoesNotFit, plan_training, without_tpu, write
+    from chroma_jax.planning.plan import DoesNotFit, plan_training, without_tpu
     from chroma_jax.planning.search import search
 
     if not isinstance(config, Config):
@@ -287,7 +303,23 @@ def plan(args: Plan, config) -> int:
         return 1
     print(report.page(found, args.dollars_per_chip_hour), end="")
     if args.out is not None:
-        write(found, args.out)
+        write_whole(args.out, json.dumps(found.json(), indent=1) + "\n")
+    return 0
+
+
+def bench_train(args: BenchTrain, config) -> int:
+    from chroma_jax.bench.train import bench_train
+    from chroma_jax.config import Config
+
+    if not isinstance(config, Config):
+        raise ChromaError("bench train wants the configuration of a speaking model")
+    for name in ("rows", "rounds"):
+        if getattr(args, name) < 1:
+            raise ChromaError(f"--{name} is {getattr(args, name)}, must be at least 1")
+    found = json.dumps(bench_train(config, rows=args.rows, rounds=args.rounds, peer=args.peer), indent=1)
+    print(found)
+    if args.out is not None:
+        write_whole(args.out, found + "\n")
     return 0
 
 
@@ -397,6 +429,7 @@ COMMANDS: dict[str, tuple[type, Callable, Literal["file", "run", "speaking run",
     "convert export": (Export, export, "none"),
     "info": (Info, info, "file"),
     "plan": (Plan, plan, "file"),
+    "bench train": (BenchTrain, bench_train, "file"),
     "verify": (Verify, verify, "none"),
 }
 
@@ -423,7 +456,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         command = next((c for c in COMMANDS if argv[: len(c.split())] == c.split()), None)
         if command is None:
-            given = " ".join(argv[:2] if argv[0] == "convert" else argv[:1])
+            given = " ".join(argv[:2] if argv[0] in ("bench", "convert") else argv[:1])
             raise ChromaError(f"unknown command {given!r}{near(given, COMMANDS)}; commands: {', '.join(COMMANDS)}")
         return dispatch(command, argv[len(command.split()) :])
     except ChromaError as e:
@@ -451,7 +484,11 @@ def dispatch(command: str, argv: list[str]) -> int:
         else:
             raise ChromaError(f"{command} wants a configuration first: a file, or one of {', '.join(configs.shipped())}")
     if source == "file":
-        base, argv, program = configs.read_python(argv[0]), argv[1:], f"{program} {argv[0]}"
+        named = argv[0]
+        if command == "plan":
+            slices = flag(argv, "--slices") or "1"
+            named = configs.on_pod(named, flag(argv, "--topology") or "", int(slices) if slices.isdigit() else 1)
+        base, argv, program = configs.read_python(named), argv[1:], f"{program} {argv[0]}"
     elif source == "onto":
         base = configs.read_python(flag(argv, "--onto") or "chroma_4b")
     else:

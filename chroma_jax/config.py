@@ -85,7 +85,31 @@ def read_python(source: str) -> Config | CodecRun:
     source: a path, or the bare name of a shipped one (``nano``); behind an ``@``, the pod that it is wanted for, where the file
     has a mesh for some (``chroma_4b_stage1@v5e:16x16``). Raises: ChromaError naming the file and what is wrong with it.
     """
-    source, _, topology = source.partition("@")
+    source, _, pod = source.partition("@")
+    path, module = module_of(source)
+    pods = getattr(module, "PODS", {})
+    if pod and pod not in pods:
+        known = ", ".join(pods) or "none"
+        raise ChromaError(f"{path}: no mesh for {pod!r}{near(pod, pods)}; it has {known}; or set --mesh")
+    try:
+        config = module.config(pod) if pod else module.config()
+    except ChromaError:
+        raise
+    except Exception as e:
+        raise ChromaError(f"{path}: {type(e).__name__}: {e}") from e
+    if not isinstance(config, tuple(KINDS.values())):
+        raise ChromaError(f"{path}: config() returned {type(config).__name__}, expected chroma_jax.config.Config or CodecRun")
+    return config
+
+
+def on_pod(source: str, topology: str, slices: int = 1) -> str:
+    """``source`` for `read_python`, with the pod behind an ``@`` if the file has a mesh for it and none was asked for."""
+    pod = topology if slices == 1 else f"{slices}x{topology}"
+    return f"{source}@{pod}" if "@" not in source and pod in getattr(module_of(source)[1], "PODS", {}) else source
+
+
+def module_of(source: str) -> tuple[Path, types.ModuleType]:
+    """A configuration file, by its path or shipped name, and what is in it."""
     path = Path(source)
     if not path.suffix and not path.exists():
         path, names = SHIPPED / f"{source}.py", shipped()
@@ -99,18 +123,11 @@ def read_python(source: str) -> Config | CodecRun:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        pods = getattr(module, "PODS", {})
-        if topology and topology not in pods:
-            known = ", ".join(pods) or "none"
-            raise ChromaError(f"{path}: no mesh for {topology!r}{near(topology, pods)}; it has {known}; or set --mesh")
-        config = module.config(topology) if topology else module.config()
     except ChromaError:
         raise
     except Exception as e:
         raise ChromaError(f"{path}: {type(e).__name__}: {e}") from e
-    if not isinstance(config, tuple(KINDS.values())):
-        raise ChromaError(f"{path}: config() returned {type(config).__name__}, expected chroma_jax.config.Config or CodecRun")
-    return config
+    return path, module
 
 
 def fields(config: Any, prefix: str = "") -> dict[str, Any]:

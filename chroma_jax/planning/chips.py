@@ -20,7 +20,7 @@ class Chip:
     """flops: peak dense bf16 per second. hbm: bytes that a program may use, as the compiler has them. bandwidth: of HBM, bytes
     per second. clock: cycles per second. link: bytes per second, each way, of one link to a neighbour. dcn: bytes per second to
     other slices. torus: the shape whose links wrap around; a dimension that is a multiple of its entry does. devices: that JAX
-    sees.
+    sees. mxu: side of a matrix unit. cores: of a device.
     """
 
     name: str
@@ -33,17 +33,24 @@ class Chip:
     torus: tuple[int, ...]
     devices: int = 1
     kind: str = ""
+    mxu: int = 128
+    cores: int = 1
+
+    @property
+    def vector(self) -> float:
+        """Operations of a device's vector units per second: 8 × 128 lanes of four each (jax-ml.github.io/scaling-book/tpus)."""
+        return self.cores * 8 * 128 * 4 * self.clock
 
 
 GIB = 2.0**30
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", 275e12, 32 * GIB, 1.23e12, 1.05e9, 50e9, 6.25e9, (4, 4, 4), kind="TPU v4"),
+        Chip("v4", 275e12, 32 * GIB, 1.23e12, 1.05e9, 50e9, 6.25e9, (4, 4, 4), kind="TPU v4", cores=2),
         Chip("v5e", 197e12, 15.75 * GIB, 0.82e12, 1.5e9, 50e9, 3.125e9, (16, 16), kind="TPU v5 lite"),
-        Chip("v5p", 459e12, 95.74 * GIB, 2.765e12, 1.75e9, 100e9, 6.25e9, (4, 4, 4), kind="TPU v5"),
-        Chip("v6e", 918e12, 31.25 * GIB, 1.64e12, 1.75e9, 100e9, 12.5e9, (16, 16), kind="TPU v6 lite"),
-        Chip("tpu7x", 2307e12, 192 * GIB, 7.37e12, 1.9e9, 100e9, 12.5e9, (4, 4, 4), devices=2, kind="TPU7x"),
+        Chip("v5p", 459e12, 95.74 * GIB, 2.765e12, 1.75e9, 100e9, 6.25e9, (4, 4, 4), kind="TPU v5", cores=2),
+        Chip("v6e", 918e12, 31.25 * GIB, 1.64e12, 1.75e9, 100e9, 12.5e9, (16, 16), kind="TPU v6 lite", mxu=256),
+        Chip("tpu7x", 2307e12, 192 * GIB, 7.37e12, 1.9e9, 100e9, 12.5e9, (4, 4, 4), devices=2, kind="TPU7x", mxu=256),
     )
 }
 

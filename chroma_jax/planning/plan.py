@@ -2,13 +2,11 @@
 
 import collections
 import dataclasses
-import json
 import math
 import os
 import re
 import time
 from collections.abc import Iterable
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -18,8 +16,8 @@ from chroma_jax.config import Config
 from chroma_jax.errors import ChromaError
 from chroma_jax.layers.sharding import MESH_AXES, make_mesh
 from chroma_jax.paths import values
-from chroma_jax.planning import hlo
-from chroma_jax.planning.chips import Topology, compile_only_devices, ring_bandwidth
+from chroma_jax.planning import hlo, kernels
+from chroma_jax.planning.chips import Chip, Topology, compile_only_devices, ring_bandwidth
 from chroma_jax.rows import empty_batch
 from chroma_jax.training.state import Trainer
 from chroma_jax.training.train import trainer_of
@@ -69,7 +67,8 @@ class Traffic:
 class Plan:
     """A training step on one topology. Times are seconds per step; flops are those of the model, per step, by part.
 
-    compute: the compiler's cycles over the clock, by scope and pass. unestimated: work without an estimate, by kind and number.
+    compute: the compiler's cycles over the clock, by scope and pass, and `kernels.seconds`. unestimated: work without an estimate,
+    by kind and number.
     """
 
     topology: str
@@ -194,10 +193,10 @@ def plan_training(config: Config, topology: Topology, *, effort: str = "full") -
         memory=memory(trainer, batch, compiled, chip.hbm / chip.devices),
         flops={part: rows * value for part, value in per_row.items()},
         peak_flops=topology.num_chips * chip.flops,
-        compute=compute(work, chip.clock),
+        compute=compute(work, chip),
         traffic=traffic(hlo.collectives(module, work), topology, mesh),
         hbm_seconds=hlo.hbm_bytes(module, work) / (chip.bandwidth / chip.devices),
-        unestimated=unestimated(work),
+        unestimated=unestimated(work, chip),
         unknown_loops=sum(not e.known for e in work),
         positions=rows * (row.positions + row.text),
         reply_seconds=rows * row.frames / config.model.codec.frame_rate,
@@ -241,12 +240,14 @@ def memory(trainer: Trainer, batch, compiled: jax.stages.Compiled, capacity: flo
     )
 
 
-def compute(work: Iterable[hlo.Executed], clock: float) -> dict[str, float]:
-    """Seconds by scope and pass, as "backbone backward"."""
+def compute(work: Iterable[hlo.Executed], chip: Chip) -> dict[str, float]:
+    """Seconds by scope and pass, as "backbone backward"; attention kernels apart, as "backbone backward, attention kernel"."""
     found: dict[str, float] = collections.defaultdict(float)
     for e in work:
         if e.instruction.cycles:
-            found[where(e.instruction.source)] += e.times * e.instruction.cycles / clock
+            found[where(e.instruction.source)] += e.times * e.instruction.cycles / chip.clock
+        elif kernel := kernels.seconds(e.instruction, chip):
+            found[where(e.instruction.source) + ", attention kernel"] += e.times * kernel
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
@@ -280,14 +281,14 @@ def axes_of(group: tuple[int, ...], mesh: jax.sharding.Mesh) -> str:
     return " ".join(axis for axis, at in zip(mesh.axis_names, places) if len(set(at.tolist())) > 1)
 
 
-def unestimated(work: Iterable[hlo.Executed]) -> dict[str, int]:
+def unestimated(work: Iterable[hlo.Executed], chip: Chip) -> dict[str, int]:
     """Work that the compiler gives no cycles for, beside what takes none and what links do: how often, by kind."""
     found: collections.Counter = collections.Counter()
     for e in work:
         i = e.instruction
         if i.cycles is not None or i.opcode.endswith(("-start", "-done", "send")) or i.opcode in hlo.COLLECTIVES:
             continue
-        if "AllocateBuffer" in i.rest or sum(a.bytes for a in i.arrays) < 4096:
+        if "AllocateBuffer" in i.rest or sum(a.bytes for a in i.arrays) < 4096 or kernels.seconds(i, chip):
             continue
         target = re.search(r'custom_call_target="([^"]*)"', i.rest)
         found[target[1] if target else i.opcode] += round(e.times)
@@ -311,9 +312,3 @@ def too_large(topology: Topology, message: str) -> ChromaError:
 def size(number: str, unit: str) -> float:
     return float(number) * 1024.0 ** " KMGT".index(unit or " ")
 
-
-def write(plan: Plan, path: Path) -> None:
-    """The plan as JSON; whole or not at all."""
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(json.dumps(plan.json(), indent=1) + "\n")
-    aside.replace(path)

@@ -1,0 +1,1 @@
+"""Measurements, each beside a peer or a limit, in one run: `python -m chroma_jax bench …`."""

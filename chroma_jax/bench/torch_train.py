@@ -1,0 +1,135 @@
+"""The peer of a training step: the same parts at the same sizes from transformers' Whisper, Qwen2 and Llama classes, in PyTorch's
+eager mode with its fused attention and optimizer, on the same rows."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import LlamaConfig, LlamaModel, Qwen2Config, Qwen2Model, WhisperConfig
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+from chroma_jax.config import Config
+from chroma_jax.layers.transformer import LlamaConfig as Sizes
+from chroma_jax.rows import Batch
+
+
+def stack(cls, make, c: Sizes, vocab: int, positions: int):
+    """A decoder stack of transformers at our sizes."""
+    config = make(
+        vocab_size=vocab,
+        hidden_size=c.width,
+        intermediate_size=c.mlp_width,
+        num_hidden_layers=c.num_layers,
+        num_attention_heads=c.num_heads,
+        num_key_value_heads=c.num_kv_heads,
+        head_dim=c.head_dim,
+        max_position_embeddings=positions,
+        rms_norm_eps=c.norm_eps,
+        rope_theta=c.rope.theta,
+        use_cache=False,
+        attn_implementation="sdpa",
+    )
+    return cls(config)
+
+
+class Peer(nn.Module):
+    """Everything that a step computes: its losses are those of `chroma_jax.training.loss`."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        c, row = config.model, config.data.row
+        self.config = config
+        audio = c.reasoner.audio
+        self.audio = WhisperEncoder(
+            WhisperConfig(
+                num_mel_bins=audio.mel_bins,
+                d_model=audio.width,
+                encoder_layers=audio.num_layers,
+                encoder_attention_heads=audio.num_heads,
+                encoder_ffn_dim=audio.mlp_width,
+                max_source_positions=audio.block_frames // 2,
+                attn_implementation="sdpa",
+            )
+        )
+        self.project = nn.Linear(audio.width, audio.output_width)
+        self.text = stack(Qwen2Model, Qwen2Config, c.reasoner.text, c.reasoner.vocab_size, row.text)
+        self.words = nn.Linear(c.reasoner.text.width, c.reasoner.vocab_size, bias=False)
+        self.backbone = stack(LlamaModel, LlamaConfig, c.backbone, 1, row.positions)
+        self.backbone.embed_tokens = None
+        self.first = nn.Linear(c.backbone.width, c.audio_vocab, bias=False)
+        self.codes = nn.Embedding(c.codebooks * c.audio_vocab, c.backbone.width)
+        self.narrow = nn.Linear(c.backbone.width, c.decoder.width, bias=False)
+        self.decoder = stack(LlamaModel, LlamaConfig, c.decoder, 1, c.codebooks)
+        self.decoder.embed_tokens = None
+        self.heads = nn.Parameter(torch.randn(c.codebooks - 1, c.decoder.width, c.audio_vocab) * c.decoder.width**-0.5)
+
+    def embedded(self, codes: torch.Tensor) -> torch.Tensor:
+        """[…, Q'] codes of the first Q' codebooks → […, Q', D]."""
+        return self.codes(codes + self.config.model.audio_vocab * torch.arange(codes.shape[-1]))
+
+    def forward(self, b: dict[str, torch.Tensor]) -> torch.Tensor:
+        config, c = self.config, self.config.model
+        rows = len(b["mel"])
+        heard = self.audio(b["mel"].flatten(0, 1).transpose(1, 2)).last_hidden_state
+        heard = self.project(heard.unflatten(1, (-1, 2)).mean(2)).reshape(rows, -1, c.reasoner.text.width)
+        spoken = b["audio_index"] >= 0
+        taken = heard.gather(1, b["audio_index"].clamp(min=0)[..., None].expand(-1, -1, heard.shape[-1]))
+        x = torch.where(spoken[..., None], taken, self.text.embed_tokens(b["text"]))
+        x = self.text(inputs_embeds=x).last_hidden_state
+        answers = x[torch.arange(rows)[:, None], b["answer_position"]]
+        total = x.new_zeros(())
+        if config.loss.text_weight:
+            logits = self.words(answers)
+            total = total + config.loss.text_weight * F.cross_entropy(logits.flatten(0, 1), b["answer_token"].flatten())
+        token, hidden_index, codes = b["token"], b["hidden_index"], b["codes"]
+        x = torch.where((token >= 0)[..., None], self.text.embed_tokens(token.clamp(min=0)), 0.0)
+        picked = answers[torch.arange(rows)[:, None], hidden_index.clamp(min=0)]
+        x = x + torch.where((hidden_index >= 0)[..., None], picked, 0.0)
+        frames = self.embedded(codes.clamp(min=0)).sum(-2)
+        x = x + torch.where((codes[..., :1] >= 0), frames, 0.0)
+        x = self.backbone(inputs_embeds=x).last_hidden_state
+        hidden = x[torch.arange(rows)[:, None], b["target_position"].clamp(min=0)].flatten(0, 1)
+        target = b["target_codes"].flatten(0, 1)
+        c0 = F.cross_entropy(self.first(hidden), target[:, 0], ignore_index=-1)
+        hidden, part = hidden.detach(), target
+        if config.loss.decoder_frames < 1:
+            chosen = torch.randperm(len(hidden))[: int(np.ceil(len(hidden) * config.loss.decoder_frames))]
+            hidden, part = hidden[chosen], target[chosen]
+        x = self.narrow(torch.cat([hidden[:, None], self.embedded(part[:, :-1].clamp(min=0))], 1))
+        x = self.decoder(inputs_embeds=x).last_hidden_state[:, 1:]
+        logits = torch.einsum("NQD,QDV->NQV", x, self.heads)
+        residual = F.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), ignore_index=-1)
+        weight = config.loss.decoder_weight
+        return total + (1 - weight) * c0 + weight * residual
+
+
+class TorchStep:
+    """Forward, backward, clipping and AdamW."""
+
+    def __init__(self, config: Config, batch: Batch, threads: int):
+        torch.set_num_threads(threads)
+        torch.manual_seed(0)
+        self.model = Peer(config).train()
+        o = config.optimizer
+        for parts in (self.model.audio, self.model.text, self.model.words, self.model.project):
+            if any(pattern.startswith("reasoner") for pattern in o.freeze):
+                parts.requires_grad_(False)
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        options = {"lr": o.learning_rate, "betas": (o.b1, o.b2), "eps": o.eps, "weight_decay": o.weight_decay}
+        self.optimizer = torch.optim.AdamW(self.trained, fused=True, **options)
+        self.clip = o.clip
+        arrays = {name: np.array(x) for name, x in batch._asdict().items() if name not in ("hidden", "heard_token")}
+        self.batch = {name: torch.from_numpy(x if x.dtype == np.float32 else x.astype(np.int64)) for name, x in arrays.items()}
+
+    @property
+    def parameters(self) -> int:
+        return sum(p.numel() for p in self.model.parameters())
+
+    def __call__(self) -> float:
+        """Takes a step; returns the loss."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.model(self.batch)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.trained, self.clip)
+        self.optimizer.step()
+        return loss.item()
