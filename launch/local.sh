@@ -206,17 +206,18 @@ demo() {
     begin "1/5 answering \"$question\" in the voice of $(basename "$voice") → $out/reply"
     chroma reply nano --question "$recording" --reference "$voice" --transcript "$transcript" --out "$out/reply"
 
-    # one pass, each voice at its own speed, and the Reasoner too, which the configuration expects to be trained already
-    local -a less=(--data.prompts_per_dialogue 1 --data.curriculum.speeds 1.0) joint=(--loss.text_weight 1 --optimizer.freeze)
-    begin "2/5 preparing the corpus → $out/data"
-    chroma prepare nano "$out/data" --codec codec_nano "${less[@]}"
-    set -- --prepared "$out/data" "${less[@]}" "${joint[@]}" --optimizer.decay_steps "$steps" --training.eval_every 50 --checkpoint.every 50
+    local -a less=(--data.prompts_per_dialogue 1 --data.curriculum.speeds 1.0) # one pass, each voice at its own speed
+    local -a how=(--optimizer.decay_steps "$steps" --training.eval_every 50 --checkpoint.every 50)
     if [[ $scratch == yes ]]; then
-        set -- "$@" --loss.text_weight 1 --optimizer.freeze # nothing
+        how+=(--loss.text_weight 1 --optimizer.freeze) # nothing: the Reasoner too, which the configuration expects to be trained
     else
+        less+=(--data.tokenizer "$ROOT/chroma_jax/pretrained/nano/tokenizer.json")
         [[ -d $out/start ]] || chroma convert import nano "$out/start" --onto nano
-        set -- "$@" --start "$out/start" --optimizer.learning_rate 2e-4
+        how+=(--start "$out/start" --optimizer.learning_rate 2e-4)
     fi
+    begin "2/5 preparing the corpus → $out/data"
+    chroma prepare nano "$out/data" --codec nano "${less[@]}"
+    set -- --prepared "$out/data" "${less[@]}" "${how[@]}"
     begin "3/5 training to step $(((steps + 1) / 2)) → $out/run"
     chroma train nano "$out/run" "$@" --training.steps $(((steps + 1) / 2))
     begin "4/5 resuming, to step $steps"

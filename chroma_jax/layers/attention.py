@@ -12,7 +12,10 @@ from chroma_jax.layers import rope, splash
 from chroma_jax.layers.linear import Linear, zeros
 from chroma_jax.layers.sharding import RULES, AxisRules, active, leading_spec, reshard
 
-Kernel = Literal["plain", "splash"]
+# How packed rows are computed. "plain": all positions with all. "blocks": queries in blocks, which leaves out most of what comes
+# later than they, for processors that have no kernel. "splash": TPU's kernel.
+Kernel = Literal["plain", "blocks", "splash"]
+QUERIES = 256  # of a block
 
 
 class Rotation(NamedTuple):
@@ -34,15 +37,16 @@ class KVCache(NamedTuple):
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 
-def causal_mask(segments: jax.Array) -> jax.Array:
+def causal_mask(segments: jax.Array, start: int = 0) -> jax.Array:
     """Packed rows: a position sees itself and earlier ones of its own segment.
 
-    segments: int32 [B, T], 0 = padding. Returns bool [B, T, T] (query, key); padding sees itself only.
+    segments: int32 [B, S], 0 = padding. Returns bool [B, T, S] (query, key), of the queries from ``start`` on.
     """
     keys = reshard(segments, P(*leading_spec(segments, 1), None))
-    order = jax.lax.broadcasted_iota(jnp.int32, segments.shape, 1)
-    order = reshard(order, P(*leading_spec(segments, 2)))
-    return (segments[:, :, None] == keys[:, None, :]) & (order[:, :, None] >= jnp.arange(segments.shape[1]))
+    queries = segments[:, start:]
+    order = start + jax.lax.broadcasted_iota(jnp.int32, queries.shape, 1)
+    order = reshard(order, P(*leading_spec(queries, 2)))
+    return (queries[:, :, None] == keys[:, None, :]) & (order[:, :, None] >= jnp.arange(segments.shape[1]))
 
 
 class Segments(NamedTuple):
@@ -51,12 +55,18 @@ class Segments(NamedTuple):
     ids: jax.Array
 
 
-Mask = jax.Array | Segments
+class Blocks(NamedTuple):
+    """The same, to be computed in blocks of queries. ids: int32 [B, T]."""
+
+    ids: jax.Array
+
+
+Mask = jax.Array | Segments | Blocks
 
 
 def packed(segments: jax.Array, kernel: Kernel) -> Mask:
-    """What the positions of packed rows see, for either way to compute it."""
-    return Segments(segments) if kernel == "splash" else causal_mask(segments)
+    """What the positions of packed rows see, for any way to compute it."""
+    return {"plain": causal_mask, "blocks": Blocks, "splash": Segments}[kernel](segments)
 
 
 def cached_mask(positions: jax.Array, capacity: int) -> jax.Array:
@@ -67,16 +77,30 @@ def cached_mask(positions: jax.Array, capacity: int) -> jax.Array:
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
     """softmax(q kᵀ / √H) v, softmax in float32.
 
-    q: [B, T, K, G, H]; k, v: [B, S, K, H]; mask: bool [B, T, S], or `Segments`. Returns [B, T, K, G, H].
+    q: [B, T, K, G, H]; k, v: [B, S, K, H]; mask: bool [B, T, S], or `Segments`, or `Blocks`. Returns [B, T, K, G, H].
     """
     if isinstance(mask, Segments):
         return splash.attend(q, k, v, mask.ids)
+    if isinstance(mask, Blocks):
+        return in_blocks(q, k, v, mask.ids)
     if active():  # with the sequence divided, every device needs all keys
         k, v = (reshard(x, P(leading_spec(x, 1)[0], None, leading_spec(x, 3)[2])) for x in (k, v))
     scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     probabilities = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return checkpoint_name(jnp.einsum("BKGTS,BSKH->BTKGH", probabilities, v), splash.SAVED)
+
+
+def in_blocks(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
+    """`attend` with a causal mask within segments, in blocks of queries, each with the keys up to its end; where the sequence is
+    divided among devices, all at once."""
+    if active() and leading_spec(q, 2)[1] is not None:
+        return attend(q, k, v, causal_mask(segments))
+    ends = range(QUERIES, q.shape[1] + QUERIES, QUERIES)
+    pieces = [
+        attend(q[:, end - QUERIES : end], k[:, :end], v[:, :end], causal_mask(segments[:, :end], end - QUERIES)) for end in ends
+    ]
+    return jnp.concatenate(pieces, axis=1)
 
 
 class Attention(nnx.Module):

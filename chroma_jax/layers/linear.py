@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from chroma_jax.layers.sharding import RULES, AxisRules, active, leading_spec, reshard
+from chroma_jax.layers.sharding import RULES, AxisRules, active, leading_spec, look_up, reshard
 
 Dims = dict[str, int]  # logical axis → size, in order
 
@@ -120,10 +120,7 @@ class Embedding(nnx.Module):
 
     def __call__(self, ids: jax.Array, dtype) -> jax.Array:
         """ids: int32 […]. Returns [… , D]."""
-        table = in_use(self.table, dtype, self.rules)
-        if not active():
-            return table[ids]
-        return table.at[ids].get(out_sharding=P(*leading_spec(ids, ids.ndim), None))
+        return look_up(in_use(self.table, dtype, self.rules), ids)
 
 
 class RMSNorm(nnx.Module):

@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.experimental import mesh_utils
@@ -157,14 +158,53 @@ def take_rows(x: jax.Array, index: jax.Array) -> jax.Array:
 
     x: [B, A, …]; index: int32 [B, T], within 0 … A−1. Returns [B, T, …].
     """
+    take = jax.vmap(lambda row, i: row[i])
     if not active():
-        return jax.vmap(lambda row, i: row[i])(x, index)
-    batch = leading_spec(x, 1)
-    x = reshard(x, P(*batch))
-    out = P(*leading_spec(index, 2))
-    rows = jax.lax.broadcasted_iota(np.int32, index.shape, 0)
-    rows = reshard(rows, out)
-    return x.at[rows, index].get(out_sharding=P(*out, *(None,) * (x.ndim - 2)))
+        return take(x, index)
+    # on every device by itself: left to the compiler, the gradient would be computed for all rows on each
+    rows = leading_spec(x, 1)
+    index = reshard(index, P(*rows, *leading_spec(index, 2)[1:]))
+    return jax.shard_map(take, out_specs=P(*leading_spec(index, 2)))(reshard(x, P(*rows)), index)
+
+
+def look_up(table: jax.Array, ids: jax.Array) -> jax.Array:
+    """Rows of a table, [V, D], of which each device has all, or with V divided among devices its part; ids: int32 […], within
+    0 … V−1, wherever they lie. Returns […, D]. The table's gradient is summed in float32 on each device, then over devices.
+    """
+    if not active():
+        return rows_of(table, ids)
+    where, (divided, *_) = leading_spec(ids, ids.ndim), leading_spec(table, 2)
+    across = {axis for entry in where if entry is not None for axis in ((entry,) if isinstance(entry, str) else entry)}
+
+    def local(table: jax.Array, ids: jax.Array) -> jax.Array:
+        table = jax.lax.pcast(table, tuple(across), to="varying") if across else table
+        if divided is None:
+            return rows_of(table, ids)
+        ids = jax.lax.pcast(ids, divided, to="varying") - jax.lax.axis_index(divided) * len(table)
+        mine = (ids >= 0) & (ids < len(table))
+        found = rows_of(table, jnp.where(mine, ids, 0))
+        return jax.lax.psum(jnp.where(mine[..., None], found, 0), divided)
+
+    return jax.shard_map(local, out_specs=P(*where, None))(table, ids)
+
+
+@jax.custom_vjp
+def rows_of(table: jax.Array, ids: jax.Array) -> jax.Array:
+    """table[ids]; a row that is wanted many times has its gradient summed in float32."""
+    return table[ids]
+
+
+def _rows_forward(table: jax.Array, ids: jax.Array):
+    return table[ids], (table, ids)
+
+
+def _rows_backward(kept, gradient: jax.Array):
+    table, ids = kept
+    summed = jnp.zeros_like(table, jnp.float32).at[ids].add(gradient.astype(jnp.float32))
+    return summed.astype(table.dtype), None
+
+
+rows_of.defvjp(_rows_forward, _rows_backward)
 
 
 def state_shardings(state: nnx.State, mesh: Mesh, rules: AxisRules = RULES) -> nnx.State:

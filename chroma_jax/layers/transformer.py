@@ -37,7 +37,7 @@ def rematerialise(body, policy: Remat):
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """Sizes of a Llama stack. attention: how packed rows are computed, "plain" anywhere, "splash" by TPU's kernel."""
+    """Sizes of a Llama stack. attention: how packed rows are computed, see `Kernel`."""
 
     num_layers: int
     width: int

@@ -67,7 +67,7 @@ class Traffic:
 class Plan:
     """A training step on one topology. Times are seconds per step; flops are those of the model, per step, by part.
 
-    compute: the compiler's cycles over the clock, by scope and pass, and `kernels.seconds`. unestimated: work without an estimate,
+    compute: the compiler's cycles over the clock, by scope and pass, and `kernels.seconds`. unestimated: work without any,
     by kind and number.
     """
 
@@ -311,4 +311,3 @@ def too_large(topology: Topology, message: str) -> ChromaError:
 
 def size(number: str, unit: str) -> float:
     return float(number) * 1024.0 ** " KMGT".index(unit or " ")
-

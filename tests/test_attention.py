@@ -1,0 +1,114 @@
+"""Every way to compute attention over packed rows gives the same, values and gradients, on one device and divided among several."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from chroma_jax.errors import ChromaError
+from chroma_jax.layers import attention
+from chroma_jax.layers.sharding import MeshConfig, make_mesh
+from chroma_jax.layers.transformer import Llama, LlamaConfig
+
+ROWS, POSITIONS, KV, GROUP, WIDTH = 4, 384, 2, 3, 32
+# float32 sums in another order; the kernel's running maximum rescales them once a block
+CLOSE = {"rtol": 2e-4, "atol": 2e-5}
+
+
+@pytest.fixture(scope="module")
+def given():
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: rng.standard_normal(shape, np.float32)
+    q, k, v = draw(ROWS, POSITIONS, KV, GROUP, WIDTH), draw(ROWS, POSITIONS, KV, WIDTH), draw(ROWS, POSITIONS, KV, WIDTH)
+    segments = np.zeros((ROWS, POSITIONS), np.int32)
+    for row in segments:  # several conversations, then padding
+        ends = np.sort(rng.choice(np.arange(8, POSITIONS - 8), 4, replace=False))
+        for i, (a, b) in enumerate(zip([0, *ends[:-1]], ends, strict=True), 1):
+            row[a:b] = i
+    segments[0] = 1  # one that fills its row
+    return q, k, v, segments, draw(*q.shape)
+
+
+def value_and_gradients(kernel, q, k, v, segments, towards):
+    def projected(q, k, v):
+        out = attention.attend(q, k, v, attention.packed(segments, kernel))
+        kept = (segments > 0)[:, :, None, None, None]  # what padding sees is nobody's business
+        return jnp.sum(jnp.where(kept, out * towards, 0)), jnp.where(kept, out, 0)
+
+    (_, out), gradients = jax.value_and_grad(projected, argnums=(0, 1, 2), has_aux=True)(q, k, v)
+    return out, *gradients
+
+
+@pytest.fixture(scope="module")
+def plain(given):
+    return [np.asarray(x) for x in jax.jit(value_and_gradients, static_argnums=0)("plain", *given)]
+
+
+@pytest.mark.parametrize("kernel", ["blocks", "splash"])
+def test_on_one_device(kernel, given, plain):
+    found = jax.jit(value_and_gradients, static_argnums=0)(kernel, *given)
+    for name, a, b in zip(("values", "queries", "keys", "values' gradient"), found, plain, strict=True):
+        np.testing.assert_allclose(a, b, err_msg=name, **CLOSE)
+
+
+@pytest.mark.parametrize("kernel", ["plain", "blocks", "splash"])
+@pytest.mark.parametrize(
+    "shape", [MeshConfig(fsdp=4), MeshConfig(fsdp=2, tensor=2), MeshConfig(fsdp=2, context=3)], ids=["rows", "heads", "sequence"]
+)
+def test_divided_among_devices(kernel, shape, given, plain):
+    mesh = make_mesh(shape)
+    sequence = "context" if shape.context > 1 else None
+    rows, heads = ("data", "fsdp"), "tensor" if shape.tensor > 1 else None
+    q, k, v, segments, towards = given
+    laid = [
+        jax.device_put(x, NamedSharding(mesh, P(rows, sequence, heads))) if x.ndim > 2
+        else jax.device_put(x, NamedSharding(mesh, P(rows, sequence)))
+        for x in (q, k, v, segments, towards)
+    ]  # fmt: skip
+    with jax.set_mesh(mesh):
+        found = jax.jit(value_and_gradients, static_argnums=0)(kernel, *laid)
+    for name, a, b in zip(("values", "queries", "keys", "values' gradient"), found, plain, strict=True):
+        np.testing.assert_allclose(a, b, err_msg=name, **CLOSE)
+
+
+def test_a_stack_computes_the_same_and_keeps_what_it_should(given):
+    """Also under rematerialisation that keeps what the kernel made."""
+    segments = jnp.asarray(given[3])
+    position = jnp.broadcast_to(jnp.arange(POSITIONS), segments.shape)
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((ROWS, POSITIONS, 64), np.float32))
+    towards = jnp.asarray(np.random.default_rng(2).standard_normal(x.shape, np.float32))
+    sizes = LlamaConfig(num_layers=2, width=64, num_heads=4, num_kv_heads=2, head_dim=32, mlp_width=96)
+    found = {}
+    for kernel, remat in (("plain", "none"), ("blocks", "full"), ("splash", "attention")):
+        graph, state = nnx.split(Llama(nnx.Rngs(0), dataclasses.replace(sizes, attention=kernel, remat=remat)))
+
+        def total(state, x, graph=graph, kernel=kernel):
+            return jnp.sum(jnp.where(segments[..., None] > 0, nnx.merge(graph, state)(x, position, attention.packed(segments, kernel)) * towards, 0))
+
+        found[kernel] = jax.tree.leaves(jax.jit(jax.grad(total, argnums=(0, 1)))(state, x))
+    for kernel in ("blocks", "splash"):
+        for a, b in zip(found[kernel], found["plain"], strict=True):
+            # gradients of sums over all positions
+            np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3 * float(jnp.max(jnp.abs(b))))
+
+
+def test_blocks_leave_out_what_is_later(given):
+    q, k, v, segments, _ = given
+    work = {
+        kernel: jax.jit(lambda *x, kernel=kernel: attention.attend(*x, attention.packed(segments, kernel)))
+        .lower(q, k, v)
+        .cost_analysis()["flops"]
+        for kernel in ("plain", "blocks")
+    }
+    assert work["blocks"] < 0.9 * work["plain"]
+
+
+def test_a_length_that_the_kernel_does_not_take_is_named():
+    x = jnp.zeros((1, 100, 1, 1, 8))
+    with pytest.raises(ChromaError, match="multiple of 128 positions, got 100; use 'plain'"):
+        attention.attend(x, x[:, :, :, 0], x[:, :, :, 0], attention.packed(jnp.ones((1, 100), jnp.int32), "splash"))
