@@ -5,6 +5,7 @@ import dataclasses
 import io
 import itertools
 import json
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -40,13 +41,15 @@ class Train:
     """Trains a speaking model or a codec; on an existing run folder, goes on from its newest checkpoint.
 
     run: run folder. prepared: dataset folder that ``prepare`` wrote. start: another run folder, or one that ``convert import``
-    wrote, whose weights a new run begins with; what it does not have is drawn at random. distributed: of several processes, which
-    one this is. SIGTERM and Ctrl-C end it after the running step, with a checkpoint and exit code 75.
+    wrote, whose weights a new run begins with; what it does not have is drawn at random. program: compiled step that ``plan
+    --program`` wrote for this configuration and pod. distributed: of several processes, which one this is. SIGTERM and Ctrl-C end
+    it after the running step, with a checkpoint and exit code 75.
     """
 
     run: Positional[Path]
     prepared: Path
     start: Path | None = None
+    program: Path | None = None
     distributed: DistributedConfig = DistributedConfig()
 
 
@@ -74,7 +77,8 @@ class Plan:
     flags say. topology: as v5e:4x4, v5p:4x4x4, v6e:16x16, tpu7x:4x4x4; slices: how many of these, joined by the data-centre
     network. effort: "quick" compiles in minutes and says what fits and what is sent; the times
     of "full" are those to believe. dollars_per_chip_hour: for the cost of an hour. search: tries meshes, rows and
-    rematerialisations, quickly, and prints a ranked table. out: file for the plan as JSON.
+    rematerialisations, quickly, and prints a ranked table. out: file for the plan as JSON. program: file for the compiled step,
+    for ``train --program``.
     """
 
     topology: str
@@ -83,6 +87,7 @@ class Plan:
     dollars_per_chip_hour: float | None = None
     search: tyro.conf.FlagCreatePairsOff[bool] = False
     out: Path | None = None
+    program: Path | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,8 +257,13 @@ def train(args: Train, config) -> int:
     from chroma_jax.training.multihost import joined
     from chroma_jax.training.train import train
 
+    if args.program is not None and isinstance(config, CodecRun):
+        raise ChromaError("--program is for the configuration of a speaking model")
     with joined(args.distributed, config.mesh) as progress:
-        (train_codec if isinstance(config, CodecRun) else train)(config, args.run, args.prepared, args.start, progress)
+        if isinstance(config, CodecRun):
+            train_codec(config, args.run, args.prepared, args.start, progress)
+        else:
+            train(config, args.run, args.prepared, args.start, progress, args.program)
     return 0
 
 
@@ -297,13 +307,17 @@ def plan(args: Plan, config) -> int:
         print(report.table(search(config, topology)), end="")
         return 0
     try:
-        found, _ = plan_training(config, topology, effort=args.effort)
+        found, compiled = plan_training(config, topology, effort=args.effort)
     except DoesNotFit as e:
         print(report.does_not_fit(e), end="")
         return 1
     print(report.page(found, args.dollars_per_chip_hour), end="")
     if args.out is not None:
         write_whole(args.out, json.dumps(found.json(), indent=1) + "\n")
+    if args.program is not None:
+        from chroma_jax.training.program import save_program
+
+        save_program(compiled, config, topology.name, args.program)
     return 0
 
 
@@ -475,6 +489,7 @@ def dispatch(command: str, argv: list[str]) -> int:
     from chroma_jax import pretrained
 
     arguments, function, source = COMMANDS[command]
+    keep_compiled_programs()
     program = f"{PROGRAM} {command}"
     if source == "none":
         return function(parse(arguments, argv, program))
@@ -504,6 +519,16 @@ def dispatch(command: str, argv: list[str]) -> int:
     whole.__doc__ = arguments.__doc__
     args = parse(whole, argv, program)
     return function(args, args.config)
+
+
+def keep_compiled_programs() -> None:
+    """Compiled programs are kept from one command to the next, in a folder of the user's cache unless JAX is told another
+    (JAX_COMPILATION_CACHE_DIR), or none (JAX_ENABLE_COMPILATION_CACHE=false)."""
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(cache / "chroma_jax" / "jax"))
 
 
 def flag(argv: list[str], name: str) -> str | None:

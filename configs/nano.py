@@ -57,7 +57,7 @@ def model() -> ChromaConfig:
 
 def config() -> Config:
     """The stage of speaking. Start it from a run of nano_reasoner (``train --start``)."""
-    steps = 4000
+    steps = 3000
     return Config(
         model=model(),
         data=DataConfig(
@@ -76,7 +76,7 @@ def config() -> Config:
         ),
         mesh=MeshConfig(),
         training=TrainingConfig(steps=steps, global_batch=8, eval_every=500, log_every=25),
-        loss=LossConfig(decoder_weight=0.5),
+        loss=LossConfig(decoder_weight=0.5, decoder_hidden="attached"),
         optimizer=OptimizerConfig(
             learning_rate=2e-3,
             warmup_steps=100,
@@ -91,5 +91,5 @@ def config() -> Config:
             gain_db=6.0, noise=0.5, tilt_db=6.0, time_masks=1, time_mask=10, bin_masks=1, bin_mask=12, frames=0.15
         ),
         checkpoint=CheckpointConfig(every=500, keep=2),
-        reply=ReplyConfig(temperature=0.8, top_k=50),
+        reply=ReplyConfig(temperature=0.5, top_k=50),
     )

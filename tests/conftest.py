@@ -4,6 +4,7 @@ machine code costs less than optimising it."""
 import os
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"  # before jax; for children too
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # the command line would keep what it compiles
 
 import jax
 import pytest

@@ -1,4 +1,4 @@
-"""Every way to compute attention over packed rows gives the same, values and gradients, on one device and divided among several."""
+"""Every way to compute attention over packed rows gives the same, on one device and divided among several."""
 
 import dataclasses
 
@@ -88,7 +88,11 @@ def test_a_stack_computes_the_same_and_keeps_what_it_should(given):
         graph, state = nnx.split(Llama(nnx.Rngs(0), dataclasses.replace(sizes, attention=kernel, remat=remat)))
 
         def total(state, x, graph=graph, kernel=kernel):
-            return jnp.sum(jnp.where(segments[..., None] > 0, nnx.merge(graph, state)(x, position, attention.packed(segments, kernel)) * towards, 0))
+            return jnp.sum(
+                jnp.where(
+                    segments[..., None] > 0, nnx.merge(graph, state)(x, position, attention.packed(segments, kernel)) * towards, 0
+                )
+            )
 
         found[kernel] = jax.tree.leaves(jax.jit(jax.grad(total, argnums=(0, 1)))(state, x))
     for kernel in ("blocks", "splash"):

@@ -12,10 +12,15 @@ from chroma_jax import pretrained
 from chroma_jax.cli import main, run_configuration
 from chroma_jax.convert.codec import trained_codec
 from chroma_jax.errors import ChromaError
+from chroma_jax.evaluation.speaking import MAIN, ROWS, answered, voice_prompt
 from chroma_jax.evaluation.suite import read_suite
+from chroma_jax.evaluation.words import same
+from chroma_jax.streaming.load import load_run
+from chroma_jax.streaming.stream import Speaker
 from data_pipelines import audio
 
 FOLDER = pretrained.found("codec_nano")
+SPEAKING = pretrained.found("nano")
 
 
 @pytest.fixture(scope="module")
@@ -33,12 +38,13 @@ def test_a_name_means_the_shipped_weights_unless_there_is_such_a_folder(tmp_path
 
 def test_they_are_of_the_configuration_small_and_finite(codec):
     assert codec.config == configs.read_python("codec_nano").model == configs.read_python("nano").model.codec
-    assert sum(path.stat().st_size for path in FOLDER.iterdir()) < 60e6
+    assert sum(path.stat().st_size for path in FOLDER.parent.rglob("*") if path.is_file()) < 60e6
     assert all(np.isfinite(np.asarray(x)).all() for x in jax.tree.leaves(nnx.state(codec)))
 
 
-def test_they_come_with_a_card():
-    card = (FOLDER / "README.md").read_text()
+@pytest.mark.parametrize("folder", [FOLDER, SPEAKING], ids=lambda folder: folder.name)
+def test_they_come_with_a_card(folder):
+    card = (folder / "README.md").read_text()
     assert all(word in card for word in ("Apache-2.0", "Kokoro", "LibriSpeech", "CC BY 4.0", "word error rate", "Recipe"))
 
 
@@ -69,3 +75,30 @@ def test_commands_take_the_name(tmp_path, capsys):
     assert run_configuration([str(FOLDER)], "any").model == configs.read_python("codec_nano").model
     assert main(["reply", "codec_nano", "--question", "q", "--reference", "r", "--transcript", "t", "--out", str(tmp_path)]) == 2
     assert "a codec, expected a speaking model" in capsys.readouterr().err
+
+
+def test_the_speaking_model_is_of_its_configuration():
+    theirs, ours = (configs.fields(c.model) for c in (run_configuration([str(SPEAKING)]), configs.read_python("nano")))
+    assert {n: theirs[n] for n in ours if configs.concerns_weights(n)} == {
+        n: v for n, v in ours.items() if configs.concerns_weights(n)
+    }
+    assert run_configuration([str(SPEAKING)]).reply == configs.read_python("nano").reply
+
+
+def test_its_codec_makes_codes_for_training():
+    config = configs.read_python("nano").model
+    codes = np.asarray(trained_codec(SPEAKING, config).encode(np.zeros((1, 24_000), np.float32) + 0.1))
+    assert codes.shape == (1, 13, 8) and codes.max() < 256
+
+
+def test_the_speaking_model_answers_in_words_that_fit_and_at_a_length_that_does():
+    """Eleven questions of the valid split, in voices that it never heard."""
+    config = run_configuration([str(SPEAKING)])
+    model, codec, tokenizer = load_run(SPEAKING, config)
+    suite = read_suite("parley", "valid", limit=ROWS)
+    asked = [(d, voice_prompt(suite, d, MAIN, codec.config.sampling_rate)) for d in suite.dialogues]
+    replies = list(answered(Speaker(model, codec), tokenizer, asked, config.reply, ""))
+    right = [same(r.text, r.dialogue.answer) for r in replies]
+    assert sum(right) >= ROWS // 3, [(r.dialogue.question, r.text) for r in replies]
+    assert all(r.ended and 1 < len(r.wave) / 24_000 < 8 for r in replies)
+    assert all(np.sqrt(np.mean(r.wave**2)) > 1e-3 for r in replies)

@@ -18,9 +18,8 @@ from chroma_jax.layers.sharding import MESH_AXES, make_mesh
 from chroma_jax.paths import values
 from chroma_jax.planning import hlo, kernels
 from chroma_jax.planning.chips import Chip, Topology, compile_only_devices, ring_bandwidth
-from chroma_jax.rows import empty_batch
 from chroma_jax.training.state import Trainer
-from chroma_jax.training.train import trainer_of
+from chroma_jax.training.train import abstract_batch, trainer_of
 
 # Windowed products turn gathers of weights into chains of permutes, which cost more than they hide.
 OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000}
@@ -203,21 +202,6 @@ def plan_training(config: Config, topology: Topology, *, effort: str = "full") -
         compile_seconds=seconds,
     )
     return plan, compiled
-
-
-def abstract_batch(config: Config, trainer: Trainer):
-    """Shapes and places of a global batch."""
-    c = config.model
-    audio = c.reasoner.audio
-    batch = empty_batch(
-        config.data.row,
-        rows=config.training.global_batch,
-        block_frames=audio.block_frames,
-        mel_bins=audio.mel_bins,
-        codebooks=c.codebooks,
-        stored_width=c.reasoner.text.width if config.loss.reasoner == "stored" else 0,
-    )
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=trainer.batch_sharding), batch)
 
 
 def memory(trainer: Trainer, batch, compiled: jax.stages.Compiled, capacity: float) -> Memory:

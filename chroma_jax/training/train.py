@@ -19,24 +19,33 @@ from chroma_jax.errors import ChromaError
 from chroma_jax.layers.sharding import make_mesh
 from chroma_jax.models.chroma import Chroma
 from chroma_jax.paths import values
-from chroma_jax.rows import Batch
+from chroma_jax.rows import Batch, empty_batch
 from chroma_jax.training.checkpoint import Checkpoints
 from chroma_jax.training.loop import check_batch, train_on
 from chroma_jax.training.lora import MARK, restored
 from chroma_jax.training.metrics import MetricsWriter, flat
 from chroma_jax.training.multihost import say, share_of_rows
 from chroma_jax.training.optimizer import split_trainable
+from chroma_jax.training.program import with_program
 from chroma_jax.training.run_folder import check_run, has_checkpoint, keep
 from chroma_jax.training.state import Trainer, TrainState, make_trainer
 from chroma_jax.training.watch import Progress
 from data_pipelines.records import batches, evaluation_batches, open_dataset
 
 
-def train(config: Config, run: Path, prepared: Path, start: Path | None = None, progress: Progress | None = None) -> TrainState:
+def train(
+    config: Config,
+    run: Path,
+    prepared: Path,
+    start: Path | None = None,
+    progress: Progress | None = None,
+    program: Path | None = None,
+) -> TrainState:
     """Trains from the run folder's newest checkpoint (or from ``start``, or from scratch) to ``config.training.steps``.
 
     run: created when absent. prepared: a folder that ``chroma-jax prepare`` wrote. start: another run folder or an imported
-    one, whose weights a new run begins with. progress: of the process, see `chroma_jax.training.multihost.joined`.
+    one, whose weights a new run begins with. progress: of the process, see `chroma_jax.training.multihost.joined`. program: file
+    with the compiled step, see `chroma_jax.training.program`.
     Returns the last state. Raises: Ended when it stops before; ChromaError for a run folder, data or weights of another model, a
     mesh or batch that does not fit.
     """
@@ -50,6 +59,8 @@ def train(config: Config, run: Path, prepared: Path, start: Path | None = None, 
     check_run(config, run)
     with jax.set_mesh(mesh):
         trainer = trainer_of(config, mesh)
+        if program is not None:
+            trainer = with_program(trainer, config, abstract_batch(config, trainer), program)
         given = start if start is not None and not has_checkpoint(run) else None
         if given is not None:
             check_tokenizer(prepared, given)
@@ -85,6 +96,21 @@ def trainer_of(config: Config, mesh: Mesh) -> Trainer:
     c, t = config, config.training
     more = {"accumulate": t.accumulate, "lora": c.lora, "skip_norm": t.skip_norm}
     return make_trainer(c.model, c.optimizer, c.loss, c.precision, t.seed, mesh, **more)
+
+
+def abstract_batch(config: Config, trainer: Trainer):
+    """Shapes and places of a global batch."""
+    c = config.model
+    audio = c.reasoner.audio
+    batch = empty_batch(
+        config.data.row,
+        rows=config.training.global_batch,
+        block_frames=audio.block_frames,
+        mel_bins=audio.mel_bins,
+        codebooks=c.codebooks,
+        stored_width=c.reasoner.text.width if config.loss.reasoner == "stored" else 0,
+    )
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=trainer.batch_sharding), batch)
 
 
 def starting_weights(config: Config, trainer: Trainer, start: Path) -> dict[str, jax.Array]:

@@ -1,0 +1,83 @@
+"""A training step that was compiled before is taken from its file, and only where it belongs."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from tiny import replace
+
+from chroma_jax.cli import main
+from chroma_jax.errors import ChromaError
+from chroma_jax.layers.sharding import MeshConfig, make_mesh
+from chroma_jax.training.program import save_program, with_program
+from chroma_jax.training.train import abstract_batch, trainer_of
+from data_pipelines.records import batches
+
+
+@pytest.fixture(scope="module")
+def saved(tiny_prepared, tmp_path_factory):
+    """(configuration, data, file with its step compiled for four devices)"""
+    config, data = tiny_prepared
+    config = dataclasses.replace(config, mesh=MeshConfig(fsdp=2, tensor=2))
+    path = tmp_path_factory.mktemp("program") / "step.bin"
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        trainer = trainer_of(config, mesh)
+        compiled = trainer.train_step.lower(trainer.abstract, abstract_batch(config, trainer)).compile()
+        save_program(compiled, config, "four CPU devices", path)
+    return config, data, path
+
+
+def test_it_computes_what_the_configuration_says(saved):
+    config, data, path = saved
+    mesh, found = make_mesh(config.mesh), {}
+    t = config.training
+    with jax.set_mesh(mesh):
+        ours = trainer_of(config, mesh)
+        for name, trainer in (("compiled", ours), ("loaded", with_program(ours, config, abstract_batch(config, ours), path))):
+            state, reader = trainer.init(), batches(data, "train", config.model, global_batch=t.global_batch, seed=t.seed)
+            losses = []
+            for _ in range(3):
+                batch = jax.tree.map(lambda x: jax.device_put(x, trainer.batch_sharding), next(reader))
+                state, metrics = trainer.train_step(state, batch)
+                losses.append(float(metrics["loss"]))
+            found[name] = losses
+    np.testing.assert_array_equal(found["loaded"], found["compiled"])
+    assert found["loaded"][2] != found["loaded"][0]
+
+
+def test_another_configuration_is_refused_and_what_differs_is_named(saved):
+    config, _, path = saved
+    other = replace(config, "optimizer.learning_rate", 0.5)
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        trainer = trainer_of(other, mesh)
+        with pytest.raises(ChromaError, match=r"compiled for something else: optimizer.learning_rate .* there, 0.5 here"):
+            with_program(trainer, other, abstract_batch(other, trainer), path)
+
+
+def test_what_a_step_does_not_depend_on_may_differ(saved):
+    config, _, path = saved
+    longer = replace(replace(config, "training.steps", 77), "checkpoint.every", 5)
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        trainer = trainer_of(longer, mesh)
+        assert with_program(trainer, longer, abstract_batch(longer, trainer), path).train_step is not trainer.train_step
+
+
+@pytest.mark.parametrize("content", [b"", b"no program\n", b'{"jax": "0"}\nrest'])
+def test_a_file_that_is_none_is_named(saved, tmp_path, content):
+    config, _, _ = saved
+    path = tmp_path / "file"
+    path.write_bytes(content)
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        trainer = trainer_of(config, mesh)
+        with pytest.raises(ChromaError, match="not a file that plan --program wrote"):
+            with_program(trainer, config, abstract_batch(config, trainer), path)
+
+
+def test_a_codec_has_none(tmp_path, capsys):
+    assert main(["train", "codec_nano", str(tmp_path / "r"), "--prepared", str(tmp_path), "--program", "x"]) == 2
+    assert "--program is for" in capsys.readouterr().err
