@@ -98,8 +98,8 @@ def parse(text: str) -> Module:
     """A printed module. Raises ValueError when there is no entry computation in it."""
     computations: dict[str, Computation] = {}
     entry, current = "", None
-    for line in text.splitlines():
-        if line.startswith("}"):
+    for line in whole_lines(text):
+        if line.rstrip() == "}":
             current = None
         elif (line.startswith("%") or line.startswith("ENTRY")) and line.rstrip().endswith("{"):
             head = re.match(r"(ENTRY )?%?([\w.\-]+)", line)
@@ -110,6 +110,19 @@ def parse(text: str) -> Module:
     if not entry:
         raise ValueError("no ENTRY computation in the program's text")
     return Module(computations, entry)
+
+
+def whole_lines(text: str) -> Iterator[str]:
+    """Lines, what a kernel's metadata breaks over several being put together again."""
+    begun = ""
+    for line in text.splitlines():
+        goes_on = begun and not re.match(r"\s+(ROOT )?%?[\w.\-]+ = |}\s*$|%|ENTRY|\s*$|[A-Za-z]", line)
+        if goes_on:
+            begun += line
+            continue
+        yield begun
+        begun = line
+    yield begun
 
 
 def instruction(line: str) -> Instruction | None:
@@ -200,15 +213,16 @@ class Collective(NamedTuple):
 
 
 def collectives(module: Module, work: Iterable[Executed]) -> list[Collective]:
-    """All of a call."""
-    found = []
+    """All of a call. One that the compiler took apart, into a start, pieces fused with products that go on meanwhile, and an end,
+    has one channel in all of them and counts once."""
+    found: dict[object, Collective] = {}
     for e in work:
         i, inside = e.instruction, [e.instruction]
         if i.opcode.endswith("-done"):
             continue  # counted where it began
         if i.opcode == "send":
             if "megascale" in i.rest:  # what the runtime passes on to other slices, by way of the hosts
-                found.append(Collective(BETWEEN_SLICES, i.arrays[0].bytes, (), e.times, True, i.source))
+                found[i.name, id(e.within)] = Collective(BETWEEN_SLICES, i.arrays[0].bytes, (), e.times, True, i.source)
             continue
         if i.opcode in ("fusion", "async-start"):
             inside = list(module.computations.get(i.attribute("calls"), {}).values())
@@ -216,13 +230,19 @@ def collectives(module: Module, work: Iterable[Executed]) -> list[Collective]:
             kind = c.opcode.removesuffix("-start")
             if kind not in COLLECTIVES:
                 continue
+            channel = re.search(r"channel_id=(\d+)", c.rest)
+            key = (channel[1] if channel else c.name, id(e.within))
+            if key in found:
+                found[key] = found[key]._replace(hidden=True)
+                continue
             hidden = c.opcode.endswith("-start") or i.opcode == "async-start" or "async" in i.name
             within = e.within if c is i else {x.name: x for x in inside}
             sent = sum(a.bytes for name in c.operands if name in within for a in within[name].arrays)
             result = sum(a.bytes for a in c.arrays) - (sent if c.opcode.endswith("-start") and kind != "all-reduce" else 0)
             group = replica_group(c.rest)
-            found.append(Collective(kind, passing(kind, sent, result, len(group)), group, e.times, hidden, c.source or i.source))
-    return found
+            sends = passing(kind, sent, result, len(group))
+            found[key] = Collective(kind, sends, group, e.times, hidden, c.source or i.source)
+    return list(found.values())
 
 
 def passing(kind: str, sent: float, result: float, devices: int) -> float:
