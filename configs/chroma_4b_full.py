@@ -9,11 +9,11 @@ from configs.chroma_4b_stage1 import Pod, on_pod
 
 PODS = {
     "v5e:4x4": Pod(MeshConfig(fsdp=16), rows=2),
-    "v5e:16x16": Pod(MeshConfig(fsdp=256), rows=2),
-    "2xv5e:16x16": Pod(MeshConfig(data=2, fsdp=256), rows=2),
-    "v5p:4x4x4": Pod(MeshConfig(fsdp=64), rows=4),
-    "v6e:16x16": Pod(MeshConfig(fsdp=256), rows=4),
-    "tpu7x:4x4x4": Pod(MeshConfig(fsdp=128), rows=4),
+    "v5e:16x16": Pod(MeshConfig(data=16, fsdp=16), rows=2),
+    "2xv5e:16x16": Pod(MeshConfig(data=32, fsdp=16), rows=2),
+    "v5p:4x4x4": Pod(MeshConfig(data=4, fsdp=16), rows=4),
+    "v6e:16x16": Pod(MeshConfig(data=16, fsdp=16), rows=4),
+    "tpu7x:4x4x4": Pod(MeshConfig(data=8, fsdp=16), rows=4),
 }
 
 

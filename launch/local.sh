@@ -139,6 +139,9 @@ settings() {
     export TF_CPP_MIN_LOG_LEVEL=${TF_CPP_MIN_LOG_LEVEL:-2}
     export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-${XDG_CACHE_HOME:-${HOME:-/tmp}/.cache}/chroma_jax/jax}
     export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=${JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS:-0}
+    if [[ ! -e /dev/accel0 && ! -e /dev/vfio/0 ]]; then # its compiler, if installed, is not to look for a TPU
+        export TPU_SKIP_MDS_QUERY=1 TPU_ACCELERATOR_TYPE=v5litepod-1 TPU_WORKER_HOSTNAMES=localhost TPU_STDERR_LOG_LEVEL=3
+    fi
 }
 
 chroma() { "$VENV/bin/python" -m chroma_jax "$@"; }

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import tiny
 
-from chroma_jax.config import Config
+from chroma_jax.config import Config, module_of, on_pod, read_python
 from chroma_jax.errors import ChromaError
 from chroma_jax.layers.sharding import MeshConfig
-from chroma_jax.planning import hlo, report
+from chroma_jax.planning import hlo, kernels, report
 from chroma_jax.planning.chips import CHIPS, parse_topology, ring_bandwidth
 from chroma_jax.planning.plan import DoesNotFit, plan_training, too_large, where, without_tpu
 from chroma_jax.planning.search import candidates
@@ -102,6 +102,59 @@ def test_collectives_have_their_bytes_groups_and_turns(program):
 )
 def test_every_way_to_print_groups_is_read(printed, group):
     assert hlo.replica_group(printed) == group
+
+
+KERNEL = """HloModule jit_step
+
+ENTRY %main.1 (p0: bf16[2,8,4,2048,64]) -> bf16[2,8,4,2048,64] {
+  %p0 = bf16[2,8,4,2048,64]{4,3,2,1,0} parameter(0)
+  %splash_mqa_fwd.1 = bf16[2,8,4,2048,64]{4,3,2,1,0} custom-call(%p0), custom_call_target="tpu_custom_call", \
+operand_layout_constraints={s8[1,4,4]{2,1,0}, bf16[2,8,4,2048,64]{4,3,2,1,0}, bf16[2,8,2048,64]{3,2,1,0}}, \
+frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 512, \\"block_kv\\": 512, \\"block_kv_compute\\": 512}"
+}}, metadata={op_name="jit(step)/jvp(backbone)/pallas_call"}
+  ROOT %after.1 = bf16[2,8,4,2048,64]{4,3,2,1,0} copy(%splash_mqa_fwd.1), backend_config={"estimated_cycles":"7"}
+}
+"""
+
+
+def test_a_kernel_s_metadata_may_be_broken_into_lines_and_its_time_is_estimated():
+    work = list(hlo.executed(hlo.parse(KERNEL)))
+    assert [e.instruction.opcode for e in work] == ["custom-call", "copy"] and work[1].instruction.cycles == 7
+    assert where(work[0].instruction.source) == "backbone"
+    chip = CHIPS["v5e"]
+    pairs = 2 * 8 * 4 * 512**2 * 10  # ten of sixteen blocks are not wholly later
+    expected = 2 * 2 * pairs * 128 / chip.flops + kernels.VECTOR_OPERATIONS * pairs / chip.vector
+    assert kernels.seconds(work[0].instruction, chip) == pytest.approx(expected)
+    assert kernels.seconds(work[1].instruction, chip) is None
+
+
+PIECES = """HloModule jit_step
+
+%start.1 (p: bf16[8,1024]) -> bf16[64,1024] {
+  %p = bf16[8,1024]{1,0} parameter(0)
+  ROOT %all-gather.1 = bf16[64,1024]{1,0} all-gather(%p), channel_id=7, replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}
+}
+
+%step.1 (p: bf16[8,1024]) -> bf16[64,1024] {
+  %p = bf16[8,1024]{1,0} parameter(0)
+  ROOT %all-gather.2 = bf16[64,1024]{1,0} all-gather(%p), channel_id=7, replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}
+}
+
+ENTRY %main.1 (p0: bf16[8,1024]) -> bf16[64,1024] {
+  %p0 = bf16[8,1024]{1,0} parameter(0)
+  %async-collective-start.1 = bf16[64,1024]{1,0} fusion(%p0), kind=kCustom, calls=%start.1
+  %fusion.2 = bf16[64,1024]{1,0} fusion(%p0), kind=kOutput, calls=%step.1
+  %all-gather.3 = bf16[64,1024]{1,0} all-gather(%p0), channel_id=8, replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}
+  ROOT %async-collective-done.1 = bf16[64,1024]{1,0} fusion(%p0), kind=kCustom, calls=%step.1
+}
+"""
+
+
+def test_a_collective_in_pieces_counts_once():
+    module = hlo.parse(PIECES)
+    found = hlo.collectives(module, list(hlo.executed(module)))
+    assert [(c.hidden, c.times, c.bytes) for c in found] == [(True, 1, 64 * 1024 * 2 * 7 / 8), (False, 1, 64 * 1024 * 2 * 7 / 8)]
 
 
 @pytest.mark.parametrize(
@@ -211,6 +264,41 @@ def test_a_ring_has_two_ways_and_a_line_one():
         mesh = make_mesh(MeshConfig(data=side, fsdp=side), compile_only_devices(topology))
         along = np.arange(side)  # of the axis fsdp, which lies along one dimension
         assert ring_bandwidth(topology, along, mesh.devices) == expected * CHIPS["v5e"].link
+
+
+POD_CONFIGS = [
+    (f"{name}@{pod}", pod.partition("x")[2] if pod[0].isdigit() else pod, int(pod[0]) if pod[0].isdigit() else 1)
+    for name in ("chroma_4b_stage1", "chroma_4b_stage2", "chroma_4b_full", "chroma_4b_lora")
+    for pod in module_of(name)[1].PODS
+]
+ENOUGH = 0.05  # of the memory, for the runtime and for what fragments
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.parametrize(("config", "topology", "slices"), POD_CONFIGS)
+def test_every_shipped_configuration_fits_the_pods_it_names(config, topology, slices):
+    without_tpu()
+    plan, _ = plan_training(read_python(config), parse_topology(topology, slices), effort="quick")
+    assert plan.memory.free >= ENOUGH and plan.unknown_loops == 0, report.page(plan)
+
+
+def test_every_pod_has_a_mesh_of_its_devices():
+    for config, name, slices in POD_CONFIGS:
+        topology, found = parse_topology(name, slices), read_python(config)
+        assert found.mesh.num_devices == topology.num_chips * topology.chip.devices, config
+        assert found.training.global_batch % found.mesh.num_row_shards == 0, config
+        assert on_pod(config.partition("@")[0], name, slices) == config
+    assert on_pod("nano", "v5e:4x4") == "nano" and on_pod("chroma_4b_full@v5p:4x4x4", "v5e:4x4") == "chroma_4b_full@v5p:4x4x4"
+    with pytest.raises(ChromaError, match="no mesh for 'v5e:4x5' .near: v5e:4x4"):
+        read_python("chroma_4b_full@v5e:4x5")
+
+
+@needs_compiler
+def test_the_small_configuration_fits_on_one_chip():
+    without_tpu()
+    plan, _ = plan_training(read_python("nano"), parse_topology("v5e:1x1"), effort="quick")
+    assert plan.memory.free >= ENOUGH
 
 
 def test_candidates_use_every_device():

@@ -39,7 +39,7 @@ def test_it_computes_what_the_configuration_says(saved):
             state, reader = trainer.init(), batches(data, "train", config.model, global_batch=t.global_batch, seed=t.seed)
             losses = []
             for _ in range(3):
-                batch = jax.tree.map(lambda x: jax.device_put(x, trainer.batch_sharding), next(reader))
+                batch = jax.device_put(next(reader), trainer.batch_sharding)
                 state, metrics = trainer.train_step(state, batch)
                 losses.append(float(metrics["loss"]))
             found[name] = losses

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from chroma_jax.layers.sharding import active, on_tpu
+
 
 @dataclasses.dataclass(frozen=True)
 class RopeConfig:
@@ -41,8 +43,20 @@ def rotation(config: RopeConfig, head_dim: int, positions: jax.Array) -> tuple[j
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """x: [B, T, heads…, H]; cos, sin: [B, T, H/2]. Rotates in float32 and returns x's type."""
-    shape = cos.shape[:2] + (1,) * (x.ndim - 3) + cos.shape[-1:]
-    cos, sin = jnp.expand_dims(cos, tuple(range(2, x.ndim - 1))), jnp.expand_dims(sin, tuple(range(2, x.ndim - 1)))
-    assert cos.shape == shape
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    heads = tuple(range(2, x.ndim - 1))
+    cos, sin = (jnp.expand_dims(jnp.concatenate([y, y], axis=-1), heads) for y in (cos, sin))
+    return (x.astype(jnp.float32) * cos + turned(x).astype(jnp.float32) * sin).astype(x.dtype)
+
+
+def turned(x: jax.Array) -> jax.Array:
+    """[…, H], halves (a, b) → (−b, a). On TPU as a product with a matrix of 0 and ±1, which is exact: to cut heads of 64 in two
+    would leave three quarters of its lanes idle."""
+    half = x.shape[-1] // 2
+    if not on_tpu():
+        first, second = jnp.split(x, 2, axis=-1)
+        return jnp.concatenate([-second, first], axis=-1)
+    matrix = np.zeros((2 * half, 2 * half), np.float32)
+    matrix[half:, :half], matrix[:half, half:] = -np.eye(half), np.eye(half)
+    spec = jax.typeof(x).sharding.spec if active() else None
+    precision = "highest" if x.dtype == jnp.float32 else None
+    return jnp.einsum("...H,HJ->...J", x, jnp.asarray(matrix, x.dtype), precision=precision, out_sharding=spec)

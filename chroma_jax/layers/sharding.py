@@ -131,6 +131,12 @@ def active() -> bool:
     return not jax.sharding.get_abstract_mesh().empty
 
 
+def on_tpu() -> bool:
+    """Whether what is traced is for TPUs, be they here or only planned for."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() == "tpu" if device is None else device.device_kind.startswith("TPU")
+
+
 def reshard(x: jax.Array, spec: P) -> jax.Array:
     """``x`` laid out as ``spec`` on the current mesh; ``x`` itself when no mesh is set."""
     return jax.sharding.reshard(x, spec) if active() else x

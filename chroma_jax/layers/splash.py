@@ -6,12 +6,13 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.sharding import PartitionSpec as P
 
 from chroma_jax.errors import ChromaError
-from chroma_jax.layers.sharding import active, leading_spec
+from chroma_jax.layers.sharding import active, leading_spec, on_tpu
 
 LANES = 128
 SAVED = "attention"  # what a rematerialisation policy may keep: the kernel's output and the logarithms of its sums
@@ -47,6 +48,7 @@ def _attend(q, k, v, query_segments, key_segments, shard, *, interpret: bool):
     groups, queries, keys = q.shape[3], q.shape[1], k.shape[1]
     q = jnp.moveaxis(q * q.shape[-1] ** -0.5, 1, 3)  # [B, K, G, T, H]
     k, v = (jnp.moveaxis(x, 1, 2) for x in (k, v))  # [B, K, S, H]
+    q, k, v = (checkpoint_name(x, "products") for x in (q, k, v))
     pieces = keys // queries
     if pieces == 1:
         run = make(groups, queries, keys, 0, interpret)
@@ -65,12 +67,12 @@ def _attend(q, k, v, query_segments, key_segments, shard, *, interpret: bool):
 def make(groups: int, queries: int, keys: int, offset: int, interpret: bool):
     """The kernel for the query heads of one key/value head. offset: of the first query."""
     mask = masks.MultiHeadMask([masks.CausalMask((queries, keys), offset)] * groups)
-    q, kv = block(queries), block(keys)
+    q, kv, small = block(queries), block(keys), block(keys, 512)
     sizes = kernel.BlockSizes(
-        block_q=q,
-        block_kv=kv,
-        block_kv_compute=kv,
-        block_q_dkv=q,
+        block_q=block(queries, 512),  # the smaller, the less is computed in vain
+        block_kv=small,
+        block_kv_compute=small,
+        block_q_dkv=q,  # every block of keys leaves a part of the queries' gradient to add up
         block_kv_dkv=kv,
         block_kv_dkv_compute=kv,
         use_fused_bwd_kernel=True,
@@ -81,9 +83,3 @@ def make(groups: int, queries: int, keys: int, offset: int, interpret: bool):
 def block(length: int, most: int = 1024) -> int:
     """The largest multiple of 128 up to ``most`` that divides ``length``."""
     return next(size for size in range(most, 0, -LANES) if length % size == 0)
-
-
-def on_tpu() -> bool:
-    """Whether what is traced is for TPUs, be they here or only planned for."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() == "tpu" if device is None else device.device_kind.startswith("TPU")

@@ -10,6 +10,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from chroma_jax.layers import rope
 from chroma_jax.layers.attention import Attention, Kernel, KVCache, Mask, Rotation, cached_mask
@@ -18,17 +19,18 @@ from chroma_jax.layers.rope import RopeConfig
 from chroma_jax.layers.sharding import RULES, AxisRules
 from chroma_jax.layers.splash import SAVED
 
-Remat = Literal["none", "dots", "attention", "full"]
+Remat = Literal["none", "products", "attention", "full"]
+PRODUCTS = ("products", SAVED)  # named where they are made: here, in `attention` and in `splash`
 
 
 def rematerialise(body, policy: Remat):
-    """Wraps a scan body: "none" keeps every activation for the backward pass, "dots" the matrix products without batch axes,
-    "attention" the layer's input and what attention makes, "full" the input alone."""
+    """Wraps a scan body: "none" keeps every activation for the backward pass; "products" the layer's input and what its products
+    make, so that only cheap things are computed again; "attention" the input and what attention makes; "full" the input alone."""
     if policy == "none":
         return body
     policies = jax.checkpoint_policies
     saved = {
-        "dots": policies.dots_with_no_batch_dims_saveable,
+        "products": policies.save_only_these_names(*PRODUCTS),
         "attention": policies.save_only_these_names(SAVED),
         "full": policies.nothing_saveable,
     }
@@ -84,10 +86,11 @@ class LlamaBlock(nnx.Module):
 
     def mlp(self, x: jax.Array) -> jax.Array:
         y = self.mlp_norm(x)
-        return x + self.down(jax.nn.silu(self.gate(y)) * self.up(y))
+        gate, up = (checkpoint_name(part(y), "products") for part in (self.gate, self.up))
+        return x + self.down(jax.nn.silu(gate) * up)
 
     def __call__(self, x: jax.Array, rotation: Rotation, mask: Mask) -> jax.Array:
-        return self.mlp(x + self.attention(self.attention_norm(x), rotation, mask))
+        return self.mlp(checkpoint_name(x + self.attention(self.attention_norm(x), rotation, mask), "products"))
 
     def cached(self, x, rotation, mask, cache, layer, slots) -> tuple[jax.Array, KVCache]:
         y, cache = self.attention.cached(self.attention_norm(x), rotation, mask, cache, layer, slots)

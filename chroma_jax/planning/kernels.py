@@ -3,7 +3,7 @@ them, and after them, not beside them, what the vector unit does to every score.
 
 import re
 
-from chroma_jax.layers.splash import block
+from chroma_jax.layers.splash import LANES
 from chroma_jax.planning.chips import Chip
 from chroma_jax.planning.hlo import Instruction
 
@@ -16,7 +16,7 @@ VECTOR_OPERATIONS = 12
 def seconds(i: Instruction, chip: Chip) -> float | None:
     """Of one run on one device of a splash attention kernel; None for any other instruction.
 
-    A block of keys that is later than all of a block of queries is not computed; half of the blocks on the diagonal is in vain.
+    A block of keys that is later than all of a block of queries is not computed; part of the blocks on the diagonal is in vain.
     """
     if 'custom_call_target="tpu_custom_call"' not in i.rest or "splash" not in i.name:
         return None
@@ -29,8 +29,21 @@ def seconds(i: Instruction, chip: Chip) -> float | None:
     heads, width = 1, queries[-1]
     for size in queries[:-2]:
         heads *= size
-    blocks = keys[-2] // block(keys[-2])
-    pairs = heads * queries[-2] * keys[-2] * (blocks + 1) / (2 * blocks)
+    forward = "fwd" in i.name
+    pairs = heads * computed(queries[-2], keys[-2], *(block(i.rest, name + ("" if forward else "_dkv")) for name in ("q", "kv")))
     padded = -(-width // chip.mxu) * chip.mxu
-    products = BACKWARD if "fwd" not in i.name else FORWARD
+    products = FORWARD if forward else BACKWARD
     return products * 2 * pairs * padded / (chip.flops / chip.devices) + VECTOR_OPERATIONS * pairs / chip.vector
+
+
+def block(metadata: str, name: str) -> int:
+    """The size of a block, as the kernel's metadata has it."""
+    found = re.search(rf'block_{name}\\*": (\d+)', metadata)
+    return int(found[1]) if found else LANES
+
+
+def computed(queries: int, keys: int, q: int, kv: int) -> int:
+    """Pairs in blocks of q queries and kv keys in which some key is not later than all queries. Of a sequence that is divided
+    among devices, the last queries, which see most."""
+    first = keys - queries
+    return sum(q * kv for a in range(first, keys, q) for b in range(0, keys, kv) if b < a + q)

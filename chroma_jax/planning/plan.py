@@ -66,7 +66,7 @@ class Traffic:
 class Plan:
     """A training step on one topology. Times are seconds per step; flops are those of the model, per step, by part.
 
-    compute: the compiler's cycles over the clock, by scope and pass, and `kernels.seconds`. unestimated: work without any,
+    compute: the compiler's cycles over the clock, by scope and pass, and more, see `compute`. unestimated: work without cycles,
     by kind and number.
     """
 
@@ -192,7 +192,7 @@ def plan_training(config: Config, topology: Topology, *, effort: str = "full") -
         memory=memory(trainer, batch, compiled, chip.hbm / chip.devices),
         flops={part: rows * value for part, value in per_row.items()},
         peak_flops=topology.num_chips * chip.flops,
-        compute=compute(work, chip),
+        compute=compute(module, work, chip),
         traffic=traffic(hlo.collectives(module, work), topology, mesh),
         hbm_seconds=hlo.hbm_bytes(module, work) / (chip.bandwidth / chip.devices),
         unestimated=unestimated(work, chip),
@@ -224,14 +224,17 @@ def memory(trainer: Trainer, batch, compiled: jax.stages.Compiled, capacity: flo
     )
 
 
-def compute(work: Iterable[hlo.Executed], chip: Chip) -> dict[str, float]:
-    """Seconds by scope and pass, as "backbone backward"; attention kernels apart, as "backbone backward, attention kernel"."""
+def compute(module: hlo.Module, work: Iterable[hlo.Executed], chip: Chip) -> dict[str, float]:
+    """Seconds by scope and pass, as "backbone backward"; attention kernels apart, as "backbone backward, attention kernel", and
+    what the compiler has no cycles for, by the bytes that it moves."""
     found: dict[str, float] = collections.defaultdict(float)
     for e in work:
         if e.instruction.cycles:
             found[where(e.instruction.source)] += e.times * e.instruction.cycles / chip.clock
         elif kernel := kernels.seconds(e.instruction, chip):
             found[where(e.instruction.source) + ", attention kernel"] += e.times * kernel
+        elif without_estimate(e.instruction):
+            found["without an estimate"] += e.times * sum(hlo.traffic(module, e)) / (chip.bandwidth / chip.devices)
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
@@ -265,17 +268,21 @@ def axes_of(group: tuple[int, ...], mesh: jax.sharding.Mesh) -> str:
     return " ".join(axis for axis, at in zip(mesh.axis_names, places) if len(set(at.tolist())) > 1)
 
 
+def without_estimate(i: hlo.Instruction) -> bool:
+    """Whether the compiler gives no cycles for it, beside what takes none and what links do."""
+    if i.cycles is not None or i.opcode.endswith(("-start", "-done", "send")) or i.opcode in hlo.COLLECTIVES:
+        return False
+    return "AllocateBuffer" not in i.rest and sum(a.bytes for a in i.arrays) >= 4096
+
+
 def unestimated(work: Iterable[hlo.Executed], chip: Chip) -> dict[str, int]:
-    """Work that the compiler gives no cycles for, beside what takes none and what links do: how often, by kind."""
+    """How often there is no estimate, by kind."""
     found: collections.Counter = collections.Counter()
     for e in work:
         i = e.instruction
-        if i.cycles is not None or i.opcode.endswith(("-start", "-done", "send")) or i.opcode in hlo.COLLECTIVES:
-            continue
-        if "AllocateBuffer" in i.rest or sum(a.bytes for a in i.arrays) < 4096 or kernels.seconds(i, chip):
-            continue
-        target = re.search(r'custom_call_target="([^"]*)"', i.rest)
-        found[target[1] if target else i.opcode] += round(e.times)
+        if without_estimate(i) and not kernels.seconds(i, chip):
+            target = re.search(r'custom_call_target="([^"]*)"', i.rest)
+            found[target[1] if target else i.opcode] += round(e.times)
     return dict(found.most_common())
 
 

@@ -65,7 +65,7 @@ def page(plan: Plan, dollars_per_chip_hour: float | None = None) -> str:
         ]
     if plan.unestimated:
         named = ", ".join(f"{count} × {kind}" for kind, count in list(plan.unestimated.items())[:6])
-        lines += [f"without an estimate, and so not in the time: {named}"]
+        lines += [f"without an estimate, counted by the bytes that they move: {named}"]
     if plan.unknown_loops:
         lines += [f"counted once, as their loop does not say how often it turns: {plan.unknown_loops} operations"]
     lines += [f"compiled in {plan.compile_seconds:.0f} s, effort {plan.effort}"]

@@ -13,7 +13,7 @@ from chroma_jax.planning.chips import Topology
 from chroma_jax.planning.plan import DoesNotFit, Plan, plan_training
 
 ROWS = (1, 2, 4, 8)  # of a device, or of those that share a row
-REMATS = ("none", "attention", "full")
+REMATS = ("products", "attention", "full")
 
 
 def search(config: Config, topology: Topology) -> list[tuple[str, Plan | DoesNotFit]]:
