@@ -71,14 +71,15 @@ class Info:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Compiles the training step for TPU chips that are not here: does it fit, how long does it take, what does it cost.
+    """Compiles a training or streaming step for TPU chips that are not here: does it fit, how long does it take, what does it
+    cost.
 
     Needs no TPU, but its compiler (extra "tpu"). The mesh is what the configuration recommends for that pod, if anything, or what
     flags say. topology: as v5e:4x4, v5p:4x4x4, v6e:16x16, tpu7x:4x4x4; slices: how many of these, joined by the data-centre
     network. effort: "quick" compiles in minutes and says what fits and what is sent; the times
     of "full" are those to believe. dollars_per_chip_hour: for the cost of an hour. search: tries meshes, rows and
     rematerialisations, quickly, and prints a ranked table. out: file for the plan as JSON. program: file for the compiled step,
-    for ``train --program``.
+    for ``train --program``. step: "stream" is for one device (v5e:1x1): rows conversations, whose caches hold so many positions.
     """
 
     topology: str
@@ -88,6 +89,9 @@ class Plan:
     search: tyro.conf.FlagCreatePairsOff[bool] = False
     out: Path | None = None
     program: Path | None = None
+    step: Literal["train", "stream"] = "train"
+    rows: int = 8
+    positions: int = 2048
 
 
 @dataclasses.dataclass(frozen=True)
@@ -303,6 +307,8 @@ def plan(args: Plan, config) -> int:
         raise ChromaError("plan wants the configuration of a speaking model")
     topology = parse_topology(args.topology, args.slices)
     without_tpu()
+    if args.step == "stream":
+        return plan_streaming(args, config, topology)
     if args.search:
         print(report.table(search(config, topology)), end="")
         return 0
@@ -318,6 +324,22 @@ def plan(args: Plan, config) -> int:
         from chroma_jax.training.program import save_program
 
         save_program(compiled, config, topology.name, args.program)
+    return 0
+
+
+def plan_streaming(args: Plan, config, topology) -> int:
+    from chroma_jax.planning import report
+    from chroma_jax.planning.plan import DoesNotFit
+    from chroma_jax.planning.stream import plan_stream
+
+    try:
+        found = plan_stream(config, topology, rows=args.rows, positions=args.positions)
+    except DoesNotFit as e:
+        print(report.does_not_fit(e), end="")
+        return 1
+    print(report.stream_page(found), end="")
+    if args.out is not None:
+        write_whole(args.out, json.dumps(found.json(), indent=1) + "\n")
     return 0
 
 

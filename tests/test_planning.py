@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
+from chroma_jax.cli import main
 from chroma_jax.config import Config, module_of, on_pod, read_python
 from chroma_jax.errors import ChromaError
 from chroma_jax.layers.sharding import MeshConfig
@@ -299,6 +300,14 @@ def test_the_small_configuration_fits_on_one_chip():
     without_tpu()
     plan, _ = plan_training(read_python("nano"), parse_topology("v5e:1x1"), effort="quick")
     assert plan.memory.free >= ENOUGH
+
+
+@needs_compiler
+def test_the_streaming_step_is_planned_for_one_device(capsys):
+    assert main(["plan", "nano", "--topology", "v5e:1x1", "--step", "stream", "--rows", "2", "--positions", "64"]) == 0
+    page = capsys.readouterr().out
+    assert "80 ms for 2 conversations, float32, caches of 64 positions" in page and "HBM at full bandwidth" in page
+    assert main(["plan", "nano", "--topology", "v5e:1x1", "--step", "stream", "--rows", "0"]) == 2
 
 
 def test_candidates_use_every_device():

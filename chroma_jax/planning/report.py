@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from chroma_jax.planning.plan import DoesNotFit, Plan
+from chroma_jax.planning.stream import StreamPlan
 
 GIB = 2.0**30
 TIGHT = 0.05  # share of memory that should stay free: the runtime and fragmentation take some
@@ -69,6 +70,31 @@ def page(plan: Plan, dollars_per_chip_hour: float | None = None) -> str:
     if plan.unknown_loops:
         lines += [f"counted once, as their loop does not say how often it turns: {plan.unknown_loops} operations"]
     lines += [f"compiled in {plan.compile_seconds:.0f} s, effort {plan.effort}"]
+    return "\n".join(lines) + "\n"
+
+
+def stream_page(plan: StreamPlan) -> str:
+    """A plan of the streaming step: memory, and how many times over the frame's time suffices."""
+    kinds = {"weights": plan.weights, "caches and state": plan.caches, "temporary": plan.temporary, "program": plan.program}
+    free = 1 - plan.total / plan.capacity
+    verdict = "fits" if free >= TIGHT else "fits, but leaves too little" if free >= 0 else "DOES NOT FIT"
+    lines = [
+        f"{plan.topology}, one device: a step of {plan.budget * 1e3:.0f} ms for {plan.rows} conversations, {plan.dtype},"
+        f" caches of {plan.positions} positions",
+        "",
+        "HBM of the device, GiB",
+        *(f"  {name:<28}{value / GIB:>9.2f}" for name, value in kinds.items()),
+        f"  {'total':<28}{plan.total / GIB:>9.2f} of {plan.capacity / GIB:.2f}: {verdict}, {free:.1%} free",
+        "",
+        "Time of a step, ms",
+        f"  {'HBM at full bandwidth':<28}{plan.hbm_seconds * 1e3:>9.1f}  {plan.hbm_bytes / 1e9:.2f} GB",
+        f"  {'cycles of the compiler':<28}{plan.compute_seconds * 1e3:>9.1f}  too many for products of few rows",
+        f"  {'of the frame':<28}{plan.hbm_seconds / plan.budget:>9.1%}  to {plan.compute_seconds / plan.budget:.1%}",
+    ]
+    if plan.unestimated:
+        named = ", ".join(f"{count} × {kind}" for kind, count in list(plan.unestimated.items())[:6])
+        lines += [f"without an estimate, counted by the bytes that they move: {named}"]
+    lines += [f"compiled in {plan.compile_seconds:.0f} s"]
     return "\n".join(lines) + "\n"
 
 
