@@ -10,7 +10,7 @@ usage() {
     cat <<'TEXT'
 usage: launch/local.sh COMMAND …
 
-  demo [OUT]       trains a small Chroma on the embedded corpus, lets it answer a spoken question, and exports it
+  demo [OUT]       lets a small trained Chroma answer a spoken question, trains it further, and exports it
   train CONFIG …   trains, with --processes N in several processes as on several hosts
   test [ARGS …]    runs the fast tests on the CPU
 
@@ -26,18 +26,20 @@ TEXT
 
 usage_demo() {
     cat <<'TEXT'
-usage: launch/local.sh demo [OUT] [--steps N] [--fresh]
+usage: launch/local.sh demo [OUT] [--steps N] [--scratch] [--fresh]
 
-Prepares the embedded corpus with the Codec that comes with the code, trains the configuration "nano" in two pieces (the second
-resumes from the checkpoint of the first), answers a question of the test split in a voice that training never heard, and exports
-the weights. Takes some minutes on two CPU cores, plus one or two for the installation. Uses a GPU or TPU if the environment has
-JAX for it (CHROMA_EXTRAS=cuda). Run again, it goes on where it stopped; once all is trained, only the reply and the export are
-redone.
+The weights that come with the code answer a question that they know, asked in a voice that they never heard, to be answered in
+another such voice. Then the demo prepares the embedded corpus, trains the configuration "nano" on it in two pieces (the second
+resumes from the checkpoint of the first), and exports what came out. Takes some minutes on two CPU cores, plus one or two for the
+installation. Uses a GPU or TPU if the environment has JAX for it (CHROMA_EXTRAS=cuda). Run again, it goes on where it stopped; once
+all is trained, only the reply and the export are redone.
 
   OUT          results (default: runs/demo in the repository)
-                 OUT/data     the packed corpus       OUT/reply    reply.wav, reply.txt, reply.png, summary.json
-                 OUT/run      checkpoints, metrics    OUT/export   weights in the released model's layout
-  --steps N    training steps (default: 200)
+                 OUT/reply    reply.wav, reply.txt, reply.png, summary.json
+                 OUT/data     the packed corpus       OUT/run      checkpoints, metrics
+                 OUT/export   weights in the released model's layout
+  --steps N    training steps (default: 100)
+  --scratch    trains from random weights instead of those that come with the code
   --fresh      starts over: removes OUT first, if the demo made it
 TEXT
 }
@@ -146,7 +148,7 @@ settings() {
 
 chroma() { "$VENV/bin/python" -m chroma_jax "$@"; }
 
-# Prints four lines: a test question's recording, its assistant's reference recording and what is said there, the question.
+# Prints four lines: a valid question's recording, its assistant's reference recording and what is said there, the question.
 held_out() {
     "$VENV/bin/python" - "$ROOT/data_pipelines/corpus" <<'PY'
 import json
@@ -157,7 +159,7 @@ corpus = Path(sys.argv[1])
 dialogues, references = (
     [json.loads(line) for line in (corpus / name).read_text().splitlines()] for name in ("dialogues.jsonl", "references.jsonl")
 )
-asked = next(d for d in dialogues if d["split"] == "test")
+asked = next(d for d in dialogues if d["split"] == "valid")
 voice = next(r for r in references if r["voice"] == asked["assistant_voice"] and r["index"] == 0)
 print(corpus / asked["question_audio"], corpus / voice["audio"], voice["text"], asked["question"], sep="\n")
 PY

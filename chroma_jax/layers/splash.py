@@ -72,8 +72,8 @@ def make(groups: int, queries: int, keys: int, offset: int, interpret: bool):
         block_q=block(queries, 512),  # the smaller, the less is computed in vain
         block_kv=small,
         block_kv_compute=small,
-        block_q_dkv=q,  # every block of keys leaves a part of the queries' gradient to add up
-        block_kv_dkv=kv,
+        block_q_dkv=q,
+        block_kv_dkv=block(keys, 2048),  # every block of keys leaves a part of the queries' gradient to be added up
         block_kv_dkv_compute=kv,
         use_fused_bwd_kernel=True,
     )

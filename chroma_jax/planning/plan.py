@@ -21,8 +21,6 @@ from chroma_jax.planning.chips import Chip, Topology, compile_only_devices, ring
 from chroma_jax.training.state import Trainer
 from chroma_jax.training.train import abstract_batch, trainer_of
 
-# Windowed products turn gathers of weights into chains of permutes, which cost more than they hide.
-OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000}
 QUICK = {"exec_time_optimization_effort": -1.0}
 SCOPES = ("reasoner", "text_loss", "hearing_loss", "backbone", "frames", "optimizer")
 
@@ -172,7 +170,7 @@ def plan_training(config: Config, topology: Topology, *, effort: str = "full") -
         started = time.perf_counter()
         lowered = trainer.train_step.lower(trainer.abstract, batch)
         try:
-            compiled = lowered.compile(OPTIONS | (QUICK if effort == "quick" else {}))
+            compiled = lowered.compile(QUICK if effort == "quick" else {})
         except jax.errors.JaxRuntimeError as e:
             raise too_large(topology, str(e)) from e
         seconds = time.perf_counter() - started

@@ -16,6 +16,7 @@ from chroma_jax.layers.sharding import RULES, reshape_rows, state_shardings
 from chroma_jax.models.chroma import Chroma, ChromaConfig
 from chroma_jax.paths import filled, flat, nested, values
 from chroma_jax.rows import Batch
+from chroma_jax.training.compiling import options
 from chroma_jax.training.lora import LoraConfig, adapted
 from chroma_jax.training.loss import Counts, LossConfig, count, loss
 from chroma_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer, split_trainable
@@ -102,7 +103,7 @@ def make_trainer(
 
     # run once: on CPU, optimising the random generator of every weight would take longer than all the rest of the start
     on_cpu = mesh.devices.flat[0].platform == "cpu"
-    options = {"xla_backend_optimization_level": 0} if on_cpu else None
+    draft = {"xla_backend_optimization_level": 0} if on_cpu else None
 
     def drawn(wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
         def draw():
@@ -110,7 +111,7 @@ def make_trainer(
             return {path: weights[path].astype(x.dtype) for path, x in wanted.items()}
 
         places = {path: x.sharding for path, x in wanted.items()}
-        return jax.jit(draw, out_shardings=places, compiler_options=options)() if wanted else {}
+        return jax.jit(draw, out_shardings=places, compiler_options=draft)() if wanted else {}
 
     def init(given: Mapping[str, jax.Array] = MappingProxyType({})) -> TrainState:
         wanted = values(abstract.trained) | values(abstract.frozen)
@@ -155,7 +156,7 @@ def make_trainer(
         graph=graph,
         abstract=abstract,
         init=init,
-        train_step=jax.jit(train_step, donate_argnums=0),
+        train_step=jax.jit(train_step, donate_argnums=0, compiler_options=options(mesh.devices.flat[0])),
         eval_step=jax.jit(eval_step),
         batch_sharding=NamedSharding(mesh, RULES.at_rest(("batch",))),
     )

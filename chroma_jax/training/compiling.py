@@ -1,0 +1,28 @@
+"""What the TPU compiler is told when it compiles a training step, by `train` and `plan` alike."""
+
+import jax
+
+TPU = {
+    # windowed products turn gathers of weights into chains of permutes, which cost more than they hide
+    "xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000,
+}
+# By how ``device_kind`` begins. v6e has 128 MiB of vector memory, of which a fusion may use 32 unless it is told more; its
+# gathers are not taken apart, to run beside products, unless it is told so.
+BY_KIND = {
+    "TPU v6": {
+        "xla_tpu_scoped_vmem_limit_kib": 98_304,
+        "xla_tpu_enable_async_collective_fusion": True,
+        "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
+        "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
+        "xla_tpu_overlap_compute_collective_tc": True,
+        "xla_enable_async_all_gather": True,
+    },
+}
+
+
+def options(device: jax.Device) -> dict[str, str | int | bool]:
+    """Compiler options for a mesh of such devices; none for processors and GPUs."""
+    if device.platform != "tpu":
+        return {}
+    more = (found for kind, found in BY_KIND.items() if device.device_kind.startswith(kind))
+    return TPU | next(more, {})
