@@ -67,14 +67,14 @@ def _attend(q, k, v, query_segments, key_segments, shard, *, interpret: bool):
 def make(groups: int, queries: int, keys: int, offset: int, interpret: bool):
     """The kernel for the query heads of one key/value head. offset: of the first query."""
     mask = masks.MultiHeadMask([masks.CausalMask((queries, keys), offset)] * groups)
-    q, kv, small = block(queries), block(keys), block(keys, 512)
+    small = block(keys, 512)
     sizes = kernel.BlockSizes(
         block_q=block(queries, 512),  # the smaller, the less is computed in vain
         block_kv=small,
         block_kv_compute=small,
-        block_q_dkv=q,
+        block_q_dkv=block(queries, 512),
         block_kv_dkv=block(keys, 2048),  # every block of keys leaves a part of the queries' gradient to be added up
-        block_kv_dkv_compute=kv,
+        block_kv_dkv_compute=block(keys),
         use_fused_bwd_kernel=True,
     )
     return kernel.make_splash_mqa_single_device(mask, block_sizes=sizes, residual_checkpoint_name=SAVED, interpret=interpret)

@@ -16,7 +16,7 @@ from chroma_jax.layers import rope
 from chroma_jax.layers.attention import Attention, Kernel, KVCache, Mask, Rotation, cached_mask
 from chroma_jax.layers.linear import LayerNorm, Linear, RMSNorm, in_use, weight, zeros
 from chroma_jax.layers.rope import RopeConfig
-from chroma_jax.layers.sharding import RULES, AxisRules
+from chroma_jax.layers.sharding import RULES, AxisRules, on_tpu
 from chroma_jax.layers.splash import SAVED
 
 Remat = Literal["none", "products", "attention", "full"]
@@ -35,6 +35,12 @@ def rematerialise(body, policy: Remat):
         "full": policies.nothing_saveable,
     }
     return jax.checkpoint(body, policy=saved[policy], prevent_cse=False)
+
+
+def computed_once(x: jax.Array) -> jax.Array:
+    """``x``; on TPU kept from being computed anew for every tile of the product that takes it, which would wait for it where the
+    matrix unit is much faster than the vector unit, as on v6e."""
+    return jax.lax.optimization_barrier(x) if on_tpu() else x
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +93,7 @@ class LlamaBlock(nnx.Module):
     def mlp(self, x: jax.Array) -> jax.Array:
         y = self.mlp_norm(x)
         gate, up = (checkpoint_name(part(y), "products") for part in (self.gate, self.up))
-        return x + self.down(jax.nn.silu(gate) * up)
+        return x + self.down(computed_once(jax.nn.silu(gate) * up))
 
     def __call__(self, x: jax.Array, rotation: Rotation, mask: Mask) -> jax.Array:
         return self.mlp(checkpoint_name(x + self.attention(self.attention_norm(x), rotation, mask), "products"))
@@ -203,7 +209,7 @@ class EncoderBlock(nnx.Module):
         return x + (y if scale is None else scale(y))
 
     def mlp(self, x: jax.Array) -> jax.Array:
-        return self._add(x, self.fc2(jax.nn.gelu(self.fc1(self.mlp_norm(x)), approximate=False)), self.mlp_scale)
+        return self._add(x, self.fc2(computed_once(jax.nn.gelu(self.fc1(self.mlp_norm(x)), approximate=False))), self.mlp_scale)
 
     def __call__(self, x: jax.Array, rotation: Rotation | None, mask: jax.Array) -> jax.Array:
         return self.mlp(self._add(x, self.attention(self.attention_norm(x), rotation, mask), self.attention_scale))

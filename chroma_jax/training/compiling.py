@@ -5,19 +5,15 @@ import jax
 TPU = {
     # windowed products turn gathers of weights into chains of permutes, which cost more than they hide
     "xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000,
+    # gathers are taken apart to run beside products, which v5p and v6e do not do by themselves
+    "xla_tpu_enable_async_collective_fusion": True,
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
+    "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
+    "xla_tpu_overlap_compute_collective_tc": True,
+    "xla_enable_async_all_gather": True,
 }
-# By how ``device_kind`` begins. v6e has 128 MiB of vector memory, of which a fusion may use 32 unless it is told more; its
-# gathers are not taken apart, to run beside products, unless it is told so.
-BY_KIND = {
-    "TPU v6": {
-        "xla_tpu_scoped_vmem_limit_kib": 98_304,
-        "xla_tpu_enable_async_collective_fusion": True,
-        "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
-        "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
-        "xla_tpu_overlap_compute_collective_tc": True,
-        "xla_enable_async_all_gather": True,
-    },
-}
+# By how ``device_kind`` begins. v6e has 128 MiB of vector memory, of which a fusion may use 32 unless it is told more.
+BY_KIND = {"TPU v6": {"xla_tpu_scoped_vmem_limit_kib": 98_304}}
 
 
 def options(device: jax.Device) -> dict[str, str | int | bool]:
