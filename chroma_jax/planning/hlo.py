@@ -245,6 +245,12 @@ def collectives(module: Module, work: Iterable[Executed]) -> list[Collective]:
     return list(found.values())
 
 
+def communicates(module: Module, i: Instruction) -> bool:
+    """Whether it is a collective, or has one in it."""
+    inside = module.computations.get(i.attribute("calls"), {}).values() if i.opcode in ("fusion", "async-start") else (i,)
+    return any(c.opcode.removesuffix("-start") in COLLECTIVES for c in inside)
+
+
 def passing(kind: str, sent: float, result: float, devices: int) -> float:
     """Bytes that pass through each device of a ring, in both directions together. sent, result: a device's operands and
     results."""
@@ -307,6 +313,8 @@ def traffic(module: Module, e: Executed) -> tuple[float, float]:
     held = [within[name].arrays if name in within else () for name in operands]
     read = [sum(a.bytes for a in arrays if a.in_hbm) for arrays in held]
     written = sum(a.bytes for a in shape if a.in_hbm)
+    if i.name.startswith("async-collective-done"):
+        return 0.0, 0.0  # what its start began to write
     body = module.computations.get(i.attribute("calls"), {}) if opcode in ("fusion", "async") else {}
     if body:
         parameters = {x.inside: x.name for x in body.values() if x.opcode == "parameter"}

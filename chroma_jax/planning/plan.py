@@ -193,7 +193,7 @@ def plan_training(config: Config, topology: Topology, *, effort: str = "full") -
         compute=compute(module, work, chip),
         traffic=traffic(hlo.collectives(module, work), topology, mesh),
         hbm_seconds=hlo.hbm_bytes(module, work) / (chip.bandwidth / chip.devices),
-        unestimated=unestimated(work, chip),
+        unestimated=unestimated(module, work, chip),
         unknown_loops=sum(not e.known for e in work),
         positions=rows * (row.positions + row.text),
         reply_seconds=rows * row.frames / config.model.codec.frame_rate,
@@ -231,7 +231,7 @@ def compute(module: hlo.Module, work: Iterable[hlo.Executed], chip: Chip) -> dic
             found[where(e.instruction.source)] += e.times * e.instruction.cycles / chip.clock
         elif kernel := kernels.seconds(e.instruction, chip):
             found[where(e.instruction.source) + ", attention kernel"] += e.times * kernel
-        elif without_estimate(e.instruction):
+        elif without_estimate(module, e.instruction):
             found["without an estimate"] += e.times * sum(hlo.traffic(module, e)) / (chip.bandwidth / chip.devices)
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
@@ -266,19 +266,19 @@ def axes_of(group: tuple[int, ...], mesh: jax.sharding.Mesh) -> str:
     return " ".join(axis for axis, at in zip(mesh.axis_names, places) if len(set(at.tolist())) > 1)
 
 
-def without_estimate(i: hlo.Instruction) -> bool:
+def without_estimate(module: hlo.Module, i: hlo.Instruction) -> bool:
     """Whether the compiler gives no cycles for it, beside what takes none and what links do."""
-    if i.cycles is not None or i.opcode.endswith(("-start", "-done", "send")) or i.opcode in hlo.COLLECTIVES:
+    if i.cycles is not None or i.opcode.endswith(("-start", "-done", "send")) or hlo.communicates(module, i):
         return False
     return "AllocateBuffer" not in i.rest and sum(a.bytes for a in i.arrays) >= 4096
 
 
-def unestimated(work: Iterable[hlo.Executed], chip: Chip) -> dict[str, int]:
+def unestimated(module: hlo.Module, work: Iterable[hlo.Executed], chip: Chip) -> dict[str, int]:
     """How often there is no estimate, by kind."""
     found: collections.Counter = collections.Counter()
     for e in work:
         i = e.instruction
-        if without_estimate(i) and not kernels.seconds(i, chip):
+        if without_estimate(module, i) and not kernels.seconds(i, chip):
             target = re.search(r'custom_call_target="([^"]*)"', i.rest)
             found[target[1] if target else i.opcode] += round(e.times)
     return dict(found.most_common())

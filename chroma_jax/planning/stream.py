@@ -94,7 +94,7 @@ def plan_stream(config: Config, topology: Topology, *, rows: int, positions: int
         hbm_bytes=moved,
         hbm_seconds=moved / (chip.bandwidth / chip.devices),
         compute=compute(module, work, chip),
-        unestimated=unestimated(work, chip),
+        unestimated=unestimated(module, work, chip),
         unknown_loops=sum(not e.known for e in work),
         budget=1 / config.model.codec.frame_rate,
         compile_seconds=seconds,
