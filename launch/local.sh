@@ -242,9 +242,10 @@ TEXT
 
 free_port() { "$VENV/bin/python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
 
-# prefixed TEXT: its input with TEXT before every line, of a progress bar its last state
+# prefixed TEXT: its input with TEXT before every line, of a progress bar its last state; ends with its input, whatever is signalled
 prefixed() {
     local line
+    trap '' INT TERM
     while IFS= read -r line || [[ -n $line ]]; do
         printf '%s%s\n' "$1" "${line##*$'\r'}"
     done
@@ -279,15 +280,11 @@ train() {
     export JAX_PLATFORMS=cpu
     address=127.0.0.1:$(free_port)
     set -- "${given[@]}" --distributed.coordinator "$address" --distributed.processes "$processes"
-    trap '' INT TERM # what prefixes the output outlives the training
+    trap 'signalled=yes; kill -TERM "${running[@]}" 2>/dev/null || true' INT TERM
     for ((i = 0; i < processes; i++)); do
-        (
-            trap - TERM
-            exec "$VENV/bin/python" -m chroma_jax train "$@" --distributed.process "$i"
-        ) > >(prefixed "[$i] ") 2> >(prefixed "[$i] " >&2) &
+        "$VENV/bin/python" -m chroma_jax train "$@" --distributed.process "$i" > >(prefixed "[$i] ") 2> >(prefixed "[$i] " >&2) &
         running+=("$!")
     done
-    trap 'signalled=yes; kill -TERM "${running[@]}" 2>/dev/null || true' INT TERM
     while ((${#running[@]})); do
         sleep 0.2 || true # Ctrl-C reaches it too
         left=()

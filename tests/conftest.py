@@ -24,6 +24,13 @@ def pytest_terminal_summary(terminalreporter):
             terminalreporter.write_line(line)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def compiled_programs_are_let_go():
+    """After every module: each program takes several memory mappings, of which a process may have 65 530, and dies beyond."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def tiny_prepared(tmp_path_factory):
     """A prepared dataset of a dozen dialogues for `tiny.config`, with a tokenizer and stand-in codes."""

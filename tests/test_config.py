@@ -44,7 +44,7 @@ def test_mini_has_about_fifty_million_parameters():
     [
         ("training.steps = ", "training.stepz = ", "unknown field 'training.stepz' (near: steps"),
         ("training.steps = ", "# ", "not a 'name = value' line"),
-        ("training.steps = 4000", "training.steps = 0", "training.steps is 0"),
+        ("training.steps = 3000", "training.steps = 0", "training.steps is 0"),
         ("model.backbone.num_heads = 4", "model.backbone.num_heads = 3", "not a multiple of num_kv_heads"),
     ],
 )
