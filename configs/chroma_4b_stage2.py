@@ -3,18 +3,10 @@
 import dataclasses
 
 from chroma_jax.config import Config
-from chroma_jax.layers.sharding import MeshConfig
 from configs import chroma_4b_stage1
-from configs.chroma_4b_stage1 import Pod, on_pod
+from configs.chroma_4b_stage1 import on_pod
 
-PODS = {
-    "v5e:4x4": Pod(MeshConfig(fsdp=16), rows=4),
-    "v5e:16x16": Pod(MeshConfig(data=16, fsdp=16), rows=2),
-    "2xv5e:16x16": Pod(MeshConfig(data=32, fsdp=16), rows=2),
-    "v5p:4x4x4": Pod(MeshConfig(data=4, fsdp=16), rows=8),
-    "v6e:16x16": Pod(MeshConfig(data=16, fsdp=16), rows=4, remat="attention"),
-    "tpu7x:4x4x4": Pod(MeshConfig(data=8, fsdp=16), rows=8),
-}
+PODS = chroma_4b_stage1.PODS
 
 
 def config(topology: str = "") -> Config:

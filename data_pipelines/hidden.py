@@ -20,6 +20,7 @@ import numpy as np
 from array_record.python import array_record_module
 
 from chroma_jax.errors import ChromaError
+from chroma_jax.files import write_whole
 
 if TYPE_CHECKING:
     from data_pipelines.records import Dataset
@@ -77,10 +78,7 @@ def check(dataset: "Dataset", made_with: dict) -> None:
                 f"{path.parent}: holds the states of another Reasoner ({there}); remove the folder, or keep to that"
             )
         return
-    path.parent.mkdir(exist_ok=True)
-    aside = path.with_suffix(".tmp")
-    aside.write_text(json.dumps(made_with, indent=1) + "\n")
-    aside.replace(path)
+    write_whole(path, json.dumps(made_with, indent=1) + "\n")
 
 
 class HiddenReader:

@@ -11,13 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from chroma_jax import flops
 from chroma_jax.bench.rows import full_rows
 from chroma_jax.config import Config
 from chroma_jax.errors import ChromaError
 from chroma_jax.layers.sharding import make_mesh
 from chroma_jax.paths import values
-from chroma_jax.training.train import trainer_of
+from chroma_jax.training.train import step_flops, trainer_of
 
 
 def bench_train(config: Config, *, rows: int, rounds: int, peer: str) -> dict:
@@ -28,7 +27,8 @@ def bench_train(config: Config, *, rows: int, rounds: int, peer: str) -> dict:
     """
     config = dataclasses.replace(config, training=dataclasses.replace(config.training, global_batch=rows))
     batch, threads = full_rows(config, rows), len(os.sched_getaffinity(0))
-    sides: dict[str, Callable[[], float]] = {"chroma_jax": OurStep(config, batch)}
+    ours = OurStep(config, batch)
+    sides: dict[str, Callable[[], float]] = {"chroma_jax": ours}
     if peer == "torch":
         try:
             from chroma_jax.bench.torch_train import TorchStep
@@ -43,7 +43,7 @@ def bench_train(config: Config, *, rows: int, rounds: int, peer: str) -> dict:
             losses[name].append(step())
             seconds[name].append(time.perf_counter() - started)
     medians = {name: statistics.median(taken[1:]) for name, taken in seconds.items()}
-    work = step_flops(config) * rows
+    work = sum(step_flops(config, ours.trainer))
     return {
         "rows": rows,
         "device": jax.devices()[0].device_kind,
@@ -75,14 +75,6 @@ class OurStep:
         with jax.set_mesh(self.mesh):
             self.state, metrics = self.trainer.train_step(self.state, self.batch)
             return float(jax.block_until_ready(metrics["loss"]))
-
-
-def step_flops(config: Config) -> float:
-    """Of one row."""
-    mesh = make_mesh(config.mesh)
-    with jax.set_mesh(mesh):
-        trained = {"/".join(path.split("/")[:2]) for path in values(trainer_of(config, mesh).abstract.trained)}
-    return sum(flops.train_flops(flops.forward_flops(config.model, config.data.row, config.loss), trained))
 
 
 def matrix_flops(size: int = 2048, repeats: int = 5) -> float:

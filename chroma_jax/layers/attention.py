@@ -19,7 +19,7 @@ QUERIES = 256  # of a block
 
 
 class Rotation(NamedTuple):
-    """cos and sin of the rotary angles, float32 [B, T, H/2]."""
+    """cos and sin of the rotary angles, float32 [B, T, H]."""
 
     cos: jax.Array
     sin: jax.Array

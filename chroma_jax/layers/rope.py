@@ -36,15 +36,15 @@ def inverse_frequencies(config: RopeConfig, head_dim: int) -> np.ndarray:
 
 
 def rotation(config: RopeConfig, head_dim: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """positions: int32 [B, T]. Returns (cos, sin), float32 [B, T, H/2]."""
-    angle = positions.astype(jnp.float32)[..., None] * inverse_frequencies(config, head_dim)
+    """positions: int32 [B, T]. Returns (cos, sin), float32 [B, T, H], the second half as the first."""
+    angle = positions.astype(jnp.float32)[..., None] * np.tile(inverse_frequencies(config, head_dim), 2)
     return jnp.cos(angle), jnp.sin(angle)
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """x: [B, T, heads…, H]; cos, sin: [B, T, H/2]. Rotates in float32 and returns x's type."""
+    """x: [B, T, heads…, H]; cos, sin: [B, T, H]. Rotates in float32 and returns x's type."""
     heads = tuple(range(2, x.ndim - 1))
-    cos, sin = (jnp.expand_dims(jnp.concatenate([y, y], axis=-1), heads) for y in (cos, sin))
+    cos, sin = jnp.expand_dims(cos, heads), jnp.expand_dims(sin, heads)
     return (x.astype(jnp.float32) * cos + turned(x).astype(jnp.float32) * sin).astype(x.dtype)
 
 

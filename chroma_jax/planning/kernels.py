@@ -1,6 +1,7 @@
 """How long the attention kernels take. The compiler estimates no kernel, so this does: products as the matrix unit has to pad
 them, and after them, not beside them, what the vector unit does to every score."""
 
+import math
 import re
 
 from chroma_jax.layers.splash import LANES
@@ -26,9 +27,7 @@ def seconds(i: Instruction, chip: Chip) -> float | None:
     keys = next((s for s in shapes if len(s) == len(queries) - 1 and s[-1] == queries[-1]), None)
     if len(queries) < 3 or keys is None:
         return None
-    heads, width = 1, queries[-1]
-    for size in queries[:-2]:
-        heads *= size
+    heads, width = math.prod(queries[:-2]), queries[-1]
     forward = "fwd" in i.name
     pairs = heads * computed(queries[-2], keys[-2], *(block(i.rest, name + ("" if forward else "_dkv")) for name in ("q", "kv")))
     padded = -(-width // chip.mxu) * chip.mxu

@@ -11,15 +11,13 @@ from collections.abc import Iterable
 import jax
 import numpy as np
 
-from chroma_jax import flops
 from chroma_jax.config import Config
 from chroma_jax.errors import ChromaError
 from chroma_jax.layers.sharding import MESH_AXES, make_mesh
-from chroma_jax.paths import values
 from chroma_jax.planning import hlo, kernels
 from chroma_jax.planning.chips import Chip, Topology, compile_only_devices, ring_bandwidth
 from chroma_jax.training.state import Trainer
-from chroma_jax.training.train import abstract_batch, trainer_of
+from chroma_jax.training.train import abstract_batch, step_flops, trainer_of
 
 QUICK = {"exec_time_optimization_effort": -1.0}
 SCOPES = ("reasoner", "text_loss", "hearing_loss", "backbone", "frames", "optimizer")
@@ -177,9 +175,6 @@ def plan_training(config: Config, topology: Topology, *, effort: str = "full") -
     module = hlo.parse(compiled.as_text())
     work = list(hlo.executed(module))
     chip, row = topology.chip, config.data.row
-    forward = flops.forward_flops(config.model, row, config.loss)
-    trained = {"/".join(path.split("/")[:2]) for path in values(trainer.abstract.trained)}
-    per_row = flops.train_flops(forward, trained)._asdict()
     rows = config.training.global_batch
     plan = Plan(
         topology=topology.name,
@@ -188,7 +183,7 @@ def plan_training(config: Config, topology: Topology, *, effort: str = "full") -
         global_batch=rows,
         effort=effort,
         memory=memory(trainer, batch, compiled, chip.hbm / chip.devices),
-        flops={part: rows * value for part, value in per_row.items()},
+        flops=step_flops(config, trainer)._asdict(),
         peak_flops=topology.num_chips * chip.flops,
         compute=compute(module, work, chip),
         traffic=traffic(hlo.collectives(module, work), topology, mesh),

@@ -28,8 +28,7 @@ def page(plan: Plan, dollars_per_chip_hour: float | None = None) -> str:
         "program": m.program,
     }
     lines += [f"  {name:<28}{value / GIB:>9.2f}" for name, value in kinds.items()]
-    verdict = "fits" if m.free >= TIGHT else "fits, but leaves too little" if m.free >= 0 else "DOES NOT FIT"
-    lines += [f"  {'total':<28}{m.total / GIB:>9.2f} of {m.capacity / GIB:.2f}: {verdict}, {m.free:.1%} free", ""]
+    lines += [total_line(m.total, m.capacity), ""]
     lines += ["FLOPs of the model a step, TFLOP"]
     lines += [f"  {part.replace('_', ' '):<28}{value / 1e12:>9.1f}" for part, value in plan.flops.items() if value]
     lines += [
@@ -64,36 +63,42 @@ def page(plan: Plan, dollars_per_chip_hour: float | None = None) -> str:
         lines += [
             f"cost                {cost:9,.0f} $ an hour, {cost / (plan.positions * hours / 1e9):.2f} $ a billion positions"
         ]
-    if plan.unestimated:
-        named = ", ".join(f"{count} × {kind}" for kind, count in list(plan.unestimated.items())[:6])
-        lines += [f"without an estimate, counted by the bytes that they move: {named}"]
+    lines += unestimated_line(plan.unestimated)
     if plan.unknown_loops:
         lines += [f"counted once, as their loop does not say how often it turns: {plan.unknown_loops} operations"]
     lines += [f"compiled in {plan.compile_seconds:.0f} s, effort {plan.effort}"]
     return "\n".join(lines) + "\n"
 
 
+def total_line(total: float, capacity: float) -> str:
+    free = 1 - total / capacity
+    verdict = "fits" if free >= TIGHT else "fits, but leaves too little" if free >= 0 else "DOES NOT FIT"
+    return f"  {'total':<28}{total / GIB:>9.2f} of {capacity / GIB:.2f}: {verdict}, {free:.1%} free"
+
+
+def unestimated_line(found: dict[str, int]) -> list[str]:
+    """A line, where there is something to say."""
+    named = ", ".join(f"{count} × {kind}" for kind, count in list(found.items())[:6])
+    return [f"without an estimate, counted by the bytes that they move: {named}"] if named else []
+
+
 def stream_page(plan: StreamPlan) -> str:
     """A plan of the streaming step: memory, and how many times over the frame's time suffices."""
     kinds = {"weights": plan.weights, "caches and state": plan.caches, "temporary": plan.temporary, "program": plan.program}
-    free = 1 - plan.total / plan.capacity
-    verdict = "fits" if free >= TIGHT else "fits, but leaves too little" if free >= 0 else "DOES NOT FIT"
     lines = [
         f"{plan.topology}, one device: a step of {plan.budget * 1e3:.0f} ms for {plan.rows} conversations, {plan.dtype},"
         f" caches of {plan.positions} positions",
         "",
         "HBM of the device, GiB",
         *(f"  {name:<28}{value / GIB:>9.2f}" for name, value in kinds.items()),
-        f"  {'total':<28}{plan.total / GIB:>9.2f} of {plan.capacity / GIB:.2f}: {verdict}, {free:.1%} free",
+        total_line(plan.total, plan.capacity),
         "",
         "Time of a step, ms",
         f"  {'HBM at full bandwidth':<28}{plan.hbm_seconds * 1e3:>9.1f}  {plan.hbm_bytes / 1e9:.2f} GB",
         f"  {'cycles of the compiler':<28}{plan.compute_seconds * 1e3:>9.1f}  too many for products of few rows",
         f"  {'of the frame':<28}{plan.hbm_seconds / plan.budget:>9.1%}  to {plan.compute_seconds / plan.budget:.1%}",
     ]
-    if plan.unestimated:
-        named = ", ".join(f"{count} × {kind}" for kind, count in list(plan.unestimated.items())[:6])
-        lines += [f"without an estimate, counted by the bytes that they move: {named}"]
+    lines += unestimated_line(plan.unestimated)
     lines += [f"compiled in {plan.compile_seconds:.0f} s"]
     return "\n".join(lines) + "\n"
 

@@ -58,7 +58,8 @@ def plan_stream(config: Config, topology: Topology, *, rows: int, positions: int
     """Compiles the step for the first device of a topology, everything on that one. Weights, activations and caches are in
     ``config.reply.dtype``, the Codec in float32.
 
-    positions: that the Reasoner's and the Backbone's caches hold, each. Raises: DoesNotFit; ChromaError for a size below one.
+    positions: that the Reasoner's and the Backbone's caches hold, each. What layers do for TPU alone (`sharding.on_tpu`) is left
+    out: without a mesh nothing tells them. Raises: DoesNotFit; ChromaError for a size below one.
     """
     if rows < 1 or positions < 1:
         raise ChromaError(f"--rows is {rows} and --positions {positions}; both must be at least 1")

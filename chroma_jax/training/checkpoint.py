@@ -20,6 +20,7 @@ import jax
 import orbax.checkpoint.experimental.v1 as ocp
 
 from chroma_jax.errors import ChromaError
+from chroma_jax.files import write_whole
 from chroma_jax.paths import flat, nested
 from chroma_jax.training.multihost import everywhere, say
 
@@ -204,9 +205,7 @@ def seal(folder: Path) -> None:
     """Writes down length and checksum of every file of what a checkpoint holds; Orbax's notes of its progress come later."""
     paths = [path for path in sorted(folder.glob("*/**/*")) if path.is_file() and path.name != "commit_success.txt"]
     sums = {str(path.relative_to(folder)): checksum(path) for path in paths}
-    aside = folder / f"{SEAL}.tmp"
-    aside.write_text(json.dumps(sums, indent=0))
-    aside.replace(folder / SEAL)
+    write_whole(folder / SEAL, json.dumps(sums, indent=0))
 
 
 def check_seal(folder: Path, part: int, parts: int) -> None:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import jax
 import numpy as np
 
+from chroma_jax.files import write_whole
+
 if TYPE_CHECKING:
     from chroma_jax.training.loop import Task
 
@@ -75,9 +77,7 @@ class MetricsWriter:
 
         self.path = run / "metrics.jsonl"
         kept = [line for line in read_lines(self.path) if line["step"] <= step]
-        aside = self.path.with_suffix(".tmp")
-        aside.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        aside.replace(self.path)
+        write_whole(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self.file = self.path.open("a")
         self.board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
 

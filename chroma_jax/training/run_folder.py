@@ -8,6 +8,7 @@ import jax
 
 from chroma_jax import config as configs
 from chroma_jax.errors import ChromaError
+from chroma_jax.files import write_whole
 from chroma_jax.training.multihost import agreed, everywhere
 
 
@@ -35,9 +36,7 @@ def keep(config, run: Path, files: Sequence[Path]) -> None:
     if jax.process_index() > 0:
         return
     run.mkdir(parents=True, exist_ok=True)
-    aside = run / "config.txt.tmp"
-    aside.write_text(configs.dump(config))
-    aside.replace(run / "config.txt")
+    write_whole(run / "config.txt", configs.dump(config))
     for file in filter(Path.is_file, files):
         aside = run / f"{file.name}.tmp"
         shutil.copyfile(file, aside)

@@ -113,6 +113,13 @@ def abstract_batch(config: Config, trainer: Trainer):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=trainer.batch_sharding), batch)
 
 
+def step_flops(config: Config, trainer: Trainer) -> flops.PartFlops:
+    """FLOPs of a training step on full rows, by part."""
+    trained = {"/".join(path.split("/")[:2]) for path in values(trainer.abstract.trained)}
+    forward = flops.forward_flops(config.model, config.data.row, config.loss)
+    return flops.PartFlops(*(config.training.global_batch * part for part in flops.train_flops(forward, trained)))
+
+
 def starting_weights(config: Config, trainer: Trainer, start: Path) -> dict[str, jax.Array]:
     """The weights that a new run begins with, by path, as they lie in training; says what is drawn at random instead.
 
@@ -165,9 +172,7 @@ class Speaking:
     def __init__(self, config: Config, prepared: Path, trainer: Trainer):
         self.config, self.prepared, self.trainer = config, prepared, trainer
         self.share = share_of_rows(trainer.batch_sharding, config.training.global_batch)
-        trained = {"/".join(map(str, path[:2])) for path, _ in nnx.to_flat_state(trainer.abstract.trained)}
-        forward = flops.forward_flops(config.model, config.data.row, config.loss)
-        self.step_flops = sum(flops.train_flops(forward, trained)) * config.training.global_batch
+        self.step_flops = sum(step_flops(config, trainer))
         peak = flops.peak_flops(jax.devices()[0])
         self.peak = None if peak is None else peak * config.mesh.num_devices
 

@@ -1,0 +1,66 @@
+"""Measurements: rows that are full, and a report that says what it compares."""
+
+import importlib.util
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from chroma_jax.bench.rows import full_rows
+from chroma_jax.bench.train import bench_train
+from chroma_jax.cli import main
+from chroma_jax.errors import ChromaError
+from chroma_jax.layers.sharding import make_mesh
+from chroma_jax.training.loss import count
+from chroma_jax.training.train import abstract_batch, step_flops, trainer_of
+
+
+@pytest.fixture(scope="module")
+def config():
+    return tiny.replace(tiny.config(), "training.global_batch", 2)
+
+
+def test_rows_are_those_of_training_and_full(config):
+    batch, row, mesh = full_rows(config, 2), config.data.row, make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        wanted = abstract_batch(config, trainer_of(config, mesh))
+    for name, x in batch._asdict().items():
+        assert x.shape == getattr(wanted, name).shape, name
+    counts = count(jax.tree.map(jax.numpy.asarray, batch), config.loss)
+    assert counts.tokens == 2 * row.answers
+    assert counts.frames == 2 * min(row.frames, row.positions - row.positions // 3 - (row.positions % 3 > 0))
+    places = batch.target_position[0][batch.target_position[0] >= 0]
+    np.testing.assert_array_equal(places, np.unique(places))
+    assert (batch.segment == 1).all() and (batch.text_segment == 1).all()
+
+
+def test_a_report_has_both_times_and_what_was_computed(config):
+    found = bench_train(config, rows=2, rounds=2, peer="none")
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        work = sum(step_flops(config, trainer_of(config, mesh)))
+    assert found["gflop_per_step"] == pytest.approx(work / 1e9) and found["ratio"] is None
+    assert len(found["seconds"]["chroma_jax"]) == 2 and found["median_seconds"]["chroma_jax"] > 0
+    assert found["losses"]["chroma_jax"][-1] < found["losses"]["chroma_jax"][0]
+
+
+@pytest.mark.slow
+def test_the_peer_has_the_same_weights_and_learns():
+    config = tiny.replace(tiny.config(), "training.global_batch", 2)
+    found = bench_train(config, rows=2, rounds=2, peer="torch")
+    ours, theirs = (found["parameters"][name] for name in ("chroma_jax", "torch"))
+    assert theirs == pytest.approx(ours, rel=0.01)
+    assert found["losses"]["torch"][-1] < found["losses"]["torch"][0] and found["ratio"] > 0
+
+
+@pytest.mark.skipif(importlib.util.find_spec("transformers") is not None, reason="the peer is installed")
+def test_a_peer_that_is_not_installed_is_named(config):
+    with pytest.raises(ChromaError, match="install the extra 'dev'"):
+        bench_train(config, rows=1, rounds=1, peer="torch")
+
+
+@pytest.mark.parametrize("wrong", [["nano", "--rows", "0"], ["nano", "--rounds", "0"], ["codec_nano"]])
+def test_what_cannot_be_measured_is_an_error(wrong, capsys):
+    assert main(["bench", "train", *wrong]) == 2
+    assert "must be at least 1" in (err := capsys.readouterr().err) or "speaking model" in err
