@@ -2,9 +2,11 @@
 machine code costs less than optimising it."""
 
 import os
+import tempfile
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"  # before jax; for children too
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # the command line would keep what it compiles
+# what is compiled once is compiled, for all workers and children; the user's own cache is left alone
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"chroma_jax_tests_{os.getuid()}"))
 
 import jax
 import pytest

@@ -322,7 +322,7 @@ def test_neighbouring_channels_and_halves_rotate_to_the_same_scores():
 
     def pairs(weight):  # as torchtune rotates: channels 2j and 2j + 1 together
         y = (x @ weight.T).reshape(1, length, heads, head // 2, 2)
-        c, s = np.asarray(cos)[:, :, None], np.asarray(sin)[:, :, None]
+        c, s = (np.asarray(x)[:, :, None, : head // 2] for x in (cos, sin))  # one angle a pair
         return np.stack([y[..., 0] * c - y[..., 1] * s, y[..., 1] * c + y[..., 0] * s], -1).reshape(1, length, heads, head)
 
     def halves(weight):
