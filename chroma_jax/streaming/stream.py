@@ -124,9 +124,10 @@ class Speaker:
         return self.frames(self.start(prompt, sampling, keys, max_frames), max_frames)
 
 
-def settings(rows: int, *, temperature: float, top_k: int, seed: int) -> tuple[Sampling, jax.Array]:
+def settings(rows: int, *, temperature: float, top_k: int, seed: int, top_p: float = 1.0) -> tuple[Sampling, jax.Array]:
     """Sampling settings that all rows share, on the host, and each row's own random key, on the device."""
-    sampling = Sampling(np.full(rows, temperature, np.float32), np.full(rows, top_k, np.int32))
+    fill = lambda value, dtype: np.full(rows, value, dtype)
+    sampling = Sampling(fill(temperature, np.float32), fill(top_k, np.int32), fill(top_p, np.float32))
     return sampling, jax.random.split(jax.random.key(seed), rows)
 
 
