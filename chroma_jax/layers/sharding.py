@@ -131,6 +131,11 @@ def active() -> bool:
     return not jax.sharding.get_abstract_mesh().empty
 
 
+def parts(axes: tuple[str, ...]) -> int:
+    """Into how many parts mesh axes divide an array on the current mesh."""
+    return math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in axes) if active() else 1
+
+
 def on_tpu() -> bool:
     """Whether what is traced is for TPUs, be they here or only planned for."""
     device = jax.sharding.get_abstract_mesh().abstract_device

@@ -327,7 +327,7 @@ class Codec(nnx.Module):
 
     def _attend_ring(self, transformer: Encoder, x: jax.Array, start: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
         """x: [B, T, D]; start: int32 [B], position of x[:, 0]. Position p lies in entry p mod capacity."""
-        capacity, length = cache.keys.shape[2], x.shape[1]
+        capacity, length = cache.capacity, x.shape[1]
         window = self._window(capacity)
         room = capacity - window + 1
         size = max(d for d in range(1, room + 1) if length % d == 0)
