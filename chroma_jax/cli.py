@@ -135,17 +135,30 @@ def plan(args: Plan, config) -> int:
 def plan_streaming(args: Plan, config, topology) -> int:
     from chroma_jax.planning import report
     from chroma_jax.planning.plan import DoesNotFit
-    from chroma_jax.planning.stream import plan_stream
+    from chroma_jax.planning.stream import plan_stream, plans
 
-    try:
-        found = plan_stream(config, topology, rows=args.rows, positions=args.positions)
-    except DoesNotFit as e:
-        print(report.does_not_fit(e), end="")
-        return 1
-    print(report.stream_page(found), end="")
+    asked = [dict(rows=rows, weights=weights) for weights in args.weights for rows in args.rows]
+    found = []
+    for one in asked:
+        try:
+            found.append(plan_stream(config, topology, **one, positions=args.positions, cache=args.cache, effort=args.effort))
+            page = report.stream_page(found[-1])
+        except DoesNotFit as e:
+            found.append(e)
+            page = report.does_not_fit(e, "stream")
+        print(page, flush=True)
+    told = [
+        dict(
+            topology=topology.name, rows=one["rows"], weight_type=one["weights"], cache_type=args.cache, positions=args.positions
+        )
+        for one in asked
+    ]
+    listed = plans(found, told)
+    if len(listed) > 1:
+        print(report.stream_table(listed), end="")
     if args.out is not None:
-        write_whole(args.out, json.dumps(found.json(), indent=1) + "\n")
-    return 0
+        write_whole(args.out, json.dumps(listed, indent=1) + "\n")
+    return 1 if any(isinstance(plan, DoesNotFit) for plan in found) else 0
 
 
 def bench_train(args: BenchTrain, config) -> int:

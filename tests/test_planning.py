@@ -78,7 +78,9 @@ def test_only_what_is_cut_out_of_hbm_is_read(program):
     gather = row + whole
     near, odd = row, vector  # of the first the result, of the second the operand lies in vector memory
     index = 4  # the scalar that says where to cut
-    assert hlo.hbm_bytes(module, work) == 8 * (row + index + row + gather + near + odd) + 2 * 8192 + 4096  # 1000 numbers take 1024
+    assert (
+        hlo.hbm_bytes(module, work) == 8 * (row + index + row + gather + near + odd) + 2 * 8192 + 4096
+    )  # 1000 numbers take 1024
 
 
 def test_collectives_have_their_bytes_groups_and_turns(program):

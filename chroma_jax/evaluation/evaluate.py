@@ -48,7 +48,10 @@ def evaluate(
         codec, books, parts = trained_codec(run, with_codec(config.model)), config.model.num_codebooks, ("codec",)
     else:
         model, codec, tokenizer = load_run(run, config)
-        books, speaker = model.config.codebooks, Speaker(model, codec, config.reply.dtype, config.reply.compatibility)
+        books, speaker = (
+            model.config.codebooks,
+            Speaker(model, codec, config.reply.dtype, config.reply.compatibility, config.reply.cache),
+        )
     rate = codec.config.sampling_rate
     found: dict = {
         "run": Path(run).name,

@@ -31,19 +31,28 @@ class Rotation(NamedTuple):
 class KVCache(NamedTuple):
     """Keys and values of every layer, [layers, B, K, S, H]; S is the capacity in positions.
 
-    On TPU, heads narrower than its lanes lie beside each other, P of them: [layers, B, K/P, S, P·H]. Memory and bandwidth would go
-    to filling otherwise.
+    As int8, they are to be multiplied by the scales, float32 [layers, B, K, S]. On TPU, heads narrower than its lanes lie beside
+    each other, P of them: [layers, B, K/P, S, P·H]. Memory and bandwidth would go to filling otherwise.
     """
 
     keys: jax.Array
     values: jax.Array
+    key_scale: jax.Array | None = None
+    value_scale: jax.Array | None = None
 
     @classmethod
     def zeros(cls, layers: int, batch: int, capacity: int, heads: int, head_dim: int, dtype, rules=RULES) -> "KVCache":
         beside = math.gcd(heads // parts(rules.heads), max(1, LANES // head_dim)) if on_tpu() else 1
         shape = (layers, batch, heads // beside, capacity, beside * head_dim)
-        zeros = constrain(jnp.zeros(shape, dtype), None, None, "heads", None, None, rules=rules)
-        return cls(zeros, jnp.copy(zeros))
+
+        def empty(shape, dtype):
+            return constrain(jnp.zeros(shape, dtype), None, None, "heads", *(None,) * (len(shape) - 3), rules=rules)
+
+        cache = cls(empty(shape, dtype), empty(shape, dtype))
+        if cache.keys.dtype != jnp.int8:
+            return cache
+        scales = [empty((layers, batch, heads, capacity), jnp.float32) for _ in range(2)]
+        return cache._replace(key_scale=scales[0], value_scale=scales[1])
 
     @property
     def capacity(self) -> int:
@@ -53,32 +62,52 @@ class KVCache(NamedTuple):
         """[B, K/P, S, P·H] of a layer, or [1, …] of one of its rows. Only read, so that it need not be copied."""
         return jax.tree.map(lambda x: x[layer] if row is None else x[layer, row][None], self)
 
-    def written(self, new: "KVCache", slots: jax.Array, row: jax.Array | None) -> "KVCache":
+    def written(self, keys: jax.Array, values: jax.Array, slots: jax.Array, row: jax.Array | None) -> "KVCache":
         """With new entries, [layers, B, T, K, H], at ``slots``, int32 [B, T]; what is past the capacity is dropped."""
         write = one_by_one if on_tpu() else at_once
         if active():
             write = jax.shard_map(write, out_specs=jax.tree.map(lambda x: jax.typeof(x).sharding.spec, self))
-        return write(self, new, slots, row)
+        return write(self, keys, values, slots, row)
+
+    def entries(self, keys: jax.Array, values: jax.Array) -> "KVCache":
+        """New keys and values, [layers, B, T, K, H], in the types of this cache, heads as they lie in it: [layers, B, K/P, T, P·H]."""
+        scales = (None, None)
+        if self.key_scale is not None:
+            (keys, key_scale), (values, value_scale) = rounded(keys), rounded(values)
+            scales = (jnp.moveaxis(key_scale, 2, 3), jnp.moveaxis(value_scale, 2, 3))
+        lie = lambda x: jnp.moveaxis(x.reshape(*x.shape[:3], *self.keys.shape[2::2]), 2, 3).astype(self.keys.dtype)
+        return KVCache(lie(keys), lie(values), *scales)
 
 
-def at_once(cache: KVCache, new: KVCache, slots: jax.Array, row: jax.Array | None) -> KVCache:
+def rounded(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """[…, H] → int8 […, H] and the float32 scale [… ] that it is to be multiplied by."""
+    x = x.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(x), axis=-1)
+    scale = jnp.where(largest > 0, largest, 1) / 127
+    return jnp.round(x / scale[..., None]).astype(jnp.int8), scale
+
+
+def at_once(cache: KVCache, keys, values, slots: jax.Array, row: jax.Array | None) -> KVCache:
     rows = jnp.arange(len(slots))[:, None] if row is None else row
-    return jax.tree.map(lambda x, y: x.at[:, rows, :, slots].set(jnp.moveaxis(y, 0, 2).astype(x.dtype)), cache, new)
+    return jax.tree.map(
+        lambda x, y: x.at[:, rows, :, slots].set(jnp.moveaxis(y, (1, 3), (0, 1))), cache, cache.entries(keys, values)
+    )
 
 
-def one_by_one(cache: KVCache, new: KVCache, slots: jax.Array, row: jax.Array | None) -> KVCache:
+def one_by_one(cache: KVCache, keys, values, slots: jax.Array, row: jax.Array | None) -> KVCache:
     """For TPU, where a scatter would have the cache lie in another way than the products that read it."""
-    new = jax.tree.map(lambda x, y: y.reshape(*y.shape[:3], x.shape[2], x.shape[4]).astype(x.dtype), cache, new)
+    new = cache.entries(keys, values)
 
     def one(i, cache):
         b, t = jnp.divmod(i, slots.shape[1])
-        at = (0, b if row is None else row, 0, jnp.minimum(slots[b, t], cache.capacity - 1), 0)
+        slot = slots[b, t]
 
         def put(x, y):
-            entry = jax.lax.dynamic_slice(y, (0, b, t, 0, 0), (len(y), 1, 1, *y.shape[3:]))
-            entry = jnp.moveaxis(entry, 2, 3)  # [layers, 1, K/P, 1, P·H]
+            end = (0,) * (x.ndim - 4)
+            entry = jax.lax.dynamic_slice(y, (0, b, 0, t, *end), (len(y), 1, y.shape[2], 1, *y.shape[4:]))
+            at = (0, b if row is None else row, 0, jnp.minimum(slot, cache.capacity - 1), *end)
             there = jax.lax.dynamic_slice(x, at, entry.shape)
-            x = jax.lax.dynamic_update_slice(x, jnp.where(slots[b, t] < cache.capacity, entry, there), at)
+            x = jax.lax.dynamic_update_slice(x, jnp.where(slot < cache.capacity, entry, there), at)
             return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
         return jax.tree.map(put, cache, new)
@@ -168,22 +197,27 @@ def attend_cached(q: jax.Array, k: jax.Array, v: jax.Array, old: KVCache, past: 
 def _attend_cached(q: jax.Array, k: jax.Array, v: jax.Array, old: KVCache, past: Past) -> jax.Array:
     beside = k.shape[2] // old.keys.shape[1]
     rows = spread_out(q, beside)  # [B, C, R, E]: C = K/P, R = P·G·T, E = P·H
-    k, v = (jnp.moveaxis(x.reshape(*x.shape[:2], -1, old.keys.shape[-1]), 1, 2) for x in (k, v))
+    k, v = (jnp.moveaxis(x.reshape(*x.shape[:2], *old.keys.shape[1::2]), 1, 2) for x in (k, v))
 
-    def scores(keys, mask):
+    def of_rows(scale):  # [B, K, S] → [B, C, R, S]
+        return jnp.repeat(scale.reshape(len(scale), -1, beside, scale.shape[-1]), rows.shape[2] // beside, axis=2)
+
+    def scores(keys, scale, mask):
         found = jnp.einsum("BCRE,BCSE->BCRS", rows, keys.astype(q.dtype), preferred_element_type=jnp.float32)
+        found = found if scale is None else found * of_rows(scale)
         mask = jnp.tile(mask, (1, rows.shape[2] // mask.shape[1], 1))[:, None]
         return jnp.where(mask, found * q.shape[-1] ** -0.5, jnp.finfo(jnp.float32).min)
 
-    def mixed(weights, values):
+    def mixed(weights, scale, values):
+        weights = weights if scale is None else weights * of_rows(scale)
         values = values.astype(q.dtype)
         return jnp.einsum("BCRS,BCSE->BCRE", weights.astype(q.dtype), values, preferred_element_type=jnp.float32)
 
-    before, among = scores(old.keys, past.before), scores(k, past.among)
+    before, among = scores(old.keys, old.key_scale, past.before), scores(k, None, past.among)
     highest = jnp.maximum(jnp.max(before, -1, keepdims=True), jnp.max(among, -1, keepdims=True))
     before, among = jnp.exp(before - highest), jnp.exp(among - highest)
     total = jnp.sum(before, -1, keepdims=True) + jnp.sum(among, -1, keepdims=True)
-    y = (mixed(before, old.values) + mixed(among, v)) / total
+    y = (mixed(before, old.value_scale, old.values) + mixed(among, None, v)) / total
     return gathered_in(y.astype(q.dtype), q.shape)
 
 
@@ -255,7 +289,7 @@ class Attention(nnx.Module):
     def __call__(self, x: jax.Array, rotation: Rotation | None, mask: Mask) -> jax.Array:
         return self.o(attend(*self.project(x, rotation), mask))
 
-    def cached(self, x: jax.Array, rotation: Rotation | None, past: Past, old: KVCache) -> tuple[jax.Array, KVCache]:
-        """As ``__call__``, after what is cached of this layer. Returns (y [B, T, D], the new keys and values [B, T, K, H])."""
+    def cached(self, x: jax.Array, rotation: Rotation | None, past: Past, old: KVCache):
+        """As ``__call__``, after what is cached of this layer. Returns (y [B, T, D], (new keys, values [B, T, K, H]))."""
         q, k, v = self.project(x, rotation)
-        return self.o(attend_cached(q, k, v, old, past)), KVCache(k, v)
+        return self.o(attend_cached(q, k, v, old, past)), (k, v)

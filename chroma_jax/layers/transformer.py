@@ -53,7 +53,7 @@ def through_cached(blocks, x, rotation, mask, cache: KVCache, slots, row=None) -
         return block.cached(x, rotation, past, cache.of_layer(layer, row))
 
     x, new = jax.lax.scan(body, x, (blocks, jnp.arange(len(cache.keys))))
-    return x, cache.written(new, slots, row)
+    return x, cache.written(*new, slots, row)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +111,7 @@ class LlamaBlock(nnx.Module):
     def __call__(self, x: jax.Array, rotation: Rotation, mask: Mask) -> jax.Array:
         return self.mlp(checkpoint_name(x + self.attention(self.attention_norm(x), rotation, mask), "products"))
 
-    def cached(self, x, rotation, past, old) -> tuple[jax.Array, KVCache]:
+    def cached(self, x, rotation, past, old):
         y, new = self.attention.cached(self.attention_norm(x), rotation, past, old)
         return self.mlp(x + y), new
 
@@ -222,7 +222,7 @@ class EncoderBlock(nnx.Module):
     def __call__(self, x: jax.Array, rotation: Rotation | None, mask: jax.Array) -> jax.Array:
         return self.mlp(self._add(x, self.attention(self.attention_norm(x), rotation, mask), self.attention_scale))
 
-    def cached(self, x, rotation, past, old) -> tuple[jax.Array, KVCache]:
+    def cached(self, x, rotation, past, old):
         y, new = self.attention.cached(self.attention_norm(x), rotation, past, old)
         return self.mlp(self._add(x, y, self.attention_scale)), new
 

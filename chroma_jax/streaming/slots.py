@@ -102,7 +102,7 @@ def frames(model: Chroma, codec: Codec, state: StreamState, count: int, pairs: P
 
 def hear(model: Chroma, state: StreamState, slot: jax.Array, chunk: Chunk) -> StreamState:
     """The Reasoner of one slot reads on."""
-    nowhere, order = state.reasoner_cache.keys.shape[2], jnp.arange(len(chunk.text))
+    nowhere, order = state.reasoner_cache.capacity, jnp.arange(len(chunk.text))
     positions = jnp.where(order < chunk.length, state.reasoner_position[slot] + order, nowhere)
     audio = chunk.audio.astype(state.text_hidden.dtype)
     embeddings = model.reasoner.embed(chunk.text[None], chunk.audio_index[None], audio[None])
@@ -117,7 +117,7 @@ def hear(model: Chroma, state: StreamState, slot: jax.Array, chunk: Chunk) -> St
 def read_voice(model: Chroma, cache: KVCache, chunk: VoiceChunk, dtype) -> KVCache:
     """A piece of a voice prompt goes through the Backbone. cache: of one row; dtype: that is computed in."""
     order = jnp.arange(len(chunk.token))
-    positions = jnp.where(order < chunk.length, chunk.start + order, cache.keys.shape[2])
+    positions = jnp.where(order < chunk.length, chunk.start + order, cache.capacity)
     text = model.reasoner.embedding(jnp.maximum(chunk.token, 0), dtype)
     inputs = jnp.where(is_present(chunk.token)[:, None], text, model.audio_embedding.frames(chunk.codes, dtype))
     return model.backbone.cached(inputs[None], positions[None], cache)[1]
@@ -125,7 +125,7 @@ def read_voice(model: Chroma, cache: KVCache, chunk: VoiceChunk, dtype) -> KVCac
 
 def adopt(state: StreamState, slot: jax.Array, voice: KVCache) -> StreamState:
     """Copies a voice prompt's cache into a slot. voice: of one row, with no more positions than the slots have."""
-    put = lambda of_slots, of_voice: jax.lax.dynamic_update_slice(of_slots, of_voice, (0, slot, 0, 0, 0))
+    put = lambda of_slots, of_voice: jax.lax.dynamic_update_slice(of_slots, of_voice, (0, slot, *(0,) * (of_voice.ndim - 2)))
     return state._replace(backbone_cache=jax.tree.map(put, state.backbone_cache, voice))
 
 
@@ -201,7 +201,7 @@ class Slots:
         self._weights = self.put((model_state, codec_state))
         made = partial(jax.jit, out_shardings=SingleDeviceSharding(self._device))
         self._state = made(partial(idle, model.config, codec, slots, capacity, self.dtype))()
-        self._empty_voice = made(partial(self.config.backbone.empty_cache, 1, voice_positions, self.dtype))
+        self._empty_voice = made(partial(self.config.backbone.empty_cache, 1, voice_positions, capacity.cached_as(self.dtype)))
         self._slot = [self.put(np.int32(i)) for i in range(slots)]
         self.no_audio = self.put(np.zeros((self.block_outputs, self.config.reasoner.text.width), self.dtype))
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from chroma_jax.layers.attention import cached_mask
+from chroma_jax.layers.sharding import constrain
 from chroma_jax.models.chroma import Chroma, ChromaConfig
 from chroma_jax.models.codec import Codec
 from chroma_jax.rows import is_present
@@ -104,7 +105,7 @@ def _text_pair(model: Chroma, state: StreamState, pairs: Pairs) -> tuple[StreamS
     def say(state: StreamState):
         fed = due if state.reference is None else jnp.ones_like(due)  # the reference goes on as long as any row has text
         with jax.named_scope("reasoner"):
-            logits = model.reasoner.logits(state.text_hidden)
+            logits = constrain(model.reasoner.logits(state.text_hidden), None, None)
             token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
             embedding = model.reasoner.embedding(token, state.text_hidden.dtype)
             nowhere = state.reasoner_cache.capacity

@@ -23,7 +23,7 @@ from chroma_jax.streaming.compatibility import Compatibility, codec_used, is_ref
 from chroma_jax.streaming.prefill import Prompt
 from chroma_jax.streaming.prompt import rounded_up
 from chroma_jax.streaming.sampling import Sampling
-from chroma_jax.streaming.state import Capacity, StreamState
+from chroma_jax.streaming.state import Capacity, Kept, StreamState
 from chroma_jax.streaming.step import StepOutput
 
 ENCODE_BUCKET = 16  # frames; lengths of reference recordings are rounded up to a multiple of it
@@ -66,13 +66,21 @@ def programs(
 class Speaker:
     """A model and its Codec with their compiled programs, on the device that holds the weights.
 
-    dtype: that activations and caches are in, "float32" or "bfloat16"; the Codec always computes in float32.
+    dtype: that activations and caches are in, "float32" or "bfloat16"; the Codec always computes in float32. cache: "int8" for
+    caches of a byte a number.
     compatibility: "reference" is for comparing with the reference implementation only; prompts are then stacked so, too.
     Raises: ChromaError for an unknown one.
     """
 
-    def __init__(self, model: Chroma, codec: Codec, dtype: str = "float32", compatibility: Compatibility = "corrected"):
-        self.config, self.compatibility = model.config, compatibility
+    def __init__(
+        self,
+        model: Chroma,
+        codec: Codec,
+        dtype: str = "float32",
+        compatibility: Compatibility = "corrected",
+        cache: Kept = "as_dtype",
+    ):
+        self.config, self.compatibility, self.cache = model.config, compatibility, cache
         codec = codec_used(codec, compatibility)
         (model_graph, model_state), (codec_graph, codec_state) = nnx.split(model), nnx.split(codec)
         leaves, tree = jax.tree.flatten((model_state, codec_state))
@@ -94,7 +102,7 @@ class Speaker:
         most frames that will be asked for, which sizes the caches. Raises: ChromaError for a prompt stacked in another way."""
         if (prompt.voice_padding is not None) != is_reference(self.compatibility):
             raise ChromaError(f"the prompt was not stacked for compatibility {self.compatibility!r}, as the speaker is")
-        capacity = Capacity.of(prompt.text.shape[1], prompt.voice_token.shape[1], max_frames)
+        capacity = Capacity.of(prompt.text.shape[1], prompt.voice_token.shape[1], max_frames, self.cache)
         with jax.transfer_guard("disallow"):
             prompt, sampling = jax.device_put((prompt, sampling))
             return self.programs.prefill(self.weights, prompt, sampling, keys, capacity)
