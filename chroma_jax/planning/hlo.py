@@ -325,10 +325,10 @@ def traffic(module: Module, e: Executed) -> tuple[float, float]:
     body = module.computations.get(i.attribute("calls"), {}) if opcode in ("fusion", "async") else {}
     if body:
         for k, size in enumerate(read):
-            part, replaced = touched(module, body, k)
-            if part is not None:
-                read[k] = min(size, part)
-                written -= max(0.0, min(size, written) - replaced) if replaced else 0
+            part = touched(module, body, k)
+            if part.read is not None:
+                read[k] = min(size, part.read)
+                written -= max(0.0, min(size, written) - part.replaced) if part.replaced else 0
     elif opcode in ("dynamic-slice", "slice", "gather"):
         read[:1] = [min(read[0], sum(a.held for a in shape))]
     elif opcode == "dynamic-update-slice":
@@ -340,14 +340,23 @@ def traffic(module: Module, e: Executed) -> tuple[float, float]:
     return sum(read), written
 
 
-def touched(module: Module, body: Computation, operand: int) -> tuple[float | None, float]:
-    """How much of an operand a fusion reads, None for all of it; and how much of it is replaced in place."""
+class Touched(NamedTuple):
+    """What a fusion does with an operand. read: bytes, None for all of it; replaced: bytes, in place; handed_on: whether its result
+    is the operand as it is."""
+
+    read: float | None
+    replaced: float = 0.0
+    handed_on: bool = False
+
+
+def touched(module: Module, body: Computation, operand: int) -> Touched:
+    """body: of the fusion; operand: by its place."""
     read = replaced = 0.0
     names = {x.name for x in body.values() if x.opcode == "parameter" and x.inside == str(operand)}
     for i in body.values():
         if not names & set(i.operands):
             continue
-        if i.opcode == "bitcast":
+        if i.opcode in ("bitcast", "copy"):
             names.add(i.name)
         elif i.opcode in ("dynamic-slice", "slice", "gather") and i.operands[0] in names:
             read += sum(a.held for a in i.arrays)
@@ -357,12 +366,15 @@ def touched(module: Module, body: Computation, operand: int) -> tuple[float | No
             read, replaced = read + (size if i.opcode == "scatter" else 0.0), replaced + size
         elif i.opcode == "fusion":  # within the fusion
             for k in (k for k, name in enumerate(i.operands) if name in names):
-                part, inside = touched(module, module.computations.get(i.attribute("calls"), {}), k)
-                if part is None:
-                    return None, 0.0
-                read, replaced = read + part, replaced + inside
+                inner = touched(module, module.computations.get(i.attribute("calls"), {}), k)
+                if inner.handed_on:
+                    names.add(i.name)
+                elif inner.read is None:
+                    return Touched(None)
+                else:
+                    read, replaced = read + inner.read, replaced + inner.replaced
         else:
-            return None, 0.0
-    if not replaced and body and next(reversed(body.values())).name in names:
-        return None, 0.0  # handed on as it is
-    return read, replaced
+            return Touched(None)
+    if body and next(reversed(body.values())).name in names:
+        return Touched(None, handed_on=True)
+    return Touched(read, replaced)
