@@ -6,16 +6,20 @@ its axis ``tensor``, with heads, columns of the MLPs and the vocabulary, each wh
 device.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 from flax import nnx
 from jax.experimental.layout import Format, Layout
-from jax.sharding import Mesh, Sharding
+from jax.sharding import Mesh, NamedSharding, Sharding
+from jax.sharding import PartitionSpec as P
 
 from chroma_jax.layers.sharding import RULES, AxisRules, state_shardings
-from chroma_jax.models.chroma import ChromaConfig
+from chroma_jax.models.chroma import Chroma, ChromaConfig
+from chroma_jax.models.codec import Codec
+from chroma_jax.models.quantized import quantized
 
 # Products of one row stay on the matrix units: as sums of products on the vector unit they took 1.8 times as long.
 TPU_OPTIONS = {"xla_tpu_enable_dot_strength_reduction": "false"}
@@ -80,6 +84,35 @@ def weight_shardings(config: ChromaConfig, model: nnx.State, codec: nnx.State, m
         return next((rules for part, rules in parts.items() if path.startswith(part)), RULES)
 
     return state_shardings(model, mesh, of), state_shardings(codec, mesh, config.codec.transformer.rules)
+
+
+def on_mesh(model: Chroma, codec: Codec, mesh: Mesh) -> tuple[Chroma, Codec]:
+    """Copies that are divided over a mesh's axis ``tensor``; programs of them run where the mesh is set. Raises: ChromaError as
+    `weight_shardings` does."""
+    config = divided(model.config, mesh.shape["tensor"])
+    small = model.decoder.heads_scale is not None
+    made = lambda: quantized(Chroma(nnx.Rngs(0), config)) if small else Chroma(nnx.Rngs(0), config)
+    graphs = [nnx.split(nnx.eval_shape(make))[0] for make in (made, lambda: Codec(nnx.Rngs(0), config.codec))]
+    states = nnx.state(model), nnx.state(codec)
+    placed = jax.device_put(states, weight_shardings(config, *states, mesh))
+    return tuple(nnx.merge(graph, state) for graph, state in zip(graphs, placed, strict=True))
+
+
+def place_of(weight: jax.Array) -> jax.Device | NamedSharding:
+    """Where what goes with a model's weights is to be put: their device, or whole on every device of their mesh."""
+    where = weight.sharding
+    return NamedSharding(where.mesh, P()) if isinstance(where, NamedSharding) else weight.devices().pop()
+
+
+def on_many(place: jax.Device | NamedSharding) -> bool:
+    return isinstance(place, NamedSharding)
+
+
+@contextlib.contextmanager
+def guarded(place: jax.Device | NamedSharding) -> Iterator[None]:
+    """Inside, programs run where the weights are, and nothing moves between host and device unasked."""
+    with jax.set_mesh(place.mesh) if on_many(place) else contextlib.nullcontext(), jax.transfer_guard("disallow"):
+        yield
 
 
 def abstract(tree, shardings=None):
