@@ -14,7 +14,21 @@ from typing import Annotated, Literal
 
 import tyro
 
-from chroma_jax.arguments import BenchTrain, Evaluate, Export, Import, Info, Plan, Prepare, Prompt, Reply, Status, Train, Verify
+from chroma_jax.arguments import (
+    BenchTrain,
+    Chat,
+    Evaluate,
+    Export,
+    Import,
+    Info,
+    Plan,
+    Prepare,
+    Prompt,
+    Reply,
+    Status,
+    Train,
+    Verify,
+)
 from chroma_jax.errors import EXIT_CODES, ChromaError, Ended, near
 from chroma_jax.files import write_whole
 
@@ -172,6 +186,16 @@ def reply(args: Reply, config) -> int:
     return 0
 
 
+def chat(args: Chat, config) -> int:
+    from chroma_jax.streaming.live import chat
+
+    if not args.transcript and args.voice.suffix != ".safetensors":
+        raise ChromaError(f"--voice {args.voice} is a recording, so --transcript has to say what is said in it")
+    given = {name: getattr(args, name) for name in ("voice", "questions", "pace", "play", "keep_voice", "out")}
+    print(json.dumps(chat(args.run, config, transcript=transcript(args.transcript), **given), indent=1))
+    return 0
+
+
 def evaluate(args: Evaluate, config) -> int:
     from chroma_jax.evaluation import report
     from chroma_jax.evaluation.evaluate import evaluate
@@ -263,6 +287,7 @@ COMMANDS: dict[str, tuple[type, Callable, Literal["file", "run", "speaking run",
     "train": (Train, train, "file"),
     "status": (Status, status, "none"),
     "reply": (Reply, reply, "speaking run"),
+    "chat": (Chat, chat, "speaking run"),
     "evaluate": (Evaluate, evaluate, "run"),
     "export": (Export, export, "none"),
     "prompt": (Prompt, prompt, "speaking run"),
