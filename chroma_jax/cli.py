@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 import tyro
 
 from chroma_jax.arguments import (
+    BenchSoak,
     BenchTrain,
     Chat,
     Evaluate,
@@ -178,6 +179,19 @@ def bench_train(args: BenchTrain, config) -> int:
     return 0
 
 
+def bench_soak(args: BenchSoak, config) -> int:
+    from chroma_jax.bench.soak import bench_soak
+
+    if args.minutes <= 0 or args.scripts < 1:
+        raise ChromaError(f"--minutes is {args.minutes:g} and --scripts {args.scripts}; both must be more than 0")
+    given = {name: getattr(args, name) for name in ("slots", "minutes", "scripts", "max_seconds")}
+    found = bench_soak(args.run, config, **given)
+    print(json.dumps(found, indent=1))
+    if args.out is not None:
+        write_whole(args.out, json.dumps(found, indent=1) + "\n")
+    return 1 if found["differed"] or found["compilations"] else 0
+
+
 def reply(args: Reply, config) -> int:
     from chroma_jax.streaming.reply import reply
 
@@ -296,6 +310,7 @@ COMMANDS: dict[str, tuple[type, Callable, Literal["file", "run", "speaking run",
     "info": (Info, info, "file"),
     "plan": (Plan, plan, "file"),
     "bench train": (BenchTrain, bench_train, "file"),
+    "bench soak": (BenchSoak, bench_soak, "speaking run"),
     "verify": (Verify, verify, "none"),
 }
 

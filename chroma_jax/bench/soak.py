@@ -10,13 +10,17 @@ import hashlib
 import resource
 import threading
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
-from chroma_jax.streaming.engine import Engine
+from chroma_jax.config import Config
+from chroma_jax.streaming.engine import Engine, EngineConfig
+from chroma_jax.streaming.load import load_run
 from chroma_jax.streaming.session import SamplingSettings
+from data_pipelines.tokenizer import encoder
 
 RATE = 16_000  # of the user's speech
 VOICES = ("first", "second")
@@ -66,7 +70,17 @@ def perform(engine: Engine, script: Script) -> str:
     return digest.hexdigest()
 
 
-def soak(engine: Engine, *, minutes: float, scripts: int) -> dict:
+def bench_soak(run: Path, config: Config, *, slots: int, minutes: float, scripts: int, max_seconds: float) -> dict:
+    """`soak` of a run or an exported model, with what it was done with."""
+    model, codec, tokenizer = load_run(run, config)
+    sizes = EngineConfig(slots, 512, 128, max_seconds, dtype=config.reply.dtype)
+    engine = Engine(model, codec, encoder(tokenizer), tokenizer.decode, sizes)
+    engine.warm_up()
+    with engine:
+        return {"run": run.name, "date": time.strftime("%Y-%m-%d"), "jax": jax.__version__} | soak(engine, minutes, scripts)
+
+
+def soak(engine: Engine, minutes: float, scripts: int) -> dict:
     """engine: warm, running and without voices, with as many clients as it has slots.
 
     Returns what was found: conversations, those that differed, compilations, memory of arrays and of the process at each tenth of
