@@ -14,7 +14,23 @@ from typing import Annotated, Literal
 
 import tyro
 
-from chroma_jax.arguments import BenchTrain, Evaluate, Export, Import, Info, Plan, Prepare, Prompt, Reply, Status, Train, Verify
+from chroma_jax.arguments import (
+    BenchSmall,
+    BenchSoak,
+    BenchTrain,
+    Chat,
+    Evaluate,
+    Export,
+    Import,
+    Info,
+    Plan,
+    Prepare,
+    Prompt,
+    Reply,
+    Status,
+    Train,
+    Verify,
+)
 from chroma_jax.errors import EXIT_CODES, ChromaError, Ended, near
 from chroma_jax.files import write_whole
 
@@ -135,30 +151,43 @@ def plan(args: Plan, config) -> int:
 def plan_streaming(args: Plan, config, topology) -> int:
     from chroma_jax.planning import report
     from chroma_jax.planning.plan import DoesNotFit
-    from chroma_jax.planning.stream import plan_stream, plans
+    from chroma_jax.planning.stream import StreamPlan, plan_stream, plans
 
-    asked = [dict(rows=rows, weights=weights) for weights in args.weights for rows in args.rows]
-    found = []
-    for one in asked:
+    asked = list(itertools.product(args.weights, args.rows))
+    found: list[StreamPlan | DoesNotFit] = []
+    given = {"positions": args.positions, "cache": args.cache, "effort": args.effort}
+    for weights, rows in asked:
         try:
-            found.append(plan_stream(config, topology, **one, positions=args.positions, cache=args.cache, effort=args.effort))
-            page = report.stream_page(found[-1])
+            plan = plan_stream(config, topology, rows=rows, weights=weights, **given)
+            found.append(plan)
+            page = report.stream_page(plan)
         except DoesNotFit as e:
             found.append(e)
             page = report.does_not_fit(e, "stream")
         print(page, flush=True)
-    told = [
-        dict(
-            topology=topology.name, rows=one["rows"], weight_type=one["weights"], cache_type=args.cache, positions=args.positions
-        )
-        for one in asked
-    ]
-    listed = plans(found, told)
+    told = {"topology": topology.name, "cache_type": args.cache, "positions": args.positions}
+    listed = plans(found, [told | {"weight_type": weights, "rows": rows} for weights, rows in asked])
     if len(listed) > 1:
         print(report.stream_table(listed), end="")
     if args.out is not None:
         write_whole(args.out, json.dumps(listed, indent=1) + "\n")
     return 1 if any(isinstance(plan, DoesNotFit) for plan in found) else 0
+
+
+def bench_small(args: BenchSmall, config) -> int:
+    from chroma_jax.bench.small import bench_small
+    from chroma_jax.streaming.load import load_run
+
+    if args.rows < 1 or (args.batches is not None and args.batches < 1):
+        raise ChromaError(f"--rows is {args.rows} and --batches {args.batches}; they must be at least 1")
+    reply = dataclasses.replace(config.reply, dtype="float32", weights="as_dtype")
+    model, _, _ = load_run(args.run, dataclasses.replace(config, reply=reply))
+    found = bench_small(model, args.prepared, split=args.split, rows=args.rows, batches=args.batches)
+    text = json.dumps({"run": args.run.name} | found, indent=1)
+    print(text)
+    if args.out is not None:
+        write_whole(args.out, text + "\n")
+    return 0
 
 
 def bench_train(args: BenchTrain, config) -> int:
@@ -177,11 +206,34 @@ def bench_train(args: BenchTrain, config) -> int:
     return 0
 
 
+def bench_soak(args: BenchSoak, config) -> int:
+    from chroma_jax.bench.soak import bench_soak
+
+    if args.minutes <= 0 or args.scripts < 1:
+        raise ChromaError(f"--minutes is {args.minutes:g} and --scripts {args.scripts}; both must be more than 0")
+    given = {name: getattr(args, name) for name in ("slots", "minutes", "scripts", "max_seconds")}
+    found = bench_soak(args.run, config, **given)
+    print(json.dumps(found, indent=1))
+    if args.out is not None:
+        write_whole(args.out, json.dumps(found, indent=1) + "\n")
+    return 1 if found["differed"] or found["compilations"] else 0
+
+
 def reply(args: Reply, config) -> int:
     from chroma_jax.streaming.reply import reply
 
     report = reply(args.run, config, args.question, args.reference, transcript(args.transcript), args.out)
     print(json.dumps(report, indent=1, ensure_ascii=False))
+    return 0
+
+
+def chat(args: Chat, config) -> int:
+    from chroma_jax.streaming.live import chat
+
+    if not args.transcript and args.voice.suffix != ".safetensors":
+        raise ChromaError(f"--voice {args.voice} is a recording, so --transcript has to say what is said in it")
+    given = {name: getattr(args, name) for name in ("voice", "questions", "pace", "play", "keep_voice", "out")}
+    print(json.dumps(chat(args.run, config, transcript=transcript(args.transcript), **given), indent=1))
     return 0
 
 
@@ -276,6 +328,7 @@ COMMANDS: dict[str, tuple[type, Callable, Literal["file", "run", "speaking run",
     "train": (Train, train, "file"),
     "status": (Status, status, "none"),
     "reply": (Reply, reply, "speaking run"),
+    "chat": (Chat, chat, "speaking run"),
     "evaluate": (Evaluate, evaluate, "run"),
     "export": (Export, export, "none"),
     "prompt": (Prompt, prompt, "speaking run"),
@@ -284,6 +337,8 @@ COMMANDS: dict[str, tuple[type, Callable, Literal["file", "run", "speaking run",
     "info": (Info, info, "file"),
     "plan": (Plan, plan, "file"),
     "bench train": (BenchTrain, bench_train, "file"),
+    "bench small": (BenchSmall, bench_small, "speaking run"),
+    "bench soak": (BenchSoak, bench_soak, "speaking run"),
     "verify": (Verify, verify, "none"),
 }
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import json
 
 import jax
 import numpy as np
@@ -305,11 +306,16 @@ def test_the_small_configuration_fits_on_one_chip():
 
 
 @needs_compiler
-def test_the_streaming_step_is_planned_for_one_device(capsys):
-    assert main(["plan", "nano", "--topology", "v5e:1x1", "--step", "stream", "--rows", "2", "--positions", "64"]) == 0
+def test_the_streaming_ticks_are_planned_for_one_device(tmp_path, capsys):
+    plan = ["plan", "nano", "--topology", "v5e:1x1", "--step", "stream", "--positions", "64", "--effort", "quick"]
+    assert main([*plan, "--rows", "2", "--weights", "int8", "--cache", "int8", "--out", str(tmp_path / "plan.json")]) == 0
     page = capsys.readouterr().out
-    assert "80 ms for 2 conversations, float32, caches of 64 positions" in page and "HBM at full bandwidth" in page
-    assert main(["plan", "nano", "--topology", "v5e:1x1", "--step", "stream", "--rows", "0"]) == 2
+    assert "2 conversations, weights int8, caches int8 of 64 positions" in page and "HBM at full bandwidth" in page
+    (found,) = json.loads((tmp_path / "plan.json").read_text())
+    assert found["fits"] and found["pair"]["read"] > found["frame"]["read"] > 0
+    assert found["pair"]["hbm_bytes"] > found["frame"]["hbm_bytes"] and not found["pair"]["unknown_loops"]
+    assert main([*plan, "--rows", "0"]) == 2
+    assert main([*plan, "--rows", "2", "--mesh.tensor", "2"]) == 2  # of one device
 
 
 def test_candidates_use_every_device():

@@ -1,7 +1,6 @@
 """Promises of small weights and caches: what is kept in a byte, how little that changes, and that a row still says what it says
 alone."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,8 +43,7 @@ def test_every_product_of_the_speaking_model_is_in_int8_and_nothing_else(models)
         name = "/".join(map(str, path))
         in_float = any(part in name for part in KEPT)
         assert weight.dtype == (jnp.float32 if in_float else jnp.int8), name
-    total = lambda model: sum(x.nbytes for x in jax.tree.leaves(nnx.state(model)) if x.dtype == jnp.int8)
-    assert total(models[1]) > 0 and total(models[0]) == 0
+    assert not any(x.dtype == jnp.int8 for x in jax.tree.leaves(nnx.state(models[0])))
 
 
 def test_a_small_kernel_is_off_by_half_a_step_at_most():
@@ -61,10 +59,10 @@ def test_a_small_kernel_is_off_by_half_a_step_at_most():
 def test_small_weights_say_nearly_what_large_ones_say(models):
     text, frames = rescored(models[0], CASES[0].packed([5, 6, 7], CASES[1].codes[:8]))
     text8, frames8 = rescored(models[1], CASES[0].packed([5, 6, 7], CASES[1].codes[:8]))
-    for exact, small in ((text, text8), (frames, frames8)):
-        # rounding makes an error of 1/127/√12 = 0.2 % of the largest weight, 0.7 % of a product; through about 40 products, √40 times
-        # that, 4.5 %; twice as much for softmax and norms in between
-        assert 0 < float(jnp.std(small - exact) / jnp.std(exact)) < 0.09
+    for exact, rough in ((text, text8), (frames, frames8)):
+        # rounding makes an error of 1/127/√12 = 0.2 % of the largest weight, 0.7 % of a product; through about 40 products, √40
+        # times that, 4.5 %; twice as much for softmax and norms in between
+        assert 0 < float(jnp.std(rough - exact) / jnp.std(exact)) < 0.09
 
 
 @pytest.mark.parametrize("cache", ["as_dtype", "int8"])

@@ -12,9 +12,15 @@ from chroma_jax.layers.sharding import MeshConfig, make_mesh
 from chroma_jax.models.chroma import Chroma
 from chroma_jax.models.codec import Codec
 from chroma_jax.models.quantized import quantized
+from chroma_jax.schedule import NOTHING
 from chroma_jax.streaming.placing import divided, on_mesh
 from chroma_jax.streaming.prompt import stack
+from chroma_jax.streaming.rounds import beginning
+from chroma_jax.streaming.session import SamplingSettings
+from chroma_jax.streaming.slots import Chunk, Frames, Slots, VoiceChunk, padded
+from chroma_jax.streaming.state import Capacity
 from chroma_jax.streaming.stream import Speaker, settings
+from chroma_jax.streaming.voices import Voice, load_voice, save_voice
 
 CASES = (case(0, 5000, 5, "abc"), case(1, 9000, 20, "a longer text"))
 FRAMES = 6
@@ -31,20 +37,41 @@ def said(model: Chroma, codec: Codec):
     return list(Speaker(model, codec).stream(stack([c.prompt for c in CASES]), sampling, keys, FRAMES))
 
 
-@pytest.fixture(scope="module")
-def alone(modules):
-    return said(*modules)
-
-
-@pytest.mark.parametrize("tensor", [2, 4])  # the two heads of keys divide by 2; by 4, the queries that share one do not either
-def test_a_divided_model_says_what_it_says_on_one_device(modules, alone, tensor):
-    mesh = make_mesh(MeshConfig(tensor=tensor))
-    frames = said(*on_mesh(*modules, mesh))
-    assert len(frames) == len(alone) == FRAMES
-    for one, other in zip(alone, frames):
+def test_queries_and_keys_of_a_row_may_be_divided_in_different_ways(modules):
+    """The two heads of keys do not divide by 4, nor do the two queries that share one: only the MLPs and the vocabulary do."""
+    alone, divided = said(*modules), said(*on_mesh(*modules, make_mesh(MeshConfig(tensor=4))))
+    assert len(divided) == len(alone) == FRAMES
+    for one, other in zip(alone, divided):
         np.testing.assert_array_equal(one.codes, other.codes)
         np.testing.assert_array_equal(one.token, other.token)
         np.testing.assert_allclose(one.samples, other.samples, atol=1e-5)  # float32, sums in another order
+
+
+def in_slots(model: Chroma, codec: Codec, folder) -> Frames:
+    """Four frames of a conversation in the second slot of two, its voice prompt read, kept in a file and adopted."""
+    slots = Slots(model, codec, 2, Capacity(64, 64, 8), voice_positions=32, chunk=16, dtype="float32")
+    prompt, piece = CASES[0].prompt, np.arange(16)
+    cache = slots.empty_voice()
+    chunk = VoiceChunk(
+        *(padded(x[:16], 16, NOTHING) for x in (prompt.voice_token, prompt.voice_codes)),
+        np.int32(0),
+        np.int32(len(prompt.voice_token[:16])),
+    )
+    save_voice(Voice(slots.read_voice(cache, chunk), int(chunk.length)), "this", folder / "voice")
+    voice = load_voice(folder / "voice", "this", slots)
+    slots.adopt(1, voice.cache)
+    slots.hear(1, Chunk((piece + 3).astype(np.int32), np.full(16, NOTHING, np.int32), slots.no_audio, np.int32(11)))
+    slots.begin(1, beginning(voice.length, SamplingSettings(), 0))
+    frames = [slots.tick(1, "all" if i % 2 == 0 else "none") for i in range(4)]
+    return jax.tree.map(lambda *x: np.concatenate(x)[:, 1], *map(jax.device_get, frames))
+
+
+def test_slots_of_a_divided_model_say_what_they_say_on_one_device(modules, tmp_path):
+    one, other = (in_slots(*given, tmp_path) for given in (modules, on_mesh(*modules, make_mesh(MeshConfig(tensor=2)))))
+    assert one.live.all() and (one.token[::2] != NOTHING).all()  # else this would compare nothing
+    np.testing.assert_array_equal(one.token, other.token)
+    np.testing.assert_array_equal(one.live, other.live)
+    np.testing.assert_allclose(one.samples, other.samples, atol=1e-5)  # float32, sums in another order
 
 
 def test_queries_are_divided_where_their_keys_are_not():

@@ -70,7 +70,7 @@ class KVCache(NamedTuple):
         return write(self, keys, values, slots, row)
 
     def entries(self, keys: jax.Array, values: jax.Array) -> "KVCache":
-        """New keys and values, [layers, B, T, K, H], in the types of this cache, heads as they lie in it: [layers, B, K/P, T, P·H]."""
+        """New keys and values, [layers, B, T, K, H], in this cache's types and as heads lie in it, [layers, B, K/P, T, P·H]."""
         scales = (None, None)
         if self.key_scale is not None:
             (keys, key_scale), (values, value_scale) = rounded(keys), rounded(values)

@@ -44,8 +44,8 @@ def computed_once(x: jax.Array) -> jax.Array:
 
 
 def through_cached(blocks, x, rotation, mask, cache: KVCache, slots, row=None) -> tuple[jax.Array, KVCache]:
-    """``x`` through stacked blocks, after what is cached; arguments as of `Llama.cached`. The new keys and values of all layers are
-    written to the cache together, behind the last one."""
+    """``x`` through stacked blocks, after what is cached; arguments as of `Llama.cached`. The new keys and values of all layers
+    are written to the cache together, behind the last one."""
     past = Past.of(mask, slots)
 
     def body(x, block_and_layer):

@@ -17,8 +17,8 @@ LARGEST = 127
 
 
 def quantized(model: Chroma) -> Chroma:
-    """The model with the kernels of all its products in int8, the Decoder's heads among them; itself, changed. A kernel's memory is
-    given up as its int8 form is made."""
+    """The model with the kernels of all its products in int8, the Decoder's heads among them; itself, changed. A kernel's memory
+    is given up as its int8 form is made."""
     for _, linear in linears(model):
         linear.kernel, scale = small(linear.kernel)
         linear.scale = nnx.data(scale)

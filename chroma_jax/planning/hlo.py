@@ -341,8 +341,8 @@ def traffic(module: Module, e: Executed) -> tuple[float, float]:
 
 
 class Touched(NamedTuple):
-    """What a fusion does with an operand. read: bytes, None for all of it; replaced: bytes, in place; handed_on: whether its result
-    is the operand as it is."""
+    """What a fusion does with an operand. read: bytes, None for all of it; replaced: bytes, in place; handed_on: whether its
+    result is the operand as it is."""
 
     read: float | None
     replaced: float = 0.0

@@ -123,23 +123,21 @@ def stream_page(plan: StreamPlan) -> str:
 
 
 def stream_table(found: Sequence[dict]) -> str:
-    """Several plans of the streaming ticks, as `chroma_jax.planning.stream.plans` gives them."""
-    lines = [
-        f"{'topology':<10}{'slots':>6} {'weights':<9} {'caches':<9}{'GiB':>7}{'read':>8}{'moved':>8}{'':>7}"
-        f"{'bytes':>8}{'cycles':>8}{'longest':>9}{'RTF':>7}{'':>7}",
-        f"{'':<10}{'':>6} {'':<9} {'':<9}{'':>7}{'GB':>8}{'GB':>8}{'':>7}{'ms':>8}{'ms':>8}{'tick, ms':>9}{'bytes':>7}{'cycles':>7}",
-    ]
+    """Several plans of the streaming ticks, as `chroma_jax.planning.stream.plans` gives them. Of a frame, in the mean: bytes to be
+    read, and moved; milliseconds by bytes and by cycles, and the longest tick's; both over the frame's time."""
+    columns = ("GiB", "read GB", "moved GB", "over", "bytes ms", "cycles ms", "longest", "RTF b.", "RTF c.")
+    lines = [f"{'topology':<10}{'slots':>6} {'weights':<9} {'caches':<9}" + "".join(f"{name:>10}" for name in columns)]
     for plan in found:
         head = f"{plan['topology']:<10}{plan['rows']:>6} {plan['weight_type']:<9} {plan['cache_type']:<9}"
         if not plan["fits"]:
-            lines += [f"{head}{plan['needed'] / GIB:>7.2f}  DOES NOT FIT, {plan['capacity'] / GIB:.2f} GiB"]
+            lines += [f"{head}{plan['needed'] / GIB:>10.2f}  DOES NOT FIT in {plan['capacity'] / GIB:.2f} GiB"]
             continue
         f = plan["per_frame"]
-        lines += [
-            f"{head}{plan['total'] / GIB:>7.2f}{f['read'] / 1e9:>8.2f}{f['hbm_bytes'] / 1e9:>8.2f}{f['bytes_over_read'] - 1:>+7.1%}"
-            f"{f['hbm_seconds'] * 1e3:>8.2f}{f['seconds'] * 1e3:>8.2f}{f['tick_seconds'] * 1e3:>9.2f}"
-            f"{f['byte_rtf']:>7.3f}{f['cycle_rtf']:>7.3f}"
-        ]
+        values = [f"{plan['total'] / GIB:.2f}", *(f"{f[name] / 1e9:.2f}" for name in ("read", "hbm_bytes"))]
+        values += [f"{f['bytes_over_read'] - 1:+.1%}"]
+        values += [f"{f[name] * 1e3:.2f}" for name in ("hbm_seconds", "seconds", "tick_seconds")]
+        values += [f"{f[name]:.3f}" for name in ("byte_rtf", "cycle_rtf")]
+        lines += [head + "".join(f"{value:>10}" for value in values)]
     return "\n".join(lines) + "\n"
 
 

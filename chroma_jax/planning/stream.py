@@ -22,7 +22,7 @@ from chroma_jax.planning import hlo
 from chroma_jax.planning.chips import Topology, compile_only_devices
 from chroma_jax.planning.plan import QUICK, DoesNotFit, Traffic, compute, too_large, traffic, unestimated
 from chroma_jax.schedule import FRAMES_PER_PAIR
-from chroma_jax.streaming.placing import abstract, divided, tick_program, weight_shardings
+from chroma_jax.streaming.placing import TPU_OPTIONS, choosing, divided, weight_shardings
 from chroma_jax.streaming.slots import frames
 from chroma_jax.streaming.state import Capacity, StreamState, idle
 from chroma_jax.streaming.step import Pairs
@@ -34,9 +34,9 @@ Bits = Literal["float32", "bfloat16", "int8"]  # of weights or caches; with int8
 class TickPlan:
     """One program on one device; bytes and seconds of one run.
 
-    read: bytes that no program could do without: the weights that it multiplies, the Decoder's as often as it runs, and the caches
-    up to their capacity, once. hbm_bytes: read and written, loops counted as often as they turn. compute: the compiler's cycles
-    over the clock, by part. traffic: what chips exchange.
+    read: bytes that no program could do without: the weights that it multiplies, the Decoder's as often as it runs, and the
+    caches up to their capacity, once. hbm_bytes: read and written, loops counted as often as they turn. compute: the compiler's
+    cycles over the clock, by part. traffic: what chips exchange.
     """
 
     read: float
@@ -66,9 +66,9 @@ class TickPlan:
 
 @dataclasses.dataclass(frozen=True)
 class StreamPlan:
-    """The ticks on one device of a topology, all of which share the model. Bytes of its memory by kind, seconds of a frame. budget:
-    seconds of a frame, in which it has to be done. caches: of ``rows`` conversations of ``positions`` positions. pair, frame: the
-    two ticks, which alternate."""
+    """The ticks on one device of a topology, all of which share the model. Bytes of its memory by kind, seconds of a frame.
+    budget: seconds of a frame, in which it has to be done. caches: of ``rows`` conversations of ``positions`` positions. pair,
+    frame: the two ticks, which alternate."""
 
     topology: str
     chips: int
@@ -151,20 +151,21 @@ def plan_stream(
         def tick(weights, state, *, pairs: Pairs):
             return frames(*(nnx.merge(*pair) for pair in zip(graphs, weights, strict=True)), state, 1, pairs)
 
-        def plan_tick(pairs: Pairs, choose: bool, held):
+        def plan_tick(program: jax.stages.Wrapped, pairs: Pairs, held):
             started = time.perf_counter()
-            program = tick_program(partial(tick, pairs=pairs), devices[0], held if choose else None)
             try:
-                lowered = program.lower(held, state)
-                compiled = lowered.compile(QUICK if effort == "quick" else None)
+                compiled = program.lower(held, state).compile(QUICK if effort == "quick" else None)
             except jax.errors.JaxRuntimeError as e:
                 raise too_large(topology, str(e)) from e
-            read = must_read(nnx.merge(graphs[0], held[0]), nnx.merge(graphs[1], held[1]), state, pairs)
+            read = must_read(*(nnx.merge(*pair) for pair in zip(graphs, held, strict=True)), state, pairs)
             return compiled, read_program(compiled, read, topology, mesh, time.perf_counter() - started)
 
-        compiled, pair = plan_tick("all", True, held)
-        chosen = abstract(held, compiled.input_formats[0][0])
-        _, frame = plan_tick("none", False, chosen)
+        compiled, pair = plan_tick(choosing(partial(tick, pairs="all"), held), "all", held)
+        chosen = jax.tree.map(
+            lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), held, compiled.input_formats[0][0]
+        )
+        as_chosen = jax.jit(partial(tick, pairs="none"), donate_argnums=1, compiler_options=TPU_OPTIONS)
+        _, frame = plan_tick(as_chosen, "none", chosen)
     found = StreamPlan(
         topology=topology.name,
         chips=topology.num_chips,
@@ -186,8 +187,8 @@ def plan_stream(
 
 
 def abstract_weights(config, dtype, weights: Bits, mesh):
-    """Graphs and ShapeDtypeStructs of the model and its Codec, where they lie on a mesh. The model is in ``dtype``, its products in
-    int8 where ``weights`` says so, the Codec in float32."""
+    """Graphs and ShapeDtypeStructs of the model and its Codec, where they lie on a mesh. The model is in ``dtype``, its products
+    in int8 where ``weights`` says so, the Codec in float32."""
 
     def made():
         model = Chroma(nnx.Rngs(0), config)

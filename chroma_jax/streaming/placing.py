@@ -1,9 +1,8 @@
 """How streaming programs are compiled, and where and how their weights lie: what `plan` compiles is what an engine runs.
 
-On TPU the compiler chooses the layout of every weight, for the tick that reads most of them, and all programs take the weights so:
-in layouts of its own choice it need not copy them before each product. On one device a model lies whole; a mesh divides it over
-its axis ``tensor``, with heads, columns of the MLPs and the vocabulary, each where the mesh divides it, and the Codec on every
-device.
+On TPU the compiler chooses the layout of every weight, for the tick that reads all of them, and all programs take the weights so:
+lying in another way, they would be copied before their products. On one device a model lies whole; a mesh divides it over its
+axis ``tensor``: heads, columns of the MLPs, the vocabulary, each where the mesh divides it. The Codec is whole on every device.
 """
 
 import contextlib
@@ -13,7 +12,7 @@ from collections.abc import Callable, Iterator
 import jax
 from flax import nnx
 from jax.experimental.layout import Format, Layout
-from jax.sharding import Mesh, NamedSharding, Sharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from chroma_jax.layers.sharding import RULES, AxisRules, state_shardings
@@ -21,31 +20,33 @@ from chroma_jax.models.chroma import Chroma, ChromaConfig
 from chroma_jax.models.codec import Codec
 from chroma_jax.models.quantized import quantized
 
-# Products of one row stay on the matrix units: as sums of products on the vector unit they took 1.8 times as long.
+Place = jax.Device | NamedSharding  # one device; or a mesh, whole on each of its devices
+
+# Products of one row stay on the matrix units: as sums of products on the vector units they take 1.8 times as long.
 TPU_OPTIONS = {"xla_tpu_enable_dot_strength_reduction": "false"}
 WHOLE = AxisRules(heads=(), mlp=(), vocab=())
 
 
-def compiler_options(device: jax.Device) -> dict[str, str]:
-    return TPU_OPTIONS if device.platform == "tpu" else {}
+def compiler_options(platform: str) -> dict[str, str] | None:
+    return TPU_OPTIONS if platform == "tpu" else None
 
 
-def tick_program(tick: Callable, device: jax.Device, weights=None) -> jax.stages.Wrapped:
-    """tick(weights, state) → (state, output), the old state being given up. weights: with ShapeDtypeStructs or arrays in its
-    place, their layouts are the compiler's choice, to be read from ``compiled.input_formats``; else they are as they come."""
-    options = compiler_options(device)
-    if weights is None:
-        return jax.jit(tick, donate_argnums=1, compiler_options=options)
+def choosing(tick: Callable, weights) -> jax.stages.Wrapped:
+    """tick(weights, state) → (state, output), the old state being given up, for TPU, with the layouts of ``weights``, arrays or
+    ShapeDtypeStructs, being the compiler's choice: ``compiled.input_formats[0][0]``."""
     chosen = jax.tree.map(lambda x: Format(Layout.AUTO, x.sharding), weights)
-    return jax.jit(tick, donate_argnums=1, in_shardings=(chosen, None), keep_unused=True, compiler_options=options)
+    return jax.jit(tick, donate_argnums=1, in_shardings=(chosen, None), keep_unused=True, compiler_options=TPU_OPTIONS)
 
 
-def formats(tick: Callable, weights, state, device: jax.Device):
-    """In which format each weight is to lie, for `jax.device_put`: on TPU the compiler's choice, which it takes one compilation
-    to know, elsewhere as it lies. weights, state: arrays or ShapeDtypeStructs with shardings."""
-    if device.platform != "tpu":
-        return jax.tree.map(lambda x: x.sharding, weights)
-    return tick_program(tick, device, weights).lower(weights, state).compile().input_formats[0][0]
+def laid_out(tick: Callable, weights, state):
+    """Weights as they best lie for ``tick``: on TPU a compilation finds out how, elsewhere as they do."""
+    if jax.tree.leaves(weights)[0].devices().pop().platform != "tpu":
+        return weights
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), (weights, state))
+    return jax.device_put(weights, choosing(tick, weights).lower(*abstract).compile().input_formats[0][0])
+
+
+# A model over several devices
 
 
 def divided(config: ChromaConfig, tensor: int) -> ChromaConfig:
@@ -87,7 +88,7 @@ def weight_shardings(config: ChromaConfig, model: nnx.State, codec: nnx.State, m
 
 
 def on_mesh(model: Chroma, codec: Codec, mesh: Mesh) -> tuple[Chroma, Codec]:
-    """Copies that are divided over a mesh's axis ``tensor``; programs of them run where the mesh is set. Raises: ChromaError as
+    """Copies that are divided over a mesh's axis ``tensor``, for a `Speaker` or an engine. Raises: ChromaError as
     `weight_shardings` does."""
     config = divided(model.config, mesh.shape["tensor"])
     small = model.decoder.heads_scale is not None
@@ -98,25 +99,29 @@ def on_mesh(model: Chroma, codec: Codec, mesh: Mesh) -> tuple[Chroma, Codec]:
     return tuple(nnx.merge(graph, state) for graph, state in zip(graphs, placed, strict=True))
 
 
-def place_of(weight: jax.Array) -> jax.Device | NamedSharding:
-    """Where what goes with a model's weights is to be put: their device, or whole on every device of their mesh."""
+def place_of(weight: jax.Array) -> Place:
+    """Where what goes with a model's weights is to be put."""
     where = weight.sharding
     return NamedSharding(where.mesh, P()) if isinstance(where, NamedSharding) else weight.devices().pop()
 
 
-def on_many(place: jax.Device | NamedSharding) -> bool:
+def on_many(place: Place) -> bool:
     return isinstance(place, NamedSharding)
 
 
+def platform_of(place: Place) -> str:
+    return place.mesh.devices.flat[0].platform if on_many(place) else place.platform
+
+
 @contextlib.contextmanager
-def guarded(place: jax.Device | NamedSharding) -> Iterator[None]:
-    """Inside, programs run where the weights are, and nothing moves between host and device unasked."""
-    with jax.set_mesh(place.mesh) if on_many(place) else contextlib.nullcontext(), jax.transfer_guard("disallow"):
+def running(place: Place) -> Iterator[None]:
+    """Inside, programs run where the weights are."""
+    with jax.set_mesh(place.mesh) if on_many(place) else contextlib.nullcontext():
         yield
 
 
-def abstract(tree, shardings=None):
-    """ShapeDtypeStructs of arrays, or of their like, with other shardings, formats, or one for all."""
-    if shardings is None or isinstance(shardings, Sharding):
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings or x.sharding), tree)
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+@contextlib.contextmanager
+def guarded(place: Place) -> Iterator[None]:
+    """The same, and nothing moves between host and device unasked."""
+    with running(place), jax.transfer_guard("disallow"):
+        yield

@@ -28,8 +28,9 @@ from chroma_jax.models.codec import Codec
 from chroma_jax.models.codec.codec import reset_rows
 from chroma_jax.rows import is_present
 from chroma_jax.schedule import FRAMES_PER_PAIR, NOTHING
+from chroma_jax.streaming.placing import compiler_options, laid_out, on_many, place_of, platform_of, running
 from chroma_jax.streaming.state import Capacity, StreamState, idle
-from chroma_jax.streaming.step import Pairs, step
+from chroma_jax.streaming.step import Pairs, traced_frame
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)  # numbers of slots
 FRAMES_PER_CALL = (1, 2, 4, 8)
@@ -81,23 +82,39 @@ class Frames(NamedTuple):
 
 
 def frames(model: Chroma, codec: Codec, state: StreamState, count: int, pairs: Pairs) -> tuple[StreamState, Frames]:
-    """``count`` frames of every slot: one, with the text pairs that are said, or an even number, the first one with pairs."""
+    """``count`` frames of every slot: one, with the text pairs that are said, or an even number, the first one with pairs.
 
-    def frame(state, pairs):
-        state, out = step(model, codec, state, pairs=pairs)
-        return state, Frames(out.samples, out.token, out.live)
+    A single slot's sound is decoded once for all of them, which reads the Codec's weights once. With several slots each frame is
+    decoded by itself: its samples then have the same bits however many frames were asked for, which depends on the other slots.
+    """
+    at_once = len(state.frames) == 1
+
+    def sound(state: StreamState, codes: jax.Array) -> tuple[StreamState, jax.Array]:
+        """codes: int32 [n, B, Q]. Returns samples [n, B, S]."""
+        with jax.named_scope("codec"):
+            codec_state, samples = codec.decode_step(state.codec, jnp.moveaxis(codes, 0, 1))
+        return state._replace(codec=codec_state), jnp.moveaxis(samples.reshape(len(samples), len(codes), -1), 1, 0)
+
+    def frame(state: StreamState, pairs: Pairs):
+        state, trace = traced_frame(model, state, "trained", pairs)
+        token = jnp.where(trace.text.wanted & trace.live, trace.text.token, NOTHING)
+        state, given = (state, trace.codes[None]) if at_once else sound(state, trace.codes[None])
+        return state, (given, token[None], trace.live[None])
+
+    def pair(state: StreamState, _):
+        state, first = frame(state, "all")
+        state, second = frame(state, "none")
+        return state, jax.tree.map(lambda *x: jnp.concatenate(x), first, second)
 
     if count == 1:
         state, out = frame(state, pairs)
-        return state, jax.tree.map(lambda x: x[None], out)
-
-    def pair(state, _):
-        state, first = frame(state, "all")
-        state, second = frame(state, "none")
-        return state, jax.tree.map(lambda *x: jnp.stack(x), first, second)
-
-    state, out = jax.lax.scan(pair, state, length=count // FRAMES_PER_PAIR)
-    return state, jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), out)
+    else:
+        state, out = jax.lax.scan(pair, state, length=count // FRAMES_PER_PAIR)
+        out = jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), out)
+    given, token, live = out
+    if at_once:
+        state, given = sound(state, given)
+    return state, Frames(given, token, live)
 
 
 def hear(model: Chroma, state: StreamState, slot: jax.Array, chunk: Chunk) -> StreamState:
@@ -157,8 +174,9 @@ def stop(state: StreamState, slot: jax.Array, position: jax.Array) -> StreamStat
 
 
 @functools.cache
-def programs(graphs: tuple[nnx.GraphDef, nnx.GraphDef], dtype: str) -> dict[str | tuple[int, Pairs], Callable]:
+def programs(graphs: tuple[nnx.GraphDef, nnx.GraphDef], dtype: str, platform: str) -> dict[str | tuple[int, Pairs], Callable]:
     """The programs of one architecture, by name, those of ticks by number of frames and pairs. weights: of model and Codec."""
+    jit = partial(jax.jit, compiler_options=compiler_options(platform))
 
     def of_models(function):
         return lambda weights, *rest: function(*(nnx.merge(*pair) for pair in zip(graphs, weights, strict=True)), *rest)
@@ -168,15 +186,15 @@ def programs(graphs: tuple[nnx.GraphDef, nnx.GraphDef], dtype: str) -> dict[str 
         return carry, outputs[0]
 
     found = {
-        "encode": jax.jit(of_models(encode)),
-        "hear": jax.jit(of_models(lambda model, _, *rest: hear(model, *rest)), donate_argnums=1),
-        "read_voice": jax.jit(of_models(lambda model, _, *rest: read_voice(model, *rest, jnp.dtype(dtype))), donate_argnums=1),
-        "adopt": jax.jit(adopt, donate_argnums=0),
-        "begin": jax.jit(begin, donate_argnums=0),
-        "stop": jax.jit(stop, donate_argnums=0),
+        "encode": jit(of_models(encode)),
+        "hear": jit(of_models(lambda model, _, *rest: hear(model, *rest)), donate_argnums=1),
+        "read_voice": jit(of_models(lambda model, _, *rest: read_voice(model, *rest, jnp.dtype(dtype))), donate_argnums=1),
+        "adopt": jit(adopt, donate_argnums=0),
+        "begin": jit(begin, donate_argnums=0),
+        "stop": jit(stop, donate_argnums=0),
     }
     ticks = {(count, pairs): of_models(partial(frames, count=count, pairs=pairs)) for count, pairs in TICKS}
-    return found | {tick: jax.jit(run, donate_argnums=1) for tick, run in ticks.items()}
+    return found | {tick: jit(run, donate_argnums=1) for tick, run in ticks.items()}
 
 
 def padded(x: np.ndarray, length: int, value) -> np.ndarray:
@@ -185,7 +203,8 @@ def padded(x: np.ndarray, length: int, value) -> np.ndarray:
 
 
 class Slots:
-    """The state of all slots and its programs, on the device that holds the weights. Nothing here waits for the device.
+    """The state of all slots and its programs, on the device that holds the weights, or the mesh that divides them. Nothing here
+    waits for the device.
 
     voice_positions: that the longest voice prompt may have. chunk: positions that go through a model at once between ticks.
     """
@@ -196,12 +215,14 @@ class Slots:
         self.config, self.capacity, self.chunk, self.voice_positions = model.config, capacity, chunk, voice_positions
         self.dtype, self.count = jnp.dtype(dtype), slots
         (model_graph, model_state), (codec_graph, codec_state) = nnx.split(model), nnx.split(codec)
-        self._programs = programs((model_graph, codec_graph), dtype)
-        self._device = jax.tree.leaves(model_state)[0].devices().pop()
-        self._weights = self.put((model_state, codec_state))
-        made = partial(jax.jit, out_shardings=SingleDeviceSharding(self._device))
-        self._state = made(partial(idle, model.config, codec, slots, capacity, self.dtype))()
+        self._place = place_of(jax.tree.leaves(model_state)[0])
+        self._programs = programs((model_graph, codec_graph), dtype, platform_of(self._place))
+        made = partial(jax.jit, out_shardings=None if on_many(self._place) else SingleDeviceSharding(self._place))
         self._empty_voice = made(partial(self.config.backbone.empty_cache, 1, voice_positions, capacity.cached_as(self.dtype)))
+        with running(self._place):
+            self._state = made(partial(idle, model.config, codec, slots, capacity, self.dtype))()
+            weights = (model_state, codec_state) if on_many(self._place) else self.put((model_state, codec_state))
+            self._weights = laid_out(self._programs[1, "all"], weights, self._state)
         self._slot = [self.put(np.int32(i)) for i in range(slots)]
         self.no_audio = self.put(np.zeros((self.block_outputs, self.config.reasoner.text.width), self.dtype))
 
@@ -212,11 +233,15 @@ class Slots:
         return (positions + 1) // 2
 
     def put(self, tree):
-        return jax.device_put(tree, self._device)
+        return jax.device_put(tree, self._place)
+
+    def _run(self, program: str | tuple[int, Pairs], *given):
+        with running(self._place):
+            return self._programs[program](*given)
 
     def tick(self, count: int, pairs: Pairs) -> Frames:
         """``count`` frames of all slots, see `frames`."""
-        self._state, out = self._programs[count, pairs](self._weights, self._state)
+        self._state, out = self._run((count, pairs), self._weights, self._state)
         return out
 
     def empty_carry(self) -> PoolCarry:
@@ -227,26 +252,27 @@ class Slots:
     def encode(self, carry: PoolCarry, mel: np.ndarray, length: int) -> tuple[PoolCarry, jax.Array]:
         """A block of a turn, mel float32 [block frames, bins]. Returns (carry, [K, D]); see `AudioEncoder.step`."""
         mel, length = self.put((mel[None], np.array([length], np.int32)))
-        return self._programs["encode"](self._weights, carry, mel, length)
+        return self._run("encode", self._weights, carry, mel, length)
 
     def hear(self, slot: int, chunk: Chunk) -> None:
-        self._state = self._programs["hear"](self._weights, self._state, self._slot[slot], self.put(chunk))
+        self._state = self._run("hear", self._weights, self._state, self._slot[slot], self.put(chunk))
 
     def adopt(self, slot: int, voice: KVCache) -> None:
-        self._state = self._programs["adopt"](self._state, self._slot[slot], voice)
+        self._state = self._run("adopt", self._state, self._slot[slot], voice)
 
     def begin(self, slot: int, beginning: Beginning) -> None:
-        self._state = self._programs["begin"](self._state, self._slot[slot], self.put(beginning))
+        self._state = self._run("begin", self._state, self._slot[slot], self.put(beginning))
 
     def stop(self, slot: int, position: int) -> None:
-        self._state = self._programs["stop"](self._state, self._slot[slot], self.put(np.int32(position)))
+        self._state = self._run("stop", self._state, self._slot[slot], self.put(np.int32(position)))
 
     def empty_voice(self) -> KVCache:
         """A cache for `read_voice` to begin with."""
-        return self._empty_voice()
+        with running(self._place):
+            return self._empty_voice()
 
     def read_voice(self, cache: KVCache, chunk: VoiceChunk) -> KVCache:
-        return self._programs["read_voice"](self._weights, cache, self.put(chunk))
+        return self._run("read_voice", self._weights, cache, self.put(chunk))
 
     def ready(self) -> None:
         """Waits for the device."""

@@ -16,14 +16,13 @@ from chroma_jax.models.codec import Codec, CodecState
 from chroma_jax.schedule import NOTHING
 from chroma_jax.streaming.sampling import Sampling
 
-
 Kept = Literal["as_dtype", "int8"]  # in which form weights or caches lie in memory
 
 
 @dataclasses.dataclass(frozen=True)
 class Capacity:
-    """text, audio: positions that the Reasoner's and the Backbone's caches hold. frames: the most frames of a reply. cache: whether
-    keys and values are kept in the type that is computed in, or as int8.
+    """text, audio: positions that the Reasoner's and the Backbone's caches hold. frames: the most frames of a reply. cache:
+    whether keys and values are kept in the type that is computed in, or as int8.
 
     What is past them is dropped, so the caller ends a reply in time.
     """
