@@ -123,8 +123,8 @@ def stream_page(plan: StreamPlan) -> str:
 
 
 def stream_table(found: Sequence[dict]) -> str:
-    """Several plans of the streaming ticks, as `chroma_jax.planning.stream.plans` gives them. Of a frame, in the mean: bytes to be
-    read, and moved; milliseconds by bytes and by cycles, and the longest tick's; both over the frame's time."""
+    """Several plans of the streaming ticks, as `chroma_jax.planning.stream.plans` gives them. Of a frame, in the mean: bytes to
+    be read, and moved; milliseconds by bytes and by cycles, and the longest tick's; both over the frame's time."""
     columns = ("GiB", "read GB", "moved GB", "over", "bytes ms", "cycles ms", "longest", "RTF b.", "RTF c.")
     lines = [f"{'topology':<10}{'slots':>6} {'weights':<9} {'caches':<9}" + "".join(f"{name:>10}" for name in columns)]
     for plan in found:
