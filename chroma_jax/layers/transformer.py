@@ -52,20 +52,26 @@ def through_cached(blocks, x, rotation, mask, cache: KVCache, slots, row=None) -
         block, layer = block_and_layer
         return block.cached(x, rotation, past, cache.of_layer(layer, row))
 
-    if isinstance(blocks, nnx.List):
-        new = []
-        for layer, block in enumerate(blocks):
-            x, of_layer = body(x, (block, layer))
-            new.append(of_layer)
-        new = jax.tree.map(lambda *x: jnp.stack(x), *new)
-    else:
-        x, new = jax.lax.scan(body, x, (blocks, jnp.arange(len(cache.keys))))
+    layers = range(len(cache.keys))
+    stacked = not isinstance(blocks, nnx.List)
+    x, new = through(body, x, (blocks, jnp.array(layers)) if stacked else list(zip(blocks, layers, strict=True)))
     return x, cache.written(*new, slots, row)
 
 
+def through(body, carry, blocks):
+    """`jax.lax.scan` over stacked blocks, or the same over a list of `unstacked` ones, one after the other."""
+    if not isinstance(blocks, (list, nnx.List)):
+        return jax.lax.scan(body, carry, blocks)
+    results = []
+    for block in blocks:
+        carry, result = body(carry, block)
+        results.append(result)
+    return carry, jax.tree.map(lambda *x: jnp.stack(x), *results)
+
+
 def unstacked(blocks: nnx.Module) -> nnx.List:
-    """Stacked blocks as one for each layer, for `through_cached`: a processor's products take whole arrays only, to which a scan
-    copies the weights of each layer anew."""
+    """Stacked blocks as one for each layer: a processor's products take whole arrays only, to which a scan copies the weights of
+    each layer anew."""
     graph, state = nnx.split(blocks)
     layers = jax.tree.leaves(state)[0].shape[0]
     return nnx.List([nnx.merge(graph, jax.tree.map(lambda x, i=i: x[i], state)) for i in range(layers)])
@@ -144,7 +150,7 @@ class Llama(nnx.Module):
         after the final norm."""
         rotation = self._rotation(positions)
         body = rematerialise(lambda x, block: (block(x, rotation, mask), None), self.config.remat)
-        x, _ = jax.lax.scan(body, x, self.blocks)
+        x, _ = through(body, x, self.blocks)
         return self.norm(x)
 
     def cached(
@@ -253,7 +259,7 @@ class Encoder(nnx.Module):
         """x: [B, T, D]; positions: int32 [B, T]; mask: bool [B, T, T]. Returns [B, T, D]."""
         rotation = self._rotation(positions)
         body = rematerialise(lambda x, block: (block(x, rotation, mask), None), self.config.remat)
-        return jax.lax.scan(body, x, self.blocks)[0]
+        return through(body, x, self.blocks)[0]
 
     def cached(
         self, x: jax.Array, positions: jax.Array, cache: KVCache, slots: jax.Array, mask: jax.Array
