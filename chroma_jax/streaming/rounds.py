@@ -63,8 +63,6 @@ class Rounds:
         self._joining: list[Session] = []  # whose time of joining is not known yet
         self._opens_pair = True  # whether the next tick does
         self._flight: Flight | None = None  # the tick whose frames were not fetched yet
-            None  # the tick that was not fetched yet
-        )
         self._fetched = 0.0  # when the last one was
         self._costs = {"frame": 0.0, "unit": self._frame_seconds}  # seconds, of late: of a frame, and of reading a unit
 
