@@ -1,20 +1,14 @@
 """The engine: many live conversations on one device, a frame of all of them at each tick.
 
 One thread owns the device. Every round it does what clients ordered (cancel, close), then a bounded piece of what conversations
-have to read (so that nobody's next frame is late), then asks for a tick, and only then fetches the frames of the tick before:
-
-    orders → read a little → begin replies → tick k → frames of tick k − 1 → clients
-
-Text pairs fall due in every other tick, the same ones for all slots: replies begin before such a tick. Several frames are asked
-for in one call once every listener has as many waiting, never while somebody waits for a first frame.
+have to read (so that nobody's next frame is late), then asks for a tick, and only then fetches the frames of the tick before.
+`chroma_jax.streaming.rounds` is that thread's work; here is what clients see.
 """
 
-import collections
 import dataclasses
 import threading
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -24,15 +18,16 @@ import numpy as np
 from chroma_jax.chat import Encode, system_turn
 from chroma_jax.errors import ChromaError, near
 from chroma_jax.features import FeatureConfig, num_frames
-from chroma_jax.models.audio_encoder import num_outputs, num_positions
+from chroma_jax.models.audio_encoder import num_outputs
 from chroma_jax.models.chroma import Chroma
 from chroma_jax.models.codec import Codec
-from chroma_jax.schedule import FRAMES_PER_PAIR, NOTHING
+from chroma_jax.schedule import FRAMES_PER_PAIR
 from chroma_jax.streaming.conversation import Conversation, around_a_turn
-from chroma_jax.streaming.listen import MelBlock, MelBlocks
-from chroma_jax.streaming.meter import AUDIBLE, Meter
-from chroma_jax.streaming.session import Reply, Said, SamplingSettings, Session
-from chroma_jax.streaming.slots import BUCKETS, FRAMES_PER_CALL, TICKS, Beginning, Chunk, Frames, Slots
+from chroma_jax.streaming.listen import MelBlocks
+from chroma_jax.streaming.meter import Meter
+from chroma_jax.streaming.rounds import Rounds, beginning
+from chroma_jax.streaming.session import Reply, SamplingSettings, Session
+from chroma_jax.streaming.slots import BUCKETS, FRAMES_PER_CALL, TICKS, Chunk, Slots
 from chroma_jax.streaming.state import Capacity
 from chroma_jax.streaming.stream import counted_compilations
 from chroma_jax.streaming.voices import Recorder, Voice, fingerprint, load_voice, save_voice
@@ -78,9 +73,9 @@ class Engine:
     def __init__(self, model: Chroma, codec: Codec, encode: Encode, decode: Decode, config: EngineConfig = EngineConfig()):
         c, chroma = config, model.config
         self.config, self.config_of_codec = c, chroma.codec
-        self._encode, self._decode, self._tokens = encode, decode, chroma.tokens
-        self._frame_seconds = 1 / chroma.codec.frame_rate
-        self.max_frames = int(c.max_seconds / self._frame_seconds)
+        self._encode, self._tokens = encode, chroma.tokens
+        frame_seconds = 1 / chroma.codec.frame_rate
+        self.max_frames = int(c.max_seconds / frame_seconds)
         if self.max_frames < 1:
             raise ChromaError(f"max_seconds {c.max_seconds:g} is less than one frame")
         pairs = -(-self.max_frames // FRAMES_PER_PAIR)
@@ -95,16 +90,17 @@ class Engine:
         self._recorder, self._made_by = Recorder(self._slots, codec, encode), fingerprint(model)
         self.meter = Meter()
         self.compiled, self.compilations = 0, 0  # programs, by the warm-up and since
+        self.rounds = Rounds(
+            self._slots,
+            self.meter,
+            decode,
+            reserved=self._reserved,
+            frames_per_call=c.frames_per_call,
+            lead_seconds=c.lead_seconds,
+        )
         self._voices: dict[str, Voice] = {}
-        self._sessions: list[Session | None] = [None] * c.slots
-        self._orders: collections.deque[Callable[[], None]] = collections.deque()
-        self._jobs: collections.deque[Callable[[], bool]] = collections.deque()  # voices to be made; false when done
-        self._joining: list[Session] = []
         self._news = threading.Condition()
         self._fresh = False  # whether something came that the engine's thread has not looked at
-        self._opens_pair = True  # whether the next tick does
-        self._flight: tuple[Frames, int, float, list[tuple[Session, Reply]]] | None = None  # the tick that was not fetched yet
-        self._fetched = 0.0
         self._thread: threading.Thread | None = None
         self._closing = False
         self._failure: BaseException | None = None
@@ -148,7 +144,7 @@ class Engine:
                 done.set()
             return voice is None
 
-        self._notify(lambda: self._jobs.append(job))
+        self._notify(lambda: self.rounds.jobs.append(job))
         self._until(done.is_set)
         if isinstance(found[0], BaseException):
             raise found[0]
@@ -189,13 +185,14 @@ class Engine:
         conversation = Conversation(
             self._encode, self._tokens, size=self.config.chunk, no_audio=self._slots.no_audio, system=system
         )
-        self._until(lambda: None in self._sessions or not any(s.closed for s in self._sessions))  # closed, but not gone yet
+        sessions = self.rounds.sessions
+        self._until(lambda: None in sessions or not any(s.closed for s in sessions))  # those that are closed will be gone
         with self._news:
-            if None not in self._sessions:
+            if None not in sessions:
                 raise ChromaError(f"all {self.config.slots} slots are taken; close a session, or make an engine with more slots")
-            slot = self._sessions.index(None)
-            session = self._sessions[slot] = Session(self, slot, conversation, sampling, most)
-        self.submit(session, [lambda: self._enter(session, found)])
+            slot = sessions.index(None)
+            session = sessions[slot] = Session(self, slot, conversation, sampling, most)
+        self.submit(session, [lambda: self.rounds.enter(session, found)])
         return session
 
     def start(self) -> "Engine":
@@ -208,7 +205,7 @@ class Engine:
 
     def close(self) -> None:
         """Ends all sessions and the thread."""
-        for session in [s for s in self._sessions if s is not None]:
+        for session in [s for s in self.rounds.sessions if s is not None]:
             session.close()
         self._notify(lambda: setattr(self, "_closing", True))
         if self._thread is not None:
@@ -254,6 +251,10 @@ class Engine:
                 else f"the text is too long: text_positions {self.config.text_positions} leaves room for {room} tokens"
             )
 
+    def _room(self, head: int) -> int:
+        """Positions that the user's part of a turn may have. head: those of the system text."""
+        return self.config.text_positions - self._reserved - head
+
     def submit(self, session: Session, units: list[Callable[[], list | None]]) -> None:
         """More work for a session, to be done in order; a unit may return others that come right after it."""
         self._notify(lambda: session.work.extend(units))
@@ -261,40 +262,22 @@ class Engine:
     def cancel(self, session: Session, reply: Reply, heard: int) -> None:
         """The device stops before its next tick; heard: frames of the reply that its listener knows."""
         asked = time.perf_counter()
-        self._notify(lambda: self._orders.append(lambda: self._cut(session, reply, heard, asked)))
+        self._notify(lambda: self.rounds.orders.append(lambda: self.rounds.cut(session, reply, heard, asked)))
 
     def release(self, session: Session) -> None:
         if not session.closed:
             session.closed = True
-            self._notify(lambda: self._orders.append(lambda: self._leave(session)))
+            self._notify(lambda: self.rounds.orders.append(lambda: self.rounds.leave(session)))
 
     # The engine's thread
 
     def advance(self) -> float | None:
-        """One round. Returns after how many seconds the next one is due: 0 for at once, None when only news bring work."""
-        began = time.perf_counter()
-        while self._orders:
-            self._orders.popleft()()
-        speaking = self._in_phase("speaking")
-        lead = min((self._lead(s, began) for s in speaking), default=0.0)
-        busy = False
-        for _ in range(1 if lead < 2 * FRAMES_PER_PAIR * self._frame_seconds else 4):
-            busy = self._read_a_little() or busy
-        if self._opens_pair or not speaking:
-            for session in self._in_phase("ready"):
-                self._begin(session)
-        speaking = self._in_phase("speaking")
-        wanted = self._wanted(speaking, began) if speaking else None  # seconds until a tick is
-        before, self._flight = self._flight, None
-        if wanted is not None and wanted <= 0:
-            self._flight = self._tick(speaking, lead, began)
-        if before is not None:
-            self._fetch(*before)
-        return 0 if busy or before is not None or self._flight is not None else wanted
+        """One round, for an engine without a thread; see `Rounds.advance`."""
+        return self.rounds.advance()
 
     def _run(self) -> None:
         try:
-            with jax.transfer_guard("disallow"), counted_compilations() as compiled:
+            with jax.transfer_guard("disallow"), counted_compilations(here=True) as compiled:
                 while not self._closing:
                     with self._news:
                         self._fresh = False
@@ -306,7 +289,7 @@ class Engine:
                             self._news.wait_for(lambda: self._fresh or self._closing, due)
         except BaseException as e:
             self._failure = e
-            for session in [s for s in self._sessions if s is not None]:
+            for session in [s for s in self.rounds.sessions if s is not None]:
                 for reply in {session.current, session.reply} - {None}:
                     reply.end("failed", e)
             with self._news:
@@ -328,173 +311,8 @@ class Engine:
             with self._news:
                 self._news.wait_for(lambda: done() or self._failure is not None or self._closing, 0.1)
 
-    def _in_phase(self, phase: str) -> list[Session]:
-        return [s for s in self._sessions if s is not None and not s.closed and s.phase == phase]
-
-    # Reading
-
-    def _read_a_little(self) -> bool:
-        """One unit of work, of the session that waits for its reply longest, else of any that is heard, else of a voice."""
-        waiting = [s for s in self._sessions if s is not None and s.work and not s.closed and s.phase in ("listening", "asked")]
-        if waiting:
-            session = min(waiting, key=self._urgency)
-            session.work.extendleft(reversed(session.work.popleft()() or []))
-            return True
-        if self._jobs:
-            job = self._jobs.popleft()
-            if job():
-                self._jobs.append(job)
-            return True
-        return False
-
-    @staticmethod
-    def _urgency(session: Session) -> tuple:
-        reply = session.reply
-        return (True, session.opened) if reply is None or reply.ended else (False, reply.asked)
-
-    def _enter(self, session: Session, voice: Voice) -> list:
-        self._slots.stop(session.slot, 0)
-        self._slots.adopt(session.slot, voice.cache)
-        session.voice_length = voice.length
-        return [*self._reading(session, session.conversation.head), lambda: self._joining.append(session)]
-
-    def open_turn(self, session: Session) -> None:
-        session.conversation.open_turn()
-        session.carry, session.positions = self._slots.empty_carry(), 0
-
-    def hear(self, session: Session, block: MelBlock) -> list:
-        """A block of the user's speech is encoded and read."""
-        session.carry, outputs = self._slots.encode(session.carry, block.mel, block.length)
-        before, session.positions = session.positions, session.positions + num_positions(block.length)
-        return self._reading(session, session.conversation.speech(outputs, session.positions // 2 - before // 2))
-
-    def close_turn(self, session: Session, reply: Reply, said: str) -> list:
-        session.phase, session.current = "asked", reply
-        reply.turn = session.conversation.turns[-1]
-        return [*self._reading(session, session.conversation.close_turn(said)), lambda: self._all_heard(session, reply)]
-
-    def _all_heard(self, session: Session, reply: Reply) -> None:
-        if reply.ended:  # cancelled meanwhile
-            self._finish(session, reply, [])
-        else:
-            session.phase = "ready"
-
-    def _reading(self, session: Session, chunks: list[Chunk]) -> list:
-        """Units that read chunks, which are already part of the conversation; of all of it, if it had to be shortened."""
-        if session.conversation.length + self._reserved > self.config.text_positions:
-            chunks = session.conversation.drop_oldest((self.config.text_positions - self._reserved) // 2)
-            self._slots.stop(session.slot, 0)
-        return [partial(self._slots.hear, session.slot, chunk) for chunk in chunks]
-
-    def _room(self, head: int) -> int:
-        """Positions that the user's part of a turn may have."""
-        return self.config.text_positions - self._reserved - head
-
-    # Speaking
-
-    def _begin(self, session: Session) -> None:
-        self._slots.begin(session.slot, beginning(session.voice_length, session.sampling, session.current.number))
-        if not self._in_phase("speaking"):
-            self._opens_pair = True
-        session.phase = "speaking"
-
-    def _tick(self, speaking: list[Session], lead: float, began: float) -> tuple:
-        count = 1
-        somebody_waits = any(not s.current.frames for s in speaking) or self._in_phase("ready") or self._in_phase("asked")
-        if self._opens_pair and not somebody_waits:
-            room = min(s.max_frames - s.current.frames for s in speaking)
-            most = min(self.config.frames_per_call, room, lead / self._frame_seconds)
-            count = max((n for n in FRAMES_PER_CALL if n <= most), default=1)
-        out = self._slots.tick(count, "all" if self._opens_pair else "none")
-        if count == 1:
-            self._opens_pair = not self._opens_pair
-        for x in out:
-            x.copy_to_host_async()
-        return out, count, began, [(s, s.current) for s in speaking]
-
-    def _fetch(self, out: Frames, count: int, began: float, owners: list[tuple[Session, Reply]]) -> None:
-        samples, token, live = jax.device_get(out)
-        now = time.perf_counter()
-        self.meter.tick(now - max(began, self._fetched), count, len(owners))
-        self._fetched = now
-        for session in self._joining:
-            self.meter.add("join", now - session.opened)
-        self._joining.clear()
-        for i in range(count):
-            for session, reply in owners:
-                if session.phase == "speaking" and session.current is reply and not reply.ended:
-                    self._give(session, reply, samples[i, session.slot], int(token[i, session.slot]), live[i, session.slot], now)
-
-    def _give(self, session: Session, reply: Reply, samples: np.ndarray, token: int, live: bool, now: float) -> None:
-        if not live:
-            self._finish(session, reply, [t for _, t in reply.tokens])
-            reply.end("eos")
-            return
-        if reply.first is None:
-            reply.first = now
-            self.meter.add("ttft", now - reply.asked)
-        if not reply.audible and (loud := np.flatnonzero(np.abs(samples) > AUDIBLE)).size:
-            reply.audible = True
-            heard = (reply.frames * len(samples) + loud[0]) / self.config_of_codec.sampling_rate
-            self.meter.add("ttfa", reply.first + heard - reply.asked)
-        text = ""
-        if token != NOTHING:
-            before = self._written(reply)
-            reply.tokens.append((reply.frames, token))
-            text = self._written(reply)[len(before) :]
-        reply.frames += 1
-        reply.add(Said(samples.copy(), text))
-        if reply.frames >= session.max_frames:
-            self._finish(session, reply, [t for _, t in reply.tokens])
-            reply.end("limit")
-
-    def _written(self, reply: Reply) -> str:
-        """The reply's text so far; a character that is split between tokens comes with its last."""
-        return self._decode([t for _, t in reply.tokens if t != self._tokens.im_end]).rstrip("\ufffd")
-
-    def _finish(self, session: Session, reply: Reply, tokens: list[int]) -> None:
-        """The reply is what these tokens say: the Reasoner goes on behind them."""
-        self._slots.stop(session.slot, session.conversation.unsaid() + len(tokens))
-        for chunk in session.conversation.replied(tokens):
-            self._slots.hear(session.slot, chunk)
-        session.phase = "listening"
-
-    def _cut(self, session: Session, reply: Reply, heard: int, asked: float) -> None:
-        turns = session.conversation.turns
-        if not session.closed and reply.turn is not None and turns and turns[-1] is reply.turn and session.phase != "asked":
-            self._finish(session, reply, [t for frame, t in reply.tokens if frame < heard])
-            self.meter.add("stop", time.perf_counter() - asked)
-
-    def _leave(self, session: Session) -> None:
-        session.work.clear()
-        self._slots.stop(session.slot, 0)
-        with self._news:
-            self._sessions[session.slot] = None
-
-    def _lead(self, session: Session, now: float) -> float:
-        """Seconds of a reply that its listener has not heard yet, playing it since its first frame."""
-        reply = session.current
-        return 0.0 if reply.first is None else reply.frames * self._frame_seconds - (now - reply.first)
-
-    def _wanted(self, speaking: list[Session], now: float) -> float:
-        """Seconds until the next tick is wanted."""
-        lead = self.config.lead_seconds
-        return 0.0 if lead is None else min(self._lead(s, now) for s in speaking) - lead
-
     def _voice(self, name: str) -> Voice:
         if name not in self._voices:
             known = ", ".join(self._voices) or "none"
             raise ChromaError(f"voice {name!r} is unknown{near(name, self._voices)}; there are: {known}")
         return self._voices[name]
-
-
-def beginning(voice_length: int, sampling: SamplingSettings, turn: int) -> Beginning:
-    """How a reply starts, for the device."""
-    return Beginning(
-        voice_length=np.int32(voice_length),
-        seed=np.uint32(sampling.seed),
-        turn=np.int32(turn),
-        temperature=np.float32(sampling.temperature),
-        top_k=np.int32(sampling.top_k),
-        top_p=np.float32(sampling.top_p),
-    )

@@ -160,7 +160,7 @@ class Session:
         self._heard(self._mel.finish() if self._samples else [])
         self.reply, self._replies = reply, self._replies + 1
         self._mel, self._samples, self._in_turn = None, 0, False
-        self.engine.submit(self, [lambda: self.engine.close_turn(self, reply, said)])
+        self.engine.submit(self, [lambda: self.engine.rounds.close_turn(self, reply, said)])
 
     def cancel(self, played_samples: int | None = None) -> None:
         """Stops the reply: no chunk is given out after this call, and the device stops before its next tick. The conversation
@@ -185,9 +185,9 @@ class Session:
         self.engine.release(self)
 
     def _heard(self, blocks: list) -> None:
-        opening = [] if self._in_turn else [lambda: self.engine.open_turn(self)]
+        opening = [] if self._in_turn else [lambda: self.engine.rounds.open_turn(self)]
         self._in_turn = True
-        self.engine.submit(self, [*opening, *((lambda b=block: self.engine.hear(self, b)) for block in blocks)])
+        self.engine.submit(self, [*opening, *((lambda b=block: self.engine.rounds.hear(self, b)) for block in blocks)])
 
     def _check_open(self) -> None:
         if self.closed:

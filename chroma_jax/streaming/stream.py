@@ -6,6 +6,7 @@ two but by an explicit transfer.
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -139,12 +140,13 @@ class Compilations:
 
 
 @contextlib.contextmanager
-def counted_compilations() -> Iterator[Compilations]:
-    """Counts what is compiled inside the ``with`` block, anywhere in the process."""
-    found = Compilations()
+def counted_compilations(*, here: bool = False) -> Iterator[Compilations]:
+    """Counts what is compiled inside the ``with`` block, anywhere in the process, or by this thread alone."""
+    found, thread = Compilations(), threading.get_ident()
 
     def listen(event: str, duration: float, **_) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
+        counts = not here or threading.get_ident() == thread
+        if counts and event == "/jax/core/compile/backend_compile_duration":
             found.count, found.seconds = found.count + 1, found.seconds + duration
 
     jax.monitoring.register_event_duration_secs_listener(listen)

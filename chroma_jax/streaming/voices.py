@@ -39,10 +39,16 @@ class Recorder:
     """Makes voices in pieces, so that replies can go on in between."""
 
     def __init__(self, slots: Slots, codec: Codec, encode: Encode):
-        self._slots, self._codec, self._encode = slots, codec, encode
+        self._slots, self._encode = slots, encode
+        self._pieces = PieceEncoder(
+            codec,
+            frames_per_step=FRAMES_PER_PIECE,
+            num_codebooks=slots.config.codebooks,
+            max_frames=slots.voice_positions,
+        )
 
     def make(self, samples: np.ndarray, transcript: str) -> Iterator[Voice | None]:
-        """samples: float [S] at the Codec's rate. Yields None after each piece of the work, and the voice at last.
+        """samples: float [S] at the Codec's rate. Yields None after each piece of the work, and the voice at last. One at a time.
 
         Raises: ChromaError for an empty recording, or one that with its transcript is longer than ``voice_positions``.
         """
@@ -50,13 +56,12 @@ class Recorder:
         step = FRAMES_PER_PIECE * config.codec.samples_per_frame
         if not len(samples):
             raise ChromaError("the reference recording is empty")
-        most = self._slots.voice_positions
-        pieces = PieceEncoder(self._codec, frames_per_step=FRAMES_PER_PIECE, num_codebooks=config.codebooks, max_frames=most)
-        codes = []
+        most, codes = self._slots.voice_positions, []
+        self._pieces.begin()
         for start in range(0, len(samples), step):
-            codes.append(pieces.feed(samples[start : start + step]))
+            codes.append(self._pieces.feed(samples[start : start + step]))
             yield None
-        codes.append(pieces.finish())
+        codes.append(self._pieces.finish())
         token, codes = voice_sequence(self._encode, config, np.concatenate(codes), transcript)
         if len(token) > most:
             seconds = len(samples) / config.codec.sampling_rate

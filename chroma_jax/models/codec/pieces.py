@@ -35,9 +35,12 @@ class PieceEncoder:
         self._codebooks = codec.config.num_codebooks if num_codebooks is None else num_codebooks
         self._frame = codec.config.samples_per_frame
         self._step = frames_per_step * self._frame
-        self._state = first_state(self._graph, self._weights, frames_per_step, max_frames)
-        self._pieces = Pieces()
-        self._ended = False
+        self._first = partial(first_state, self._graph, self._weights, frames_per_step, max_frames)
+        self.begin()
+
+    def begin(self) -> None:
+        """Another recording, whatever became of the one before."""
+        self._state, self._pieces, self._ended = self._first(), Pieces(), False
 
     def feed(self, samples: np.ndarray) -> np.ndarray:
         """samples: float [S] at the Codec's rate, S ≥ 0. Returns int32 [n, Q], the codes of the steps that are now complete.
@@ -45,7 +48,7 @@ class PieceEncoder:
         Raises: ChromaError for another type or shape, values that are not finite, or a recording that is finished.
         """
         if self._ended:
-            raise ChromaError("the recording is finished; another one needs a new PieceEncoder")
+            raise ChromaError("the recording is finished; begin another one")
         self._pieces.add(samples)
         steps = len(self._pieces) // self._step
         if not steps:
