@@ -1,4 +1,4 @@
-"""169M parameters (178M where Backbone and Decoder each have the table of audio embeddings) with a Codec of the released size: what
+"""169M parameters, or 178M where Backbone and Decoder each have the table of audio embeddings; a Codec of the released size. What
 streaming is measured on, on a processor, beside a peer."""
 
 from chroma_jax.config import Config

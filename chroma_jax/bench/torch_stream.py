@@ -37,29 +37,31 @@ CODEC_CACHE = named(MimiModel.decode, "decoder_cache", "decoder_past_key_values"
 @dataclasses.dataclass(frozen=True)
 class TorchReply:
     """When what was there, in seconds since the question was. voice: its codes; prefill: both prompts in their caches; codes: the
-    first frame's; last_codes: all frames'; arrivals: (when, samples [S]) of each piece of sound on the host."""
+    first frame's; last_codes: those of all ``frames``; arrivals: (when, samples [S]) of each piece of sound on the host."""
 
     voice: float
     prefill: float
     codes: float
     last_codes: float
+    frames: int
     arrivals: list[tuple[float, np.ndarray]]
 
 
-class TorchStream(nn.Module):
+class TorchPeer(nn.Module):
     """The reference's parts, to answer one question at a time."""
 
-    def __init__(self, config: ChromaConfig, *, device: str, dtype: str):
-        """dtype: of all but the Codec, which is in float32."""
+    def __init__(self, config: ChromaConfig, dtype: str, threads: int):
+        """On the first CUDA device, if there is one. dtype: of all but the Codec, which is in float32."""
         super().__init__()
+        torch.set_num_threads(threads)
         said, attention = to_hf(config), {"attn_implementation": "sdpa"}
         thinker, backbone, decoder = said["thinker_config"], said["backbone_config"], said["decoder_config"]
-        self.config, self.device = config, device
+        self.config, self.device = config, "cuda" if torch.cuda.is_available() else "cpu"
         torch.manual_seed(0)
         before = torch.get_default_dtype()
         torch.set_default_dtype(getattr(torch, dtype))
         try:
-            with torch.device(device):
+            with torch.device(self.device):
                 self.audio = Qwen2_5OmniAudioEncoder(Qwen2_5OmniAudioEncoderConfig(**thinker["audio_config"], **attention))
                 self.text = Qwen2_5OmniThinkerTextModel(Qwen2_5OmniTextConfig(**thinker["text_config"], **attention))
                 self.words = nn.Linear(config.reasoner.text.width, config.reasoner.vocab_size, bias=False)
@@ -82,7 +84,7 @@ class TorchStream(nn.Module):
             if name.endswith("embed_sum"):
                 nn.init.normal_(buffer)
         self.eval().requires_grad_(False)
-        self.offsets = config.audio_vocab * torch.arange(config.codebooks, device=device)
+        self.offsets = config.audio_vocab * torch.arange(config.codebooks, device=self.device)
 
     @property
     def num_parameters(self) -> int:
@@ -130,7 +132,7 @@ class TorchStream(nn.Module):
                 arrivals.append((now(), samples))
         last = now()
         samples = self._sound(waiting, decoded)
-        return TorchReply(voiced, prefilled, first, last, [*arrivals, (now(), samples)])
+        return TorchReply(voiced, prefilled, first, last, frames, [*arrivals, (now(), samples)])
 
     def _tensor(self, tokens: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(tokens.astype(np.int64)).to(self.device)
