@@ -311,7 +311,7 @@ def test_between_two_ticks_only_little_is_read(modules):
     events, hear, tick = [], engine._slots.hear, engine._slots.tick
     engine._slots.hear = lambda *a: (events.append("hear"), hear(*a))[1]
     engine._slots.tick = lambda *a: (events.append("tick"), tick(*a))[1]
-    engine.rounds._lead = lambda s, now: 0.0  # it has nothing to spare
+    engine.rounds._frame_seconds = 1e-9  # whatever comes is late
     other = engine.open("high", system="a long text before all else")
     fed(other, speech(4, 6000))
     other.end_turn()

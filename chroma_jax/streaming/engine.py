@@ -30,7 +30,7 @@ from chroma_jax.streaming.session import Reply, SamplingSettings, Session
 from chroma_jax.streaming.slots import BUCKETS, FRAMES_PER_CALL, TICKS, Chunk, Slots
 from chroma_jax.streaming.state import Capacity
 from chroma_jax.streaming.stream import counted_compilations
-from chroma_jax.streaming.voices import Recorder, Voice, fingerprint, load_voice, save_voice
+from chroma_jax.streaming.voices import FRAMES_PER_PIECE, Recorder, Voice, fingerprint, load_voice, save_voice
 
 Decode = Callable[[list[int]], str]  # token ids → text
 
@@ -111,7 +111,8 @@ class Engine:
         """Compiles every program by running it once. Before the first session; takes minutes for a large model."""
         with counted_compilations() as compiled, jax.transfer_guard("disallow"):
             slots, text = self._slots, np.zeros(self._slots.chunk, np.int32)
-            *_, voice = self._recorder.make(np.zeros(self.config_of_codec.samples_per_frame, np.float32), "")
+            frames = FRAMES_PER_PIECE + 1  # the second piece meets another state than the first
+            *_, voice = self._recorder.make(np.zeros(frames * self.config_of_codec.samples_per_frame, np.float32), "")
             block = np.zeros((slots.config.reasoner.audio.block_frames, self.features.mel_bins), np.float32)
             _, outputs = slots.encode(slots.empty_carry(), block, len(block))
             slots.adopt(0, voice.cache)

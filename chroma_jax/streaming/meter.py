@@ -10,6 +10,7 @@
 """
 
 import collections
+import threading
 
 import numpy as np
 
@@ -19,29 +20,34 @@ KEPT = 100_000  # newest values of each figure
 
 
 class Meter:
-    """Times in seconds, by name; `summary` says them in milliseconds."""
+    """Times in seconds, by name; `summary` says them in milliseconds. For any thread."""
 
     def __init__(self):
+        self._lock = threading.Lock()
         self.clear()
 
     def clear(self) -> None:
-        self._times: dict[str, collections.deque] = collections.defaultdict(lambda: collections.deque(maxlen=KEPT))
-        self.frames = self.ticks = self.missed = 0
+        with self._lock:
+            self._times: dict[str, collections.deque] = collections.defaultdict(lambda: collections.deque(maxlen=KEPT))
+            self._frames = self._ticks = self._missed = 0
 
     def add(self, name: str, seconds: float) -> None:
-        self._times[name].append(seconds)
+        with self._lock:
+            self._times[name].append(seconds)
 
     def tick(self, seconds: float, frames: int, slots: int) -> None:
         """A call that took so long for ``frames`` frames of ``slots`` conversations."""
-        self.ticks += frames
-        self.frames += frames * slots
-        self.missed += frames * (seconds / frames > DEADLINE)
-        for _ in range(frames):
-            self.add("tick", seconds / frames)
+        with self._lock:
+            self._ticks += frames
+            self._frames += frames * slots
+            self._missed += frames * (seconds / frames > DEADLINE)
+            self._times["tick"].extend([seconds / frames] * frames)
 
     def summary(self) -> dict:
         """For each figure its count and, in ms, its median, 95th and 99th percentile and maximum."""
-        found = {name: np.array(times) * 1000 for name, times in sorted(self._times.items())}
+        with self._lock:
+            found = {name: np.array(times) * 1000 for name, times in sorted(self._times.items())}
+            counts = {"ticks": self._ticks, "frames": self._frames, "deadline_misses": self._missed}
         figures = {
             f"{name}_ms": {
                 "count": len(x),
@@ -50,4 +56,4 @@ class Meter:
             }
             for name, x in found.items()
         }
-        return figures | {"ticks": self.ticks, "frames": self.frames, "deadline_misses": self.missed}
+        return figures | counts

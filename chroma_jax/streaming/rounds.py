@@ -15,12 +15,14 @@ import jax
 import numpy as np
 
 from chroma_jax.models.audio_encoder import num_positions
-from chroma_jax.schedule import FRAMES_PER_PAIR, NOTHING
+from chroma_jax.schedule import NOTHING
 from chroma_jax.streaming.listen import MelBlock
 from chroma_jax.streaming.meter import AUDIBLE, Meter
 from chroma_jax.streaming.session import Reply, Said, SamplingSettings, Session
 from chroma_jax.streaming.slots import FRAMES_PER_CALL, Beginning, Chunk, Frames, Slots
 from chroma_jax.streaming.voices import Voice
+
+MOST_UNITS = 16
 
 
 class Rounds:
@@ -51,6 +53,7 @@ class Rounds:
         self._opens_pair = True  # whether the next tick does
         self._flight: tuple[Frames, int, float, list[tuple[Session, Reply]]] | None = None  # the tick that was not fetched yet
         self._fetched = 0.0  # when the last one was
+        self._units = 1  # of reading between two ticks: as many as let frames come twice as fast as they are heard
 
     def advance(self) -> float | None:
         """One round. Returns after how many seconds the next one is due: 0 for at once, None when only news bring work."""
@@ -60,7 +63,7 @@ class Rounds:
         speaking = self._in_phase("speaking")
         lead = min((self._lead(s, began) for s in speaking), default=0.0)
         busy = False
-        for _ in range(1 if lead < 2 * FRAMES_PER_PAIR * self._frame_seconds else 4):
+        for _ in range(self._units):
             busy = self._read_a_little() or busy
         if self._opens_pair or not speaking:
             for session in self._in_phase("ready"):
@@ -164,8 +167,10 @@ class Rounds:
     def _fetch(self, out: Frames, count: int, began: float, owners: list[tuple[Session, Reply]]) -> None:
         samples, token, live = jax.device_get(out)
         now = time.perf_counter()
-        self._meter.tick(now - max(began, self._fetched), count, len(owners))
-        self._fetched = now
+        seconds, self._fetched = now - max(began, self._fetched), now
+        self._meter.tick(seconds, count, len(owners))
+        late = seconds / count > self._frame_seconds / 2
+        self._units = max(1, self._units // 2) if late else min(self._units + 1, MOST_UNITS)
         for session in self._joining:
             self._meter.add("join", now - session.opened)
         self._joining.clear()

@@ -29,7 +29,7 @@ from chroma_jax.models.codec.codec import reset_rows
 from chroma_jax.rows import is_present
 from chroma_jax.schedule import FRAMES_PER_PAIR, NOTHING
 from chroma_jax.streaming.state import Capacity, StreamState, idle
-from chroma_jax.streaming.step import Pairs, step
+from chroma_jax.streaming.step import Pairs, traced_frame
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)  # numbers of slots
 FRAMES_PER_CALL = (1, 2, 4, 8)
@@ -81,23 +81,39 @@ class Frames(NamedTuple):
 
 
 def frames(model: Chroma, codec: Codec, state: StreamState, count: int, pairs: Pairs) -> tuple[StreamState, Frames]:
-    """``count`` frames of every slot: one, with the text pairs that are said, or an even number, the first one with pairs."""
+    """``count`` frames of every slot: one, with the text pairs that are said, or an even number, the first one with pairs.
 
-    def frame(state, pairs):
-        state, out = step(model, codec, state, pairs=pairs)
-        return state, Frames(out.samples, out.token, out.live)
+    A single slot's sound is decoded once for all of them, which reads the Codec's weights once. With several slots each frame is
+    decoded by itself: its samples then have the same bits however many frames were asked for, which depends on the other slots.
+    """
+    at_once = len(state.frames) == 1
+
+    def sound(state: StreamState, codes: jax.Array) -> tuple[StreamState, jax.Array]:
+        """codes: int32 [n, B, Q]. Returns samples [n, B, S]."""
+        with jax.named_scope("codec"):
+            codec_state, samples = codec.decode_step(state.codec, jnp.moveaxis(codes, 0, 1))
+        return state._replace(codec=codec_state), jnp.moveaxis(samples.reshape(len(samples), len(codes), -1), 1, 0)
+
+    def frame(state: StreamState, pairs: Pairs):
+        state, trace = traced_frame(model, state, "trained", pairs)
+        token = jnp.where(trace.text.wanted & trace.live, trace.text.token, NOTHING)
+        state, given = (state, trace.codes[None]) if at_once else sound(state, trace.codes[None])
+        return state, (given, token[None], trace.live[None])
+
+    def pair(state: StreamState, _):
+        state, first = frame(state, "all")
+        state, second = frame(state, "none")
+        return state, jax.tree.map(lambda *x: jnp.concatenate(x), first, second)
 
     if count == 1:
         state, out = frame(state, pairs)
-        return state, jax.tree.map(lambda x: x[None], out)
-
-    def pair(state, _):
-        state, first = frame(state, "all")
-        state, second = frame(state, "none")
-        return state, jax.tree.map(lambda *x: jnp.stack(x), first, second)
-
-    state, out = jax.lax.scan(pair, state, length=count // FRAMES_PER_PAIR)
-    return state, jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), out)
+    else:
+        state, out = jax.lax.scan(pair, state, length=count // FRAMES_PER_PAIR)
+        out = jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), out)
+    given, token, live = out
+    if at_once:
+        state, given = sound(state, given)
+    return state, Frames(given, token, live)
 
 
 def hear(model: Chroma, state: StreamState, slot: jax.Array, chunk: Chunk) -> StreamState:
