@@ -3,7 +3,7 @@
     orders → read a little → begin replies → tick k → frames of tick k − 1 → clients
 
 Text pairs fall due in every other tick, the same ones for all slots: replies begin before such a tick. Several frames are asked
-for in one call once every listener has as many waiting, never while somebody waits for a first frame.
+for in one call once every listener has as many waiting, never while somebody waits for a first frame or may soon.
 """
 
 import collections
@@ -152,8 +152,7 @@ class Rounds:
 
     def _tick(self, speaking: list[Session], lead: float, began: float) -> tuple:
         count = 1
-        somebody_waits = any(not s.current.frames for s in speaking) or self._in_phase("ready") or self._in_phase("asked")
-        if self._opens_pair and not somebody_waits:
+        if self._opens_pair and not self._somebody_may_wait(speaking):
             room = min(s.max_frames - s.current.frames for s in speaking)
             most = min(self._frames_per_call, room, lead / self._frame_seconds)
             count = max((n for n in FRAMES_PER_CALL if n <= most), default=1)
@@ -163,6 +162,11 @@ class Rounds:
         for x in out:
             x.copy_to_host_async()
         return out, count, began, [(s, s.current) for s in speaking]
+
+    def _somebody_may_wait(self, speaking: list[Session]) -> bool:
+        """For a first frame, now or before a call of several frames is over: whoever was asked, and whose user is speaking."""
+        open_ones = [s for s in self.sessions if s is not None and not s.closed]
+        return any(s.in_turn or s.phase in ("asked", "ready") for s in open_ones) or any(not s.current.frames for s in speaking)
 
     def _fetch(self, out: Frames, count: int, began: float, owners: list[tuple[Session, Reply]]) -> None:
         samples, token, live = jax.device_get(out)
