@@ -20,13 +20,11 @@ class SpecialTokens:
     text_end: int = 151_666
 
 
-def question(
-    encode: Encode, tokens: SpecialTokens, *, heard: Sequence[int] = (), said: str = "", system: str = ""
-) -> list[int]:
+def question(encode: Encode, tokens: SpecialTokens, *, heard: Sequence[int] = (), said: str = "", system: str = "") -> list[int]:
     """Token ids of a conversation up to where the reply begins.
 
-    heard: what stands in the place of the user's recording, a placeholder ``tokens.audio`` for each of the encoder's outputs. said:
-    what the user writes, after the recording or (nothing heard) instead of one.
+    heard: what stands in the place of the user's recording, a placeholder ``tokens.audio`` for each of the encoder's outputs.
+    said: what the user writes, after the recording or (nothing heard) instead of one.
     """
     newline = encode("\n")
     turns = []

@@ -13,11 +13,11 @@ class AugmentConfig:
     """All zero: nothing is changed.
 
     gain_db: louder or softer by up to so much. noise: the share of recordings that get noise, its spectrum falling by up to 6 dB
-    per octave, at a signal-to-noise ratio drawn from snr_db. tilt_db: highs against lows, up or down by up to so much. warp: all
-    frequencies are multiplied, by up to one plus so much or divided by as much, as if by a shorter or longer vocal tract (Jaitly and
-    Hinton, 2013), in the features. Of these (Park et al., arXiv 1904.08779): time_masks and bin_masks, how many stretches of frames and of mel bins are hidden,
-    each of up to time_mask frames (a hundred a second) and bin_mask bins. frames: the share of the frames fed to the Backbone
-    that another frame of the row takes the place of, so that it learns to go on after its own mistakes; targets stay.
+    per octave, at a signal-to-noise ratio drawn from snr_db. tilt_db: highs against lows, up or down by up to so much. Of the
+    features, warp: every frequency is multiplied or divided by up to one plus so much, as if by another vocal tract (Jaitly and
+    Hinton, 2013); and (Park et al., arXiv 1904.08779) time_masks and bin_masks, how many stretches of frames and of mel bins are
+    hidden, each of up to time_mask frames (a hundred a second) and bin_mask bins. frames: the share of the frames fed to the
+    Backbone that another frame of the row takes the place of, so that it learns to go on after its own mistakes; targets stay.
     """
 
     gain_db: float = 0.0

@@ -32,11 +32,10 @@ class CurriculumConfig:
     is drawn. proceed: the same of recordings that are continued from somewhere within; those below the folders ``unwritten``,
     which have no transcript, are so once a pass. facts: how many exchanges of `data_pipelines.facts` a pass has, in text alone;
     none has the words of a question or answer that is held out. imagined: the share of what is asked in text alone that is laid
-    out as speech is, its tokens where the audio encoder's outputs would be, so that what is learnt in text is known of speech too.
-    prompts: "references" are the voice's own; "any" are one or more recordings of
-    the voice, up to prompt_seconds. no_prompt: the share of spoken replies that have none. speeds: at which a voice is played,
-    drawn for each example: for the user, and for a reply together with its prompt. piece_seconds: the longest piece of a
-    recording that is continued.
+    out as speech is, with tokens where the audio encoder's outputs would be, so that what is learnt from text is known when
+    heard. prompts: "references" are the voice's own; "any" are one or more recordings of the voice, up to prompt_seconds.
+    no_prompt: the share of spoken replies that have none. speeds: at which a voice is played, drawn for each example: for the
+    user, and for a reply together with its prompt. piece_seconds: the longest piece of a recording that is continued.
     """
 
     dialogue: float = 1.0

@@ -1,9 +1,9 @@
-"""Questions and answers in text alone, made of general knowledge and of arithmetic, for a text model to learn the corpus's domain by
-its rules: sums in both orders, capitals and opposites both ways, days and months before and after, in several wordings.
+"""Questions and answers in text alone, made of general knowledge and of arithmetic, for a text model to learn the corpus's
+domain by its rules: sums in both orders, capitals and opposites both ways, days and months before and after, in several wordings.
 
-What is held out stays so: `exchanges` leaves out whatever has the words of a held-out question or of its answer. The fact itself may
-be there in other words, as it would be in what a language model has read; so a right answer shows that a question that was never
-seen is understood and answered in the form that was learnt, not that its fact was found out.
+What is held out stays so: `exchanges` leaves out whatever has the words of a held-out question or of its answer. The fact itself
+may be there in other words, as it would be in what a language model has read; so a right answer shows that a question that was
+never seen is understood and answered in the form that was learnt, not that its fact was found out.
 """
 
 import re

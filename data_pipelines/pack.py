@@ -89,9 +89,9 @@ def conversation(
     """Lays out one dialogue, or a part of one: without ``answer_text`` the Reasoner has no part in it, without ``answer_codes``
     the Backbone has none.
 
-    wave: int16 [S] at 16 kHz, the user's speech, or None; heard: what is said in it, for the hearing loss; imagined: tokens in the
-    place of such speech, see `spread`. said: what the user writes. transcript: what is said in the reference recording. reference_codes: int [R, Q]; answer_codes: int [F, Q], without EOS; Q may exceed ``config.codebooks``, the rest is
-    not used.
+    wave: int16 [S] at 16 kHz, the user's speech, or None; heard: what is said in it, for the hearing loss; imagined: tokens in
+    the place of such speech, see `spread`. said: what the user writes. transcript: what is said in the reference recording.
+    reference_codes: int [R, Q]; answer_codes: int [F, Q], without EOS; Q may exceed ``config.codebooks``, the rest is not used.
     """
     c, nothing = config, np.zeros(0, np.int32)
     wave = nothing.astype(np.int16) if wave is None or answer_text is None else wave
@@ -142,8 +142,8 @@ def conversation(
 
 
 def spread(tokens: Sequence[int], blank: int, rng: np.random.Generator) -> list[int]:
-    """Tokens as an audio encoder would spell them that learnt to (`chroma_jax.training.loss.hearing_loss`): each once or twice, at
-    a pace drawn anew, with blanks between."""
+    """Tokens as an audio encoder would spell them that learnt to (`chroma_jax.training.loss.hearing_loss`): each once or twice,
+    at a pace drawn anew, with blanks between."""
     pace = rng.uniform(0, 4)
     gap = lambda: [blank] * int(rng.poisson(pace))
     return gap() + [t for token in tokens for t in [token] * int(rng.integers(1, 3)) + gap()] + gap()

@@ -231,12 +231,19 @@ def test_a_training_step_is_planned_for_chips_that_are_not_here():
 
 @needs_compiler
 def test_the_training_step_of_a_codec_is_planned_by_the_same_command(tmp_path, capsys):
-    flags = "--recipe.judge_from 10 --recipe.discriminator.windows 64 --recipe.discriminator.filters 2".split()
-    flags += "--recipe.loss.resolutions.windows 64 --recipe.loss.resolutions.bins 5 --model.seanet.num_filters 4".split()
-    flags += "--model.seanet.ratios 5 4 --model.transformer.num_layers 1 --model.quantizer.num_codebooks 2 --data.crop_frames 4 --effort quick --mesh.data 4 --dollars_per_chip_hour 1 --out".split()
-    assert main(["plan", "codec_nano", "--topology", "v5e:2x2", *flags, str(tmp_path / "plan.json")]) == 0
+    flags = {"recipe.judge_from": 10, "recipe.discriminator.windows": 64, "recipe.discriminator.filters": 2}
+    flags |= {"recipe.loss.resolutions.windows": 64, "recipe.loss.resolutions.bins": 5, "model.seanet.num_filters": 4}
+    flags |= {"model.seanet.ratios": "5 4", "model.transformer.num_layers": 1, "model.quantizer.num_codebooks": 2}
+    flags |= {"data.crop_frames": 4, "mesh.data": 4, "effort": "quick", "dollars_per_chip_hour": 1, "out": tmp_path / "plan.json"}
+    given = [text for name, value in flags.items() for text in (f"--{name}", *str(value).split())]
+    assert main(["plan", "codec_nano", "--topology", "v5e:2x2", *given]) == 0
     page, plan = capsys.readouterr().out, json.loads((tmp_path / "plan.json").read_text())
-    for part in ("step of a codec with quantizer, discriminator", "codec_decode backward", "hours of sound", "$ an hour of sound"):
+    for part in (
+        "step of a codec with quantizer, discriminator",
+        "codec_decode backward",
+        "hours of sound",
+        "$ an hour of sound",
+    ):
         assert part in page, part
     assert {"codec_encode", "codec_decode", "discriminator", "mel_loss"} <= plan["flops"].keys()
     assert plan["memory"]["trained"] > 0 and plan["memory"]["free"] > 0.9 and plan["unknown_loops"] == 0

@@ -60,7 +60,9 @@ def page(plan: Plan, dollars_per_chip_hour: float | None = None) -> str:
     lines += ["an hour             " + (brought if plan.positions else f"{sound:9,.0f} hours of sound")]
     if dollars_per_chip_hour is not None:
         cost = plan.chips * dollars_per_chip_hour
-        each = f"{1e3 * cost / millions:.2f} $ a billion positions" if plan.positions else f"{cost / sound:.4f} $ an hour of sound"
+        each = (
+            f"{1e3 * cost / millions:.2f} $ a billion positions" if plan.positions else f"{cost / sound:.4f} $ an hour of sound"
+        )
         lines += [f"cost                {cost:9,.0f} $ an hour, {each}"]
     lines += unestimated_line(plan.unestimated)
     if plan.unknown_loops:
