@@ -118,14 +118,15 @@ def info(args: Info, config) -> int:
 
 
 def plan(args: Plan, config) -> int:
-    from chroma_jax.config import Config
+    from chroma_jax.config import CodecRun
     from chroma_jax.planning import report
     from chroma_jax.planning.chips import parse_topology
-    from chroma_jax.planning.plan import DoesNotFit, plan_training, without_tpu
+    from chroma_jax.planning.plan import DoesNotFit, plan_codec, plan_training, without_tpu
     from chroma_jax.planning.search import search
 
-    if not isinstance(config, Config):
-        raise ChromaError("plan wants the configuration of a speaking model")
+    codec = isinstance(config, CodecRun)
+    if codec and (args.step != "train" or args.search or args.program is not None):
+        raise ChromaError("--step stream, --search and --program are for the configuration of a speaking model")
     topology = parse_topology(args.topology, args.slices)
     without_tpu()
     if args.step == "stream":
@@ -134,7 +135,7 @@ def plan(args: Plan, config) -> int:
         print(report.table(search(config, topology)), end="")
         return 0
     try:
-        found, compiled = plan_training(config, topology, effort=args.effort)
+        found, compiled = (plan_codec if codec else plan_training)(config, topology, effort=args.effort)
     except DoesNotFit as e:
         print(report.does_not_fit(e), end="")
         return 1
