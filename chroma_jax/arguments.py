@@ -98,6 +98,23 @@ class BenchTrain:
 
 
 @dataclasses.dataclass(frozen=True)
+class BenchSoak:
+    """Lets clients join, interrupt and leave an engine at random, compares each conversation with itself alone, and prints JSON.
+
+    run: run folder, or an exported one. slots: of the engine, each with a client. minutes: how long, after the conversations
+    alone. scripts: different conversations. max_seconds: of a reply. out: file for the JSON besides. Exit code 1 if a
+    conversation differed or something was compiled.
+    """
+
+    run: Positional[Path]
+    slots: int = 8
+    minutes: float = 10.0
+    scripts: int = 12
+    max_seconds: float = 4.0
+    out: Path | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Reply:
     """Answers a spoken question in the voice of a reference recording.
 
@@ -111,6 +128,27 @@ class Reply:
     reference: Path
     transcript: str
     out: Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Chat:
+    """Talks with a model, turn by turn: from recordings, or through a microphone.
+
+    run: run folder, or an exported one. voice: a few seconds of the voice to reply in, with its transcript (text, or a file that
+    holds it), or a file that keep_voice named once. questions: recordings, a turn each; without any, the microphone (extra
+    "chat"): Enter begins and ends a turn, and interrupts a reply. pace: "live" feeds recordings as slowly as they were spoken.
+    play: whether replies are played as they stream. keep_voice: file to keep the voice in. out: folder for reply-1.wav …,
+    conversation.txt and measures.json. Flags beginning with --reply override the run's settings.
+    """
+
+    run: Positional[Path]
+    voice: Path
+    transcript: str = ""
+    questions: tuple[Path, ...] = ()
+    pace: Literal["live", "at once"] = "live"
+    play: tyro.conf.FlagCreatePairsOff[bool] = False
+    keep_voice: Path | None = None
+    out: Path | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,14 +26,30 @@ def question(encode: Encode, tokens: SpecialTokens, *, audio_outputs: int, said:
     audio_outputs: how many encoder outputs the user's recording has; each gets a placeholder ``tokens.audio``. said: what the
     user writes, after the recording or (audio_outputs 0) instead of one.
     """
-    newline = encode("\n")
-    turns = []
-    if system:
-        turns += [tokens.im_start, *encode("system\n" + system), tokens.im_end, *newline]
-    turns += [tokens.im_start, *encode("user\n")]
+    turns = [*system_turn(encode, tokens, system), *user_opening(encode, tokens)]
     if audio_outputs:
         turns += [tokens.audio_start, *[tokens.audio] * audio_outputs, tokens.audio_end]
-    return [*turns, *encode(said), tokens.im_end, *newline, tokens.im_start, *encode("assistant\n")]
+    return [*turns, *user_closing(encode, tokens, said)]
+
+
+def system_turn(encode: Encode, tokens: SpecialTokens, text: str) -> list[int]:
+    """What stands before a conversation; nothing for an empty text."""
+    return [tokens.im_start, *encode("system\n" + text), tokens.im_end, *encode("\n")] if text else []
+
+
+def user_opening(encode: Encode, tokens: SpecialTokens) -> list[int]:
+    """What stands before a user's turn."""
+    return [tokens.im_start, *encode("user\n")]
+
+
+def user_closing(encode: Encode, tokens: SpecialTokens, said: str = "") -> list[int]:
+    """What the user writes, and what stands between a user's turn and the reply."""
+    return [*encode(said), tokens.im_end, *encode("\n"), tokens.im_start, *encode("assistant\n")]
+
+
+def reply_closing(encode: Encode, tokens: SpecialTokens, *, ended: bool) -> list[int]:
+    """What stands between a reply and the user's next turn. ended: whether the reply's last token is im_end."""
+    return [*([] if ended else [tokens.im_end]), *encode("\n")]
 
 
 def answer(encode: Encode, tokens: SpecialTokens, text: str) -> list[int]:

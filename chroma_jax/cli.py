@@ -14,7 +14,22 @@ from typing import Annotated, Literal
 
 import tyro
 
-from chroma_jax.arguments import BenchTrain, Evaluate, Export, Import, Info, Plan, Prepare, Prompt, Reply, Status, Train, Verify
+from chroma_jax.arguments import (
+    BenchSoak,
+    BenchTrain,
+    Chat,
+    Evaluate,
+    Export,
+    Import,
+    Info,
+    Plan,
+    Prepare,
+    Prompt,
+    Reply,
+    Status,
+    Train,
+    Verify,
+)
 from chroma_jax.errors import EXIT_CODES, ChromaError, Ended, near
 from chroma_jax.files import write_whole
 
@@ -164,11 +179,34 @@ def bench_train(args: BenchTrain, config) -> int:
     return 0
 
 
+def bench_soak(args: BenchSoak, config) -> int:
+    from chroma_jax.bench.soak import bench_soak
+
+    if args.minutes <= 0 or args.scripts < 1:
+        raise ChromaError(f"--minutes is {args.minutes:g} and --scripts {args.scripts}; both must be more than 0")
+    given = {name: getattr(args, name) for name in ("slots", "minutes", "scripts", "max_seconds")}
+    found = bench_soak(args.run, config, **given)
+    print(json.dumps(found, indent=1))
+    if args.out is not None:
+        write_whole(args.out, json.dumps(found, indent=1) + "\n")
+    return 1 if found["differed"] or found["compilations"] else 0
+
+
 def reply(args: Reply, config) -> int:
     from chroma_jax.streaming.reply import reply
 
     report = reply(args.run, config, args.question, args.reference, transcript(args.transcript), args.out)
     print(json.dumps(report, indent=1, ensure_ascii=False))
+    return 0
+
+
+def chat(args: Chat, config) -> int:
+    from chroma_jax.streaming.live import chat
+
+    if not args.transcript and args.voice.suffix != ".safetensors":
+        raise ChromaError(f"--voice {args.voice} is a recording, so --transcript has to say what is said in it")
+    given = {name: getattr(args, name) for name in ("voice", "questions", "pace", "play", "keep_voice", "out")}
+    print(json.dumps(chat(args.run, config, transcript=transcript(args.transcript), **given), indent=1))
     return 0
 
 
@@ -263,6 +301,7 @@ COMMANDS: dict[str, tuple[type, Callable, Literal["file", "run", "speaking run",
     "train": (Train, train, "file"),
     "status": (Status, status, "none"),
     "reply": (Reply, reply, "speaking run"),
+    "chat": (Chat, chat, "speaking run"),
     "evaluate": (Evaluate, evaluate, "run"),
     "export": (Export, export, "none"),
     "prompt": (Prompt, prompt, "speaking run"),
@@ -271,6 +310,7 @@ COMMANDS: dict[str, tuple[type, Callable, Literal["file", "run", "speaking run",
     "info": (Info, info, "file"),
     "plan": (Plan, plan, "file"),
     "bench train": (BenchTrain, bench_train, "file"),
+    "bench soak": (BenchSoak, bench_soak, "speaking run"),
     "verify": (Verify, verify, "none"),
 }
 

@@ -130,15 +130,23 @@ class Attention(nnx.Module):
         return self.o(attend(*self.project(x, rotation), mask))
 
     def cached(
-        self, x: jax.Array, rotation: Rotation | None, mask: jax.Array, cache: KVCache, layer: jax.Array, slots: jax.Array
+        self,
+        x: jax.Array,
+        rotation: Rotation | None,
+        mask: jax.Array,
+        cache: KVCache,
+        layer: jax.Array,
+        slots: jax.Array,
+        row: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache]:
         """As ``__call__``, with the new keys and values written to ``cache[layer, :, slots]`` first.
 
-        mask: bool [B, T, S]; slots: int32 [B, T], where in the cache each position goes.
+        mask: bool [B, T, S]; slots: int32 [B, T], where in the cache each position goes. row: int32 [], for a batch of one
+        sequence that has this row of a cache of several; without it, the cache's rows are the batch's.
         """
         q, k, v = self.project(x, rotation)
-        rows = jnp.arange(x.shape[0])[:, None]
+        rows = jnp.arange(x.shape[0])[:, None] if row is None else row
         keys = cache.keys.at[layer, rows, slots].set(k.astype(cache.keys.dtype))
         values = cache.values.at[layer, rows, slots].set(v.astype(cache.values.dtype))
-        out = attend(q, keys[layer].astype(x.dtype), values[layer].astype(x.dtype), mask)
-        return self.o(out), KVCache(keys, values)
+        used = (keys[layer], values[layer]) if row is None else (keys[layer, row][None], values[layer, row][None])
+        return self.o(attend(q, *(x.astype(q.dtype) for x in used), mask)), KVCache(keys, values)
