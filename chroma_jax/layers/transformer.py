@@ -43,6 +43,20 @@ def computed_once(x: jax.Array) -> jax.Array:
     return jax.lax.optimization_barrier(x) if on_tpu() else x
 
 
+def gradient_once(x: jax.Array) -> jax.Array:
+    """``x``; on TPU its gradient is computed as such before anything is made of it. What is costly to make would be made anew for
+    every product that takes it, and sums over it, fused with the product that makes it, would hold up the matrix unit."""
+    return _gradient_once(x) if on_tpu() else x
+
+
+@jax.custom_vjp
+def _gradient_once(x: jax.Array) -> jax.Array:
+    return x
+
+
+_gradient_once.defvjp(lambda x: (x, None), lambda _, gradient: (jax.lax.optimization_barrier(gradient),))
+
+
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
     """Sizes of a Llama stack. attention: how packed rows are computed, see `Kernel`."""
@@ -91,12 +105,12 @@ class LlamaBlock(nnx.Module):
         self.down = Linear(rngs, mlp, model, layers=layers, rules=c.rules)
 
     def mlp(self, x: jax.Array) -> jax.Array:
-        y = self.mlp_norm(x)
-        gate, up = (checkpoint_name(part(y), "products") for part in (self.gate, self.up))
+        y = gradient_once(self.mlp_norm(x))
+        gate, up = (gradient_once(checkpoint_name(part(y), "products")) for part in (self.gate, self.up))
         return x + self.down(computed_once(jax.nn.silu(gate) * up))
 
     def __call__(self, x: jax.Array, rotation: Rotation, mask: Mask) -> jax.Array:
-        return self.mlp(checkpoint_name(x + self.attention(self.attention_norm(x), rotation, mask), "products"))
+        return self.mlp(checkpoint_name(x + self.attention(gradient_once(self.attention_norm(x)), rotation, mask), "products"))
 
     def cached(self, x, rotation, mask, cache, layer, slots, row) -> tuple[jax.Array, KVCache]:
         y, cache = self.attention.cached(self.attention_norm(x), rotation, mask, cache, layer, slots, row)

@@ -2,14 +2,16 @@
 
 import collections
 import dataclasses
+import itertools
 import math
 import os
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import jax
 import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from chroma_jax.config import CodecRun, Config
 from chroma_jax.errors import ChromaError
@@ -169,7 +171,7 @@ def plan_training(config: Config, topology: Topology, *, effort: str = "full") -
         trainer = trainer_of(config, mesh)
         batch, state = abstract_batch(config, trainer), trainer.abstract
         return planned(
-            trainer.train_step.lower(state, batch),
+            trainer.train_step.trace(state, batch),
             {"trained": state.trained, "frozen": state.frozen, "optimizer": (state.step, state.optimizer), "batch": batch},
             topology,
             mesh,
@@ -195,7 +197,7 @@ def plan_codec(config: CodecRun, topology: Topology, *, effort: str = "full") ->
         wave, state = jax.ShapeDtypeStruct(shape, np.float32, sharding=trainer.wave_sharding), trainer.abstract
         traced = trainer.train_step.trace(state, wave, phase)
         return planned(
-            traced.lower(),
+            traced,
             {
                 "trained": (state.codec, state.head, state.codebooks, state.discriminator),
                 "frozen": state.frozen,
@@ -223,15 +225,15 @@ def mesh_on(topology: Topology, config: MeshConfig) -> jax.sharding.Mesh:
 
 
 def planned(
-    lowered: jax.stages.Lowered, arguments: dict, topology: Topology, mesh: jax.sharding.Mesh, effort: str, **facts
+    traced: jax.stages.Traced, arguments: dict, topology: Topology, mesh: jax.sharding.Mesh, effort: str, **facts
 ) -> tuple[Plan, jax.stages.Compiled]:
     """Compiles a step and reads what it takes. arguments: abstract, by kind, as of `memory`; facts: the fields of `Plan` that are
     known before."""
     started = time.perf_counter()
     try:
-        compiled = lowered.compile(QUICK if effort == "quick" else {})
+        compiled = traced.lower().compile(QUICK if effort == "quick" else {})
     except jax.errors.JaxRuntimeError as e:
-        raise too_large(topology, str(e)) from e
+        raise too_large(topology, str(e), traced.jaxpr.jaxpr) from e
     seconds = time.perf_counter() - started
     module = hlo.parse(compiled.as_text())
     work = list(hlo.executed(module))
@@ -334,9 +336,11 @@ def unestimated(module: hlo.Module, work: Iterable[hlo.Executed], chip: Chip) ->
     return dict(found.most_common())
 
 
-def too_large(topology: Topology, message: str) -> ChromaError:
-    """What the compiler says of a program without room."""
+def too_large(topology: Topology, message: str, step: Jaxpr) -> ChromaError:
+    """What the compiler says of a program without room. It names no buffers where it sees at once that they are too many; then
+    the largest of ``step`` are named, as JAX has them."""
     used = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", message)
+    used = used or re.search(r"temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)", message)
     if "RESOURCE_EXHAUSTED" not in message or used is None:
         return ChromaError(f"{topology.name}: the compiler failed: {message.strip().splitlines()[0][:300]}")
     buffers = [
@@ -345,7 +349,39 @@ def too_large(topology: Topology, message: str) -> ChromaError:
             r"Size: ([\d.]+)([KMGT]?)\w*\n(?:\s*Operator: (?:op_name=)?([^\n]*)\n)?\s*Shape: ([^\n]*)", message
         )
     ]
-    return DoesNotFit(topology, size(used[1], used[2]), size(used[3], used[4]), buffers[:10])
+    return DoesNotFit(topology, size(used[1], used[2]), size(used[3], used[4]), buffers[:10] or largest(step, 10))
+
+
+# what writes its results to memory; others may be fused into what takes them
+WRITES = ("scan", "while", "dot_general", "pallas_call", "all_gather", "shard_map", "optimization_barrier")
+
+
+def largest(step: Jaxpr, count: int) -> list[Buffer]:
+    """The largest arrays of a step: what goes in, and what loops, products and kernels make, on one device."""
+
+    def walk(jaxpr: Jaxpr) -> Iterator[Buffer]:
+        for equation in jaxpr.eqns:
+            inner = [p for p in jax.tree.leaves(list(equation.params.values()), is_leaf=is_jaxpr) if is_jaxpr(p)]
+            for p in inner:
+                yield from walk(p if isinstance(p, Jaxpr) else p.jaxpr)
+            if equation.primitive.name in WRITES:
+                source = f"{equation.source_info.name_stack}/{equation.primitive.name}"
+                yield from (buffer(v.aval, source) for v in equation.outvars)
+
+    found = {*walk(step), *(buffer(v.aval, "argument") for v in step.invars)}
+    return sorted(found, key=lambda b: -b.bytes)[:count]
+
+
+def is_jaxpr(x) -> bool:
+    return isinstance(x, (Jaxpr, ClosedJaxpr))
+
+
+def buffer(aval, source: str) -> Buffer:
+    """An array as one device has it."""
+    spec, mesh = aval.sharding.spec, aval.sharding.mesh.shape
+    parts = [math.prod(mesh[axis] for axis in ((entry,) if isinstance(entry, str) else entry or ())) for entry in spec]
+    local = [size // n for size, n in itertools.zip_longest(aval.shape, parts, fillvalue=1)]
+    return Buffer(float(math.prod(local) * aval.dtype.itemsize), source, f"{aval.dtype}[{','.join(map(str, local))}]")
 
 
 def size(number: str, unit: str) -> float:

@@ -75,9 +75,10 @@ def plan_stream(config: Config, topology: Topology, *, rows: int, positions: int
     step = programs((model_graph, codec_graph), tree, config.reply.dtype, "corrected").step
     started = time.perf_counter()
     try:
-        compiled = step.lower(leaves, state).compile()
+        traced = step.trace(leaves, state)
+        compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as e:
-        raise too_large(topology, str(e)) from e
+        raise too_large(topology, str(e), traced.jaxpr.jaxpr) from e
     seconds, found = time.perf_counter() - started, compiled.memory_analysis()
     module = hlo.parse(compiled.as_text())
     work = list(hlo.executed(module))
