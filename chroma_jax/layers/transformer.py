@@ -66,8 +66,23 @@ def through_cached(blocks, x, rotation, mask, cache: KVCache, slots, row=None) -
         block, layer = block_and_layer
         return block.cached(x, rotation, past, cache.of_layer(layer, row))
 
-    x, new = jax.lax.scan(body, x, (blocks, jnp.arange(len(cache.keys))))
+    if isinstance(blocks, nnx.List):
+        new = []
+        for layer, block in enumerate(blocks):
+            x, of_layer = body(x, (block, layer))
+            new.append(of_layer)
+        new = jax.tree.map(lambda *x: jnp.stack(x), *new)
+    else:
+        x, new = jax.lax.scan(body, x, (blocks, jnp.arange(len(cache.keys))))
     return x, cache.written(*new, slots, row)
+
+
+def unstacked(blocks: nnx.Module) -> nnx.List:
+    """Stacked blocks as one for each layer, for `through_cached`: a processor's products take whole arrays only, to which a scan
+    copies the weights of each layer anew."""
+    graph, state = nnx.split(blocks)
+    layers = jax.tree.leaves(state)[0].shape[0]
+    return nnx.List([nnx.merge(graph, jax.tree.map(lambda x, i=i: x[i], state)) for i in range(layers)])
 
 
 @dataclasses.dataclass(frozen=True)
