@@ -22,6 +22,7 @@ from flax import nnx
 from jax.sharding import SingleDeviceSharding
 
 from chroma_jax.layers.attention import KVCache
+from chroma_jax.layers.transformer import one_by_one
 from chroma_jax.models.audio_encoder import PoolCarry
 from chroma_jax.models.chroma import Chroma
 from chroma_jax.models.codec import Codec
@@ -195,6 +196,14 @@ def programs(graphs: tuple[nnx.GraphDef, nnx.GraphDef], dtype: str) -> dict[str 
     return found | {tick: jax.jit(run, donate_argnums=1) for tick, run in ticks.items()}
 
 
+def for_processor(model: Chroma, codec: Codec) -> tuple[Chroma, Codec]:
+    """The same, with the layers that a tick goes through `one_by_one`."""
+    model, codec = (nnx.merge(*nnx.split(module)) for module in (model, codec))
+    for stack in (model.reasoner.text, model.backbone.model, model.decoder.model, codec.decoder_transformer):
+        stack.blocks = one_by_one(stack.blocks)
+    return model, codec
+
+
 def padded(x: np.ndarray, length: int, value) -> np.ndarray:
     """x: [n, …]. Returns [length, …]."""
     return np.pad(x, ((0, length - len(x)), *((0, 0),) * (x.ndim - 1)), constant_values=value)
@@ -211,9 +220,11 @@ class Slots:
     ):
         self.config, self.capacity, self.chunk, self.voice_positions = model.config, capacity, chunk, voice_positions
         self.dtype, self.count = jnp.dtype(dtype), slots
+        self._device = model.backbone.head.kernel[...].devices().pop()
+        if self._device.platform == "cpu":
+            model, codec = for_processor(model, codec)
         (model_graph, model_state), (codec_graph, codec_state) = nnx.split(model), nnx.split(codec)
         self._programs = programs((model_graph, codec_graph), dtype)
-        self._device = jax.tree.leaves(model_state)[0].devices().pop()
         self._weights = self.put((model_state, codec_state))
         made = partial(jax.jit, out_shardings=SingleDeviceSharding(self._device))
         self._state = made(partial(idle, model.config, codec, slots, capacity, self.dtype))()
