@@ -68,7 +68,8 @@ class Plan:
     network. effort: "quick" compiles in minutes and says what fits and what is sent; the times
     of "full" are those to believe. dollars_per_chip_hour: for the cost of an hour. search: tries meshes, rows and
     rematerialisations, quickly, and prints a ranked table. out: file for the plan as JSON. program: file for the compiled step,
-    for ``train --program``. step: "stream" is for one device (v5e:1x1): rows conversations, whose caches hold so many positions.
+    for ``train --program``. step: "stream" is for chips that share one model (v5e:1x1 is one): rows conversations, whose caches
+    hold so many positions; weights and cache: in which type they lie in memory. With several rows or weights, a table of all.
     """
 
     topology: str
@@ -79,8 +80,10 @@ class Plan:
     out: Path | None = None
     program: Path | None = None
     step: Literal["train", "stream"] = "train"
-    rows: int = 8
+    rows: tuple[int, ...] = (8,)
     positions: int = 2048
+    weights: tuple[Literal["float32", "bfloat16", "int8"], ...] = ("bfloat16",)
+    cache: Literal["bfloat16", "int8"] = "bfloat16"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +125,22 @@ class BenchStream:
     text_positions: int = 2048
     chunk: int = 64
     peer: Literal["torch", "none"] = "none"
+    out: Path | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchSmall:
+    """Measures what int8 weights and caches cost in quality, teacher-forced on prepared rows, and prints JSON.
+
+    run: run folder, or an exported one. prepared: folder that ``prepare`` made, with the run's tokenizer. split: of it. rows: of
+    a batch; batches: so many only. out: file for the JSON besides.
+    """
+
+    run: Positional[Path]
+    prepared: Path
+    split: str = "valid"
+    rows: int = 8
+    batches: int | None = None
     out: Path | None = None
 
 
@@ -256,8 +275,8 @@ class Evaluate:
     run: run folder of a speaking model or of a codec, or an exported model. out: folder for report.txt, report.json and
     index.html, a page with players. suite: what is asked. split: test, or valid while choosing settings. corpus: another folder
     of the suite's layout. limit: so many dialogues only. parts: codec, answers, and ablations: answers under other voice
-    prompts. recogniser: folder with a Whisper for CTranslate2, instead of Whisper base. speaker_model: folder with
-    transformers' WavLMForXVector, instead of resemblyzer. Flags beginning with --reply say how codes are chosen.
+    prompts. recogniser: folder with a Whisper for CTranslate2 or transformers, instead of Whisper base. speaker_model: folder
+    with transformers' WavLMForXVector, instead of resemblyzer. Flags beginning with --reply say how codes are chosen.
     """
 
     run: Positional[Path]

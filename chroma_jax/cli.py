@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 import tyro
 
 from chroma_jax.arguments import (
+    BenchSmall,
     BenchSoak,
     BenchStream,
     BenchTrain,
@@ -118,14 +119,15 @@ def info(args: Info, config) -> int:
 
 
 def plan(args: Plan, config) -> int:
-    from chroma_jax.config import Config
+    from chroma_jax.config import CodecRun
     from chroma_jax.planning import report
     from chroma_jax.planning.chips import parse_topology
-    from chroma_jax.planning.plan import DoesNotFit, plan_training, without_tpu
+    from chroma_jax.planning.plan import DoesNotFit, plan_codec, plan_training, without_tpu
     from chroma_jax.planning.search import search
 
-    if not isinstance(config, Config):
-        raise ChromaError("plan wants the configuration of a speaking model")
+    codec = isinstance(config, CodecRun)
+    if codec and (args.step != "train" or args.search or args.program is not None):
+        raise ChromaError("--step stream, --search and --program are for the configuration of a speaking model")
     topology = parse_topology(args.topology, args.slices)
     without_tpu()
     if args.step == "stream":
@@ -134,7 +136,7 @@ def plan(args: Plan, config) -> int:
         print(report.table(search(config, topology)), end="")
         return 0
     try:
-        found, compiled = plan_training(config, topology, effort=args.effort)
+        found, compiled = (plan_codec if codec else plan_training)(config, topology, effort=args.effort)
     except DoesNotFit as e:
         print(report.does_not_fit(e), end="")
         return 1
@@ -151,16 +153,42 @@ def plan(args: Plan, config) -> int:
 def plan_streaming(args: Plan, config, topology) -> int:
     from chroma_jax.planning import report
     from chroma_jax.planning.plan import DoesNotFit
-    from chroma_jax.planning.stream import plan_stream
+    from chroma_jax.planning.stream import StreamPlan, plan_stream, plans
 
-    try:
-        found = plan_stream(config, topology, rows=args.rows, positions=args.positions)
-    except DoesNotFit as e:
-        print(report.does_not_fit(e), end="")
-        return 1
-    print(report.stream_page(found), end="")
+    asked = list(itertools.product(args.weights, args.rows))
+    found: list[StreamPlan | DoesNotFit] = []
+    given = {"positions": args.positions, "cache": args.cache, "effort": args.effort}
+    for weights, rows in asked:
+        try:
+            plan = plan_stream(config, topology, rows=rows, weights=weights, **given)
+            found.append(plan)
+            page = report.stream_page(plan)
+        except DoesNotFit as e:
+            found.append(e)
+            page = report.does_not_fit(e, "stream")
+        print(page, flush=True)
+    told = {"topology": topology.name, "cache_type": args.cache, "positions": args.positions}
+    listed = plans(found, [told | {"weight_type": weights, "rows": rows} for weights, rows in asked])
+    if len(listed) > 1:
+        print(report.stream_table(listed), end="")
     if args.out is not None:
-        write_whole(args.out, json.dumps(found.json(), indent=1) + "\n")
+        write_whole(args.out, json.dumps(listed, indent=1) + "\n")
+    return 1 if any(isinstance(plan, DoesNotFit) for plan in found) else 0
+
+
+def bench_small(args: BenchSmall, config) -> int:
+    from chroma_jax.bench.small import bench_small
+    from chroma_jax.streaming.load import load_run
+
+    if args.rows < 1 or (args.batches is not None and args.batches < 1):
+        raise ChromaError(f"--rows is {args.rows} and --batches {args.batches}; they must be at least 1")
+    reply = dataclasses.replace(config.reply, dtype="float32", weights="as_dtype")
+    model, _, _ = load_run(args.run, dataclasses.replace(config, reply=reply))
+    found = bench_small(model, args.prepared, split=args.split, rows=args.rows, batches=args.batches)
+    text = json.dumps({"run": args.run.name} | found, indent=1)
+    print(text)
+    if args.out is not None:
+        write_whole(args.out, text + "\n")
     return 0
 
 
@@ -335,6 +363,7 @@ COMMANDS: dict[str, tuple[type, Callable, Literal["file", "run", "speaking run",
     "plan": (Plan, plan, "file"),
     "bench train": (BenchTrain, bench_train, "file"),
     "bench stream": (BenchStream, bench_stream, "file or run"),
+    "bench small": (BenchSmall, bench_small, "speaking run"),
     "bench soak": (BenchSoak, bench_soak, "speaking run"),
     "verify": (Verify, verify, "none"),
 }

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from chroma_jax.layers import rope
-from chroma_jax.layers.attention import Attention, Kernel, KVCache, Mask, Rotation, cached_mask
+from chroma_jax.layers.attention import Attention, Kernel, KVCache, Mask, Past, Rotation, cached_mask
 from chroma_jax.layers.linear import LayerNorm, Linear, RMSNorm, in_use, weight, zeros
 from chroma_jax.layers.rope import RopeConfig
 from chroma_jax.layers.sharding import RULES, AxisRules, on_tpu
@@ -65,6 +65,33 @@ def computed_once(x: jax.Array) -> jax.Array:
     return jax.lax.optimization_barrier(x) if on_tpu() else x
 
 
+def gradient_once(x: jax.Array) -> jax.Array:
+    """``x``; on TPU its gradient is computed as such before anything is made of it. What is costly to make would be made anew for
+    every product that takes it, and sums over it, fused with the product that makes it, would hold up the matrix unit."""
+    return _gradient_once(x) if on_tpu() else x
+
+
+@jax.custom_vjp
+def _gradient_once(x: jax.Array) -> jax.Array:
+    return x
+
+
+_gradient_once.defvjp(lambda x: (x, None), lambda _, gradient: (jax.lax.optimization_barrier(gradient),))
+
+
+def through_cached(blocks, x, rotation, mask, cache: KVCache, slots, row=None) -> tuple[jax.Array, KVCache]:
+    """``x`` through stacked blocks, after what is cached; arguments as of `Llama.cached`. The new keys and values of all layers
+    are written to the cache together, behind the last one."""
+    past = Past.of(mask, slots)
+
+    def body(x, block_and_layer):
+        block, layer = block_and_layer
+        return block.cached(x, rotation, past, cache.of_layer(layer, row))
+
+    x, new = over_layers(body, x, (blocks, jnp.arange(len(cache.keys))))
+    return x, cache.written(*new, slots, row)
+
+
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
     """Sizes of a Llama stack. attention: how packed rows are computed, see `Kernel`."""
@@ -87,7 +114,7 @@ class LlamaConfig:
             raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
 
     def empty_cache(self, batch: int, capacity: int, dtype) -> KVCache:
-        return KVCache.zeros(self.num_layers, batch, capacity, self.num_kv_heads, self.head_dim, dtype)
+        return KVCache.zeros(self.num_layers, batch, capacity, self.num_kv_heads, self.head_dim, dtype, self.rules)
 
 
 class LlamaBlock(nnx.Module):
@@ -113,16 +140,16 @@ class LlamaBlock(nnx.Module):
         self.down = Linear(rngs, mlp, model, layers=layers, rules=c.rules)
 
     def mlp(self, x: jax.Array) -> jax.Array:
-        y = self.mlp_norm(x)
-        gate, up = (checkpoint_name(part(y), "products") for part in (self.gate, self.up))
+        y = gradient_once(self.mlp_norm(x))
+        gate, up = (gradient_once(checkpoint_name(part(y), "products")) for part in (self.gate, self.up))
         return x + self.down(computed_once(jax.nn.silu(gate) * up))
 
     def __call__(self, x: jax.Array, rotation: Rotation, mask: Mask) -> jax.Array:
-        return self.mlp(checkpoint_name(x + self.attention(self.attention_norm(x), rotation, mask), "products"))
+        return self.mlp(checkpoint_name(x + self.attention(gradient_once(self.attention_norm(x)), rotation, mask), "products"))
 
-    def cached(self, x, rotation, mask, cache, layer, slots, row) -> tuple[jax.Array, KVCache]:
-        y, cache = self.attention.cached(self.attention_norm(x), rotation, mask, cache, layer, slots, row)
-        return self.mlp(x + y), cache
+    def cached(self, x, rotation, past, old):
+        y, new = self.attention.cached(self.attention_norm(x), rotation, past, old)
+        return self.mlp(x + y), new
 
 
 class Llama(nnx.Module):
@@ -156,16 +183,9 @@ class Llama(nnx.Module):
         slots: int32 [B, T]; an entry at or past the capacity is not written. row: int32 [], with B = 1, the row of a cache of
         several that this sequence has; the others stay as they are. Returns ([B, T, D] after the final norm, cache).
         """
-        rotation = self._rotation(positions)
         slots = positions if slots is None else slots
-        mask = cached_mask(slots, cache.keys.shape[2]) if mask is None else mask
-
-        def body(carry, block_and_layer):
-            x, cache = carry
-            block, layer = block_and_layer
-            return block.cached(x, rotation, mask, cache, layer, slots, row), None
-
-        (x, cache), _ = over_layers(body, (x, cache), (self.blocks, jnp.arange(self.config.num_layers)))
+        mask = cached_mask(slots, cache.capacity) if mask is None else mask
+        x, cache = through_cached(self.blocks, x, self._rotation(positions), mask, cache, slots, row)
         return self.norm(x), cache
 
     def _rotation(self, positions: jax.Array) -> Rotation:
@@ -191,7 +211,7 @@ class EncoderConfig:
     rules: AxisRules = RULES
 
     def empty_cache(self, batch: int, capacity: int, dtype) -> KVCache:
-        return KVCache.zeros(self.num_layers, batch, capacity, self.num_kv_heads, self.head_dim, dtype)
+        return KVCache.zeros(self.num_layers, batch, capacity, self.num_kv_heads, self.head_dim, dtype, self.rules)
 
 
 class LayerScale(nnx.Module):
@@ -238,9 +258,9 @@ class EncoderBlock(nnx.Module):
     def __call__(self, x: jax.Array, rotation: Rotation | None, mask: jax.Array) -> jax.Array:
         return self.mlp(self._add(x, self.attention(self.attention_norm(x), rotation, mask), self.attention_scale))
 
-    def cached(self, x, rotation, mask, cache, layer, slots) -> tuple[jax.Array, KVCache]:
-        y, cache = self.attention.cached(self.attention_norm(x), rotation, mask, cache, layer, slots)
-        return self.mlp(self._add(x, y, self.attention_scale)), cache
+    def cached(self, x, rotation, past, old):
+        y, new = self.attention.cached(self.attention_norm(x), rotation, past, old)
+        return self.mlp(self._add(x, y, self.attention_scale)), new
 
 
 class Encoder(nnx.Module):
@@ -261,15 +281,7 @@ class Encoder(nnx.Module):
     ) -> tuple[jax.Array, KVCache]:
         """Continues a sequence. slots: int32 [B, T], cache entries to write (a ring, for a sliding window);
         mask: bool [B, T, S] over the cache after writing."""
-        rotation = self._rotation(positions)
-
-        def body(carry, block_and_layer):
-            x, cache = carry
-            block, layer = block_and_layer
-            return block.cached(x, rotation, mask, cache, layer, slots), None
-
-        (x, cache), _ = over_layers(body, (x, cache), (self.blocks, jnp.arange(self.config.num_layers)))
-        return x, cache
+        return through_cached(self.blocks, x, self._rotation(positions), mask, cache, slots)
 
     def _rotation(self, positions: jax.Array) -> Rotation | None:
         if self.config.rope is None:
