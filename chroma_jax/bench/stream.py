@@ -120,7 +120,7 @@ class EngineSizes:
         """The conversation up to where the reply begins, as the Reasoner reads it."""
         config, talk = self.model.config, self.talk
         heard = num_outputs(num_frames(len(talk.question()), FeatureConfig(mel_bins=config.reasoner.audio.mel_bins)))
-        return question(words, config.tokens, audio_outputs=heard, system=talk.system(config))
+        return question(words, config.tokens, heard=[config.tokens.audio] * heard, system=talk.system(config))
 
     @contextlib.contextmanager
     def engine(self, slots: int) -> Iterator[tuple[Engine, float]]:

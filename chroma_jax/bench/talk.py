@@ -54,7 +54,7 @@ class Talk:
 
     def system(self, config: ChromaConfig) -> str:
         """The text before the user's turn that makes it as long as is wanted. Raises: ChromaError for too few tokens."""
-        around = lambda system: len(question(words, config.tokens, audio_outputs=1, system=system)) - 1
+        around = lambda system: len(question(words, config.tokens, heard=[config.tokens.audio], system=system)) - 1
         missing = self.question_tokens - around(text(1))
         if missing < 0:
             raise ChromaError(f"question_tokens is {self.question_tokens}, must be at least {around(text(1))}")
