@@ -225,7 +225,7 @@ def bench_stream(args: BenchStream, config) -> int:
         raise ChromaError(f"--rounds is {args.rounds}, must be at least 1")
     lengths = ("question_seconds", "question_tokens", "voice_seconds", "voice_tokens", "frames")
     talk = Talk(**{name: getattr(args, name) for name in lengths}, fed="live" if args.live else "at once")
-    given = {name: getattr(args, name) for name in ("slots", "rounds", "text_positions", "peer")}
+    given = {name: getattr(args, name) for name in ("slots", "rounds", "text_positions", "chunk", "peer")}
     if Path(args.source).is_dir():
         model, codec, _ = load_run(Path(args.source), config)
     else:

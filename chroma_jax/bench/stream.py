@@ -55,15 +55,16 @@ def bench_stream(
     slots: tuple[int, ...],
     rounds: int,
     text_positions: int,
+    chunk: int,
     peer: str,
 ) -> dict:
     """Measures ``rounds`` replies in every slot, for each number of slots; with a peer, one more slot in turn with its replies.
 
-    reply: how codes are chosen, and the type computed in. text_positions: of the engine. peer: "torch", or "none".
+    reply: how codes are chosen, and the type computed in. text_positions, chunk: of the engine. peer: "torch", or "none".
     Raises: ChromaError where the peer is not installed, or where the sizes do not fit together.
     """
     model.config = dataclasses.replace(model.config, codebook_eos=NOTHING)  # no code is that, so that no reply ends early
-    sizes = EngineSizes(model, codec, reply, talk, text_positions)
+    sizes = EngineSizes(model, codec, reply, talk, text_positions, chunk)
     device, threads = jax.devices()[0], len(os.sched_getaffinity(0))
     read = bandwidth(device)
     found = {
@@ -74,6 +75,7 @@ def bench_stream(
         "dtype": reply.dtype,
         "state": "warm",
         "text_positions": text_positions,
+        "chunk": chunk,
         "weight_bytes": sum(x.nbytes for module in (model, codec) for x in jax.tree.leaves(nnx.state(module))),
         "memory_bandwidth": read,
     }
@@ -97,6 +99,7 @@ class EngineSizes:
     reply: ReplyConfig
     talk: Talk
     text_positions: int
+    chunk: int
 
     @property
     def frame_seconds(self) -> float:
@@ -117,7 +120,7 @@ class EngineSizes:
         """The conversation up to where the reply begins, as the Reasoner reads it."""
         config, talk = self.model.config, self.talk
         heard = num_outputs(num_frames(len(talk.question()), FeatureConfig(mel_bins=config.reasoner.audio.mel_bins)))
-        return question(words, config.tokens, audio_outputs=heard, system=talk.system(config))
+        return question(words, config.tokens, heard=[config.tokens.audio] * heard, system=talk.system(config))
 
     @contextlib.contextmanager
     def engine(self, slots: int) -> Iterator[tuple[Engine, float]]:
@@ -126,6 +129,7 @@ class EngineSizes:
             slots=slots,
             text_positions=self.text_positions,
             voice_positions=rounded_up(self.voice_length, 64),
+            chunk=self.chunk,
             max_seconds=(self.talk.frames + 0.5) * self.frame_seconds,
             dtype=self.reply.dtype,
         )
