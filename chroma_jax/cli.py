@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -172,7 +173,8 @@ def bench_train(args: BenchTrain, config) -> int:
     for name in ("rows", "rounds"):
         if getattr(args, name) < 1:
             raise ChromaError(f"--{name} is {getattr(args, name)}, must be at least 1")
-    found = json.dumps(bench_train(config, rows=args.rows, rounds=args.rounds, peer=args.peer), indent=1)
+    command = {"command": f"python -m chroma_jax {shlex.join(sys.argv[1:])}"}
+    found = json.dumps(command | bench_train(config, rows=args.rows, rounds=args.rounds, peer=args.peer), indent=1)
     print(found)
     if args.out is not None:
         write_whole(args.out, found + "\n")
