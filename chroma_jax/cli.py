@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -205,8 +206,8 @@ def bench_train(args: BenchTrain, config) -> int:
 
 
 def measured(figures: dict, out: Path | None) -> int:
-    """Prints what was measured, and keeps it."""
-    text = json.dumps(figures, indent=1)
+    """Prints what was measured, with the command that did, and keeps it."""
+    text = json.dumps({"command": f"{PROGRAM} {shlex.join(sys.argv[1:])}"} | figures, indent=1)
     print(text)
     if out is not None:
         write_whole(out, text + "\n")
