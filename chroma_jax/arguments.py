@@ -98,6 +98,49 @@ class BenchTrain:
 
 
 @dataclasses.dataclass(frozen=True)
+class BenchStream:
+    """Measures live conversations, with a peer's beside them, and prints JSON.
+
+    source: configuration, its weights at random, or a run folder with weights. slots: numbers of conversations at once, measured
+    one after the other. frames: of each reply, which does not end before. question_tokens: text of a conversation up to its first
+    reply, beside the speech; voice_tokens: transcript of the voice prompt. live: the question is fed as it is spoken, and not all
+    begin at the same moment; else all at once. rounds: replies in each slot. text_positions: that the engine keeps of a
+    conversation. peer: "torch" for the reference's parts at the same sizes in transformers' classes (extra "dev"), in turn with
+    one slot. out: file for the JSON besides. Flags beginning with --reply say how codes are chosen, and the type computed in.
+    """
+
+    source: Positional[str]
+    slots: tuple[int, ...] = (1, 8, 32)
+    frames: int = 40
+    question_seconds: float = 5.0
+    question_tokens: int = 24
+    voice_seconds: float = 3.0
+    voice_tokens: int = 20
+    live: tyro.conf.FlagCreatePairsOff[bool] = False
+    rounds: int = 3
+    text_positions: int = 2048
+    peer: Literal["torch", "none"] = "none"
+    out: Path | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchSoak:
+    """Lets clients join, interrupt and leave an engine at random, compares each conversation with itself alone, and prints JSON.
+
+    run: run folder, or an exported one. slots: of the engine, each with a client. minutes: how long, after the conversations
+    alone. scripts: different conversations. max_seconds: of a reply. out: file for the JSON besides. Exit code 1 if a
+    conversation differed or something was compiled.
+    """
+
+    run: Positional[Path]
+    slots: int = 8
+    minutes: float = 10.0
+    scripts: int = 12
+    max_seconds: float = 4.0
+    out: Path | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Reply:
     """Answers a spoken question in the voice of a reference recording.
 
@@ -111,6 +154,27 @@ class Reply:
     reference: Path
     transcript: str
     out: Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Chat:
+    """Talks with a model, turn by turn: from recordings, or through a microphone.
+
+    run: run folder, or an exported one. voice: a few seconds of the voice to reply in, with its transcript (text, or a file that
+    holds it), or a file that keep_voice named once. questions: recordings, a turn each; without any, the microphone (extra
+    "chat"): Enter begins and ends a turn, and interrupts a reply. pace: "live" feeds recordings as slowly as they were spoken.
+    play: whether replies are played as they stream. keep_voice: file to keep the voice in. out: folder for reply-1.wav …,
+    conversation.txt and measures.json. Flags beginning with --reply override the run's settings.
+    """
+
+    run: Positional[Path]
+    voice: Path
+    transcript: str = ""
+    questions: tuple[Path, ...] = ()
+    pace: Literal["live", "at once"] = "live"
+    play: tyro.conf.FlagCreatePairsOff[bool] = False
+    keep_voice: Path | None = None
+    out: Path | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,8 +254,8 @@ class Evaluate:
     run: run folder of a speaking model or of a codec, or an exported model. out: folder for report.txt, report.json and
     index.html, a page with players. suite: what is asked. split: test, or valid while choosing settings. corpus: another folder
     of the suite's layout. limit: so many dialogues only. parts: codec, answers, and ablations: answers under other voice
-    prompts. recogniser: folder with a Whisper for CTranslate2, instead of Whisper base. speaker_model: folder with
-    transformers' WavLMForXVector, instead of resemblyzer. Flags beginning with --reply say how codes are chosen.
+    prompts. recogniser: folder with a Whisper for CTranslate2 or transformers, instead of Whisper base. speaker_model: folder
+    with transformers' WavLMForXVector, instead of resemblyzer. Flags beginning with --reply say how codes are chosen.
     """
 
     run: Positional[Path]

@@ -1,7 +1,7 @@
 """How a spoken turn is written down for the Reasoner (ChatML, as Qwen2.5-Omni was trained)."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 Encode = Callable[[str], list[int]]  # text → token ids, without special tokens
 
@@ -20,20 +20,36 @@ class SpecialTokens:
     text_end: int = 151_666
 
 
-def question(encode: Encode, tokens: SpecialTokens, *, audio_outputs: int, said: str = "", system: str = "") -> list[int]:
+def question(encode: Encode, tokens: SpecialTokens, *, heard: Sequence[int] = (), said: str = "", system: str = "") -> list[int]:
     """Token ids of a conversation up to where the reply begins.
 
-    audio_outputs: how many encoder outputs the user's recording has; each gets a placeholder ``tokens.audio``. said: what the
-    user writes, after the recording or (audio_outputs 0) instead of one.
+    heard: what stands in the place of the user's recording, a placeholder ``tokens.audio`` for each of the encoder's outputs.
+    said: what the user writes, after the recording or (nothing heard) instead of one.
     """
-    newline = encode("\n")
-    turns = []
-    if system:
-        turns += [tokens.im_start, *encode("system\n" + system), tokens.im_end, *newline]
-    turns += [tokens.im_start, *encode("user\n")]
-    if audio_outputs:
-        turns += [tokens.audio_start, *[tokens.audio] * audio_outputs, tokens.audio_end]
-    return [*turns, *encode(said), tokens.im_end, *newline, tokens.im_start, *encode("assistant\n")]
+    turns = [*system_turn(encode, tokens, system), *user_opening(encode, tokens)]
+    if heard:
+        turns += [tokens.audio_start, *heard, tokens.audio_end]
+    return [*turns, *user_closing(encode, tokens, said)]
+
+
+def system_turn(encode: Encode, tokens: SpecialTokens, text: str) -> list[int]:
+    """What stands before a conversation; nothing for an empty text."""
+    return [tokens.im_start, *encode("system\n" + text), tokens.im_end, *encode("\n")] if text else []
+
+
+def user_opening(encode: Encode, tokens: SpecialTokens) -> list[int]:
+    """What stands before a user's turn."""
+    return [tokens.im_start, *encode("user\n")]
+
+
+def user_closing(encode: Encode, tokens: SpecialTokens, said: str = "") -> list[int]:
+    """What the user writes, and what stands between a user's turn and the reply."""
+    return [*encode(said), tokens.im_end, *encode("\n"), tokens.im_start, *encode("assistant\n")]
+
+
+def reply_closing(encode: Encode, tokens: SpecialTokens, *, ended: bool) -> list[int]:
+    """What stands between a reply and the user's next turn. ended: whether the reply's last token is im_end."""
+    return [*([] if ended else [tokens.im_end]), *encode("\n")]
 
 
 def answer(encode: Encode, tokens: SpecialTokens, text: str) -> list[int]:

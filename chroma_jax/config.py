@@ -28,11 +28,12 @@ from data_pipelines.waves import CodecDataConfig
 
 @dataclasses.dataclass(frozen=True)
 class ReplyConfig:
-    """temperature 0 is greedy; top_k 0 keeps every code. max_seconds bounds a reply. compatibility: "reference" repeats the
-    reference implementation's faults, see `chroma_jax.streaming.compatibility`."""
+    """temperature 0 is greedy; top_k 0 and top_p 1 keep every code. max_seconds bounds a reply. compatibility: "reference"
+    repeats the reference implementation's faults, see `chroma_jax.streaming.compatibility`."""
 
     temperature: float = 0.0
     top_k: int = 50
+    top_p: float = 1.0
     seed: int = 0
     max_seconds: float = 20.0
     dtype: typing.Literal["float32", "bfloat16"] = "float32"

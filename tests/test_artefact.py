@@ -45,7 +45,8 @@ PLATFORMS = ("cpu", "tpu", "cuda")
 CONFIG = tiny_model()
 # more room than the prompts need, and other than `stack` would give them: padding must not be heard
 SIZES = Sizes(rows=3, question_seconds=2.5, text=140, voice=135, max_frames=9)
-SAMPLING = Sampling(np.array([0, 1, 0.7], np.float32), np.array([5, 0, 5], np.int32))  # the first row is greedy
+# the first row is greedy
+SAMPLING = Sampling(np.array([0, 1, 0.7], np.float32), np.array([5, 0, 5], np.int32), np.ones(3, np.float32))
 
 
 def prompts() -> list[Prompt]:

@@ -50,6 +50,7 @@ class Row:
     frames: int
     temperature: float
     top_k: int
+    top_p: float
     seed: int
     arrival: int = 0
     cancelled: int | None = None
@@ -73,6 +74,7 @@ ROWS = st.builds(
     frames=st.integers(1, 40),
     temperature=st.sampled_from([0.0, 0.7, 1.5]),
     top_k=st.sampled_from([0, 4]),
+    top_p=st.sampled_from([1.0, 0.8]),
     seed=st.integers(0, 2**31 - 1),
     arrival=st.integers(0, 16),
     cancelled=st.none() | st.none() | st.integers(0, MAX_FRAMES - 1),
@@ -106,9 +108,10 @@ class Programs:
 
 def arguments(rows: list[Row]):
     """Prompt, sampling settings and random keys of a batch."""
-    temperature, top_k = np.array([r.temperature for r in rows], np.float32), np.array([r.top_k for r in rows], np.int32)
+    kinds = {"temperature": np.float32, "top_k": np.int32, "top_p": np.float32}
+    sampling = Sampling(**{name: np.array([getattr(r, name) for r in rows], kind) for name, kind in kinds.items()})
     keys = jnp.stack([jax.random.key(r.seed) for r in rows])
-    return stack([r.case.prompt for r in rows]), Sampling(temperature, top_k), keys
+    return stack([r.case.prompt for r in rows]), sampling, keys
 
 
 def spoiled(state: StreamState, mask: jax.Array) -> StreamState:
@@ -260,7 +263,7 @@ def farthest(difference: np.ndarray) -> np.ndarray:
 
 
 def test_rows_come_and_go_without_compiling_anew(programs):
-    rows = [Row(5000 * n, n, 9 * n, 0.7, 4, seed=n, arrival=n, cancelled=None if n % 2 else 3) for n in range(1, 4)]
+    rows = [Row(5000 * n, n, 9 * n, 0.7, 4, 0.9, seed=n, arrival=n, cancelled=None if n % 2 else 3) for n in range(1, 4)]
     events = functools.partial(converse, programs, together=False, even=True, spoil=False)
     events(rows)
     with counted_compilations() as compiled:
@@ -269,6 +272,6 @@ def test_rows_come_and_go_without_compiling_anew(programs):
 
 
 def test_a_row_of_another_capacity_cannot_join(programs):
-    larger = programs.speaker.start(*arguments([Row(640, 1, 1, 0.0, 0, seed=0)]), 2 * MAX_FRAMES)
+    larger = programs.speaker.start(*arguments([Row(640, 1, 1, 0.0, 0, 1.0, seed=0)]), 2 * MAX_FRAMES)
     with pytest.raises(ValueError, match=r"reasoner_cache of the row is .* of the batch .* fits"):
         states.join(programs.idle(), larger, 0)

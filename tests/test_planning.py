@@ -2,8 +2,10 @@
 
 import dataclasses
 import importlib.util
+import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -13,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from chroma_jax.cli import main
 from chroma_jax.config import Config, module_of, on_pod, read_python
 from chroma_jax.errors import ChromaError
+from chroma_jax.flops import counted
 from chroma_jax.layers.sharding import MeshConfig, make_mesh
 from chroma_jax.planning import hlo, kernels, report, schedules
 from chroma_jax.planning.chips import CHIPS, parse_topology, ring_bandwidth
@@ -298,6 +301,48 @@ def test_a_training_step_is_planned_for_chips_that_are_not_here():
     for part in ("backbone backward", "all-gather over fsdp", "utilisation", "$ an hour"):
         assert part in page, part
     assert {"step_seconds", "utilisation", "memory", "traffic"} <= plan.json().keys()
+
+
+@needs_compiler
+def test_the_training_step_of_a_codec_is_planned_by_the_same_command(tmp_path, capsys):
+    flags = {"recipe.judge_from": 10, "recipe.discriminator.windows": 64, "recipe.discriminator.filters": 2}
+    flags |= {"recipe.loss.resolutions.windows": 64, "recipe.loss.resolutions.bins": 5, "model.seanet.num_filters": 4}
+    flags |= {"model.seanet.ratios": "5 4", "model.transformer.num_layers": 1, "model.quantizer.num_codebooks": 2}
+    flags |= {"data.crop_frames": 4, "mesh.data": 4, "effort": "quick", "dollars_per_chip_hour": 1, "out": tmp_path / "plan.json"}
+    given = [text for name, value in flags.items() for text in (f"--{name}", *str(value).split())]
+    assert main(["plan", "codec_nano", "--topology", "v5e:2x2", *given]) == 0
+    page, plan = capsys.readouterr().out, json.loads((tmp_path / "plan.json").read_text())
+    for part in (
+        "step of a codec with quantizer, discriminator",
+        "codec_decode backward",
+        "hours of sound",
+        "$ an hour of sound",
+    ):
+        assert part in page, part
+    assert {"codec_encode", "codec_decode", "discriminator", "mel_loss"} <= plan["flops"].keys()
+    assert plan["memory"]["trained"] > 0 and plan["memory"]["free"] > 0.9 and plan["unknown_loops"] == 0
+    assert any(t["axes"] == "data" and t["kind"] == "all-reduce" for t in plan["traffic"])
+    for wrong in (["--step", "stream"], ["--search"], ["--program", "p"]):
+        assert main(["plan", "codec_nano", "--topology", "v5e:2x2", *wrong]) == 2
+
+
+def test_flops_of_a_program_are_those_of_its_products():
+    def step(x, w, kernels):
+        with jax.named_scope("first"):
+            x, _ = jax.lax.scan(lambda x, w: (jax.checkpoint(lambda x: x @ w)(x), None), x, w)  # [3, 8] @ [8, 8], five times
+        shape = ("NWC", "WIO", "NWC")
+        x = jax.lax.conv_general_dilated(x[:, :, None], kernels, (2,), "VALID", dimension_numbers=shape)
+        return jnp.sum(jax.lax.cond(x[0, 0, 0] > 0, lambda x: x @ x.swapaxes(1, 2), lambda x: jnp.zeros((3, 4, 4)), x))
+
+    shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((3, 8), (5, 8, 8), (2, 1, 6))]
+    products, convolution, chosen = 5 * 2 * 3 * 8 * 8, 2 * 3 * 4 * 6 * 2, 2 * 3 * 4 * 4 * 6
+    forward = counted(jax.make_jaxpr(step)(*shapes), ("first",))
+    assert forward == {"first": products, "other": convolution + chosen}
+    both = counted(jax.make_jaxpr(jax.grad(step, argnums=(0, 1, 2)))(*shapes), ("first",))
+    # backwards twice as much; a checkpointed product whose result nobody needs again is not made again
+    assert both["first"] in (3 * products, 4 * products) and both["other"] == 3 * (convolution + chosen)
+    with pytest.raises(ChromaError, match="how often it turns"):
+        counted(jax.make_jaxpr(lambda x: jax.lax.while_loop(lambda x: x[0, 0] < 1, lambda x: x @ x, x))(jnp.zeros((2, 2))), ())
 
 
 @needs_compiler

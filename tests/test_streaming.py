@@ -109,6 +109,16 @@ def test_streamed_audio_equals_decoding_the_whole_reply(modules, greedy):
     np.testing.assert_allclose(streamed / loudest, whole / loudest, atol=1e-5)
 
 
+def test_a_step_that_is_told_of_pairs_says_what_one_that_finds_out_says(modules, speaker, greedy):
+    sampling, keys = settings(len(CASES), temperature=0.0, top_k=5, seed=7)
+    state = speaker.start(stack([c.prompt for c in CASES]), sampling, keys, MAX_FRAMES)
+    frame = jax.jit(lambda model, codec, state, pairs: steps.step(model, codec, state, pairs=pairs), static_argnums=3)
+    for i in range(MAX_FRAMES):
+        state, output = frame(*modules, state, "none" if i % 2 else "all")
+        np.testing.assert_array_equal(output.codes, greedy.codes[i])
+        np.testing.assert_array_equal(output.token, greedy.token[i])
+
+
 # Rows
 
 
@@ -134,7 +144,7 @@ def test_after_warm_up_nothing_is_compiled_and_nothing_moves_unasked(speaker, gr
     _, keys = settings(3, temperature=0.5, top_k=3, seed=1)
     with counted_compilations() as compiled, jax.transfer_guard("disallow"):
         prompt = stack([c.prompt for c in (shorter, *CASES[1:])])
-        sampling = Sampling(np.full(3, 0.5, np.float32), np.full(3, 3, np.int32))
+        sampling = Sampling(np.full(3, 0.5, np.float32), np.full(3, 3, np.int32), np.ones(3, np.float32))
         for frame in speaker.stream(prompt, sampling, keys, MAX_FRAMES):
             assert all(isinstance(x, np.ndarray) for x in frame)
         with pytest.raises(Exception, match="[Dd]isallowed host-to-device"):  # the guard would have noticed
@@ -235,7 +245,7 @@ draw = jax.jit(sample)
 def test_temperature_zero_is_the_argmax_row_by_row():
     logits = jnp.asarray(np.random.default_rng(0).normal(size=(DRAWS, 20)), jnp.float32)
     greedy_rows = np.arange(DRAWS) % 2 == 0
-    mixed = Sampling(jnp.where(greedy_rows, 0.0, 3.0), jnp.zeros(DRAWS, jnp.int32))
+    mixed = Sampling(jnp.where(greedy_rows, 0.0, 3.0), jnp.zeros(DRAWS, jnp.int32), jnp.ones(DRAWS))
     chosen, best = np.asarray(draw(logits, mixed, jax.random.split(jax.random.key(0), DRAWS))), np.argmax(logits, -1)
     np.testing.assert_array_equal(chosen[greedy_rows], best[greedy_rows])
     assert (chosen[~greedy_rows] != best[~greedy_rows]).any()
@@ -247,6 +257,17 @@ def test_top_k_never_leaves_the_top_k_and_reaches_all_of_it():
     assert set(chosen.tolist()) == set(np.argsort(-logits[0])[:4].tolist())
     expected = probabilities(jnp.asarray(logits[:1]), Sampling.of(2.0, 4))[0]
     np.testing.assert_allclose(np.bincount(chosen, minlength=20) / DRAWS, expected, atol=0.04)
+
+
+def test_top_p_keeps_the_fewest_entries_that_have_its_probability_after_top_k():
+    logits = np.log(np.array([[0.05, 0.4, 0.1, 0.25, 0.2]], np.float32))
+    kept = lambda **s: np.flatnonzero(np.asarray(probabilities(jnp.asarray(logits), Sampling.of(**s))[0])).tolist()
+    assert kept(temperature=1.0, top_k=0, top_p=0.3) == [1]
+    assert kept(temperature=1.0, top_k=0, top_p=0.6) == [1, 3]
+    assert kept(temperature=1.0, top_k=0, top_p=0.7) == [1, 3, 4]
+    assert kept(temperature=1.0, top_k=2, top_p=0.6) == [1]  # of the two, the first alone has 0.4 / 0.65
+    assert kept(temperature=0.1, top_k=0, top_p=0.9) == [1]  # a low temperature comes before
+    assert kept(temperature=1.0, top_k=0, top_p=1.0) == [0, 1, 2, 3, 4]
 
 
 def test_codes_that_the_codec_does_not_have_are_never_spoken(speaker, greedy):

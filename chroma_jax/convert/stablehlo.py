@@ -300,7 +300,7 @@ def write_prompt(run: Path, config: Config, artefact: Path, question: Path, refe
         system=config.data.system,
     )
     r = config.reply
-    sampling, keys = settings(rows, temperature=r.temperature, top_k=r.top_k, seed=r.seed)
+    sampling, keys = settings(rows, temperature=r.temperature, top_k=r.top_k, top_p=r.top_p, seed=r.seed)
     dest.parent.mkdir(parents=True, exist_ok=True)
     aside = dest.with_suffix(".partial")
     save_prompt(artefact, aside, [prompt] * rows, sampling, keys)

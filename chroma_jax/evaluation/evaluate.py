@@ -63,7 +63,7 @@ def evaluate(
         sounds.add_codec(spoken, made)
     conditions = [*([MAIN] if "answers" in parts else []), *(ABLATIONS if "ablations" in parts else ())]
     if speaker is not None and conditions:
-        settings = {"temperature": config.reply.temperature, "top_k": config.reply.top_k, "seed": config.reply.seed}
+        settings = {name: getattr(config.reply, name) for name in ("temperature", "top_k", "top_p", "seed")}
         found["sampling"] = settings | {"dtype": config.reply.dtype}
         part, replies = evaluate_speaking(speaker, tokenizer, asked, conditions, judges, config.reply, config.data.system)
         found |= part

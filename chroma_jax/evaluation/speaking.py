@@ -112,7 +112,7 @@ def answered(
         rows = [row_of(speaker, tokenizer, heard_question(d), p, coded(speaker, p), system) for d, p in filled]
         prompt = stack(rows, speaker.compatibility)
         seed = config.seed + start
-        sampling, keys = settings(ROWS, temperature=config.temperature, top_k=config.top_k, seed=seed)
+        sampling, keys = settings(ROWS, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, seed=seed)
         samples: list[list[np.ndarray]] = [[] for _ in group]
         tokens: list[list[tuple[int, int]]] = [[] for _ in group]
         ended = [False] * len(group)

@@ -8,14 +8,13 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from chroma_jax.layers import rope, splash
+from chroma_jax.layers import blocks, rope, splash
 from chroma_jax.layers.linear import Linear, zeros
-from chroma_jax.layers.sharding import RULES, AxisRules, active, leading_spec, reshard
+from chroma_jax.layers.sharding import RULES, AxisRules, active, divided, leading_spec, reshard
 
 # How packed rows are computed. "plain": all positions with all. "blocks": queries in blocks, which leaves out most of what comes
 # later than they, for processors that have no kernel. "splash": TPU's kernel.
 Kernel = Literal["plain", "blocks", "splash"]
-QUERIES = 256  # of a block
 
 
 class Rotation(NamedTuple):
@@ -37,16 +36,15 @@ class KVCache(NamedTuple):
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 
-def causal_mask(segments: jax.Array, start: int = 0) -> jax.Array:
+def causal_mask(segments: jax.Array) -> jax.Array:
     """Packed rows: a position sees itself and earlier ones of its own segment.
 
-    segments: int32 [B, S], 0 = padding. Returns bool [B, T, S] (query, key), of the queries from ``start`` on.
+    segments: int32 [B, S], 0 = padding. Returns bool [B, S, S] (query, key).
     """
     keys = reshard(segments, P(*leading_spec(segments, 1), None))
-    queries = segments[:, start:]
-    order = start + jax.lax.broadcasted_iota(jnp.int32, queries.shape, 1)
-    order = reshard(order, P(*leading_spec(queries, 2)))
-    return (queries[:, :, None] == keys[:, None, :]) & (order[:, :, None] >= jnp.arange(segments.shape[1]))
+    order = jax.lax.broadcasted_iota(jnp.int32, segments.shape, 1)
+    order = reshard(order, P(*leading_spec(segments, 2)))
+    return (segments[:, :, None] == keys[:, None, :]) & (order[:, :, None] >= jnp.arange(segments.shape[1]))
 
 
 class Segments(NamedTuple):
@@ -56,7 +54,7 @@ class Segments(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """The same, to be computed in blocks of queries. ids: int32 [B, T]."""
+    """The same for `chroma_jax.layers.blocks`. ids: int32 [B, T]."""
 
     ids: jax.Array
 
@@ -81,8 +79,10 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
     """
     if isinstance(mask, Segments):
         return splash.attend(q, k, v, mask.ids)
+    if isinstance(mask, Blocks) and not divided(q, 1):
+        return blocks.attend(q, k, v, mask.ids)
     if isinstance(mask, Blocks):
-        return in_blocks(q, k, v, mask.ids)
+        mask = causal_mask(mask.ids)
     if active():  # with the sequence divided, every device needs all keys
         k, v = (reshard(x, P(leading_spec(x, 1)[0], None, leading_spec(x, 3)[2])) for x in (k, v))
     q, k, v = (checkpoint_name(x, "products") for x in (q, k, v))
@@ -90,18 +90,6 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     probabilities = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return checkpoint_name(jnp.einsum("BKGTS,BSKH->BTKGH", probabilities, v), splash.SAVED)
-
-
-def in_blocks(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
-    """`attend` with a causal mask within segments, in blocks of queries, each with the keys up to its end; where the sequence is
-    divided among devices, all at once."""
-    if active() and leading_spec(q, 2)[1] is not None:
-        return attend(q, k, v, causal_mask(segments))
-    ends = range(QUERIES, q.shape[1] + QUERIES, QUERIES)
-    pieces = [
-        attend(q[:, end - QUERIES : end], k[:, :end], v[:, :end], causal_mask(segments[:, :end], end - QUERIES)) for end in ends
-    ]
-    return jnp.concatenate(pieces, axis=1)
 
 
 class Attention(nnx.Module):
@@ -142,15 +130,23 @@ class Attention(nnx.Module):
         return self.o(attend(*self.project(x, rotation), mask))
 
     def cached(
-        self, x: jax.Array, rotation: Rotation | None, mask: jax.Array, cache: KVCache, layer: jax.Array, slots: jax.Array
+        self,
+        x: jax.Array,
+        rotation: Rotation | None,
+        mask: jax.Array,
+        cache: KVCache,
+        layer: jax.Array,
+        slots: jax.Array,
+        row: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache]:
         """As ``__call__``, with the new keys and values written to ``cache[layer, :, slots]`` first.
 
-        mask: bool [B, T, S]; slots: int32 [B, T], where in the cache each position goes.
+        mask: bool [B, T, S]; slots: int32 [B, T], where in the cache each position goes. row: int32 [], for a batch of one
+        sequence that has this row of a cache of several; without it, the cache's rows are the batch's.
         """
         q, k, v = self.project(x, rotation)
-        rows = jnp.arange(x.shape[0])[:, None]
+        rows = jnp.arange(x.shape[0])[:, None] if row is None else row
         keys = cache.keys.at[layer, rows, slots].set(k.astype(cache.keys.dtype))
         values = cache.values.at[layer, rows, slots].set(v.astype(cache.values.dtype))
-        out = attend(q, keys[layer].astype(x.dtype), values[layer].astype(x.dtype), mask)
-        return self.o(out), KVCache(keys, values)
+        used = (keys[layer], values[layer]) if row is None else (keys[layer, row][None], values[layer, row][None])
+        return self.o(attend(q, *(x.astype(q.dtype) for x in used), mask)), KVCache(keys, values)

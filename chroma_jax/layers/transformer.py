@@ -112,8 +112,8 @@ class LlamaBlock(nnx.Module):
     def __call__(self, x: jax.Array, rotation: Rotation, mask: Mask) -> jax.Array:
         return self.mlp(checkpoint_name(x + self.attention(gradient_once(self.attention_norm(x)), rotation, mask), "products"))
 
-    def cached(self, x, rotation, mask, cache, layer, slots) -> tuple[jax.Array, KVCache]:
-        y, cache = self.attention.cached(self.attention_norm(x), rotation, mask, cache, layer, slots)
+    def cached(self, x, rotation, mask, cache, layer, slots, row) -> tuple[jax.Array, KVCache]:
+        y, cache = self.attention.cached(self.attention_norm(x), rotation, mask, cache, layer, slots, row)
         return self.mlp(x + y), cache
 
 
@@ -140,11 +140,13 @@ class Llama(nnx.Module):
         cache: KVCache,
         mask: jax.Array | None = None,
         slots: jax.Array | None = None,
+        row: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache]:
         """Continues a sequence: new keys and values go to the cache entries ``slots``, by default the positions.
 
         x: [B, T, D]; positions: int32 [B, T]; mask: bool [B, T, S], by default everything at or before each position;
-        slots: int32 [B, T]; an entry at or past the capacity is not written. Returns ([B, T, D] after the final norm, cache).
+        slots: int32 [B, T]; an entry at or past the capacity is not written. row: int32 [], with B = 1, the row of a cache of
+        several that this sequence has; the others stay as they are. Returns ([B, T, D] after the final norm, cache).
         """
         rotation = self._rotation(positions)
         slots = positions if slots is None else slots
@@ -153,7 +155,7 @@ class Llama(nnx.Module):
         def body(carry, block_and_layer):
             x, cache = carry
             block, layer = block_and_layer
-            return block.cached(x, rotation, mask, cache, layer, slots), None
+            return block.cached(x, rotation, mask, cache, layer, slots, row), None
 
         (x, cache), _ = jax.lax.scan(body, (x, cache), (self.blocks, jnp.arange(self.config.num_layers)))
         return self.norm(x), cache

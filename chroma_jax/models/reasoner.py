@@ -70,6 +70,8 @@ class Reasoner(nnx.Module):
         """[…, D] → [… , V], in the compute type."""
         return self.head(hidden)
 
-    def cached(self, embeddings: jax.Array, positions: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
-        """Continues a conversation; see `Llama.cached`."""
-        return self.text.cached(embeddings, positions, cache)
+    def cached(
+        self, embeddings: jax.Array, positions: jax.Array, cache: KVCache, row: jax.Array | None = None
+    ) -> tuple[jax.Array, KVCache]:
+        """Continues conversations, or the one of a row; see `Llama.cached`."""
+        return self.text.cached(embeddings, positions, cache, row=row)

@@ -1,4 +1,4 @@
-"""Compiles the training step for TPU chips that are not here, and reads from the program what it will take."""
+"""Compiles a training step for TPU chips that are not here, and reads from the program what it will take."""
 
 import collections
 import dataclasses
@@ -13,16 +13,21 @@ import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from chroma_jax.config import Config
+from chroma_jax.config import CodecRun, Config
 from chroma_jax.errors import ChromaError
-from chroma_jax.layers.sharding import MESH_AXES, make_mesh
+from chroma_jax.flops import counted
+from chroma_jax.layers.sharding import MESH_AXES, MeshConfig, make_mesh
 from chroma_jax.planning import hlo, kernels
 from chroma_jax.planning.chips import Chip, Topology, compile_only_devices, ring_bandwidth
-from chroma_jax.training.state import Trainer
+from chroma_jax.training.codec.step import Phase, make_codec_trainer
+from chroma_jax.training.codec.teacher import load_teacher
 from chroma_jax.training.train import abstract_batch, step_flops, trainer_of
 
 QUICK = {"exec_time_optimization_effort": -1.0}
-SCOPES = ("reasoner", "text_loss", "hearing_loss", "backbone", "frames", "optimizer")
+SCOPES = (
+    *("reasoner", "text_loss", "hearing_loss", "backbone", "frames", "optimizer"),
+    *("codec_encode", "codec_quantize", "codec_decode", "teacher", "mel_loss", "discriminator"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,9 +70,11 @@ class Plan:
     """A training step on one topology. Times are seconds per step; flops are those of the model, per step, by part.
 
     compute: the compiler's cycles over the clock, by scope and pass, and more, see `compute`. unestimated: work without cycles,
-    by kind and number.
+    by kind and number. positions: of the Backbone and the text model, none in a Codec's step. sound_seconds: what replies, or a
+    Codec's recordings, last.
     """
 
+    step: str
     topology: str
     chips: int
     mesh: dict[str, int]
@@ -82,7 +89,7 @@ class Plan:
     unestimated: dict[str, int]
     unknown_loops: int
     positions: int
-    reply_seconds: float
+    sound_seconds: float
     compile_seconds: float
 
     @property
@@ -159,55 +166,103 @@ def plan_training(config: Config, topology: Topology, *, effort: str = "full") -
 
     Raises: DoesNotFit; ChromaError for a mesh that the topology or the weights do not fit.
     """
-    devices = compile_only_devices(topology)
-    if config.mesh.num_devices != len(devices):
-        shape = dict(zip(MESH_AXES, config.mesh.shape))
-        raise ChromaError(f"mesh {shape} has {config.mesh.num_devices} devices, {topology.name} has {len(devices)}")
-    mesh = make_mesh(config.mesh, devices)
+    mesh, rows, row = mesh_on(topology, config.mesh), config.training.global_batch, config.data.row
     with jax.set_mesh(mesh):
         trainer = trainer_of(config, mesh)
-        batch = abstract_batch(config, trainer)
-        started = time.perf_counter()
-        traced = trainer.train_step.trace(trainer.abstract, batch)
-        try:
-            compiled = traced.lower().compile(QUICK if effort == "quick" else {})
-        except jax.errors.JaxRuntimeError as e:
-            raise too_large(topology, str(e), traced.jaxpr.jaxpr) from e
-        seconds = time.perf_counter() - started
+        batch, state = abstract_batch(config, trainer), trainer.abstract
+        return planned(
+            trainer.train_step.trace(state, batch),
+            {"trained": state.trained, "frozen": state.frozen, "optimizer": (state.step, state.optimizer), "batch": batch},
+            topology,
+            mesh,
+            effort,
+            step="training step",
+            global_batch=rows,
+            flops=step_flops(config, trainer)._asdict(),
+            positions=rows * (row.positions + row.text),
+            sound_seconds=rows * row.frames / config.model.codec.frame_rate,
+        )
+
+
+def plan_codec(config: CodecRun, topology: Topology, *, effort: str = "full") -> tuple[Plan, jax.stages.Compiled]:
+    """The same for a Codec, in the last phase of its training, in which most takes part."""
+    mesh, rows, recipe = mesh_on(topology, config.mesh), config.training.global_batch, config.recipe
+    model, frames, last = config.model, config.data.crop_frames, config.training.steps - 1
+    phase = Phase(quantized=last >= recipe.quantize_from, judged=last >= recipe.judge_from)
+    teacher = load_teacher(recipe.teacher, model.sampling_rate)
+    parts = {"quantizer": phase.quantized, "discriminator": phase.judged, "teacher": teacher is not None}
+    with jax.set_mesh(mesh):
+        trainer = make_codec_trainer(model, recipe, config.training.seed, mesh, teacher, config.training.skip_norm)
+        shape = (rows, frames * model.samples_per_frame)
+        wave, state = jax.ShapeDtypeStruct(shape, np.float32, sharding=trainer.wave_sharding), trainer.abstract
+        traced = trainer.train_step.trace(state, wave, phase)
+        return planned(
+            traced,
+            {
+                "trained": (state.codec, state.head, state.codebooks, state.discriminator),
+                "frozen": state.frozen,
+                "optimizer": (state.step, state.optimizer, state.discriminator_optimizer, state.balancer),
+                "batch": wave,
+            },
+            topology,
+            mesh,
+            effort,
+            step=f"training step of a codec with {', '.join(part for part, there in parts.items() if there) or 'no quantizer'}",
+            global_batch=rows,
+            flops=counted(traced.jaxpr, SCOPES),
+            positions=0,
+            sound_seconds=rows * frames / model.frame_rate,
+        )
+
+
+def mesh_on(topology: Topology, config: MeshConfig) -> jax.sharding.Mesh:
+    """Raises ChromaError when it is not a mesh of the topology's devices."""
+    devices = compile_only_devices(topology)
+    if config.num_devices != len(devices):
+        shape = dict(zip(MESH_AXES, config.shape))
+        raise ChromaError(f"mesh {shape} has {config.num_devices} devices, {topology.name} has {len(devices)}")
+    return make_mesh(config, devices)
+
+
+def planned(
+    traced: jax.stages.Traced, arguments: dict, topology: Topology, mesh: jax.sharding.Mesh, effort: str, **facts
+) -> tuple[Plan, jax.stages.Compiled]:
+    """Compiles a step and reads what it takes. arguments: abstract, by kind, as of `memory`; facts: the fields of `Plan` that are
+    known before."""
+    started = time.perf_counter()
+    try:
+        compiled = traced.lower().compile(QUICK if effort == "quick" else {})
+    except jax.errors.JaxRuntimeError as e:
+        raise too_large(topology, str(e), traced.jaxpr.jaxpr) from e
+    seconds = time.perf_counter() - started
     module = hlo.parse(compiled.as_text())
     work = list(hlo.executed(module))
-    chip, row = topology.chip, config.data.row
-    rows = config.training.global_batch
+    chip = topology.chip
     plan = Plan(
         topology=topology.name,
         chips=topology.num_chips,
-        mesh=dict(zip(MESH_AXES, config.mesh.shape)),
-        global_batch=rows,
+        mesh=dict(zip(MESH_AXES, mesh.devices.shape)),
         effort=effort,
-        memory=memory(trainer, batch, compiled, chip.hbm / chip.devices),
-        flops=step_flops(config, trainer)._asdict(),
+        memory=memory(arguments, compiled, chip.hbm / chip.devices),
         peak_flops=topology.num_chips * chip.flops,
         compute=compute(module, work, chip),
         traffic=traffic(hlo.collectives(module, work), topology, mesh),
         hbm_seconds=hlo.hbm_bytes(module, work) / (chip.bandwidth / chip.devices),
         unestimated=unestimated(module, work, chip),
         unknown_loops=sum(not e.known for e in work),
-        positions=rows * (row.positions + row.text),
-        reply_seconds=rows * row.frames / config.model.codec.frame_rate,
         compile_seconds=seconds,
+        **facts,
     )
     return plan, compiled
 
 
-def memory(trainer: Trainer, batch, compiled: jax.stages.Compiled, capacity: float) -> Memory:
-    """Arguments by their shardings, the rest as the compiler has it."""
+def memory(arguments: dict, compiled: jax.stages.Compiled, capacity: float) -> Memory:
+    """Arguments, the first four fields of `Memory`, by their shardings; the rest as the compiler has it."""
 
     def held(tree) -> float:
         return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
-    state, found = trainer.abstract, compiled.memory_analysis()
-    kinds = {"trained": held(state.trained), "frozen": held(state.frozen), "optimizer": held((state.step, state.optimizer))}
-    kinds["batch"] = held(batch)
+    found, kinds = compiled.memory_analysis(), {kind: held(tree) for kind, tree in arguments.items()}
     # arguments are padded to the chip's tiles; what that adds counts as activations, and so do results that reuse nothing
     padding = found.argument_size_in_bytes - sum(kinds.values())
     results = found.output_size_in_bytes - found.alias_size_in_bytes

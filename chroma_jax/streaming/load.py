@@ -79,6 +79,7 @@ def exported_run(folder: Path) -> Config | CodecRun:
         said = json.loads(path.read_text(encoding="utf-8"))
         temperature = float(said.get("temperature", 1.0)) if said.get("do_sample") else 0.0
         changed = {"temperature": temperature, "top_k": int(said.get("top_k", config.reply.top_k))}
+        changed |= {"top_p": float(said.get("top_p", config.reply.top_p))}
         if "max_new_tokens" in said:
             changed["max_seconds"] = said["max_new_tokens"] / config.model.codec.frame_rate
         reply = dataclasses.replace(config.reply, **changed)

@@ -51,17 +51,11 @@ def make_prompt(
     mel = log_mel(question, FeatureConfig(mel_bins=audio.mel_bins))
     blocks, lengths = cut_blocks(mel, audio.block_frames)
     outputs = num_outputs(len(mel))
-    text = np.array(question_tokens(encode, tokens, audio_outputs=outputs, system=system), np.int32)
+    text = np.array(question_tokens(encode, tokens, heard=[tokens.audio] * outputs, system=system), np.int32)
     audio_index = np.full(len(text), NOTHING, np.int32)
     audio_index[text == tokens.audio] = np.arange(outputs)
 
-    spoken = np.array(voice_tokens(encode, tokens, transcript), np.int32)
-    frames = np.asarray(reference_codes, np.int32)[:, : config.codebooks]
-    length = len(spoken) + len(frames) + 1  # the last position is the zero vector: neither token nor frame
-    voice_token = np.full(length, NOTHING, np.int32)
-    voice_token[: len(spoken)] = spoken
-    voice_codes = np.full((length, config.codebooks), NOTHING, np.int32)
-    voice_codes[len(spoken) : -1] = frames
+    voice_token, voice_codes = voice_sequence(encode, config, reference_codes, transcript)
     return Prompt(
         mel=blocks,
         mel_length=lengths,
@@ -70,8 +64,23 @@ def make_prompt(
         text_length=np.int32(len(text)),
         voice_token=voice_token,
         voice_codes=voice_codes,
-        voice_length=np.int32(length),
+        voice_length=np.int32(len(voice_token)),
     )
+
+
+def voice_sequence(
+    encode: Encode, config: ChromaConfig, reference_codes: np.ndarray, transcript: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """A voice prompt in the Backbone's order: token int32 [T] and codes int32 [T, Q], NOTHING where there is none; the last
+    position has neither. Arguments as of `make_prompt`."""
+    spoken = np.array(voice_tokens(encode, config.tokens, transcript), np.int32)
+    frames = np.asarray(reference_codes, np.int32)[:, : config.codebooks]
+    length = len(spoken) + len(frames) + 1
+    token = np.full(length, NOTHING, np.int32)
+    token[: len(spoken)] = spoken
+    codes = np.full((length, config.codebooks), NOTHING, np.int32)
+    codes[len(spoken) : -1] = frames
+    return token, codes
 
 
 def stack(rows: Sequence[Prompt], compatibility: Compatibility = "corrected") -> Prompt:

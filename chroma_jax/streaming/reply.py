@@ -107,6 +107,7 @@ def reply(run: Path, config: Config, question: Path, reference: Path, transcript
         "compatibility": speaker.compatibility,
         "temperature": config.reply.temperature,
         "top_k": config.reply.top_k,
+        "top_p": config.reply.top_p,
         "seed": config.reply.seed,
         "running_maximum": listening(asked, model),
         "losses": losses,
@@ -143,7 +144,7 @@ def listening(wave: np.ndarray, model: Chroma) -> dict:
 
 def warm_up(speaker: Speaker, prompt: Prompt, config: ReplyConfig, max_frames: int) -> None:
     """Compiles what a reply of these shapes needs, by speaking its first two frames."""
-    sampling, keys = settings(1, temperature=config.temperature, top_k=config.top_k, seed=config.seed)
+    sampling, keys = settings(1, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, seed=config.seed)
     frames = speaker.frames(speaker.start(prompt, sampling, keys, max_frames), 2)
     for _ in frames:
         pass
@@ -151,7 +152,7 @@ def warm_up(speaker: Speaker, prompt: Prompt, config: ReplyConfig, max_frames: i
 
 def speak(speaker: Speaker, make: Callable[[], Prompt], config: ReplyConfig, max_frames: int) -> Spoken:
     """Speaks one reply. make: builds the prompt; its time, that of the features, counts as time to the first audio."""
-    sampling, keys = settings(1, temperature=config.temperature, top_k=config.top_k, seed=config.seed)
+    sampling, keys = settings(1, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, seed=config.seed)
     samples, codes, tokens, arrivals, ended = [], [], [], [], "limit"
     started = time.perf_counter()
     prompt = make()

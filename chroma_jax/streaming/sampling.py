@@ -1,4 +1,4 @@
-"""Choosing a code from logits: greedy, or temperature and top-k, each row by its own settings and its own random key."""
+"""Choosing a code from logits: greedy, or by temperature, top-k and top-p; each row by its own settings and random key."""
 
 from typing import NamedTuple
 
@@ -7,27 +7,51 @@ import jax.numpy as jnp
 
 
 class Sampling(NamedTuple):
-    """temperature: float32 [B], 0 = greedy. top_k: int32 [B], 0 = all entries. Scalars stand for every row."""
+    """temperature: float32 [B], 0 = greedy. top_k: int32 [B], 0 = all entries. top_p: float32 [B], 1 = all entries, else the
+    likeliest ones that have this probability together, after temperature and top-k (Holtzman et al., arXiv 1904.09751). Scalars
+    stand for every row."""
 
     temperature: jax.Array
     top_k: jax.Array
+    top_p: jax.Array
 
     @classmethod
-    def of(cls, temperature: float, top_k: int, rows: int | None = None) -> "Sampling":
+    def of(cls, temperature: float, top_k: int, rows: int | None = None, *, top_p: float = 1.0) -> "Sampling":
         shape = () if rows is None else (rows,)
-        return cls(jnp.full(shape, temperature, jnp.float32), jnp.full(shape, top_k, jnp.int32))
+        fill = lambda value, dtype: jnp.full(shape, value, dtype)
+        return cls(fill(temperature, jnp.float32), fill(top_k, jnp.int32), fill(top_p, jnp.float32))
 
 
 def filtered(logits: jax.Array, sampling: Sampling) -> jax.Array:
-    """logits / temperature with all but the top k at −∞ (entries equal to the k-th stay). float32 [B, V]."""
-    logits = logits.astype(jnp.float32)
-    temperature = jnp.broadcast_to(sampling.temperature, logits.shape[:1])[:, None]
-    k = jnp.broadcast_to(sampling.top_k, logits.shape[:1])[:, None]
-    descending = -jnp.sort(-logits, axis=-1)
-    at = jnp.clip(jnp.where(k > 0, k, logits.shape[-1]) - 1, 0, logits.shape[-1] - 1)
-    threshold = jnp.take_along_axis(descending, at, axis=-1)
-    kept = jnp.where(logits >= threshold, logits, -jnp.inf)
-    return kept / jnp.where(temperature > 0, temperature, 1)
+    """logits / temperature with all but the top k and the top p at −∞ (entries equal to the last one stay). float32 [B, V]."""
+    temperature, k, p = (jnp.broadcast_to(x, logits.shape[:1])[:, None] for x in sampling)
+    logits = logits.astype(jnp.float32) / jnp.where(temperature > 0, temperature, 1)
+    rank = _ordered(logits)
+    kept = rank >= _threshold(rank, jnp.ones_like(logits), jnp.where(k > 0, k, logits.shape[-1]))
+    probability = jax.nn.softmax(jnp.where(kept, logits, -jnp.inf), axis=-1)
+    kept &= (rank >= _threshold(rank, probability, p)) | (p >= 1)
+    return jnp.where(kept, logits, -jnp.inf)
+
+
+def _ordered(x: jax.Array) -> jax.Array:
+    """float32 → uint32 in the same order."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    return jnp.where(bits >> 31, ~bits, bits | jnp.uint32(1 << 31))
+
+
+def _threshold(rank: jax.Array, weight: jax.Array, wanted: jax.Array) -> jax.Array:
+    """The largest number such that entries of at least this rank weigh together as much as wanted. rank: uint32 [B, V]; weight:
+    float32 [B, V]; wanted: [B, 1]. Returns uint32 [B, 1].
+
+    Found bit by bit, which is 32 sums; to sort the entries takes several times as long.
+    """
+
+    def bit(i, found):
+        higher = found | jnp.uint32(1) << (31 - i).astype(jnp.uint32)
+        enough = jnp.sum(jnp.where(rank >= higher, weight, 0), axis=-1, keepdims=True) >= wanted
+        return jnp.where(enough, higher, found)
+
+    return jax.lax.fori_loop(0, 32, bit, jnp.zeros_like(rank[:, :1]))
 
 
 def probabilities(logits: jax.Array, sampling: Sampling) -> jax.Array:
@@ -38,8 +62,13 @@ def probabilities(logits: jax.Array, sampling: Sampling) -> jax.Array:
 def sample(logits: jax.Array, sampling: Sampling, keys: jax.Array) -> jax.Array:
     """logits: [B, V]; keys: random keys [B]. Returns int32 [B]; the greedy choice where the temperature is 0.
 
-    Gumbel's trick, so that a row's draw depends on its own key and logits alone.
+    Gumbel's trick, so that a row's draw depends on its own key and logits alone. Nothing is drawn while all rows are greedy.
     """
-    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:]))(keys)
-    drawn = jnp.argmax(filtered(logits, sampling) + noise, axis=-1)
-    return jnp.where(sampling.temperature > 0, drawn, jnp.argmax(logits, axis=-1)).astype(jnp.int32)
+    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    def drawn():
+        noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:]))(keys)
+        return jnp.argmax(filtered(logits, sampling) + noise, axis=-1).astype(jnp.int32)
+
+    warm = jnp.broadcast_to(sampling.temperature > 0, greedy.shape)
+    return jax.lax.cond(jnp.any(warm), lambda: jnp.where(warm, drawn(), greedy), lambda: greedy)

@@ -7,7 +7,7 @@ Rows are independent: each has its own position, phase, sampling settings and ra
 even number of frames apart, need a Reasoner token in the same steps, so that it is never computed for half of them.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,10 @@ from chroma_jax.streaming.compatibility import Compatibility, Positions, decoder
 from chroma_jax.streaming.frame import residual_codes
 from chroma_jax.streaming.sampling import sample
 from chroma_jax.streaming.state import ReferenceRows, StreamState
+
+# Which rows need a text pair at a frame. "any": each by itself, found out as the step runs. "all", "none": known beforehand, of
+# rows that all began an even number of frames apart; no row that needs one may be left out, one that needs none takes no harm.
+Pairs = Literal["any", "all", "none"]
 
 
 class StepOutput(NamedTuple):
@@ -65,24 +69,24 @@ class StepTrace(NamedTuple):
 
 
 def step(
-    model: Chroma, codec: Codec, state: StreamState, compatibility: Compatibility = "corrected"
+    model: Chroma, codec: Codec, state: StreamState, compatibility: Compatibility = "corrected", pairs: Pairs = "any"
 ) -> tuple[StreamState, StepOutput]:
     """One frame for every row. compatibility: that of the prompts in ``state`` and of ``codec``."""
-    state, trace = traced_frame(model, state, decoder_positions(compatibility))
+    state, trace = traced_frame(model, state, decoder_positions(compatibility), pairs)
     with jax.named_scope("codec"):
         codec_state, samples = codec.decode_step(state.codec, trace.codes[:, None])
     token = jnp.where(trace.text.wanted & trace.live, trace.text.token, NOTHING)
     return state._replace(codec=codec_state), StepOutput(samples, trace.codes, token, trace.live)
 
 
-def traced_frame(model: Chroma, state: StreamState, positions: Positions) -> tuple[StreamState, StepTrace]:
+def traced_frame(model: Chroma, state: StreamState, positions: Positions, pairs: Pairs = "any") -> tuple[StreamState, StepTrace]:
     """`step` without the Codec, and with all that it computes; a compiled program leaves out what is not used of it.
 
     positions: of the Decoder.
     """
-    state, text = _text_pair(model, state)
+    state, text = _text_pair(model, state, pairs)
     with jax.named_scope("backbone"):
-        state, inputs, fed, hidden = _advance_backbone(model, state, text)
+        state, inputs, fed, hidden = _advance_backbone(model, state, text, pairs)
         logits = model.backbone.logits(hidden)
     with jax.named_scope("decoder"):
         choose = _chooser(model.config, state)
@@ -92,7 +96,7 @@ def traced_frame(model: Chroma, state: StreamState, positions: Positions) -> tup
     return state._replace(frames=state.frames + 1), trace
 
 
-def _text_pair(model: Chroma, state: StreamState) -> tuple[StreamState, TextPair]:
+def _text_pair(model: Chroma, state: StreamState, pairs: Pairs) -> tuple[StreamState, TextPair]:
     """Every other frame: the next reply token of rows whose text goes on."""
     im_end = model.config.tokens.im_end
     due = opens_pair(state.frames) & state.text_open
@@ -119,13 +123,15 @@ def _text_pair(model: Chroma, state: StreamState) -> tuple[StreamState, TextPair
         nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(say, state)[1])
         return state, nothing._replace(token=jnp.full_like(nothing.token, NOTHING))
 
-    return jax.lax.cond(jnp.any(due), say, skip, state)
+    if pairs == "any":
+        return jax.lax.cond(jnp.any(due), say, skip, state)
+    return say(state) if pairs == "all" else skip(state)
 
 
-def _advance_backbone(model: Chroma, state: StreamState, text: TextPair):
+def _advance_backbone(model: Chroma, state: StreamState, text: TextPair, pairs: Pairs):
     """Feeds the last frame, and the text pair where there is one; what a row lacks is not written.
 
-    Three positions every time: reading the weights costs as much for one, and a choice between programs would copy the cache.
+    Three positions, but where it is known that there is no pair: one then. A choice as the step runs would copy the cache.
     Returns (state, inputs [B, 3, D], fed bool [B, 3], h [B, D] at each row's last fed position).
     """
     has_frame = is_present(state.codes[:, 0])
@@ -134,6 +140,8 @@ def _advance_backbone(model: Chroma, state: StreamState, text: TextPair):
     nowhere = state.backbone_cache.keys.shape[2]
     offset = jnp.stack([jnp.zeros_like(has_frame), has_frame, has_frame + 1], axis=1)  # of frame, hidden state, token
     fed = jnp.stack([has_frame, text.fed, text.fed], axis=1)
+    if pairs == "none":
+        inputs, offset, fed = inputs[:, :1], offset[:, :1], fed[:, :1]
     positions = jnp.where(fed, state.backbone_position[:, None] + offset, nowhere)
     mask, reference = None, state.reference
     if reference is not None:  # a pair after the end of a row's text is padding
@@ -141,7 +149,7 @@ def _advance_backbone(model: Chroma, state: StreamState, text: TextPair):
         padding = reference.padding.at[rows, positions[:, 1:]].set(~text.wanted[:, None])
         mask, reference = cached_mask(positions, nowhere) & ~padding[:, None], reference._replace(padding=padding)
     hidden, cache = model.backbone.cached(inputs, positions, state.backbone_cache, mask)
-    hidden = jnp.where(text.fed[:, None], hidden[:, 2], hidden[:, 0])
+    hidden = jnp.where(text.fed[:, None], hidden[:, -1], hidden[:, 0])
     state = state._replace(
         backbone_cache=cache,
         backbone_position=state.backbone_position + jnp.sum(fed, axis=1),

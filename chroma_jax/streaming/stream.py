@@ -6,6 +6,7 @@ two but by an explicit transfer.
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -124,9 +125,10 @@ class Speaker:
         return self.frames(self.start(prompt, sampling, keys, max_frames), max_frames)
 
 
-def settings(rows: int, *, temperature: float, top_k: int, seed: int) -> tuple[Sampling, jax.Array]:
+def settings(rows: int, *, temperature: float, top_k: int, seed: int, top_p: float = 1.0) -> tuple[Sampling, jax.Array]:
     """Sampling settings that all rows share, on the host, and each row's own random key, on the device."""
-    sampling = Sampling(np.full(rows, temperature, np.float32), np.full(rows, top_k, np.int32))
+    fill = lambda value, dtype: np.full(rows, value, dtype)
+    sampling = Sampling(fill(temperature, np.float32), fill(top_k, np.int32), fill(top_p, np.float32))
     return sampling, jax.random.split(jax.random.key(seed), rows)
 
 
@@ -138,12 +140,13 @@ class Compilations:
 
 
 @contextlib.contextmanager
-def counted_compilations() -> Iterator[Compilations]:
-    """Counts what is compiled inside the ``with`` block, anywhere in the process."""
-    found = Compilations()
+def counted_compilations(*, here: bool = False) -> Iterator[Compilations]:
+    """Counts what is compiled inside the ``with`` block, anywhere in the process, or by this thread alone."""
+    found, thread = Compilations(), threading.get_ident()
 
     def listen(event: str, duration: float, **_) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
+        counts = not here or threading.get_ident() == thread
+        if counts and event == "/jax/core/compile/backend_compile_duration":
             found.count, found.seconds = found.count + 1, found.seconds + duration
 
     jax.monitoring.register_event_duration_secs_listener(listen)

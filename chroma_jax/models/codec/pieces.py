@@ -3,7 +3,6 @@
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -15,6 +14,11 @@ from chroma_jax.pieces import Pieces
 @partial(jax.jit, static_argnames=("graph", "num_codebooks"), donate_argnames="state")
 def encode_step(graph, weights, state, audio, length, num_codebooks):
     return nnx.merge(graph, weights).encode_step(state, audio, num_codebooks, length=length)
+
+
+@partial(jax.jit, static_argnames=("graph", "frames_per_step", "max_frames"))
+def first_state(graph, weights, frames_per_step, max_frames):
+    return nnx.merge(graph, weights).encoder_state(1, frames_per_step=frames_per_step, max_frames=max_frames)
 
 
 class PieceEncoder:
@@ -31,9 +35,12 @@ class PieceEncoder:
         self._codebooks = codec.config.num_codebooks if num_codebooks is None else num_codebooks
         self._frame = codec.config.samples_per_frame
         self._step = frames_per_step * self._frame
-        self._state = codec.encoder_state(1, frames_per_step=frames_per_step, max_frames=max_frames)
-        self._pieces = Pieces()
-        self._ended = False
+        self._first = partial(first_state, self._graph, self._weights, frames_per_step, max_frames)
+        self.begin()
+
+    def begin(self) -> None:
+        """Another recording, whatever became of the one before."""
+        self._state, self._pieces, self._ended = self._first(), Pieces(), False
 
     def feed(self, samples: np.ndarray) -> np.ndarray:
         """samples: float [S] at the Codec's rate, S ≥ 0. Returns int32 [n, Q], the codes of the steps that are now complete.
@@ -41,7 +48,7 @@ class PieceEncoder:
         Raises: ChromaError for another type or shape, values that are not finite, or a recording that is finished.
         """
         if self._ended:
-            raise ChromaError("the recording is finished; another one needs a new PieceEncoder")
+            raise ChromaError("the recording is finished; begin another one")
         self._pieces.add(samples)
         steps = len(self._pieces) // self._step
         if not steps:
@@ -60,6 +67,6 @@ class PieceEncoder:
         return np.asarray(self._encode(audio, length))[0, : -(-length // self._frame)]
 
     def _encode(self, audio: np.ndarray, length: int) -> jax.Array:
-        audio, length = jnp.asarray(audio, jnp.float32), jnp.full(1, length, jnp.int32)
+        audio, length = jax.device_put((audio.astype(np.float32), np.full(1, length, np.int32)))
         self._state, codes = encode_step(self._graph, self._weights, self._state, audio, length, self._codebooks)
         return codes

@@ -1,0 +1,59 @@
+"""What an engine measures of itself. Everything is kept in bounded memory, however long it runs.
+
+| figure | from | to |
+|---|---|---|
+| TTFT | the end of the user's turn | the first frame's codes and sound are on the host |
+| TTFA | the end of the user's turn | a listener who plays from the first frame on hears the first sample above −40 dBFS |
+| tick | its beginning, or the end of the one before | its frames are on the host; divided by its number of frames |
+| join | a conversation is opened | its voice and its system text are in its slot |
+| stop | `cancel` is called | the device has been told; no frame comes after the call |
+"""
+
+import collections
+import threading
+
+import numpy as np
+
+AUDIBLE = 10 ** (-40 / 20)  # −40 dBFS
+DEADLINE = 0.08  # seconds: a frame
+KEPT = 100_000  # newest values of each figure
+
+
+class Meter:
+    """Times in seconds, by name; `summary` says them in milliseconds. For any thread."""
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self.clear()
+
+    def clear(self) -> None:
+        with self._lock:
+            self._times: dict[str, collections.deque] = collections.defaultdict(lambda: collections.deque(maxlen=KEPT))
+            self._frames = self._ticks = self._missed = 0
+
+    def add(self, name: str, seconds: float) -> None:
+        with self._lock:
+            self._times[name].append(seconds)
+
+    def tick(self, seconds: float, frames: int, slots: int) -> None:
+        """A call that took so long for ``frames`` frames of ``slots`` conversations."""
+        with self._lock:
+            self._ticks += frames
+            self._frames += frames * slots
+            self._missed += frames * (seconds / frames > DEADLINE)
+            self._times["tick"].extend([seconds / frames] * frames)
+
+    def summary(self) -> dict:
+        """For each figure its count and, in ms, its median, 95th and 99th percentile and maximum."""
+        with self._lock:
+            found = {name: np.array(times) * 1000 for name, times in sorted(self._times.items())}
+            counts = {"ticks": self._ticks, "frames": self._frames, "deadline_misses": self._missed}
+        figures = {
+            f"{name}_ms": {
+                "count": len(x),
+                **{f"p{p}": round(float(np.percentile(x, p)), 3) for p in (50, 95, 99)},
+                "max": round(float(x.max()), 3),
+            }
+            for name, x in found.items()
+        }
+        return figures | counts
