@@ -101,6 +101,34 @@ class BenchTrain:
 
 
 @dataclasses.dataclass(frozen=True)
+class BenchStream:
+    """Measures live conversations, with a peer's beside them, and prints JSON.
+
+    source: configuration, its weights at random, or a run folder with weights. slots: numbers of conversations at once, measured
+    one after the other. frames: of each reply, which does not end before. question_tokens: text of a conversation up to its first
+    reply, beside the speech; voice_tokens: transcript of the voice prompt. live: the question is fed as it is spoken, and not all
+    begin at the same moment; else all at once. rounds: replies in each slot. text_positions: that the engine keeps of a
+    conversation; chunk: that it reads at once. peer: "torch" for the reference's parts at the same sizes in transformers' classes
+    (extra "dev"), in turn with one slot. out: file for the JSON besides. Flags beginning with --reply say how codes are chosen,
+    and the type computed in.
+    """
+
+    source: Positional[str]
+    slots: tuple[int, ...] = (1, 8, 32)
+    frames: int = 40
+    question_seconds: float = 5.0
+    question_tokens: int = 24
+    voice_seconds: float = 3.0
+    voice_tokens: int = 20
+    live: tyro.conf.FlagCreatePairsOff[bool] = False
+    rounds: int = 3
+    text_positions: int = 2048
+    chunk: int = 64
+    peer: Literal["torch", "none"] = "none"
+    out: Path | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class BenchSmall:
     """Measures what int8 weights and caches cost in quality, teacher-forced on prepared rows, and prints JSON.
 
@@ -247,8 +275,8 @@ class Evaluate:
     run: run folder of a speaking model or of a codec, or an exported model. out: folder for report.txt, report.json and
     index.html, a page with players. suite: what is asked. split: test, or valid while choosing settings. corpus: another folder
     of the suite's layout. limit: so many dialogues only. parts: codec, answers, and ablations: answers under other voice
-    prompts. recogniser: folder with a Whisper for CTranslate2, instead of Whisper base. speaker_model: folder with
-    transformers' WavLMForXVector, instead of resemblyzer. Flags beginning with --reply say how codes are chosen.
+    prompts. recogniser: folder with a Whisper for CTranslate2 or transformers, instead of Whisper base. speaker_model: folder
+    with transformers' WavLMForXVector, instead of resemblyzer. Flags beginning with --reply say how codes are chosen.
     """
 
     run: Positional[Path]

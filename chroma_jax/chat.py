@@ -1,7 +1,7 @@
 """How a spoken turn is written down for the Reasoner (ChatML, as Qwen2.5-Omni was trained)."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 Encode = Callable[[str], list[int]]  # text → token ids, without special tokens
 
@@ -20,15 +20,15 @@ class SpecialTokens:
     text_end: int = 151_666
 
 
-def question(encode: Encode, tokens: SpecialTokens, *, audio_outputs: int, said: str = "", system: str = "") -> list[int]:
+def question(encode: Encode, tokens: SpecialTokens, *, heard: Sequence[int] = (), said: str = "", system: str = "") -> list[int]:
     """Token ids of a conversation up to where the reply begins.
 
-    audio_outputs: how many encoder outputs the user's recording has; each gets a placeholder ``tokens.audio``. said: what the
-    user writes, after the recording or (audio_outputs 0) instead of one.
+    heard: what stands in the place of the user's recording, a placeholder ``tokens.audio`` for each of the encoder's outputs.
+    said: what the user writes, after the recording or (nothing heard) instead of one.
     """
     turns = [*system_turn(encode, tokens, system), *user_opening(encode, tokens)]
-    if audio_outputs:
-        turns += [tokens.audio_start, *[tokens.audio] * audio_outputs, tokens.audio_end]
+    if heard:
+        turns += [tokens.audio_start, *heard, tokens.audio_end]
     return [*turns, *user_closing(encode, tokens, said)]
 
 

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ import tyro
 from chroma_jax.arguments import (
     BenchSmall,
     BenchSoak,
+    BenchStream,
     BenchTrain,
     Chat,
     Evaluate,
@@ -118,14 +120,15 @@ def info(args: Info, config) -> int:
 
 
 def plan(args: Plan, config) -> int:
-    from chroma_jax.config import Config
+    from chroma_jax.config import CodecRun
     from chroma_jax.planning import report
     from chroma_jax.planning.chips import parse_topology
-    from chroma_jax.planning.plan import DoesNotFit, plan_training, without_tpu
+    from chroma_jax.planning.plan import DoesNotFit, plan_codec, plan_training, without_tpu
     from chroma_jax.planning.search import search
 
-    if not isinstance(config, Config):
-        raise ChromaError("plan wants the configuration of a speaking model")
+    codec = isinstance(config, CodecRun)
+    if codec and (args.step != "train" or args.search or args.program is not None):
+        raise ChromaError("--step stream, --search and --program are for the configuration of a speaking model")
     topology = parse_topology(args.topology, args.slices)
     without_tpu()
     if args.step == "stream":
@@ -134,7 +137,7 @@ def plan(args: Plan, config) -> int:
         print(report.table(search(config, topology)), end="")
         return 0
     try:
-        found, compiled = plan_training(config, topology, effort=args.effort)
+        found, compiled = (plan_codec if codec else plan_training)(config, topology, effort=args.effort)
     except DoesNotFit as e:
         print(report.does_not_fit(e), end="")
         return 1
@@ -199,11 +202,36 @@ def bench_train(args: BenchTrain, config) -> int:
     for name in ("rows", "rounds"):
         if getattr(args, name) < 1:
             raise ChromaError(f"--{name} is {getattr(args, name)}, must be at least 1")
-    found = json.dumps(bench_train(config, rows=args.rows, rounds=args.rounds, peer=args.peer), indent=1)
-    print(found)
-    if args.out is not None:
-        write_whole(args.out, found + "\n")
+    return measured(bench_train(config, rows=args.rows, rounds=args.rounds, peer=args.peer), args.out)
+
+
+def measured(figures: dict, out: Path | None) -> int:
+    """Prints what was measured, with the command that did, and keeps it."""
+    text = json.dumps({"command": f"{PROGRAM} {shlex.join(sys.argv[1:])}"} | figures, indent=1)
+    print(text)
+    if out is not None:
+        write_whole(out, text + "\n")
     return 0
+
+
+def bench_stream(args: BenchStream, config) -> int:
+    from chroma_jax.bench.stream import bench_stream, random_models
+    from chroma_jax.bench.talk import Talk
+    from chroma_jax.config import Config
+    from chroma_jax.streaming.load import load_run
+
+    if not isinstance(config, Config):
+        raise ChromaError("bench stream wants the configuration of a speaking model, or its run folder")
+    if args.rounds < 1:
+        raise ChromaError(f"--rounds is {args.rounds}, must be at least 1")
+    lengths = ("question_seconds", "question_tokens", "voice_seconds", "voice_tokens", "frames")
+    talk = Talk(**{name: getattr(args, name) for name in lengths}, fed="live" if args.live else "at once")
+    given = {name: getattr(args, name) for name in ("slots", "rounds", "text_positions", "chunk", "peer")}
+    if Path(args.source).is_dir():
+        model, codec, _ = load_run(Path(args.source), config)
+    else:
+        model, codec = random_models(config.model, config.reply.dtype)
+    return measured({"model": args.source} | bench_stream(model, codec, config.reply, talk, **given), args.out)
 
 
 def bench_soak(args: BenchSoak, config) -> int:
@@ -213,9 +241,7 @@ def bench_soak(args: BenchSoak, config) -> int:
         raise ChromaError(f"--minutes is {args.minutes:g} and --scripts {args.scripts}; both must be more than 0")
     given = {name: getattr(args, name) for name in ("slots", "minutes", "scripts", "max_seconds")}
     found = bench_soak(args.run, config, **given)
-    print(json.dumps(found, indent=1))
-    if args.out is not None:
-        write_whole(args.out, json.dumps(found, indent=1) + "\n")
+    measured(found, args.out)
     return 1 if found["differed"] or found["compilations"] else 0
 
 
@@ -321,9 +347,9 @@ def verify(args: Verify) -> int:
     return 1 if failed else 0
 
 
-# Command → (its arguments, what it does, where its configuration comes from: a file named first, a run folder, the file that
-# --onto names, or none). A run may have to be that of a speaking model.
-COMMANDS: dict[str, tuple[type, Callable, Literal["file", "run", "speaking run", "onto", "none"]]] = {
+# Command → (its arguments, what it does, where its configuration comes from: a file named first, a run folder, either of them,
+# the file that --onto names, or none). A run may have to be that of a speaking model.
+COMMANDS: dict[str, tuple[type, Callable, Literal["file", "run", "speaking run", "file or run", "onto", "none"]]] = {
     "prepare": (Prepare, prepare, "file"),
     "train": (Train, train, "file"),
     "status": (Status, status, "none"),
@@ -337,6 +363,7 @@ COMMANDS: dict[str, tuple[type, Callable, Literal["file", "run", "speaking run",
     "info": (Info, info, "file"),
     "plan": (Plan, plan, "file"),
     "bench train": (BenchTrain, bench_train, "file"),
+    "bench stream": (BenchStream, bench_stream, "file or run"),
     "bench small": (BenchSmall, bench_small, "speaking run"),
     "bench soak": (BenchSoak, bench_soak, "speaking run"),
     "verify": (Verify, verify, "none"),
@@ -349,7 +376,7 @@ def usage() -> str:
     lines = [f"usage: {PROGRAM} COMMAND …", "", "commands (COMMAND --help tells more):"]
     for name, (args, _, source) in COMMANDS.items():
         first = args.__doc__.strip().splitlines()[0]
-        lines.append(f"  {name + (' CONFIG' if source == 'file' else ''):<16} {first}")
+        lines.append(f"  {name + (' CONFIG' if source.startswith('file') else ''):<20} {first}")
     lines += ["", f"CONFIG is a configuration file or the name of a shipped one ({', '.join(shipped())});"]
     lines += ["any field of it can be overridden, as in --model.backbone.num_layers 4."]
     lines += ["", "exit codes:", *(f"  {code:<16} {meaning}" for code, meaning in EXIT_CODES.items())]
@@ -388,7 +415,7 @@ def dispatch(command: str, argv: list[str]) -> int:
     program = f"{PROGRAM} {command}"
     if source == "none":
         return function(parse(arguments, argv, program))
-    if source == "file" and (not argv or argv[0].startswith("-")):
+    if source in ("file", "file or run") and (not argv or argv[0].startswith("-")):
         if set(argv) & {"-h", "--help"}:
             argv = ["nano", *argv]  # help lists the fields of a configuration; any will do
         else:
@@ -399,6 +426,8 @@ def dispatch(command: str, argv: list[str]) -> int:
             slices = flag(argv, "--slices") or "1"
             named = configs.on_pod(named, flag(argv, "--topology") or "", int(slices) if slices.isdigit() else 1)
         base, argv, program = configs.read_python(named), argv[1:], f"{program} {argv[0]}"
+    elif source == "file or run":
+        base = run_configuration(argv, "any") if Path(argv[0]).is_dir() else configs.read_python(argv[0])
     elif source == "onto":
         base = configs.read_python(flag(argv, "--onto") or "chroma_4b")
     else:

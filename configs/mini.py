@@ -1,4 +1,7 @@
-"""About 50M parameters: large enough to measure, small enough for one accelerator or a patient CPU."""
+"""About 50M parameters: large enough to measure, small enough for one accelerator or a patient CPU, for which attention and
+rematerialisation are chosen: to keep more would take longer than to compute it again."""
+
+import dataclasses
 
 from chroma_jax.config import Config, TrainingConfig
 from chroma_jax.layers.rope import RopeConfig
@@ -19,24 +22,17 @@ VOCABULARY = 4096
 
 
 def model() -> ChromaConfig:
+    stack = LlamaConfig(
+        num_layers=6, width=448, num_heads=8, num_kv_heads=2, head_dim=64, mlp_width=1344, remat="products", attention="blocks"
+    )
     return ChromaConfig(
         reasoner=ReasonerConfig(
             audio=AudioEncoderConfig(num_layers=4, width=384, num_heads=6, mlp_width=1152, output_width=448),
-            text=LlamaConfig(
-                num_layers=6,
-                width=448,
-                num_heads=8,
-                num_kv_heads=2,
-                head_dim=64,
-                mlp_width=1344,
-                norm_eps=1e-6,
-                qkv_bias="qkv",
-                rope=RopeConfig(theta=1e6),
-            ),
+            text=dataclasses.replace(stack, norm_eps=1e-6, qkv_bias="qkv", rope=RopeConfig(theta=1e6)),
             vocab_size=VOCABULARY,
         ),
-        backbone=LlamaConfig(num_layers=6, width=448, num_heads=8, num_kv_heads=2, head_dim=64, mlp_width=1344),
-        decoder=LlamaConfig(num_layers=4, width=192, num_heads=4, num_kv_heads=2, head_dim=48, mlp_width=768),
+        backbone=stack,
+        decoder=LlamaConfig(num_layers=4, width=192, num_heads=4, num_kv_heads=2, head_dim=48, mlp_width=768, remat="products"),
         codec=CodecConfig(
             seanet=SeanetConfig(num_filters=16),
             transformer=EncoderConfig(

@@ -3,6 +3,9 @@
 import dataclasses
 
 import numpy as np
+import scipy.fft
+
+from chroma_jax.features import FeatureConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -11,15 +14,17 @@ class AugmentConfig:
 
     gain_db: louder or softer by up to so much. noise: the share of recordings that get noise, its spectrum falling by up to 6 dB
     per octave, at a signal-to-noise ratio drawn from snr_db. tilt_db: highs against lows, up or down by up to so much. Of the
-    features (Park et al., arXiv 1904.08779): time_masks and bin_masks, how many stretches of frames and of mel bins are hidden,
-    each of up to time_mask frames (a hundred a second) and bin_mask bins. frames: the share of the frames fed to the Backbone
-    that another frame of the row takes the place of, so that it learns to go on after its own mistakes; targets stay.
+    features, warp: every frequency is multiplied or divided by up to one plus so much, as if by another vocal tract (Jaitly and
+    Hinton, 2013); and (Park et al., arXiv 1904.08779) time_masks and bin_masks, how many stretches of frames and of mel bins are
+    hidden, each of up to time_mask frames (a hundred a second) and bin_mask bins. frames: the share of the frames fed to the
+    Backbone that another frame of the row takes the place of, so that it learns to go on after its own mistakes; targets stay.
     """
 
     gain_db: float = 0.0
     noise: float = 0.0
     snr_db: tuple[float, float] = (10.0, 40.0)
     tilt_db: float = 0.0
+    warp: float = 0.0
     time_masks: int = 0
     time_mask: int = 20
     bin_masks: int = 0
@@ -27,7 +32,7 @@ class AugmentConfig:
     frames: float = 0.0
 
     def __post_init__(self):
-        for name in ("gain_db", "noise", "tilt_db", "time_masks", "bin_masks"):
+        for name in ("gain_db", "noise", "tilt_db", "warp", "time_masks", "bin_masks"):
             if getattr(self, name) < 0:
                 raise ValueError(f"augment.{name} must not be negative, got {getattr(self, name)}")
         if self.snr_db[0] > self.snr_db[1]:
@@ -39,7 +44,8 @@ class AugmentConfig:
         """wave: float32 [S]. Returns float32 [S]."""
         if not len(wave) or not (self.gain_db or self.noise or self.tilt_db):
             return wave
-        spectrum = np.fft.rfft(wave)
+        size = scipy.fft.next_fast_len(len(wave), real=True)  # of a prime length, a transform takes ten times as long
+        spectrum = scipy.fft.rfft(wave, size)
         frequency = np.linspace(1 / len(spectrum), 1, len(spectrum))
         octaves = np.log2(frequency / frequency.mean())
         if self.tilt_db:
@@ -50,10 +56,12 @@ class AugmentConfig:
             level = np.sqrt(np.sum(np.abs(spectrum) ** 2) / np.sum(np.abs(noise) ** 2))
             spectrum = spectrum + noise * level * decibels(-rng.uniform(*self.snr_db))
         spectrum = spectrum * decibels(rng.uniform(-self.gain_db, self.gain_db))
-        return np.fft.irfft(spectrum, len(wave)).astype(np.float32)
+        return scipy.fft.irfft(spectrum, size)[: len(wave)].astype(np.float32)
 
     def features(self, mel: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """mel: float32 [F, bins] of a whole recording. Returns the same with the masked parts at the mean."""
+        """mel: float32 [F, bins] of a whole recording. Returns the same, warped, and with the masked parts at the mean."""
+        if self.warp:
+            mel = warped(mel, (1 + self.warp) ** rng.uniform(-1, 1))
         if not (self.time_masks or self.bin_masks):
             return mel
         mel, mean = mel.copy(), mel.mean()
@@ -73,6 +81,18 @@ class AugmentConfig:
         codes = codes.copy()
         codes[changed] = codes[rng.choice(there, len(changed))]
         return codes
+
+
+def warped(mel: np.ndarray, factor: float) -> np.ndarray:
+    """mel: float32 [F, bins]. Returns the same with every frequency multiplied by ``factor``; above the top, the top bin's."""
+    import librosa  # here, since importing it takes seconds
+
+    bins = mel.shape[1]
+    centre = librosa.mel_frequencies(n_mels=bins + 2, fmin=0.0, fmax=FeatureConfig().top)[1:-1]
+    place = np.interp(centre / factor, centre, np.arange(bins))
+    below = np.minimum(place.astype(int), bins - 2)
+    share = (place - below).astype(mel.dtype)
+    return mel[:, below] * (1 - share) + mel[:, below + 1] * share
 
 
 def decibels(x):

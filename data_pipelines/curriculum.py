@@ -2,7 +2,7 @@
 
 The corpus's dialogues are what a speaking model is for. What else can be made of the same recordings teaches it the parts of
 that: hearing (write down what is said), knowing (answer in text alone), speaking (read a text aloud), and keeping a voice (go on
-speaking without a text, which needs no transcript).
+speaking without a text, which needs no transcript). What is to be known beyond the dialogues is in `data_pipelines.facts`.
 """
 
 import collections
@@ -16,6 +16,7 @@ import numpy as np
 from chroma_jax.errors import ChromaError
 from data_pipelines.audio import Clip
 from data_pipelines.dialogues import SPLITS, Corpus
+from data_pipelines.facts import Exchange, exchanges, normalised
 from data_pipelines.waves import SOUNDS
 
 WRITE_DOWN = "Write down what I say."
@@ -29,10 +30,12 @@ class CurriculumConfig:
     dialogue, listen, write, answer, read: how often a pass has each dialogue; each dialogue, heard but answered in text alone;
     each recording, heard and written down; each dialogue in text alone; each recording, read aloud. Below 1, that share of them
     is drawn. proceed: the same of recordings that are continued from somewhere within; those below the folders ``unwritten``,
-    which have no transcript, are so once a pass. prompts: "references" are the voice's own; "any" are one or more recordings of
-    the voice, up to prompt_seconds. no_prompt: the share of spoken replies that have none. speeds: at which a voice is played,
-    drawn for each example: for the user, and for a reply together with its prompt. piece_seconds: the longest piece of a
-    recording that is continued.
+    which have no transcript, are so once a pass. facts: how many exchanges of `data_pipelines.facts` a pass has, in text alone;
+    none has the words of a question or answer that is held out. imagined: the share of what is asked in text alone that is laid
+    out as speech is, with tokens where the audio encoder's outputs would be, so that what is learnt from text is known when
+    heard. prompts: "references" are the voice's own; "any" are one or more recordings of the voice, up to prompt_seconds.
+    no_prompt: the share of spoken replies that have none. speeds: at which a voice is played, drawn for each example: for the
+    user, and for a reply together with its prompt. piece_seconds: the longest piece of a recording that is continued.
     """
 
     dialogue: float = 1.0
@@ -42,6 +45,8 @@ class CurriculumConfig:
     read: float = 0.0
     proceed: float = 0.0
     unwritten: tuple[str, ...] = ()
+    facts: int = 0
+    imagined: float = 0.0
     prompts: Literal["references", "any"] = "references"
     prompt_seconds: float = 8.0
     no_prompt: float = 0.0
@@ -49,9 +54,11 @@ class CurriculumConfig:
     piece_seconds: float = 9.0
 
     def __post_init__(self):
-        for name in ("dialogue", "listen", "write", "answer", "read", "proceed", "no_prompt"):
+        for name in ("dialogue", "listen", "write", "answer", "read", "proceed", "facts", "imagined", "no_prompt"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.imagined > 1:
+            raise ValueError(f"imagined is a share of 1 at most, got {self.imagined}")
         if not self.speeds or min(self.speeds) < 0.5 or max(self.speeds) > 2:
             raise ValueError(f"speeds must lie in 0.5 … 2, got {self.speeds}")
         for name in ("prompt_seconds", "piece_seconds"):
@@ -70,7 +77,8 @@ class Spoken(NamedTuple):
 class Example(NamedTuple):
     """A conversation to be laid out.
 
-    heard, transcription: the user's recording, and what is said in it. said: what the user writes. answer: the text of the reply,
+    heard, transcription: the user's recording, and what is said in it. imagined: what the user is to have said, without a
+    recording. said: what the user writes. answer: the text of the reply,
     None where only sound is wanted. prompt, transcript: recordings of the voice prompt, and what is said in them. reply:
     recording of the reply, None where only text is wanted. piece: for a recording that is continued, where (of its length) its
     prompt begins and ends and its reply ends.
@@ -79,6 +87,7 @@ class Example(NamedTuple):
     id: str
     heard: Clip | None = None
     transcription: str = ""
+    imagined: str = ""
     said: str = ""
     answer: str | None = None
     prompt: tuple[Clip, ...] = ()
@@ -115,6 +124,7 @@ class Drawing:
     ):
         self.config, self.rng, self.seconds = config, rng, seconds
         of_split = [d for d in corpus.dialogues if d.split == split]
+        self.exchanges = exchanges(held_out(corpus, split)) if config.facts else {}
         self.dialogues = [d for d in of_split if {d.question_audio, d.answer_audio} <= seconds.keys()]
         said = {d.question_audio: (d.user_voice, d.question) for d in of_split}
         said |= {d.answer_audio: (d.assistant_voice, d.answer) for d in of_split}
@@ -134,13 +144,17 @@ class Drawing:
             speed = self.speed()
             prompt, transcript = self.prompt(d.assistant_voice, d.answer_audio, speed)
             heard, reply = Clip(d.question_audio, self.speed()), Clip(d.answer_audio, speed)
-            yield Example(d.id, heard, d.question, "", d.answer, prompt, transcript, reply)
+            said = {"transcription": d.question, "answer": d.answer}
+            yield Example(d.id, heard, **said, prompt=prompt, transcript=transcript, reply=reply)
         for d in self.some(self.dialogues, c.listen):
             yield Example(f"listen {d.id}", Clip(d.question_audio, self.speed()), d.question, answer=d.answer)
         for _, s in self.some(recordings, c.write):
-            yield Example(f"write {s.path.stem}", Clip(s.path, self.speed()), s.text, WRITE_DOWN, s.text)
+            yield Example(f"write {s.path.stem}", Clip(s.path, self.speed()), s.text, said=WRITE_DOWN, answer=s.text)
         for d in self.some(self.dialogues, c.answer):
-            yield Example(f"answer {d.id}", said=d.question, answer=d.answer)
+            yield Example(f"answer {d.id}", **self.asked(d.question), answer=d.answer)
+        for kind, i in self.facts(c.facts):
+            e = self.exchanges[kind][i]
+            yield Example(f"fact {kind} {i}", **self.asked(e.question), answer=e.answer)
         for voice, s in self.some(recordings, c.read):
             speed = self.speed()
             prompt, transcript = self.prompt(voice, s.path, speed)
@@ -150,6 +164,19 @@ class Drawing:
         proceeding += [path for path in unwritten(c) if path in self.seconds]
         for path in proceeding:
             yield Example(f"proceed {path.stem}", reply=Clip(path, self.speed()), piece=self.piece(path))
+
+    def facts(self, count: int) -> Iterator[tuple[str, int]]:
+        """Kinds of exchanges and which of the kind. A kind is drawn the more often the more there are of it, by their root."""
+        if not count:
+            return
+        size = {kind: len(found) for kind, found in self.exchanges.items()}
+        share = np.sqrt(list(size.values()))
+        for kind in self.rng.choice(list(size), count, p=share / share.sum()):
+            yield str(kind), int(self.rng.integers(size[kind]))
+
+    def asked(self, question: str) -> dict[str, str]:
+        """A question that has no recording: written, or imagined to be heard."""
+        return {"imagined" if self.rng.random() < self.config.imagined else "said": question}
 
     def some(self, things: list, share: float) -> list:
         """All of them ``share`` times over, the fraction drawn at random."""
@@ -185,6 +212,12 @@ class Drawing:
         return start, start + share * self.rng.uniform(0.25, 0.75), start + share
 
 
+def held_out(corpus: Corpus, split: str) -> list[Exchange]:
+    """What the other splits ask and this one does not."""
+    known = {normalised(d.question) for d in corpus.dialogues if d.split == split}
+    return [Exchange(d.question, d.answer) for d in corpus.dialogues if normalised(d.question) not in known]
+
+
 def unwritten(config: CurriculumConfig) -> list[Path]:
     """Recordings without a transcript. Raises ChromaError for a folder that is not there or holds none."""
     found = []
@@ -196,6 +229,8 @@ def unwritten(config: CurriculumConfig) -> list[Path]:
     return found
 
 
-def instructions(config: CurriculumConfig) -> list[str]:
-    """What the user writes, for a tokenizer to learn."""
-    return ([WRITE_DOWN] if config.write else []) + ([READ_ALOUD] if config.read else [])
+def written(corpus: Corpus, config: CurriculumConfig) -> list[str]:
+    """What is there in text alone, for a tokenizer to learn."""
+    facts = exchanges(held_out(corpus, "train")) if config.facts else {}
+    said = ([WRITE_DOWN] if config.write else []) + ([READ_ALOUD] if config.read else [])
+    return said + [text for of in facts.values() for e in of for text in e]

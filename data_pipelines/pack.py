@@ -77,6 +77,7 @@ def conversation(
     *,
     wave: np.ndarray | None,
     heard: str = "",
+    imagined: Sequence[int] | None = None,
     said: str = "",
     answer_text: str | None,
     transcript: str = "",
@@ -88,10 +89,9 @@ def conversation(
     """Lays out one dialogue, or a part of one: without ``answer_text`` the Reasoner has no part in it, without ``answer_codes``
     the Backbone has none.
 
-    wave: int16 [S] at 16 kHz, the user's speech, or None; heard: what is said in it, for the hearing loss; said: what the user
-    writes. transcript: what is said in the reference
-    recording. reference_codes: int [R, Q]; answer_codes: int [F, Q], without EOS; Q may exceed ``config.codebooks``, the rest is
-    not used.
+    wave: int16 [S] at 16 kHz, the user's speech, or None; heard: what is said in it, for the hearing loss; imagined: tokens in
+    the place of such speech, see `spread`. said: what the user writes. transcript: what is said in the reference recording.
+    reference_codes: int [R, Q]; answer_codes: int [F, Q], without EOS; Q may exceed ``config.codebooks``, the rest is not used.
     """
     c, nothing = config, np.zeros(0, np.int32)
     wave = nothing.astype(np.int16) if wave is None or answer_text is None else wave
@@ -99,7 +99,8 @@ def conversation(
     outputs = num_outputs(frames)
     asked = answered = text = nothing
     if answer_text is not None:
-        asked = np.array(question(encode, c.tokens, audio_outputs=outputs, said=said, system=c.system), np.int32)
+        there = [c.tokens.audio] * outputs if imagined is None else imagined
+        asked = np.array(question(encode, c.tokens, heard=there, said=said, system=c.system), np.int32)
         answered = np.array(answer(encode, c.tokens, answer_text), np.int32)
         text = np.concatenate([asked, answered[:-1]])  # the last token is predicted, never read
     audio_index = np.full(len(text), NOTHING, np.int32)
@@ -138,6 +139,14 @@ def conversation(
         target_codes=targets,
         heard_token=np.array(encode(heard) if len(wave) else [], np.int32),
     )
+
+
+def spread(tokens: Sequence[int], blank: int, rng: np.random.Generator) -> list[int]:
+    """Tokens as an audio encoder would spell them that learnt to (`chroma_jax.training.loss.hearing_loss`): each once or twice,
+    at a pace drawn anew, with blanks between."""
+    pace = rng.uniform(0, 4)
+    gap = lambda: [blank] * int(rng.poisson(pace))
+    return gap() + [t for token in tokens for t in [token] * int(rng.integers(1, 3)) + gap()] + gap()
 
 
 def excess(size: RowShape, shape: RowShape) -> list[str]:

@@ -37,7 +37,7 @@ from data_pipelines.codes import (
     loaded,
     seconds_in_header,
 )
-from data_pipelines.curriculum import CurriculumConfig, Example, drawn, instructions, unwritten
+from data_pipelines.curriculum import CurriculumConfig, Example, drawn, unwritten, written
 from data_pipelines.dialogues import (
     SPLITS,
     Corpus,
@@ -48,7 +48,7 @@ from data_pipelines.dialogues import (
     raise_problems,
     read_corpus,
 )
-from data_pipelines.pack import Conversation, conversation, excess, first_fit, pack_config, place
+from data_pipelines.pack import Conversation, conversation, excess, first_fit, pack_config, place, spread
 from data_pipelines.records import (
     VERSION,
     Dataset,
@@ -204,8 +204,8 @@ def make_tokenizer(config: DataConfig, model: ChromaConfig, corpus: Corpus) -> T
         return load_tokenizer(config.tokenizer, model.tokens, vocab_size)
     texts = [text for d in corpus.dialogues if d.split == "train" for text in (d.question, d.answer)]
     roles = ["system\n", "user\n", "assistant\n", config.system]  # what every conversation contains
-    roles += instructions(config.curriculum)
-    return train_tokenizer(texts + [r.text for r in corpus.references] + roles * 8, vocab_size, model.tokens)
+    texts += [r.text for r in corpus.references] + roles * 8 + written(corpus, config.curriculum)
+    return train_tokenizer(texts, vocab_size, model.tokens)
 
 
 def user_speech(clips: list[Clip], max_seconds: float, problems: list[Problem], progress: Progress) -> dict[Clip, np.ndarray]:
@@ -230,6 +230,7 @@ def conversations(
 ) -> list[Conversation]:
     """Lays out examples whose audio is usable. One that is too long for a row is added to ``problems``."""
     packing, found = pack_config(model, feature_config(model), config.system), []
+    rng = np.random.default_rng(config.seed)
     for e in examples:
         if not (set(e.spoken) <= codes.keys() and (e.heard is None or e.heard in waves)):
             continue  # named already, when its audio was read
@@ -242,6 +243,7 @@ def conversations(
             e.id,
             wave=None if e.heard is None else waves[e.heard],
             heard=e.transcription if config.row.heard else "",
+            imagined=spread(encode(e.imagined), packing.tokens.pad, rng) if e.imagined else None,
             said=e.said,
             answer_text=e.answer,
             transcript=e.transcript,
@@ -266,7 +268,7 @@ def write_split(path: Path, found: list[Conversation], shape: RowShape, model: C
     count = write_rows(path, bar(placed, f"{path.stem} rows", len(rows), "row", progress))
     used = np.array([dataclasses.astuple(s) for s in sizes]).reshape(-1, len(dataclasses.fields(RowShape))).sum(axis=0)
     capacity = np.maximum(dataclasses.astuple(shape), 1) * max(count, 1)
-    frames = sum(len(c.target_codes) - 1 for c in found)
+    frames = sum(max(len(c.target_codes) - 1, 0) for c in found)  # the last ends the reply
     return {
         "rows": count,
         "bytes": path.stat().st_size,

@@ -3,8 +3,12 @@ machine code costs less than optimising it."""
 
 import os
 import tempfile
+from importlib.metadata import version
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"  # before jax; for children too
+# before jax; for children too. The older way to write loops takes a third of the time to compile; flags come and go, and one
+# that is not known ends the process
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false" if version("jaxlib").startswith("0.10.") else ""
 # what is compiled once is compiled, for all workers and children; the user's own cache is left alone
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"chroma_jax_tests_{os.getuid()}"))
 

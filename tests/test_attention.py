@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from chroma_jax.errors import ChromaError
-from chroma_jax.layers import attention
+from chroma_jax.layers import attention, blocks, rope, transformer
 from chroma_jax.layers.sharding import MeshConfig, make_mesh
 from chroma_jax.layers.transformer import Llama, LlamaConfig
 
@@ -102,17 +102,35 @@ def test_a_stack_computes_the_same_and_keeps_what_it_should(given):
 
 
 def test_blocks_leave_out_what_is_later(given):
+    """What is computed with a value that is no number is none; what leaves it out is."""
     q, k, v, segments, _ = given
-    work = {
-        kernel: jax.jit(lambda *x, kernel=kernel: attention.attend(*x, attention.packed(segments, kernel)))
-        .lower(q, k, v)
-        .cost_analysis()["flops"]
+    v = np.where(np.arange(POSITIONS)[:, None, None] < blocks.BLOCK, v, np.nan)
+    known = {
+        kernel: np.isfinite(jax.jit(lambda *x, kernel=kernel: attention.attend(*x, attention.packed(segments, kernel)))(q, k, v))
         for kernel in ("plain", "blocks")
     }
-    assert work["blocks"] < 0.9 * work["plain"]
+    assert known["blocks"][:, : blocks.BLOCK].all()
+    assert not known["plain"].any()
+
+
+@pytest.mark.parametrize("length", [8, 64, 100, 257, 300])
+def test_blocks_of_any_length(length, given):
+    """Whole blocks, pieces of one, and what is left over."""
+    q, k, v, segments, towards = (x[:, :length] for x in given)
+    found = [jax.jit(value_and_gradients, static_argnums=0)(kernel, q, k, v, segments, towards) for kernel in ("blocks", "plain")]
+    for name, a, b in zip(("values", "queries", "keys", "values' gradient"), *found, strict=True):
+        np.testing.assert_allclose(a, b, err_msg=name, **CLOSE)
 
 
 def test_a_length_that_the_kernel_does_not_take_is_named():
     x = jnp.zeros((1, 100, 1, 1, 8))
     with pytest.raises(ChromaError, match="multiple of 128 positions, got 100; use 'plain'"):
         attention.attend(x, x[:, :, :, 0], x[:, :, :, 0], attention.packed(jnp.ones((1, 100), jnp.int32), "splash"))
+
+
+def test_what_tpu_computes_by_other_ways_has_the_same_gradient():
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((2, 3, 16), np.float32))
+    weights = jnp.cos(jnp.arange(16.0))
+    plain = jax.grad(lambda x: jnp.sum(weights * rope.halves_turned(x) ** 2))(x)
+    assert jnp.array_equal(jax.grad(lambda x: jnp.sum(weights * rope._turned(x) ** 2))(x), plain)
+    assert jnp.array_equal(jax.grad(lambda x: jnp.sum(weights * transformer._gradient_once(x) ** 2))(x), 2 * weights * x)

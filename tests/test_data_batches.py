@@ -137,6 +137,10 @@ def test_noise_has_the_level_that_is_asked_for_and_masks_hide_what_they_say():
     mel = rng.normal(size=(100, 80)).astype(np.float32)
     changed = AugmentConfig(time_masks=1, time_mask=10, bin_masks=1, bin_mask=8).features(mel, rng) != mel
     assert changed.all(axis=1).sum() <= 10 and changed.all(axis=0).sum() <= 8 and changed.any()
+    peak = np.zeros((3, 128), np.float32)
+    peak[:, 40] = 1.0
+    moved = [int(AugmentConfig(warp=0.2).features(peak, rng)[0].argmax()) for _ in range(50)]
+    assert 30 < min(moved) < 38 and 42 < max(moved) < 50  # a fifth, among bins that are log-spaced above 1 kHz
     assert AugmentConfig().wave(wave, rng) is wave and AugmentConfig().features(mel, rng) is mel
 
 

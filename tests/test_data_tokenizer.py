@@ -35,7 +35,7 @@ def test_markup_in_a_transcript_is_plain_text():
     encode = t.encoder(trained)
     assert TOKENS.im_end not in encode("so <|im_end|> he said")
     assert trained.decode(encode("<|im_end|>")) == "<|im_end|>"
-    assert question(encode, TOKENS, audio_outputs=3).count(TOKENS.audio) == 3
+    assert question(encode, TOKENS, heard=[TOKENS.audio] * 3).count(TOKENS.audio) == 3
 
 
 @pytest.mark.parametrize(

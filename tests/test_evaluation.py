@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tiny import replace
 
-from chroma_jax import cli
+from chroma_jax import cli, pretrained
 from chroma_jax import config as configs
 from chroma_jax.errors import ChromaError
 from chroma_jax.evaluation import judges as real_judges
@@ -203,3 +203,70 @@ def test_the_real_judges_know_words_voices_and_quality():
     assert judges.pesq(wave, wave, RATE) > 4.5 > judges.pesq(wave, noisy, RATE)
     assert judges.dnsmos(wave, RATE) > judges.dnsmos(noisy, RATE) + 0.5
     assert judges.dnsmos(np.zeros(RATE, np.float32), RATE) is None and not judges.voices(np.zeros(0, np.float32), RATE).any()
+
+
+@pytest.fixture(scope="module")
+def official(tmp_path_factory):
+    """Small judges with random weights, of the official ones' architecture and in their layouts. Needs the extra ``dev``."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    ctranslate2 = pytest.importorskip("ctranslate2")
+    folder, base = tmp_path_factory.mktemp("judges"), real_judges.whisper_base()
+    torch.manual_seed(0)
+    small = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "num_conv_pos_embeddings": 16}
+    small |= {"do_stable_layer_norm": True, "feat_extract_norm": "layer", "num_conv_pos_embedding_groups": 4}
+    wavlm = transformers.WavLMConfig(
+        hidden_size=64, conv_dim=(16,) * 7, tdnn_dim=(16, 16, 16, 16, 32), xvector_output_dim=24, **small
+    )
+    transformers.WavLMForXVector(wavlm).save_pretrained(folder / "wavlm")
+    transformers.Wav2Vec2FeatureExtractor().save_pretrained(folder / "wavlm")
+    sizes = {f"{side}_{name}": n for side in ("encoder", "decoder") for name, n in (("layers", 2), ("attention_heads", 2))}
+    whisper = transformers.WhisperConfig(
+        vocab_size=51_865, d_model=32, encoder_ffn_dim=32, decoder_ffn_dim=32, num_mel_bins=128, **sizes
+    )
+    model = transformers.WhisperForConditionalGeneration(whisper)
+    model.generation_config.update(
+        is_multilingual=True, lang_to_id={"<|en|>": 50_259}, task_to_id={"transcribe": 50_359}, no_timestamps_token_id=50_363
+    )
+    model.generation_config.update(decoder_start_token_id=50_258, max_length=40, suppress_tokens=[], begin_suppress_tokens=[])
+    model.save_pretrained(folder / "whisper")
+    transformers.WhisperFeatureExtractor(feature_size=128).save_pretrained(folder / "whisper")
+    (folder / "whisper" / "tokenizer.json").write_bytes((base / "tokenizer.json").read_bytes())
+    files = ["tokenizer.json", "preprocessor_config.json"]
+    converter = ctranslate2.converters.TransformersConverter(str(folder / "whisper"), copy_files=files)
+    converter.convert(str(folder / "converted"))
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whisper", ["whisper", "converted"])
+def test_official_judges_are_taken_by_their_paths(official, whisper, tmp_path):
+    judges = real_judges.appointed(official / whisper, official / "wavlm")
+    assert whisper in judges.origins["words"] and judges.origins["voices"] == "WavLM from wavlm (proxy)"
+    assert "proxy" in judges.origins["words"]  # of the architecture, but not of large-v3's size
+    wave = audio.load(read_suite("parley", "test", limit=1).dialogues[0].answer_audio, RATE)
+    assert judges.words(wave, RATE) and judges.words(wave[:0], RATE) == ""
+    vectors = [judges.voices(w, RATE) for w in (wave, wave, wave[: RATE // 4], np.zeros(0, np.float32))]
+    assert {v.shape for v in vectors} == {(24,)}  # silence and the shortest recordings can be compared too
+    assert vectors[0] @ vectors[1] == pytest.approx(1, abs=1e-5) and not vectors[3].any()
+    found = evaluate(
+        pretrained.found("codec_nano"), cli.run_configuration([str(pretrained.found("codec_nano"))], "any"), tmp_path / "report",
+        limit=1, judges=judges,
+    )  # fmt: skip
+    assert found["judges"] == judges.origins and -1 <= found["codec"]["summary"]["similarity"] <= 1
+
+
+@pytest.mark.slow
+def test_an_incomplete_judge_is_refused(official, tmp_path):
+    whole = official / "converted"
+    for missing in ("tokenizer.json", "preprocessor_config.json"):
+        folder = tmp_path / missing
+        folder.mkdir()
+        for path in whole.iterdir():
+            if path.name != missing:
+                (folder / path.name).symlink_to(path)
+        with pytest.raises(ChromaError, match=f"no {missing}"):
+            real_judges.Recogniser(folder)
+    with pytest.raises(ChromaError, match=r"no model.bin or config.json"):
+        real_judges.Recogniser(tmp_path)
+    with pytest.raises(ChromaError, match="not a folder with WavLMForXVector"):
+        real_judges.Voices(whole)

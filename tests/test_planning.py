@@ -5,15 +5,19 @@ import importlib.util
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from chroma_jax.cli import main
 from chroma_jax.config import Config, module_of, on_pod, read_python
 from chroma_jax.errors import ChromaError
-from chroma_jax.layers.sharding import MeshConfig
-from chroma_jax.planning import hlo, kernels, report
+from chroma_jax.flops import counted
+from chroma_jax.layers.sharding import MeshConfig, make_mesh
+from chroma_jax.planning import hlo, kernels, report, schedules
 from chroma_jax.planning.chips import CHIPS, parse_topology, ring_bandwidth
 from chroma_jax.planning.plan import DoesNotFit, plan_training, too_large, where, without_tpu
 from chroma_jax.planning.search import candidates
@@ -133,6 +137,51 @@ def test_a_kernel_s_metadata_may_be_broken_into_lines_and_its_time_is_estimated(
     assert kernels.seconds(work[1].instruction, chip) is None
 
 
+def test_a_kernel_whose_schedule_is_known_takes_its_instruction_words(monkeypatch):
+    turned = KERNEL.replace("2048,64]{4,3,2,1,0}, bf16[2,8,2048,64]", "64,2048]{4,3,2,1,0}, bf16[2,8,64,2048]")
+    work = next(hlo.executed(hlo.parse(turned.replace('512}"', '512, \\"q_layout\\": 2}"')))).instruction
+    size = kernels.Blocks(512, 512, 512)
+    assert kernels.read(work) == kernels.Kernel("forward", 16, 4, 2048, 2048, 64, size)
+    chip = CHIPS["v5p"]
+    monkeypatch.setitem(
+        kernels.SCHEDULES, ("v5p", "forward", 64, size), kernels.Schedule(step=200, block=1000, first=100, last=300)
+    )
+    words = 16 * 4 * (16 * 200 + 10 * 1000 + 4 * 400)  # of four times four blocks ten are computed, by two cores
+    assert kernels.seconds(work, chip) == pytest.approx(words / 2 / chip.clock)
+
+
+SCHEDULE = """
+     0   :  { %s1 = inlined_call_operand.vmem }
+  0x10 LB: > { %s2 = sadd.s32 1, %s1 }
+  0x12   : > { %3 = sbr.rel (%p1) target = $region8 }
+  0x14   :  {} /* Start region 7 */
+  0x20 PF: > { %s4 = sld } /* Start/End empty region 8 */
+  0x24   : > { %5 = sbr.rel (%p2) target = $region12 }
+  0x26   :  {} /* Start region 11 */
+  0xa0 PF: > { %s6 = sld } /* Start/End empty region 12 :: Start region 13 */
+  0xa4   : > { %7 = sbr.rel (%p3) target = $region16 }
+  0xc0 PF: > { %s8 = sld } /* Start region 16 */
+  0xcf   : > { %9 = sbr.rel (!%p4) target = $region99 }
+"""
+
+
+def test_the_words_of_a_kernel_s_parts_are_counted_from_its_schedule():
+    first, block, last = 0x20 - 0x12, 0xA0 - 0x24, 0xC0 - 0xA4
+    whole = 0xCF + 1 - 0x10
+    assert schedules.parts(SCHEDULE) == kernels.Schedule(whole - first - block - last, block, first, last)
+    straight = "\n".join(line for line in SCHEDULE.splitlines() if "0xa4" not in line)
+    assert schedules.parts(straight) == kernels.Schedule(whole, 0, 0, 0)
+    with pytest.raises(ValueError, match="no loop over blocks"):
+        schedules.parts(SCHEDULE.replace("LB", "  "))
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_schedules_of_the_kernels_are_those_of_the_compiler():
+    found = dict(schedules.of_chip("v6e", 64))
+    assert found and all(kernels.SCHEDULES[key] == schedule for key, schedule in found.items())
+
+
 PIECES = """HloModule jit_step
 
 %start.1 (p: bf16[8,1024]) -> bf16[64,1024] {
@@ -190,14 +239,41 @@ Used 19.50G of 15.75G hbm. Exceeded hbm capacity by 3.75G.
 
   1. Size: 4.00G
      Operator: op_name="jit(train_step)/jvp(backbone)/while"
-     Shape: bf16[16,8,2048,8192]{3,2,1,0:T(8,128)(2,1)}
+     Shape: bf16[16,8,2048,8192]{3,2,1,0:T(8,128)}
      Unpadded size: 4.00G
 """
-    error = too_large(parse_topology("v5e:4x4"), message)
+    topology, step = parse_topology("v5e:4x4"), jax.make_jaxpr(jax.numpy.sin)(1.0).jaxpr
+    error = too_large(topology, message, step)
     assert isinstance(error, DoesNotFit) and error.needed == 19.5 * 2**30
     page = report.does_not_fit(error)
     assert "3.75 too many" in page and "bf16[16,8,2048,8192]" in page and "jvp(backbone)" in page and "4.00" in page
-    assert not isinstance(too_large(parse_topology("v5e:4x4"), "INTERNAL: broken"), DoesNotFit)
+    assert not isinstance(too_large(topology, "INTERNAL: broken", step), DoesNotFit)
+
+
+# of chroma_4b_stage1@v5e:4x4 with 256 rows a step, libtpu 0.0.42
+AT_ONCE = (
+    "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (36.49G) exceeds available HBM"
+    " (15.75G)."
+)
+
+
+def test_where_the_compiler_names_no_buffers_the_step_s_own_are_named():
+    def step(x, weights):
+        with jax.named_scope("backbone"):
+            y, all_of_them = jax.lax.scan(lambda x, w: (x @ w, jax.numpy.sin(x @ w)), x, weights)
+        return y.sum() + all_of_them.sum()
+
+    mesh = make_mesh(MeshConfig(data=2))
+    with jax.set_mesh(mesh):
+        x = jax.ShapeDtypeStruct((64, 128), np.float32, sharding=NamedSharding(mesh, P("data")))
+        weights = jax.ShapeDtypeStruct((5, 128, 128), np.float32, sharding=NamedSharding(mesh, P()))
+        error = too_large(parse_topology("v5e:4x4"), AT_ONCE, jax.jit(step).trace(x, weights).jaxpr.jaxpr)
+    assert isinstance(error, DoesNotFit) and (error.needed, error.capacity) == (36.49 * 2**30, 15.75 * 2**30)
+    assert [(b.shape, b.operator, b.bytes) for b in error.buffers[:2]] == [
+        ("float32[5,128,128]", "argument", 5 * 128 * 128 * 4),
+        ("float32[5,32,128]", "backbone/scan", 5 * 32 * 128 * 4),
+    ]
+    assert "20.74 too many" in report.does_not_fit(error) and "backbone/scan" in report.does_not_fit(error)
 
 
 def planned(topology: str, mesh: MeshConfig, slices: int = 1, **changes):
@@ -227,6 +303,48 @@ def test_a_training_step_is_planned_for_chips_that_are_not_here():
     for part in ("backbone backward", "all-gather over fsdp", "utilisation", "$ an hour"):
         assert part in page, part
     assert {"step_seconds", "utilisation", "memory", "traffic"} <= plan.json().keys()
+
+
+@needs_compiler
+def test_the_training_step_of_a_codec_is_planned_by_the_same_command(tmp_path, capsys):
+    flags = {"recipe.judge_from": 10, "recipe.discriminator.windows": 64, "recipe.discriminator.filters": 2}
+    flags |= {"recipe.loss.resolutions.windows": 64, "recipe.loss.resolutions.bins": 5, "model.seanet.num_filters": 4}
+    flags |= {"model.seanet.ratios": "5 4", "model.transformer.num_layers": 1, "model.quantizer.num_codebooks": 2}
+    flags |= {"data.crop_frames": 4, "mesh.data": 4, "effort": "quick", "dollars_per_chip_hour": 1, "out": tmp_path / "plan.json"}
+    given = [text for name, value in flags.items() for text in (f"--{name}", *str(value).split())]
+    assert main(["plan", "codec_nano", "--topology", "v5e:2x2", *given]) == 0
+    page, plan = capsys.readouterr().out, json.loads((tmp_path / "plan.json").read_text())
+    for part in (
+        "step of a codec with quantizer, discriminator",
+        "codec_decode backward",
+        "hours of sound",
+        "$ an hour of sound",
+    ):
+        assert part in page, part
+    assert {"codec_encode", "codec_decode", "discriminator", "mel_loss"} <= plan["flops"].keys()
+    assert plan["memory"]["trained"] > 0 and plan["memory"]["free"] > 0.9 and plan["unknown_loops"] == 0
+    assert any(t["axes"] == "data" and t["kind"] == "all-reduce" for t in plan["traffic"])
+    for wrong in (["--step", "stream"], ["--search"], ["--program", "p"]):
+        assert main(["plan", "codec_nano", "--topology", "v5e:2x2", *wrong]) == 2
+
+
+def test_flops_of_a_program_are_those_of_its_products():
+    def step(x, w, kernels):
+        with jax.named_scope("first"):
+            x, _ = jax.lax.scan(lambda x, w: (jax.checkpoint(lambda x: x @ w)(x), None), x, w)  # [3, 8] @ [8, 8], five times
+        shape = ("NWC", "WIO", "NWC")
+        x = jax.lax.conv_general_dilated(x[:, :, None], kernels, (2,), "VALID", dimension_numbers=shape)
+        return jnp.sum(jax.lax.cond(x[0, 0, 0] > 0, lambda x: x @ x.swapaxes(1, 2), lambda x: jnp.zeros((3, 4, 4)), x))
+
+    shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((3, 8), (5, 8, 8), (2, 1, 6))]
+    products, convolution, chosen = 5 * 2 * 3 * 8 * 8, 2 * 3 * 4 * 6 * 2, 2 * 3 * 4 * 4 * 6
+    forward = counted(jax.make_jaxpr(step)(*shapes), ("first",))
+    assert forward == {"first": products, "other": convolution + chosen}
+    both = counted(jax.make_jaxpr(jax.grad(step, argnums=(0, 1, 2)))(*shapes), ("first",))
+    # backwards twice as much; a checkpointed product whose result nobody needs again is not made again
+    assert both["first"] in (3 * products, 4 * products) and both["other"] == 3 * (convolution + chosen)
+    with pytest.raises(ChromaError, match="how often it turns"):
+        counted(jax.make_jaxpr(lambda x: jax.lax.while_loop(lambda x: x[0, 0] < 1, lambda x: x @ x, x))(jnp.zeros((2, 2))), ())
 
 
 @needs_compiler

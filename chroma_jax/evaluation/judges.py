@@ -10,6 +10,7 @@ import functools
 import hashlib
 import importlib
 import importlib.util
+import json
 import os
 import warnings
 from collections.abc import Callable
@@ -55,26 +56,64 @@ class Recogniser:
     """Speech to text by Whisper, greedily, in English."""
 
     def __init__(self, path: Path | None = None, threads: int = 0):
-        """path: a folder with a Whisper converted for CTranslate2 (model.bin, config.json, tokenizer.json); None takes Whisper
-        base from two Python packages that the extra ``eval`` installs. Raises: ChromaError when there is none."""
-        whisper = needed("faster_whisper", "faster-whisper")
+        """path: a folder with a Whisper, converted for CTranslate2 (model.bin) or as transformers keeps it (config.json,
+        safetensors); None takes Whisper base from two Python packages that the extra ``eval`` installs. Raises: ChromaError when
+        there is none."""
         folder = whisper_base() if path is None else Path(path)
-        if not (folder / "model.bin").is_file():
-            raise ChromaError(f"{folder}: no model.bin in it; expected a Whisper converted for CTranslate2")
-        self.model = whisper.WhisperModel(
-            str(folder), device="cpu", compute_type="int8", local_files_only=True, cpu_threads=threads
-        )
-        large = self.model.model.n_mels == 128  # large-v3 alone hears 128 mel bins
-        name = "Whisper base, int8" if path is None else f"Whisper from {folder.name}, int8"
+        converted = (folder / "model.bin").is_file()
+        if not converted and not (folder / "config.json").is_file():
+            raise ChromaError(f"{folder}: no model.bin or config.json in it; expected a Whisper for CTranslate2 or transformers")
+        missing = [n for n in ("tokenizer.json", "preprocessor_config.json") if not (folder / n).is_file() and path is not None]
+        if missing:  # without them, other features would be computed, and a tokenizer looked for on the network
+            raise ChromaError(f"{folder}: no {' and no '.join(missing)} in it; copy them from where the Whisper was published")
+        self.transcribe, large = converted_whisper(folder, threads) if converted else transformers_whisper(folder)
+        kind = "int8" if converted else "transformers, float32"
+        name = f"Whisper base, {kind}" if path is None else f"Whisper from {folder.name}, {kind}"
         self.origin = Origin(name, "official" if large else "proxy")
 
     def __call__(self, wave: np.ndarray, rate: int) -> str:
         """wave: float32 [S]."""
-        if not len(wave):
-            return ""
-        options = {"language": "en", "beam_size": 1, "without_timestamps": True, "condition_on_previous_text": False}
-        segments, _ = self.model.transcribe(resample_soxr(wave, rate, RATE), **options)
-        return " ".join(segment.text.strip() for segment in segments)
+        return self.transcribe(resample_soxr(wave, rate, RATE)) if len(wave) else ""
+
+
+Transcribe = Callable[[np.ndarray], str]  # of sound at 16 kHz
+
+
+def converted_whisper(folder: Path, threads: int) -> tuple[Transcribe, bool]:
+    """A Whisper for CTranslate2, and whether it is large-v3. Raises: ChromaError when it can't be read."""
+    whisper = needed("faster_whisper", "faster-whisper")
+    try:
+        model = whisper.WhisperModel(str(folder), device="cpu", compute_type="int8", local_files_only=True, cpu_threads=threads)
+    except (RuntimeError, ValueError) as e:
+        raise ChromaError(f"{folder}: not a Whisper for CTranslate2 ({str(e).splitlines()[0][:200]})") from e
+    heads = json.loads((folder / "config.json").read_text()).get("alignment_heads") or [[0, 0]]
+    options = {"language": "en", "beam_size": 1, "without_timestamps": True, "condition_on_previous_text": False}
+
+    def transcribe(wave: np.ndarray) -> str:
+        return " ".join(segment.text.strip() for segment in model.transcribe(wave, **options)[0])
+
+    # only large-v3 and its turbo hear 128 mel bins; the turbo's decoder has four layers, so that no head lies above
+    return transcribe, model.model.n_mels == 128 and max(layer for layer, _ in heads) >= 4
+
+
+def transformers_whisper(folder: Path) -> tuple[Transcribe, bool]:
+    """A Whisper in transformers' layout, and whether it is large-v3. Raises: ChromaError when it can't be read."""
+    transformers, torch = needed("transformers"), needed("torch")
+    try:
+        features = transformers.WhisperFeatureExtractor.from_pretrained(folder, local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model = transformers.WhisperForConditionalGeneration.from_pretrained(folder, local_files_only=True).float().eval()
+    except (OSError, ValueError) as e:
+        raise ChromaError(f"{folder}: not a Whisper in transformers' layout ({str(e).splitlines()[0][:200]})") from e
+    speaks = {"language": "en", "task": "transcribe"} if model.generation_config.to_dict().get("is_multilingual") else {}
+
+    def transcribe(wave: np.ndarray) -> str:
+        heard = features(wave, sampling_rate=RATE, return_tensors="pt", return_attention_mask=True)
+        with torch.no_grad():
+            tokens = model.generate(heard.input_features, attention_mask=heard.attention_mask, num_beams=1, **speaks)
+        return tokenizer.batch_decode(tokens, skip_special_tokens=True)[0].strip()
+
+    return transcribe, (model.config.num_mel_bins, model.config.decoder_layers) == (128, 32)
 
 
 def whisper_base() -> Path:
@@ -117,19 +156,20 @@ class Voices:
             self.encoder = transformers.WavLMForXVector.from_pretrained(path, local_files_only=True).eval()
         except (OSError, ValueError) as e:
             raise ChromaError(f"{path}: not a folder with WavLMForXVector ({str(e).splitlines()[0][:200]})") from e
-        large = self.encoder.config.hidden_size == 1024
+        large = (self.encoder.config.hidden_size, self.encoder.config.num_hidden_layers) == (1024, 24)
         self.origin = Origin(f"WavLM from {Path(path).name}", "official" if large else "proxy")
 
     def __call__(self, wave: np.ndarray, rate: int) -> np.ndarray:
         """wave: float32 [S]. Returns float32 [D] of length one; zeros for a recording without sound."""
         heard = resample_soxr(wave, rate, RATE)
         if len(heard) < RATE // 4 or not np.abs(heard).max() > 1e-4:
-            return np.zeros(256, np.float32)
+            return np.zeros(256 if self.path is None else self.encoder.config.xvector_output_dim, np.float32)
         if self.path is None:
             trimmed = needed("resemblyzer").preprocess_wav(heard, source_sr=RATE)
             found = self.encoder.embed_utterance(trimmed if len(trimmed) >= RATE // 4 else heard)
         else:
             torch = needed("torch")
+            heard = np.pad(heard, (0, max(0, RATE // 2 - len(heard))))  # its layers look 0.3 s far
             with torch.no_grad():
                 found = self.encoder(**self.features(heard, sampling_rate=RATE, return_tensors="pt")).embeddings[0].numpy()
         return (found / np.linalg.norm(found)).astype(np.float32)

@@ -10,14 +10,13 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec as P
 
-from chroma_jax.layers import rope, splash
+from chroma_jax.layers import blocks, rope, splash
 from chroma_jax.layers.linear import Linear, zeros
-from chroma_jax.layers.sharding import RULES, AxisRules, active, constrain, leading_spec, on_tpu, parts, reshard
+from chroma_jax.layers.sharding import RULES, AxisRules, active, constrain, divided, leading_spec, on_tpu, parts, reshard
 
 # How packed rows are computed. "plain": all positions with all. "blocks": queries in blocks, which leaves out most of what comes
 # later than they, for processors that have no kernel. "splash": TPU's kernel.
 Kernel = Literal["plain", "blocks", "splash"]
-QUERIES = 256  # of a block
 LANES = splash.LANES
 
 
@@ -131,16 +130,15 @@ class Past(NamedTuple):
         return cls(mask & ~replaced[:, None], among)
 
 
-def causal_mask(segments: jax.Array, start: int = 0) -> jax.Array:
+def causal_mask(segments: jax.Array) -> jax.Array:
     """Packed rows: a position sees itself and earlier ones of its own segment.
 
-    segments: int32 [B, S], 0 = padding. Returns bool [B, T, S] (query, key), of the queries from ``start`` on.
+    segments: int32 [B, S], 0 = padding. Returns bool [B, S, S] (query, key).
     """
     keys = reshard(segments, P(*leading_spec(segments, 1), None))
-    queries = segments[:, start:]
-    order = start + jax.lax.broadcasted_iota(jnp.int32, queries.shape, 1)
-    order = reshard(order, P(*leading_spec(queries, 2)))
-    return (queries[:, :, None] == keys[:, None, :]) & (order[:, :, None] >= jnp.arange(segments.shape[1]))
+    order = jax.lax.broadcasted_iota(jnp.int32, segments.shape, 1)
+    order = reshard(order, P(*leading_spec(segments, 2)))
+    return (segments[:, :, None] == keys[:, None, :]) & (order[:, :, None] >= jnp.arange(segments.shape[1]))
 
 
 class Segments(NamedTuple):
@@ -150,7 +148,7 @@ class Segments(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """The same, to be computed in blocks of queries. ids: int32 [B, T]."""
+    """The same for `chroma_jax.layers.blocks`. ids: int32 [B, T]."""
 
     ids: jax.Array
 
@@ -175,8 +173,10 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
     """
     if isinstance(mask, Segments):
         return splash.attend(q, k, v, mask.ids)
+    if isinstance(mask, Blocks) and not divided(q, 1):
+        return blocks.attend(q, k, v, mask.ids)
     if isinstance(mask, Blocks):
-        return in_blocks(q, k, v, mask.ids)
+        mask = causal_mask(mask.ids)
     if active():  # with the sequence divided, every device needs all keys
         k, v = (reshard(x, P(leading_spec(x, 1)[0], None, leading_spec(x, 3)[2])) for x in (k, v))
     q, k, v = (checkpoint_name(x, "products") for x in (q, k, v))
@@ -238,18 +238,6 @@ def gathered_in(y: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     y = y.reshape(b, k // beside, beside, g * t, beside, h)
     y = jnp.einsum("BCPRPH->BCPRH", y) if beside > 1 else y
     return jnp.moveaxis(y.reshape(b, k, g, t, h), 3, 1)
-
-
-def in_blocks(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
-    """`attend` with a causal mask within segments, in blocks of queries, each with the keys up to its end; where the sequence is
-    divided among devices, all at once."""
-    if active() and leading_spec(q, 2)[1] is not None:
-        return attend(q, k, v, causal_mask(segments))
-    ends = range(QUERIES, q.shape[1] + QUERIES, QUERIES)
-    pieces = [
-        attend(q[:, end - QUERIES : end], k[:, :end], v[:, :end], causal_mask(segments[:, :end], end - QUERIES)) for end in ends
-    ]
-    return jnp.concatenate(pieces, axis=1)
 
 
 class Attention(nnx.Module):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from chroma_jax.layers.sharding import RULES, AxisRules, active, leading_spec, look_up, reshard
+from chroma_jax.layers.sharding import RULES, AxisRules, active, divided, leading_spec, look_up, on_tpu, reshape_rows, reshard
 
 Dims = dict[str, int]  # logical axis → size, in order
 
@@ -90,7 +90,19 @@ def product(x: jax.Array, weight: nnx.Param, num_inputs: int, rules: AxisRules) 
     if active():
         axes = weight.get_metadata()["axes"][-kernel.ndim :][num_inputs:]
         out = P(*leading_spec(x, lead), *rules.in_use(axes))
+    if lead > 1 and not on_tpu() and not any(divided(a, axis) for a in (x, kernel) for axis in range(a is x, a.ndim)):
+        return _matrix_product(x, kernel, num_inputs, out)
     return jax.lax.dot_general(x, kernel, (contracting, ((), ())), out_sharding=out)
+
+
+def _matrix_product(x: jax.Array, kernel: jax.Array, num_inputs: int, out: P | None) -> jax.Array:
+    """The same with rows and columns merged: of more axes, processors would copy a factor of the weight's gradient transposed.
+    Nothing but x's first axis may be divided among devices."""
+    lead, inner = x.ndim - num_inputs, math.prod(kernel.shape[:num_inputs])
+    rows = reshape_rows(x if out is None else reshard(x, P(out[0])), x.size // inner, inner)
+    y = rows @ reshape_rows(kernel, inner, kernel.size // inner)
+    y = reshape_rows(y, *x.shape[:lead], *kernel.shape[num_inputs:])
+    return y if out is None else reshard(y, out)
 
 
 def scaled(y: jax.Array, scale: nnx.Param | None, rules: AxisRules = RULES) -> jax.Array:

@@ -158,6 +158,13 @@ def leading_spec(x: jax.Array, count: int) -> tuple:
     return spec + (None,) * (count - len(spec))
 
 
+def divided(x: jax.Array, axis: int) -> bool:
+    """Whether an axis of ``x`` lies on more than one device."""
+    names = leading_spec(x, axis + 1)[axis] if active() else None
+    shape = jax.sharding.get_abstract_mesh().shape
+    return math.prod(shape[name] for name in ((names,) if isinstance(names, str) else names or ())) > 1
+
+
 def reshape_rows(x: jax.Array, *shape: int) -> jax.Array:
     """Reshapes, merging or splitting axis 0 with the axes after it; the rows stay on the devices they are on."""
     spec = P(*leading_spec(x, 1), *(None,) * (len(shape) - 1)) if active() else None

@@ -67,15 +67,18 @@ def _attend(q, k, v, query_segments, key_segments, shard, *, interpret: bool):
 def make(groups: int, queries: int, keys: int, offset: int, interpret: bool):
     """The kernel for the query heads of one key/value head. offset: of the first query."""
     mask = masks.MultiHeadMask([masks.CausalMask((queries, keys), offset)] * groups)
-    small = block(keys, 512)
+    seen_by_lanes = kernel.QKVLayout.SEQ_MINOR  # heads of 64 would leave half of the lanes idle; positions fill them
     sizes = kernel.BlockSizes(
-        block_q=block(queries, 512),  # the smaller, the less is computed in vain
-        block_kv=small,
-        block_kv_compute=small,
+        block_q=block(queries),
+        block_kv=block(keys),
+        block_kv_compute=block(block(keys), 512),
         block_q_dkv=block(queries, 512),
         block_kv_dkv=block(keys, 2048),  # every block of keys leaves a part of the queries' gradient to be added up
         block_kv_dkv_compute=block(keys),
         use_fused_bwd_kernel=True,
+        q_layout=seen_by_lanes,
+        k_layout=seen_by_lanes,
+        v_layout=seen_by_lanes,
     )
     return kernel.make_splash_mqa_single_device(mask, block_sizes=sizes, residual_checkpoint_name=SAVED, interpret=interpret)
 

@@ -37,10 +37,46 @@ def rematerialise(body, policy: Remat):
     return jax.checkpoint(body, policy=saved[policy], prevent_cse=False)
 
 
+def over_layers(body, carry, layers):
+    """`jax.lax.scan` over a stack of blocks, or a tuple that begins with one; `unstacked` blocks are gone through in
+    turn."""
+    blocks = layers[0] if isinstance(layers, tuple) else layers
+    if not isinstance(blocks, nnx.List):
+        return jax.lax.scan(body, carry, layers)
+    made = []
+    for layer in zip(*layers) if isinstance(layers, tuple) else layers:
+        carry, y = body(carry, layer)
+        made.append(y)
+    return carry, jax.tree.map(lambda *y: jnp.stack(y), *made)
+
+
+def unstacked(blocks: nnx.Module) -> nnx.List:
+    """Stacked blocks, each with arrays of its own. Processors copy a layer's weights out of a stack before they multiply with
+    them, which takes as long as the products of a row or two."""
+    graph, state = nnx.split(blocks)
+    leaves, tree = jax.tree.flatten(jax.device_get(state))
+    layers = ([jnp.asarray(x) for x in layer] for layer in zip(*leaves))
+    return nnx.List([nnx.merge(graph, jax.tree.unflatten(tree, layer)) for layer in layers])
+
+
 def computed_once(x: jax.Array) -> jax.Array:
     """``x``; on TPU kept from being computed anew for every tile of the product that takes it, which would wait for it where the
     matrix unit is much faster than the vector unit, as on v6e."""
     return jax.lax.optimization_barrier(x) if on_tpu() else x
+
+
+def gradient_once(x: jax.Array) -> jax.Array:
+    """``x``; on TPU its gradient is computed as such before anything is made of it. What is costly to make would be made anew for
+    every product that takes it, and sums over it, fused with the product that makes it, would hold up the matrix unit."""
+    return _gradient_once(x) if on_tpu() else x
+
+
+@jax.custom_vjp
+def _gradient_once(x: jax.Array) -> jax.Array:
+    return x
+
+
+_gradient_once.defvjp(lambda x: (x, None), lambda _, gradient: (jax.lax.optimization_barrier(gradient),))
 
 
 def through_cached(blocks, x, rotation, mask, cache: KVCache, slots, row=None) -> tuple[jax.Array, KVCache]:
@@ -52,29 +88,8 @@ def through_cached(blocks, x, rotation, mask, cache: KVCache, slots, row=None) -
         block, layer = block_and_layer
         return block.cached(x, rotation, past, cache.of_layer(layer, row))
 
-    layers = range(len(cache.keys))
-    stacked = not isinstance(blocks, nnx.List)
-    x, new = through(body, x, (blocks, jnp.array(layers)) if stacked else list(zip(blocks, layers, strict=True)))
+    x, new = over_layers(body, x, (blocks, jnp.arange(len(cache.keys))))
     return x, cache.written(*new, slots, row)
-
-
-def through(body, carry, blocks):
-    """`jax.lax.scan` over stacked blocks, or the same over a list of `unstacked` ones, one after the other."""
-    if not isinstance(blocks, (list, nnx.List)):
-        return jax.lax.scan(body, carry, blocks)
-    results = []
-    for block in blocks:
-        carry, result = body(carry, block)
-        results.append(result)
-    return carry, jax.tree.map(lambda *x: jnp.stack(x), *results)
-
-
-def unstacked(blocks: nnx.Module) -> nnx.List:
-    """Stacked blocks as one for each layer: a processor's products take whole arrays only, to which a scan copies the weights of
-    each layer anew."""
-    graph, state = nnx.split(blocks)
-    layers = jax.tree.leaves(state)[0].shape[0]
-    return nnx.List([nnx.merge(graph, jax.tree.map(lambda x, i=i: x[i], state)) for i in range(layers)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,12 +140,12 @@ class LlamaBlock(nnx.Module):
         self.down = Linear(rngs, mlp, model, layers=layers, rules=c.rules)
 
     def mlp(self, x: jax.Array) -> jax.Array:
-        y = self.mlp_norm(x)
-        gate, up = (checkpoint_name(part(y), "products") for part in (self.gate, self.up))
+        y = gradient_once(self.mlp_norm(x))
+        gate, up = (gradient_once(checkpoint_name(part(y), "products")) for part in (self.gate, self.up))
         return x + self.down(computed_once(jax.nn.silu(gate) * up))
 
     def __call__(self, x: jax.Array, rotation: Rotation, mask: Mask) -> jax.Array:
-        return self.mlp(checkpoint_name(x + self.attention(self.attention_norm(x), rotation, mask), "products"))
+        return self.mlp(checkpoint_name(x + self.attention(gradient_once(self.attention_norm(x)), rotation, mask), "products"))
 
     def cached(self, x, rotation, past, old):
         y, new = self.attention.cached(self.attention_norm(x), rotation, past, old)
@@ -150,7 +165,7 @@ class Llama(nnx.Module):
         after the final norm."""
         rotation = self._rotation(positions)
         body = rematerialise(lambda x, block: (block(x, rotation, mask), None), self.config.remat)
-        x, _ = through(body, x, self.blocks)
+        x, _ = over_layers(body, x, self.blocks)
         return self.norm(x)
 
     def cached(
@@ -259,7 +274,7 @@ class Encoder(nnx.Module):
         """x: [B, T, D]; positions: int32 [B, T]; mask: bool [B, T, T]. Returns [B, T, D]."""
         rotation = self._rotation(positions)
         body = rematerialise(lambda x, block: (block(x, rotation, mask), None), self.config.remat)
-        return through(body, x, self.blocks)[0]
+        return over_layers(body, x, self.blocks)[0]
 
     def cached(
         self, x: jax.Array, positions: jax.Array, cache: KVCache, slots: jax.Array, mask: jax.Array

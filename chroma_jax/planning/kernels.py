@@ -1,48 +1,132 @@
-"""How long the attention kernels take. The compiler estimates no kernel, so this does: products as the matrix unit has to pad
-them, and after them, not beside them, what the vector unit does to every score."""
+"""How long the attention kernels take. The compiler writes no estimate to a kernel, but it schedules one like any other code, an
+instruction word a cycle, and can be made to show that (`chroma_jax.planning.schedules`); so the words of each of a kernel's parts
+are counted, times how often the part runs. Blocks that nobody has looked at are taken by a rougher rule.
+"""
 
 import math
 import re
+from typing import NamedTuple
 
 from chroma_jax.layers.splash import LANES
 from chroma_jax.planning.chips import Chip
 from chroma_jax.planning.hlo import Instruction
 
-# For every pair of a query and a key: two products make the output; five the gradients, the scores being made again.
-FORWARD, BACKWARD = 2, 5
-# Of the vector unit, per pair: compare and choose by segments, largest, difference, exponential in five, sum, scale and cast.
+
+class Blocks(NamedTuple):
+    """How a kernel cuts its sequence: queries and keys of a block, keys that it computes with at a time."""
+
+    queries: int
+    keys: int
+    compute: int
+
+
+class Schedule(NamedTuple):
+    """Instruction words. step: of a block, computed or not. block: besides, of a block that is computed. first, last: besides, of
+    the first and the last block that add to the same output. Of a sequence that is one block all are in ``step``."""
+
+    step: int
+    block: int
+    first: int
+    last: int
+
+
+class Kernel(NamedTuple):
+    """One kernel as a program has it. name: "forward" or "backward". rows: times key/value heads; group: query heads of each;
+    queries, keys: positions; width: of a head."""
+
+    name: str
+    rows: int
+    group: int
+    queries: int
+    keys: int
+    width: int
+    blocks: Blocks
+
+
+# By chip, kernel, width of a head and blocks, as ``python -m chroma_jax.planning.schedules`` prints them (libtpu 0.0.42).
+WORDS = {
+    ("v5e", "forward", 64, (1024, 1024, 512)): (350, 4634, 390, 1005),
+    ("v5e", "backward", 64, (512, 2048, 1024)): (352, 9145, 518, 1096),
+    ("v5e", "forward", 128, (1024, 1024, 512)): (6194, 0, 0, 0),
+    ("v5e", "backward", 128, (512, 1024, 1024)): (298, 4645, 262, 392),
+    ("v5p", "forward", 64, (1024, 1024, 512)): (416, 4661, 390, 1012),
+    ("v5p", "backward", 64, (512, 2048, 1024)): (578, 9469, 518, 1096),
+    ("v5p", "forward", 128, (1024, 1024, 512)): (6159, 0, 0, 0),
+    ("v5p", "backward", 128, (512, 1024, 1024)): (503, 4649, 262, 392),
+    ("v6e", "forward", 64, (1024, 1024, 512)): (325, 3514, 198, 512),
+    ("v6e", "backward", 64, (512, 2048, 1024)): (301, 5938, 262, 829),
+    ("v6e", "forward", 128, (1024, 1024, 512)): (4303, 0, 0, 0),
+    ("v6e", "backward", 128, (512, 1024, 1024)): (258, 2986, 134, 199),
+    ("tpu7x", "forward", 64, (1024, 1024, 512)): (360, 3557, 186, 505),
+    ("tpu7x", "backward", 64, (512, 2048, 1024)): (415, 6279, 254, 825),
+    ("tpu7x", "forward", 128, (1024, 1024, 512)): (4398, 0, 0, 0),
+    ("tpu7x", "backward", 128, (512, 1024, 1024)): (310, 3142, 128, 193),
+}
+SCHEDULES = {(*key[:3], Blocks(*key[3])): Schedule(*words) for key, words in WORDS.items()}
+
+# The rougher rule. For every pair of a query and a key: two products make the output; five the gradients, the scores being made
+# again. Of the vector unit, per pair: compare and choose by segments, largest, difference, exponential in five, sum, scale, cast.
+PRODUCTS = {"forward": 2, "backward": 5}
 VECTOR_OPERATIONS = 12
 
 
 def seconds(i: Instruction, chip: Chip) -> float | None:
-    """Of one run on one device of a splash attention kernel; None for any other instruction.
+    """Of one run on one device of a splash attention kernel; None for any other instruction."""
+    kernel = read(i)
+    if kernel is None:
+        return None
+    schedule = SCHEDULES.get((chip.name, kernel.name, kernel.width, kernel.blocks))
+    if schedule is None or (schedule.block == 0 and blocks(kernel)[0] > 1):
+        return rough(kernel, chip)
+    return words(kernel, schedule) / chip.cores / chip.clock
 
-    A block of keys that is later than all of a block of queries is not computed; part of the blocks on the diagonal is in vain.
-    """
+
+def words(kernel: Kernel, schedule: Schedule) -> float:
+    """Instruction words of all blocks; where a device has several cores, of them together."""
+    steps, of_which = blocks(kernel)
+    heads = kernel.rows * kernel.group
+    q, k = kernel.queries // kernel.blocks.queries, kernel.keys // kernel.blocks.keys
+    # forward: a block of queries is an output; backward: a block of keys, for all heads of the group
+    outputs = heads * q if kernel.name == "forward" else kernel.rows * k
+    return heads * (steps * schedule.step + of_which * schedule.block) + outputs * (schedule.first + schedule.last)
+
+
+def rough(kernel: Kernel, chip: Chip) -> float:
+    """Products as the matrix unit has to pad them, and after them, not beside them, what the vector unit does to every score."""
+    pairs = kernel.rows * kernel.group * blocks(kernel)[1] * kernel.blocks.queries * kernel.blocks.keys
+    padded = -(-kernel.width // chip.mxu) * chip.mxu
+    products = PRODUCTS[kernel.name] * 2 * pairs * padded / (chip.flops / chip.devices)
+    return products + VECTOR_OPERATIONS * pairs / chip.vector
+
+
+def blocks(kernel: Kernel) -> tuple[int, int]:
+    """(blocks of a head, those of them in which some key is not later than all queries). Of a sequence that is divided among
+    devices, the last queries, which see most."""
+    size, first = kernel.blocks, kernel.keys - kernel.queries
+    starts = [(a, b) for a in range(first, kernel.keys, size.queries) for b in range(0, kernel.keys, size.keys)]
+    return len(starts), sum(b < a + size.queries for a, b in starts)
+
+
+def read(i: Instruction) -> Kernel | None:
+    """From a kernel's operands and metadata; None where the instruction is no splash attention kernel."""
     if 'custom_call_target="tpu_custom_call"' not in i.rest or "splash" not in i.name:
         return None
+    forward = "fwd" in i.name
+    of = "" if forward else "_dkv"
+    size = Blocks(*(number(i.rest, name) for name in (f"block_q{of}", f"block_kv{of}", f"block_kv{of}_compute")))
     found = re.findall(r"(?:bf16|f32)\[([\d,]+)\]", i.rest.partition("operand_layout_constraints=")[2])
     shapes = [tuple(map(int, shape.split(","))) for shape in found]
-    queries = max(shapes, key=len)  # [rows, key/value heads, query heads of each, positions, width of a head]
-    keys = next((s for s in shapes if len(s) == len(queries) - 1 and s[-1] == queries[-1]), None)
+    queries = max(shapes, key=len)  # [rows, key/value heads, query heads of each, positions, width of a head], or the last turned
+    keys = next((s for s in shapes if len(s) == len(queries) - 1 and s[:-2] == queries[:-3]), None)
     if len(queries) < 3 or keys is None:
         return None
-    heads, width = math.prod(queries[:-2]), queries[-1]
-    forward = "fwd" in i.name
-    pairs = heads * computed(queries[-2], keys[-2], *(block(i.rest, name + ("" if forward else "_dkv")) for name in ("q", "kv")))
-    padded = -(-width // chip.mxu) * chip.mxu
-    products = FORWARD if forward else BACKWARD
-    return products * 2 * pairs * padded / (chip.flops / chip.devices) + VECTOR_OPERATIONS * pairs / chip.vector
+    if number(i.rest, "q_layout") == 2:  # positions last
+        queries, keys = ((*s[:-2], s[-1], s[-2]) for s in (queries, keys))
+    name = "forward" if forward else "backward"
+    return Kernel(name, math.prod(queries[:-3]), queries[-3], queries[-2], keys[-2], queries[-1], size)
 
 
-def block(metadata: str, name: str) -> int:
-    """The size of a block, as the kernel's metadata has it."""
-    found = re.search(rf'block_{name}\\*": (\d+)', metadata)
+def number(metadata: str, name: str) -> int:
+    """One of the numbers in a kernel's metadata."""
+    found = re.search(rf'\b{name}\\*": (\d+)', metadata)
     return int(found[1]) if found else LANES
-
-
-def computed(queries: int, keys: int, q: int, kv: int) -> int:
-    """Pairs in blocks of q queries and kv keys in which some key is not later than all queries. Of a sequence that is divided
-    among devices, the last queries, which see most."""
-    first = keys - queries
-    return sum(q * kv for a in range(first, keys, q) for b in range(0, keys, kv) if b < a + q)

@@ -1,26 +1,33 @@
-"""Compiles the training step for TPU chips that are not here, and reads from the program what it will take."""
+"""Compiles a training step for TPU chips that are not here, and reads from the program what it will take."""
 
 import collections
 import dataclasses
+import itertools
 import math
 import os
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import jax
 import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from chroma_jax.config import Config
+from chroma_jax.config import CodecRun, Config
 from chroma_jax.errors import ChromaError
-from chroma_jax.layers.sharding import MESH_AXES, make_mesh
+from chroma_jax.flops import counted
+from chroma_jax.layers.sharding import MESH_AXES, MeshConfig, make_mesh
 from chroma_jax.planning import hlo, kernels
 from chroma_jax.planning.chips import Chip, Topology, compile_only_devices, ring_bandwidth
-from chroma_jax.training.state import Trainer
+from chroma_jax.training.codec.step import Phase, make_codec_trainer
+from chroma_jax.training.codec.teacher import load_teacher
 from chroma_jax.training.train import abstract_batch, step_flops, trainer_of
 
 QUICK = {"exec_time_optimization_effort": -1.0}
-SCOPES = ("reasoner", "text_loss", "hearing_loss", "backbone", "frames", "optimizer")
+SCOPES = (
+    *("reasoner", "text_loss", "hearing_loss", "backbone", "frames", "optimizer"),
+    *("codec_encode", "codec_quantize", "codec_decode", "teacher", "mel_loss", "discriminator"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,9 +70,11 @@ class Plan:
     """A training step on one topology. Times are seconds per step; flops are those of the model, per step, by part.
 
     compute: the compiler's cycles over the clock, by scope and pass, and more, see `compute`. unestimated: work without cycles,
-    by kind and number.
+    by kind and number. positions: of the Backbone and the text model, none in a Codec's step. sound_seconds: what replies, or a
+    Codec's recordings, last.
     """
 
+    step: str
     topology: str
     chips: int
     mesh: dict[str, int]
@@ -80,7 +89,7 @@ class Plan:
     unestimated: dict[str, int]
     unknown_loops: int
     positions: int
-    reply_seconds: float
+    sound_seconds: float
     compile_seconds: float
 
     @property
@@ -157,55 +166,103 @@ def plan_training(config: Config, topology: Topology, *, effort: str = "full") -
 
     Raises: DoesNotFit; ChromaError for a mesh that the topology or the weights do not fit.
     """
-    devices = compile_only_devices(topology)
-    if config.mesh.num_devices != len(devices):
-        shape = dict(zip(MESH_AXES, config.mesh.shape))
-        raise ChromaError(f"mesh {shape} has {config.mesh.num_devices} devices, {topology.name} has {len(devices)}")
-    mesh = make_mesh(config.mesh, devices)
+    mesh, rows, row = mesh_on(topology, config.mesh), config.training.global_batch, config.data.row
     with jax.set_mesh(mesh):
         trainer = trainer_of(config, mesh)
-        batch = abstract_batch(config, trainer)
-        started = time.perf_counter()
-        lowered = trainer.train_step.lower(trainer.abstract, batch)
-        try:
-            compiled = lowered.compile(QUICK if effort == "quick" else {})
-        except jax.errors.JaxRuntimeError as e:
-            raise too_large(topology, str(e)) from e
-        seconds = time.perf_counter() - started
+        batch, state = abstract_batch(config, trainer), trainer.abstract
+        return planned(
+            trainer.train_step.trace(state, batch),
+            {"trained": state.trained, "frozen": state.frozen, "optimizer": (state.step, state.optimizer), "batch": batch},
+            topology,
+            mesh,
+            effort,
+            step="training step",
+            global_batch=rows,
+            flops=step_flops(config, trainer)._asdict(),
+            positions=rows * (row.positions + row.text),
+            sound_seconds=rows * row.frames / config.model.codec.frame_rate,
+        )
+
+
+def plan_codec(config: CodecRun, topology: Topology, *, effort: str = "full") -> tuple[Plan, jax.stages.Compiled]:
+    """The same for a Codec, in the last phase of its training, in which most takes part."""
+    mesh, rows, recipe = mesh_on(topology, config.mesh), config.training.global_batch, config.recipe
+    model, frames, last = config.model, config.data.crop_frames, config.training.steps - 1
+    phase = Phase(quantized=last >= recipe.quantize_from, judged=last >= recipe.judge_from)
+    teacher = load_teacher(recipe.teacher, model.sampling_rate)
+    parts = {"quantizer": phase.quantized, "discriminator": phase.judged, "teacher": teacher is not None}
+    with jax.set_mesh(mesh):
+        trainer = make_codec_trainer(model, recipe, config.training.seed, mesh, teacher, config.training.skip_norm)
+        shape = (rows, frames * model.samples_per_frame)
+        wave, state = jax.ShapeDtypeStruct(shape, np.float32, sharding=trainer.wave_sharding), trainer.abstract
+        traced = trainer.train_step.trace(state, wave, phase)
+        return planned(
+            traced,
+            {
+                "trained": (state.codec, state.head, state.codebooks, state.discriminator),
+                "frozen": state.frozen,
+                "optimizer": (state.step, state.optimizer, state.discriminator_optimizer, state.balancer),
+                "batch": wave,
+            },
+            topology,
+            mesh,
+            effort,
+            step=f"training step of a codec with {', '.join(part for part, there in parts.items() if there) or 'no quantizer'}",
+            global_batch=rows,
+            flops=counted(traced.jaxpr, SCOPES),
+            positions=0,
+            sound_seconds=rows * frames / model.frame_rate,
+        )
+
+
+def mesh_on(topology: Topology, config: MeshConfig) -> jax.sharding.Mesh:
+    """Raises ChromaError when it is not a mesh of the topology's devices."""
+    devices = compile_only_devices(topology)
+    if config.num_devices != len(devices):
+        shape = dict(zip(MESH_AXES, config.shape))
+        raise ChromaError(f"mesh {shape} has {config.num_devices} devices, {topology.name} has {len(devices)}")
+    return make_mesh(config, devices)
+
+
+def planned(
+    traced: jax.stages.Traced, arguments: dict, topology: Topology, mesh: jax.sharding.Mesh, effort: str, **facts
+) -> tuple[Plan, jax.stages.Compiled]:
+    """Compiles a step and reads what it takes. arguments: abstract, by kind, as of `memory`; facts: the fields of `Plan` that are
+    known before."""
+    started = time.perf_counter()
+    try:
+        compiled = traced.lower().compile(QUICK if effort == "quick" else {})
+    except jax.errors.JaxRuntimeError as e:
+        raise too_large(topology, str(e), traced.jaxpr.jaxpr) from e
+    seconds = time.perf_counter() - started
     module = hlo.parse(compiled.as_text())
     work = list(hlo.executed(module))
-    chip, row = topology.chip, config.data.row
-    rows = config.training.global_batch
+    chip = topology.chip
     plan = Plan(
         topology=topology.name,
         chips=topology.num_chips,
-        mesh=dict(zip(MESH_AXES, config.mesh.shape)),
-        global_batch=rows,
+        mesh=dict(zip(MESH_AXES, mesh.devices.shape)),
         effort=effort,
-        memory=memory(trainer, batch, compiled, chip.hbm / chip.devices),
-        flops=step_flops(config, trainer)._asdict(),
+        memory=memory(arguments, compiled, chip.hbm / chip.devices),
         peak_flops=topology.num_chips * chip.flops,
         compute=compute(module, work, chip),
         traffic=traffic(hlo.collectives(module, work), topology, mesh),
         hbm_seconds=hlo.hbm_bytes(module, work) / (chip.bandwidth / chip.devices),
         unestimated=unestimated(module, work, chip),
         unknown_loops=sum(not e.known for e in work),
-        positions=rows * (row.positions + row.text),
-        reply_seconds=rows * row.frames / config.model.codec.frame_rate,
         compile_seconds=seconds,
+        **facts,
     )
     return plan, compiled
 
 
-def memory(trainer: Trainer, batch, compiled: jax.stages.Compiled, capacity: float) -> Memory:
-    """Arguments by their shardings, the rest as the compiler has it."""
+def memory(arguments: dict, compiled: jax.stages.Compiled, capacity: float) -> Memory:
+    """Arguments, the first four fields of `Memory`, by their shardings; the rest as the compiler has it."""
 
     def held(tree) -> float:
         return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
-    state, found = trainer.abstract, compiled.memory_analysis()
-    kinds = {"trained": held(state.trained), "frozen": held(state.frozen), "optimizer": held((state.step, state.optimizer))}
-    kinds["batch"] = held(batch)
+    found, kinds = compiled.memory_analysis(), {kind: held(tree) for kind, tree in arguments.items()}
     # arguments are padded to the chip's tiles; what that adds counts as activations, and so do results that reuse nothing
     padding = found.argument_size_in_bytes - sum(kinds.values())
     results = found.output_size_in_bytes - found.alias_size_in_bytes
@@ -279,9 +336,11 @@ def unestimated(module: hlo.Module, work: Iterable[hlo.Executed], chip: Chip) ->
     return dict(found.most_common())
 
 
-def too_large(topology: Topology, message: str) -> ChromaError:
-    """What the compiler says of a program without room."""
+def too_large(topology: Topology, message: str, step: Jaxpr) -> ChromaError:
+    """What the compiler says of a program without room. It names no buffers where it sees at once that they are too many; then
+    the largest of ``step`` are named, as JAX has them."""
     used = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", message)
+    used = used or re.search(r"temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)", message)
     if "RESOURCE_EXHAUSTED" not in message or used is None:
         return ChromaError(f"{topology.name}: the compiler failed: {message.strip().splitlines()[0][:300]}")
     buffers = [
@@ -290,7 +349,39 @@ def too_large(topology: Topology, message: str) -> ChromaError:
             r"Size: ([\d.]+)([KMGT]?)\w*\n(?:\s*Operator: (?:op_name=)?([^\n]*)\n)?\s*Shape: ([^\n]*)", message
         )
     ]
-    return DoesNotFit(topology, size(used[1], used[2]), size(used[3], used[4]), buffers[:10])
+    return DoesNotFit(topology, size(used[1], used[2]), size(used[3], used[4]), buffers[:10] or largest(step, 10))
+
+
+# what writes its results to memory; others may be fused into what takes them
+WRITES = ("scan", "while", "dot_general", "pallas_call", "all_gather", "shard_map", "optimization_barrier")
+
+
+def largest(step: Jaxpr, count: int) -> list[Buffer]:
+    """The largest arrays of a step: what goes in, and what loops, products and kernels make, on one device."""
+
+    def walk(jaxpr: Jaxpr) -> Iterator[Buffer]:
+        for equation in jaxpr.eqns:
+            inner = [p for p in jax.tree.leaves(list(equation.params.values()), is_leaf=is_jaxpr) if is_jaxpr(p)]
+            for p in inner:
+                yield from walk(p if isinstance(p, Jaxpr) else p.jaxpr)
+            if equation.primitive.name in WRITES:
+                source = f"{equation.source_info.name_stack}/{equation.primitive.name}"
+                yield from (buffer(v.aval, source) for v in equation.outvars)
+
+    found = {*walk(step), *(buffer(v.aval, "argument") for v in step.invars)}
+    return sorted(found, key=lambda b: -b.bytes)[:count]
+
+
+def is_jaxpr(x) -> bool:
+    return isinstance(x, (Jaxpr, ClosedJaxpr))
+
+
+def buffer(aval, source: str) -> Buffer:
+    """An array as one device has it."""
+    spec, mesh = aval.sharding.spec, aval.sharding.mesh.shape
+    parts = [math.prod(mesh[axis] for axis in ((entry,) if isinstance(entry, str) else entry or ())) for entry in spec]
+    local = [size // n for size, n in itertools.zip_longest(aval.shape, parts, fillvalue=1)]
+    return Buffer(float(math.prod(local) * aval.dtype.itemsize), source, f"{aval.dtype}[{','.join(map(str, local))}]")
 
 
 def size(number: str, unit: str) -> float:

@@ -16,7 +16,7 @@ def page(plan: Plan, dollars_per_chip_hour: float | None = None) -> str:
     mesh = " × ".join(f"{axis} {n}" for axis, n in plan.mesh.items() if n > 1) or "one device"
     devices = " (two devices a chip)" if plan.topology.startswith("tpu7x") else ""
     lines = [
-        f"{plan.topology}: {plan.chips} chips{devices}, mesh {mesh}, {plan.global_batch} rows a step",
+        f"{plan.topology}: {plan.chips} chips{devices}, mesh {mesh}, {plan.step}, {plan.global_batch} rows",
         "",
         "HBM of a device, GiB",
     ]
@@ -30,10 +30,11 @@ def page(plan: Plan, dollars_per_chip_hour: float | None = None) -> str:
     }
     lines += [f"  {name:<28}{value / GIB:>9.2f}" for name, value in kinds.items()]
     lines += [total_line(m.total, m.capacity), ""]
-    lines += ["FLOPs of the model a step, TFLOP"]
-    lines += [f"  {part.replace('_', ' '):<28}{value / 1e12:>9.1f}" for part, value in plan.flops.items() if value]
+    unit, scale = ("TFLOP", 1e12) if total_flops > 1e12 else ("GFLOP", 1e9)
+    lines += [f"FLOPs of the model a step, {unit}"]
+    lines += [f"  {part.replace('_', ' '):<28}{value / scale:>9.1f}" for part, value in plan.flops.items() if value]
     lines += [
-        f"  {'total':<28}{total_flops / 1e12:>9.1f}",
+        f"  {'total':<28}{total_flops / scale:>9.1f}",
         "",
         "Time of a step, ms (compiler's cycle estimates × turns of loops)",
     ]
@@ -55,15 +56,15 @@ def page(plan: Plan, dollars_per_chip_hour: float | None = None) -> str:
         f"utilisation         {plan.utilisation:9.1%} of {plan.peak_flops / 1e15:.2f} PFLOP/s",
     ]
     hours = 3600 / plan.step_seconds
-    lines += [
-        f"an hour             {plan.positions * hours / 1e6:9.0f} million positions at most,"
-        f" {plan.reply_seconds * hours / 3600:,.0f} hours of replies"
-    ]
+    millions, sound = plan.positions * hours / 1e6, plan.sound_seconds * hours / 3600
+    brought = f"{millions:9.0f} million positions at most, {sound:,.0f} hours of replies"
+    lines += ["an hour             " + (brought if plan.positions else f"{sound:9,.0f} hours of sound")]
     if dollars_per_chip_hour is not None:
         cost = plan.chips * dollars_per_chip_hour
-        lines += [
-            f"cost                {cost:9,.0f} $ an hour, {cost / (plan.positions * hours / 1e9):.2f} $ a billion positions"
-        ]
+        each = (
+            f"{1e3 * cost / millions:.2f} $ a billion positions" if plan.positions else f"{cost / sound:.4f} $ an hour of sound"
+        )
+        lines += [f"cost                {cost:9,.0f} $ an hour, {each}"]
     lines += unestimated_line(plan.unestimated)
     if plan.unknown_loops:
         lines += [f"counted once, as their loop does not say how often it turns: {plan.unknown_loops} operations"]

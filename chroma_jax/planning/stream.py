@@ -153,10 +153,11 @@ def plan_stream(
 
         def plan_tick(program: jax.stages.Wrapped, pairs: Pairs, held):
             started = time.perf_counter()
+            traced = program.trace(held, state)
             try:
-                compiled = program.lower(held, state).compile(QUICK if effort == "quick" else None)
+                compiled = traced.lower().compile(QUICK if effort == "quick" else None)
             except jax.errors.JaxRuntimeError as e:
-                raise too_large(topology, str(e)) from e
+                raise too_large(topology, str(e), traced.jaxpr.jaxpr) from e
             read = must_read(*(nnx.merge(*pair) for pair in zip(graphs, held, strict=True)), state, pairs)
             return compiled, read_program(compiled, read, topology, mesh, time.perf_counter() - started)
 

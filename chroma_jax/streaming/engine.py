@@ -228,6 +228,7 @@ class Engine:
             "slots": self.config.slots,
             "dtype": self.config.dtype,
             "device": jax.devices()[0].device_kind,
+            "state": "warm" if self.compiled else "cold",
             "compilations_after_warm_up": self.compilations,
             **self.meter.summary(),
         }

@@ -44,6 +44,8 @@ def chat(
     voice: a recording in which ``transcript`` is said, or a file that ``keep_voice`` was written to. out: folder for reply-N.wav,
     conversation.txt and measures.json. Raises: ChromaError for what is missing or does not fit.
     """
+    if play or not questions:
+        sound_devices()  # before the long work
     model, codec, tokenizer = load_run(run, config)
     rate = model.config.codec.sampling_rate
     asked = [audio.load(path, audio.REASONER_RATE) for path in questions]

@@ -51,7 +51,7 @@ def make_prompt(
     mel = log_mel(question, FeatureConfig(mel_bins=audio.mel_bins))
     blocks, lengths = cut_blocks(mel, audio.block_frames)
     outputs = num_outputs(len(mel))
-    text = np.array(question_tokens(encode, tokens, audio_outputs=outputs, system=system), np.int32)
+    text = np.array(question_tokens(encode, tokens, heard=[tokens.audio] * outputs, system=system), np.int32)
     audio_index = np.full(len(text), NOTHING, np.int32)
     audio_index[text == tokens.audio] = np.arange(outputs)
 

@@ -3,13 +3,14 @@
     orders → read a little → begin replies → tick k → frames of tick k − 1 → clients
 
 Text pairs fall due in every other tick, the same ones for all slots: replies begin before such a tick. Several frames are asked
-for in one call once every listener has as many waiting, never while somebody waits for a first frame.
+for in one call once every listener has as many waiting, never while somebody waits for a first frame or may soon.
 """
 
 import collections
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -23,6 +24,16 @@ from chroma_jax.streaming.slots import FRAMES_PER_CALL, Beginning, Chunk, Frames
 from chroma_jax.streaming.voices import Voice
 
 MOST_UNITS = 16
+
+
+class Flight(NamedTuple):
+    """A tick that was asked for: ``count`` frames for ``owners``, after ``units`` of reading, since ``began``."""
+
+    out: Frames
+    count: int
+    began: float
+    units: int
+    owners: list[tuple[Session, Reply]]
 
 
 class Rounds:
@@ -51,9 +62,9 @@ class Rounds:
         self.jobs: collections.deque[Callable[[], bool]] = collections.deque()
         self._joining: list[Session] = []  # whose time of joining is not known yet
         self._opens_pair = True  # whether the next tick does
-        self._flight: tuple[Frames, int, float, list[tuple[Session, Reply]]] | None = None  # the tick that was not fetched yet
+        self._flight: Flight | None = None  # the tick whose frames were not fetched yet
         self._fetched = 0.0  # when the last one was
-        self._units = 1  # of reading between two ticks: as many as let frames come twice as fast as they are heard
+        self._costs = {"frame": 0.0, "unit": self._frame_seconds}  # seconds, of late: of a frame, and of reading a unit
 
     def advance(self) -> float | None:
         """One round. Returns after how many seconds the next one is due: 0 for at once, None when only news bring work."""
@@ -62,9 +73,9 @@ class Rounds:
             self.orders.popleft()()
         speaking = self._in_phase("speaking")
         lead = min((self._lead(s, began) for s in speaking), default=0.0)
-        busy = False
-        for _ in range(self._units):
-            busy = self._read_a_little() or busy
+        units = 0
+        while units < self._affordable(lead) and self._read_a_little():
+            units += 1
         if self._opens_pair or not speaking:
             for session in self._in_phase("ready"):
                 self._begin(session)
@@ -72,10 +83,10 @@ class Rounds:
         wanted = self._wanted(speaking, began) if speaking else None  # seconds until a tick is
         before, self._flight = self._flight, None
         if wanted is not None and wanted <= 0:
-            self._flight = self._tick(speaking, lead, began)
+            self._flight = self._tick(speaking, lead, began, units)
         if before is not None:
-            self._fetch(*before)
-        return 0 if busy or before is not None or self._flight is not None else wanted
+            self._fetch(before)
+        return 0 if units or before is not None or self._flight is not None else wanted
 
     def _in_phase(self, phase: str) -> list[Session]:
         return [s for s in self.sessions if s is not None and not s.closed and s.phase == phase]
@@ -94,6 +105,11 @@ class Rounds:
                 self.jobs.popleft()
             return True
         return False
+
+    def _affordable(self, lead: float) -> int:
+        """Units that may be read before the next tick: in what a frame leaves of its time, and in half of listeners' lead."""
+        spare = self._frame_seconds - self._costs["frame"] + lead / 2
+        return int(min(max(spare / max(self._costs["unit"], 1e-6), 1), MOST_UNITS))
 
     @staticmethod
     def _urgency(session: Session) -> tuple:
@@ -150,10 +166,9 @@ class Rounds:
             self._opens_pair = True
         session.phase = "speaking"
 
-    def _tick(self, speaking: list[Session], lead: float, began: float) -> tuple:
+    def _tick(self, speaking: list[Session], lead: float, began: float, units: int) -> Flight:
         count = 1
-        somebody_waits = any(not s.current.frames for s in speaking) or self._in_phase("ready") or self._in_phase("asked")
-        if self._opens_pair and not somebody_waits:
+        if self._opens_pair and not self._somebody_may_wait(speaking):
             room = min(s.max_frames - s.current.frames for s in speaking)
             most = min(self._frames_per_call, room, lead / self._frame_seconds)
             count = max((n for n in FRAMES_PER_CALL if n <= most), default=1)
@@ -162,15 +177,21 @@ class Rounds:
             self._opens_pair = not self._opens_pair
         for x in out:
             x.copy_to_host_async()
-        return out, count, began, [(s, s.current) for s in speaking]
+        return Flight(out, count, began, units, [(s, s.current) for s in speaking])
 
-    def _fetch(self, out: Frames, count: int, began: float, owners: list[tuple[Session, Reply]]) -> None:
+    def _somebody_may_wait(self, speaking: list[Session]) -> bool:
+        """For a first frame, now or before a call of several frames is over: whoever was asked, and whose user is speaking."""
+        open_ones = [s for s in self.sessions if s is not None and not s.closed]
+        return any(s.in_turn or s.phase in ("asked", "ready") for s in open_ones) or any(not s.current.frames for s in speaking)
+
+    def _fetch(self, flight: Flight) -> None:
+        out, count, began, units, owners = flight
         samples, token, live = jax.device_get(out)
         now = time.perf_counter()
         seconds, self._fetched = now - max(began, self._fetched), now
         self._meter.tick(seconds, count, len(owners))
-        late = seconds / count > self._frame_seconds / 2
-        self._units = max(1, self._units // 2) if late else min(self._units + 1, MOST_UNITS)
+        name, cost = ("unit", max(0.0, seconds - count * self._costs["frame"]) / units) if units else ("frame", seconds / count)
+        self._costs[name] += (cost - self._costs[name]) / 8
         for session in self._joining:
             self._meter.add("join", now - session.opened)
         self._joining.clear()

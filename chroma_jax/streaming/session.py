@@ -132,7 +132,7 @@ class Session:
         self.reply: Reply | None = None  # the one that was asked for last
         self._mel: MelBlocks | None = None
         self._samples = 0  # of the turn
-        self._in_turn = False
+        self.in_turn = False  # whether the user is speaking
         self._replies = 0
 
     def feed(self, samples: np.ndarray) -> None:
@@ -159,7 +159,7 @@ class Session:
         reply = Reply(self._replies)
         self._heard(self._mel.finish() if self._samples else [])
         self.reply, self._replies = reply, self._replies + 1
-        self._mel, self._samples, self._in_turn = None, 0, False
+        self._mel, self._samples, self.in_turn = None, 0, False
         self.engine.submit(self, [lambda: self.engine.rounds.close_turn(self, reply, said)])
 
     def cancel(self, played_samples: int | None = None) -> None:
@@ -185,8 +185,8 @@ class Session:
         self.engine.release(self)
 
     def _heard(self, blocks: list) -> None:
-        opening = [] if self._in_turn else [lambda: self.engine.rounds.open_turn(self)]
-        self._in_turn = True
+        opening = [] if self.in_turn else [lambda: self.engine.rounds.open_turn(self)]
+        self.in_turn = True
         self.engine.submit(self, [*opening, *((lambda b=block: self.engine.rounds.hear(self, b)) for block in blocks)])
 
     def _check_open(self) -> None:

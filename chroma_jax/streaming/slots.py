@@ -216,7 +216,7 @@ class Slots:
         self.dtype, self.count = jnp.dtype(dtype), slots
         self._place = place_of(jax.tree.leaves(nnx.state(model))[0])
         platform = platform_of(self._place)
-        if platform == "cpu":
+        if platform == "cpu" and not on_many(self._place):
             model, codec = taken_apart(model, codec)
         (model_graph, model_state), (codec_graph, codec_state) = nnx.split(model), nnx.split(codec)
         self._programs = programs((model_graph, codec_graph), dtype, platform)

@@ -146,11 +146,14 @@ class ConvTranspose(nnx.Module):
         batch, length, inputs = x.shape
         kernel = in_use(self.kernel, x.dtype)
         taps, per_group = kernel.shape[1:]
-        kernel = kernel.reshape(self.groups, inputs // self.groups, taps, per_group)
         # One product gives what every input adds to the outputs it reaches; then blocks of one stride are laid over
         # each other. Zero-stuffing the input instead would multiply stride times more.
-        z = jnp.einsum("BTGI,GIKO->BTKGO", x.reshape(batch, length, self.groups, -1), kernel)
-        z = z.reshape(batch, length, taps, self.groups * per_group)
+        if self.groups == 1:  # as a product of groups, processors would turn the whole kernel round first
+            z = jnp.einsum("BTI,IKO->BTKO", x, kernel)
+        else:
+            kernel = kernel.reshape(self.groups, inputs // self.groups, taps, per_group)
+            z = jnp.einsum("BTGI,GIKO->BTKGO", x.reshape(batch, length, self.groups, -1), kernel)
+            z = z.reshape(batch, length, taps, self.groups * per_group)
         blocks = -(-taps // self.stride)
         held = (blocks - 1) * self.stride
         z = jnp.pad(z, ((0, 0), (0, 0), (0, blocks * self.stride - taps), (0, 0)))

@@ -129,6 +129,6 @@ class Discriminator(nnx.Module):
         """wave: float32 [B, S]. Returns one verdict per window."""
         verdicts = []
         for judge in self.judges:
-            with jax.named_scope(f"stft{judge.window}"):
+            with jax.named_scope("discriminator"), jax.named_scope(f"stft{judge.window}"):
                 verdicts.append(judge(wave))
         return verdicts

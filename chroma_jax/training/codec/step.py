@@ -39,6 +39,7 @@ from chroma_jax.training.codec.losses import (
     mel_distance,
 )
 from chroma_jax.training.codec.quantize import Choice, QuantizerTraining, draw, followed, mixed, perplexity, quantize
+from chroma_jax.training.compiling import options as compiler_options
 from chroma_jax.training.optimizer import OptimizerConfig, is_frozen, learning_rate, make_optimizer
 from chroma_jax.training.state import applied
 
@@ -225,7 +226,8 @@ def make_codec_trainer(
             made, meaning, commitment, statistics = reconstructed(module, wave, choice, key, phase)
             extra = {"commitment": commitment} if phase.quantized else {}
             if teacher is not None:
-                extra["distillation"] = distillation_loss(nnx.merge(head_graph, trained[1])(meaning), teacher(wave))
+                with jax.named_scope("teacher"):
+                    extra["distillation"] = distillation_loss(nnx.merge(head_graph, trained[1])(meaning), teacher(wave))
             total = sum((getattr(loss, name) * value for name, value in extra.items()), start=jnp.float32(0))
             return (made, total), (extra, statistics)
 
@@ -234,8 +236,9 @@ def make_codec_trainer(
         judge = nnx.merge(judge_graph, state.discriminator) if phase.judged else None
         losses, gradient, balancer = judged(judge, made, wave, codec.sampling_rate, loss, state.balancer)
         (codec_gradient,) = pull((gradient / len(wave), jnp.float32(1)))
-        updates, optimizer = tx.update(codec_gradient, state.optimizer, trained)
-        weights, head = optax.apply_updates(trained, updates)
+        with jax.named_scope("optimizer"):
+            updates, optimizer = tx.update(codec_gradient, state.optimizer, trained)
+            weights, head = optax.apply_updates(trained, updates)
         norm = optax.global_norm(codec_gradient)
         metrics |= losses | {"gradient_norm": norm, "learning_rate": rate(state.step)}
         state = state._replace(step=state.step + 1, codec=weights, head=head, optimizer=optimizer, balancer=balancer)
@@ -258,8 +261,9 @@ def make_codec_trainer(
             return discriminator_loss(module(made), module(real))
 
         value, gradient = jax.value_and_grad(hinge)(state.discriminator)
-        updates, optimizer = judge_tx.update(gradient, state.discriminator_optimizer, state.discriminator)
-        judge = optax.apply_updates(state.discriminator, updates)
+        with jax.named_scope("optimizer"):
+            updates, optimizer = judge_tx.update(gradient, state.discriminator_optimizer, state.discriminator)
+            judge = optax.apply_updates(state.discriminator, updates)
         return state._replace(discriminator=judge, discriminator_optimizer=optimizer), value, optax.global_norm(gradient)
 
     def module(state: CodecTrainState) -> Codec:
@@ -274,7 +278,9 @@ def make_codec_trainer(
     return CodecTrainer(
         abstract=_abstract(shapes, places, tx, judge_tx, rest),
         init=init,
-        train_step=jax.jit(train_step, static_argnames="phase", donate_argnums=0),
+        train_step=jax.jit(
+            train_step, static_argnames="phase", donate_argnums=0, compiler_options=compiler_options(mesh.devices.flat[0])
+        ),
         hear=jax.jit(hear, static_argnames="phase", out_shardings=rest),
         latents=jax.jit(lambda state, wave: module(state).latents(wave), out_shardings=rest),
         module=module,
@@ -306,7 +312,8 @@ def reconstructed(codec: Codec, wave: jax.Array, choice: Choice, key: jax.Array,
         branch = codec.quantizer.semantic
         projected = branch.project(latents)
         return codec.sound(latents), projected if branch.output is None else branch.output(projected), jnp.float32(0), None
-    semantic, acoustic = quantize(codec.quantizer, latents, choice, key)
+    with jax.named_scope("codec_quantize"):
+        semantic, acoustic = quantize(codec.quantizer, latents, choice, key)
     made = codec.sound(mixed(latents, semantic, acoustic, choice))
     statistics = semantic.statistics, acoustic.statistics
     return made, semantic.vectors, (semantic.commitment + acoustic.commitment) / 2, statistics
@@ -324,7 +331,8 @@ def judged(
     discriminator, that of the mel loss alone."""
     mel = lambda made: jnp.mean(mel_distance(made, real, sample_rate, config.resolutions))
     losses, gradients = {}, []
-    losses["mel_loss"], gradient = jax.value_and_grad(mel)(made)
+    with jax.named_scope("mel_loss"):
+        losses["mel_loss"], gradient = jax.value_and_grad(mel)(made)
     losses["wave_loss"], wave_gradient = jax.value_and_grad(lambda made: jnp.mean(jnp.abs(made - real)))(made)
     gradients += [gradient, wave_gradient]
     if discriminator is not None:

@@ -1,0 +1,36 @@
+"""What reading from memory takes: the limit of a step that has to read every weight."""
+
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import numpy as np
+
+from chroma_jax.planning.chips import CHIPS
+
+# Bytes per second of a GPU's memory, by its name, from NVIDIA's data sheets.
+GPUS = {"NVIDIA H200": 4.8e12, "NVIDIA H100": 3.35e12, "NVIDIA A100": 2.0e12, "NVIDIA L4": 0.3e12}
+
+
+def bandwidth(device: jax.Device) -> float | None:
+    """Bytes per second that a device reads from its memory: of a processor measured here, of others what is said of them; None
+    of one that is not known."""
+    if device.platform == "cpu":
+        return processor_bandwidth()
+    chips = [chip.bandwidth / chip.devices for chip in CHIPS.values() if chip.kind == device.device_kind]
+    gpus = [found for name, found in GPUS.items() if device.device_kind.startswith(name)]
+    return next(iter(chips + gpus), None)
+
+
+def processor_bandwidth(megabytes: int = 256, repeats: int = 5) -> float:
+    """Of all cores together, each reading its own part of an array that no cache holds; the best of some tries."""
+    threads = len(os.sched_getaffinity(0))
+    parts = np.array_split(np.ones(megabytes * 2**20 // 4, np.float32), threads)
+    best = float("inf")
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(repeats):
+            started = time.perf_counter()
+            list(pool.map(np.max, parts))
+            best = min(best, time.perf_counter() - started)
+    return megabytes * 2**20 / best
