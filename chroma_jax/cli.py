@@ -230,7 +230,7 @@ def bench_stream(args: BenchStream, config) -> int:
     if Path(args.source).is_dir():
         model, codec, _ = load_run(Path(args.source), config)
     else:
-        model, codec = random_models(config.model, config.reply.dtype)
+        model, codec = random_models(config.model, config.reply)
     return measured({"model": args.source} | bench_stream(model, codec, config.reply, talk, **given), args.out)
 
 
