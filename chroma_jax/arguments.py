@@ -68,7 +68,8 @@ class Plan:
     network. effort: "quick" compiles in minutes and says what fits and what is sent; the times
     of "full" are those to believe. dollars_per_chip_hour: for the cost of an hour. search: tries meshes, rows and
     rematerialisations, quickly, and prints a ranked table. out: file for the plan as JSON. program: file for the compiled step,
-    for ``train --program``. step: "stream" is for one device (v5e:1x1): rows conversations, whose caches hold so many positions.
+    for ``train --program``. step: "stream" is for chips that share one model (v5e:1x1 is one): rows conversations, whose caches
+    hold so many positions; weights and cache: in which type they lie in memory. With several rows or weights, a table of all.
     """
 
     topology: str
@@ -79,8 +80,10 @@ class Plan:
     out: Path | None = None
     program: Path | None = None
     step: Literal["train", "stream"] = "train"
-    rows: int = 8
+    rows: tuple[int, ...] = (8,)
     positions: int = 2048
+    weights: tuple[Literal["float32", "bfloat16", "int8"], ...] = ("bfloat16",)
+    cache: Literal["bfloat16", "int8"] = "bfloat16"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,8 +108,9 @@ class BenchStream:
     one after the other. frames: of each reply, which does not end before. question_tokens: text of a conversation up to its first
     reply, beside the speech; voice_tokens: transcript of the voice prompt. live: the question is fed as it is spoken, and not all
     begin at the same moment; else all at once. rounds: replies in each slot. text_positions: that the engine keeps of a
-    conversation. peer: "torch" for the reference's parts at the same sizes in transformers' classes (extra "dev"), in turn with
-    one slot. out: file for the JSON besides. Flags beginning with --reply say how codes are chosen, and the type computed in.
+    conversation; chunk: that it reads at once. peer: "torch" for the reference's parts at the same sizes in transformers' classes
+    (extra "dev"), in turn with one slot. out: file for the JSON besides. Flags beginning with --reply say how codes are chosen,
+    and the type computed in.
     """
 
     source: Positional[str]
@@ -119,7 +123,24 @@ class BenchStream:
     live: tyro.conf.FlagCreatePairsOff[bool] = False
     rounds: int = 3
     text_positions: int = 2048
+    chunk: int = 64
     peer: Literal["torch", "none"] = "none"
+    out: Path | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchSmall:
+    """Measures what int8 weights and caches cost in quality, teacher-forced on prepared rows, and prints JSON.
+
+    run: run folder, or an exported one. prepared: folder that ``prepare`` made, with the run's tokenizer. split: of it. rows: of
+    a batch; batches: so many only. out: file for the JSON besides.
+    """
+
+    run: Positional[Path]
+    prepared: Path
+    split: str = "valid"
+    rows: int = 8
+    batches: int | None = None
     out: Path | None = None
 
 

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Annotated, Literal
 import tyro
 
 from chroma_jax.arguments import (
+    BenchSmall,
     BenchSoak,
     BenchStream,
     BenchTrain,
@@ -152,16 +154,42 @@ def plan(args: Plan, config) -> int:
 def plan_streaming(args: Plan, config, topology) -> int:
     from chroma_jax.planning import report
     from chroma_jax.planning.plan import DoesNotFit
-    from chroma_jax.planning.stream import plan_stream
+    from chroma_jax.planning.stream import StreamPlan, plan_stream, plans
 
-    try:
-        found = plan_stream(config, topology, rows=args.rows, positions=args.positions)
-    except DoesNotFit as e:
-        print(report.does_not_fit(e), end="")
-        return 1
-    print(report.stream_page(found), end="")
+    asked = list(itertools.product(args.weights, args.rows))
+    found: list[StreamPlan | DoesNotFit] = []
+    given = {"positions": args.positions, "cache": args.cache, "effort": args.effort}
+    for weights, rows in asked:
+        try:
+            plan = plan_stream(config, topology, rows=rows, weights=weights, **given)
+            found.append(plan)
+            page = report.stream_page(plan)
+        except DoesNotFit as e:
+            found.append(e)
+            page = report.does_not_fit(e, "stream")
+        print(page, flush=True)
+    told = {"topology": topology.name, "cache_type": args.cache, "positions": args.positions}
+    listed = plans(found, [told | {"weight_type": weights, "rows": rows} for weights, rows in asked])
+    if len(listed) > 1:
+        print(report.stream_table(listed), end="")
     if args.out is not None:
-        write_whole(args.out, json.dumps(found.json(), indent=1) + "\n")
+        write_whole(args.out, json.dumps(listed, indent=1) + "\n")
+    return 1 if any(isinstance(plan, DoesNotFit) for plan in found) else 0
+
+
+def bench_small(args: BenchSmall, config) -> int:
+    from chroma_jax.bench.small import bench_small
+    from chroma_jax.streaming.load import load_run
+
+    if args.rows < 1 or (args.batches is not None and args.batches < 1):
+        raise ChromaError(f"--rows is {args.rows} and --batches {args.batches}; they must be at least 1")
+    reply = dataclasses.replace(config.reply, dtype="float32", weights="as_dtype")
+    model, _, _ = load_run(args.run, dataclasses.replace(config, reply=reply))
+    found = bench_small(model, args.prepared, split=args.split, rows=args.rows, batches=args.batches)
+    text = json.dumps({"run": args.run.name} | found, indent=1)
+    print(text)
+    if args.out is not None:
+        write_whole(args.out, text + "\n")
     return 0
 
 
@@ -178,8 +206,8 @@ def bench_train(args: BenchTrain, config) -> int:
 
 
 def measured(figures: dict, out: Path | None) -> int:
-    """Prints what was measured, and keeps it."""
-    text = json.dumps(figures, indent=1)
+    """Prints what was measured, with the command that did, and keeps it."""
+    text = json.dumps({"command": f"{PROGRAM} {shlex.join(sys.argv[1:])}"} | figures, indent=1)
     print(text)
     if out is not None:
         write_whole(out, text + "\n")
@@ -198,11 +226,11 @@ def bench_stream(args: BenchStream, config) -> int:
         raise ChromaError(f"--rounds is {args.rounds}, must be at least 1")
     lengths = ("question_seconds", "question_tokens", "voice_seconds", "voice_tokens", "frames")
     talk = Talk(**{name: getattr(args, name) for name in lengths}, fed="live" if args.live else "at once")
-    given = {name: getattr(args, name) for name in ("slots", "rounds", "text_positions", "peer")}
+    given = {name: getattr(args, name) for name in ("slots", "rounds", "text_positions", "chunk", "peer")}
     if Path(args.source).is_dir():
         model, codec, _ = load_run(Path(args.source), config)
     else:
-        model, codec = random_models(config.model, config.reply.dtype)
+        model, codec = random_models(config.model, config.reply)
     return measured({"model": args.source} | bench_stream(model, codec, config.reply, talk, **given), args.out)
 
 
@@ -336,6 +364,7 @@ COMMANDS: dict[str, tuple[type, Callable, Literal["file", "run", "speaking run",
     "plan": (Plan, plan, "file"),
     "bench train": (BenchTrain, bench_train, "file"),
     "bench stream": (BenchStream, bench_stream, "file or run"),
+    "bench small": (BenchSmall, bench_small, "speaking run"),
     "bench soak": (BenchSoak, bench_soak, "speaking run"),
     "verify": (Verify, verify, "none"),
 }

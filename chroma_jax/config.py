@@ -14,6 +14,7 @@ from chroma_jax.layers.sharding import MeshConfig
 from chroma_jax.models.chroma import ChromaConfig
 from chroma_jax.models.codec import CodecConfig
 from chroma_jax.streaming.compatibility import Compatibility
+from chroma_jax.streaming.state import Kept
 from chroma_jax.training.checkpoint import CheckpointConfig
 from chroma_jax.training.codec.step import CodecRecipe
 from chroma_jax.training.loop import TrainingConfig
@@ -28,8 +29,9 @@ from data_pipelines.waves import CodecDataConfig
 
 @dataclasses.dataclass(frozen=True)
 class ReplyConfig:
-    """temperature 0 is greedy; top_k 0 and top_p 1 keep every code. max_seconds bounds a reply. compatibility: "reference"
-    repeats the reference implementation's faults, see `chroma_jax.streaming.compatibility`."""
+    """temperature 0 is greedy; top_k 0 and top_p 1 keep every code. max_seconds bounds a reply. dtype: that is computed in.
+    weights, cache: "int8" keeps kernels, and keys and values, in a byte each, see `chroma_jax.models.quantized`. compatibility:
+    "reference" repeats the reference implementation's faults, see `chroma_jax.streaming.compatibility`."""
 
     temperature: float = 0.0
     top_k: int = 50
@@ -37,6 +39,8 @@ class ReplyConfig:
     seed: int = 0
     max_seconds: float = 20.0
     dtype: typing.Literal["float32", "bfloat16"] = "float32"
+    weights: Kept = "as_dtype"
+    cache: Kept = "as_dtype"
     compatibility: Compatibility = "corrected"
 
 

@@ -83,7 +83,9 @@ def test_only_what_is_cut_out_of_hbm_is_read(program):
     gather = row + whole
     near, odd = row, vector  # of the first the result, of the second the operand lies in vector memory
     index = 4  # the scalar that says where to cut
-    assert hlo.hbm_bytes(module, work) == 8 * (row + index + row + gather + near + odd) + 2 * 8192 + 4000
+    assert (
+        hlo.hbm_bytes(module, work) == 8 * (row + index + row + gather + near + odd) + 2 * 8192 + 4096
+    )  # 1000 numbers take 1024
 
 
 def test_collectives_have_their_bytes_groups_and_turns(program):
@@ -422,11 +424,16 @@ def test_the_small_configuration_fits_on_one_chip():
 
 
 @needs_compiler
-def test_the_streaming_step_is_planned_for_one_device(capsys):
-    assert main(["plan", "nano", "--topology", "v5e:1x1", "--step", "stream", "--rows", "2", "--positions", "64"]) == 0
+def test_the_streaming_ticks_are_planned_for_one_device(tmp_path, capsys):
+    plan = ["plan", "nano", "--topology", "v5e:1x1", "--step", "stream", "--positions", "64", "--effort", "quick"]
+    assert main([*plan, "--rows", "2", "--weights", "int8", "--cache", "int8", "--out", str(tmp_path / "plan.json")]) == 0
     page = capsys.readouterr().out
-    assert "80 ms for 2 conversations, float32, caches of 64 positions" in page and "HBM at full bandwidth" in page
-    assert main(["plan", "nano", "--topology", "v5e:1x1", "--step", "stream", "--rows", "0"]) == 2
+    assert "2 conversations, weights int8, caches int8 of 64 positions" in page and "HBM at full bandwidth" in page
+    (found,) = json.loads((tmp_path / "plan.json").read_text())
+    assert found["fits"] and found["pair"]["read"] > found["frame"]["read"] > 0
+    assert found["pair"]["hbm_bytes"] > found["frame"]["hbm_bytes"] and not found["pair"]["unknown_loops"]
+    assert main([*plan, "--rows", "0"]) == 2
+    assert main([*plan, "--rows", "2", "--mesh.tensor", "2"]) == 2  # of one device
 
 
 def test_candidates_use_every_device():

@@ -48,7 +48,8 @@ def evaluate(
         codec, books, parts = trained_codec(run, with_codec(config.model)), config.model.num_codebooks, ("codec",)
     else:
         model, codec, tokenizer = load_run(run, config)
-        books, speaker = model.config.codebooks, Speaker(model, codec, config.reply.dtype, config.reply.compatibility)
+        c, books = config.reply, model.config.codebooks
+        speaker = Speaker(model, codec, c.dtype, c.compatibility, c.cache)
     rate = codec.config.sampling_rate
     found: dict = {
         "run": Path(run).name,
@@ -64,7 +65,7 @@ def evaluate(
     conditions = [*([MAIN] if "answers" in parts else []), *(ABLATIONS if "ablations" in parts else ())]
     if speaker is not None and conditions:
         settings = {name: getattr(config.reply, name) for name in ("temperature", "top_k", "top_p", "seed")}
-        found["sampling"] = settings | {"dtype": config.reply.dtype}
+        found["sampling"] = settings | {name: getattr(config.reply, name) for name in ("dtype", "weights", "cache")}
         part, replies = evaluate_speaking(speaker, tokenizer, asked, conditions, judges, config.reply, config.data.system)
         found |= part
         sounds.add_replies(replies)

@@ -1,20 +1,23 @@
 """Attention with grouped query heads, over a whole sequence or a cache."""
 
+import math
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec as P
 
 from chroma_jax.layers import blocks, rope, splash
 from chroma_jax.layers.linear import Linear, zeros
-from chroma_jax.layers.sharding import RULES, AxisRules, active, divided, leading_spec, reshard
+from chroma_jax.layers.sharding import RULES, AxisRules, active, constrain, divided, leading_spec, on_tpu, parts, reshard
 
 # How packed rows are computed. "plain": all positions with all. "blocks": queries in blocks, which leaves out most of what comes
 # later than they, for processors that have no kernel. "splash": TPU's kernel.
 Kernel = Literal["plain", "blocks", "splash"]
+LANES = splash.LANES
 
 
 class Rotation(NamedTuple):
@@ -25,15 +28,106 @@ class Rotation(NamedTuple):
 
 
 class KVCache(NamedTuple):
-    """Keys and values of every layer, [layers, B, S, K, H]; S is the capacity in positions."""
+    """Keys and values of every layer, [layers, B, K, S, H]; S is the capacity in positions.
+
+    As int8, they are to be multiplied by the scales, float32 [layers, B, K, S]. On TPU, heads narrower than its lanes lie beside
+    each other, P of them: [layers, B, K/P, S, P·H]. Memory and bandwidth would go to filling otherwise.
+    """
 
     keys: jax.Array
     values: jax.Array
+    key_scale: jax.Array | None = None
+    value_scale: jax.Array | None = None
 
     @classmethod
-    def zeros(cls, layers: int, batch: int, capacity: int, heads: int, head_dim: int, dtype) -> "KVCache":
-        shape = (layers, batch, capacity, heads, head_dim)
-        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+    def zeros(cls, layers: int, batch: int, capacity: int, heads: int, head_dim: int, dtype, rules=RULES) -> "KVCache":
+        beside = math.gcd(heads // parts(rules.heads), max(1, LANES // head_dim)) if on_tpu() else 1
+        shape = (layers, batch, heads // beside, capacity, beside * head_dim)
+
+        def empty(shape, dtype):
+            return constrain(jnp.zeros(shape, dtype), None, None, "heads", *(None,) * (len(shape) - 3), rules=rules)
+
+        cache = cls(empty(shape, dtype), empty(shape, dtype))
+        if cache.keys.dtype != jnp.int8:
+            return cache
+        scales = [empty((layers, batch, heads, capacity), jnp.float32) for _ in range(2)]
+        return cache._replace(key_scale=scales[0], value_scale=scales[1])
+
+    @property
+    def capacity(self) -> int:
+        return self.keys.shape[3]
+
+    def of_layer(self, layer: jax.Array, row: jax.Array | None) -> "KVCache":
+        """[B, K/P, S, P·H] of a layer, or [1, …] of one of its rows. Only read, so that it need not be copied."""
+        return jax.tree.map(lambda x: x[layer] if row is None else x[layer, row][None], self)
+
+    def written(self, keys: jax.Array, values: jax.Array, slots: jax.Array, row: jax.Array | None) -> "KVCache":
+        """With new entries, [layers, B, T, K, H], at ``slots``, int32 [B, T]; what is past the capacity is dropped."""
+        write = one_by_one if on_tpu() else at_once
+        if active():
+            write = jax.shard_map(write, out_specs=jax.tree.map(lambda x: jax.typeof(x).sharding.spec, self))
+        return write(self, keys, values, slots, row)
+
+    def entries(self, keys: jax.Array, values: jax.Array) -> "KVCache":
+        """New keys and values, [layers, B, T, K, H], in this cache's types and as heads lie in it, [layers, B, K/P, T, P·H]."""
+        scales = (None, None)
+        if self.key_scale is not None:
+            (keys, key_scale), (values, value_scale) = rounded(keys), rounded(values)
+            scales = (jnp.moveaxis(key_scale, 2, 3), jnp.moveaxis(value_scale, 2, 3))
+        lie = lambda x: jnp.moveaxis(x.reshape(*x.shape[:3], *self.keys.shape[2::2]), 2, 3).astype(self.keys.dtype)
+        return KVCache(lie(keys), lie(values), *scales)
+
+
+def rounded(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """[…, H] → int8 […, H] and the float32 scale [… ] that it is to be multiplied by."""
+    x = x.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(x), axis=-1)
+    scale = jnp.where(largest > 0, largest, 1) / 127
+    return jnp.round(x / scale[..., None]).astype(jnp.int8), scale
+
+
+def at_once(cache: KVCache, keys, values, slots: jax.Array, row: jax.Array | None) -> KVCache:
+    rows = jnp.arange(len(slots))[:, None] if row is None else row
+    return jax.tree.map(
+        lambda x, y: x.at[:, rows, :, slots].set(jnp.moveaxis(y, (1, 3), (0, 1))), cache, cache.entries(keys, values)
+    )
+
+
+def one_by_one(cache: KVCache, keys, values, slots: jax.Array, row: jax.Array | None) -> KVCache:
+    """For TPU, where a scatter would have the cache lie in another way than the products that read it."""
+    new = cache.entries(keys, values)
+
+    def one(i, cache):
+        b, t = jnp.divmod(i, slots.shape[1])
+        slot = slots[b, t]
+
+        def put(x, y):
+            end = (0,) * (x.ndim - 4)
+            entry = jax.lax.dynamic_slice(y, (0, b, 0, t, *end), (len(y), 1, y.shape[2], 1, *y.shape[4:]))
+            at = (0, b if row is None else row, 0, jnp.minimum(slot, cache.capacity - 1), *end)
+            there = jax.lax.dynamic_slice(x, at, entry.shape)
+            x = jax.lax.dynamic_update_slice(x, jnp.where(slot < cache.capacity, entry, there), at)
+            return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+
+        return jax.tree.map(put, cache, new)
+
+    return jax.lax.fori_loop(0, slots.size, one, cache)
+
+
+class Past(NamedTuple):
+    """What new positions see. before: of the cache's entries that they do not replace, bool [B, T, S]; among: of themselves,
+    bool [B, T, T]."""
+
+    before: jax.Array
+    among: jax.Array
+
+    @classmethod
+    def of(cls, mask: jax.Array, slots: jax.Array) -> "Past":
+        """mask: bool [B, T, S], over the cache as it is once the new positions are written to ``slots``, int32 [B, T]."""
+        replaced = jnp.any(slots[:, :, None] == jnp.arange(mask.shape[2]), axis=1)
+        rows, queries = jnp.arange(len(slots))[:, None, None], jnp.arange(slots.shape[1])[:, None]
+        among = mask.at[rows, queries, slots[:, None]].get(mode="fill", fill_value=False)
+        return cls(mask & ~replaced[:, None], among)
 
 
 def causal_mask(segments: jax.Array) -> jax.Array:
@@ -92,6 +186,60 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
     return checkpoint_name(jnp.einsum("BKGTS,BSKH->BTKGH", probabilities, v), splash.SAVED)
 
 
+def attend_cached(q: jax.Array, k: jax.Array, v: jax.Array, old: KVCache, past: Past) -> jax.Array:
+    """`attend` over what is cached of a layer, [B, K/P, S, P·H], and new keys and values, [B, T, K, H], that are not written yet:
+    a cache that the layers only read is never copied. q: [B, T, K, G, H]. Returns [B, T, K, G, H]."""
+    if active():  # heads are independent of each other
+        return jax.shard_map(_attend_cached, out_specs=jax.typeof(q).sharding.spec)(q, k, v, old, past)
+    return _attend_cached(q, k, v, old, past)
+
+
+def _attend_cached(q: jax.Array, k: jax.Array, v: jax.Array, old: KVCache, past: Past) -> jax.Array:
+    beside = k.shape[2] // old.keys.shape[1]
+    rows = spread_out(q, beside)  # [B, C, R, E]: C = K/P, R = P·G·T, E = P·H
+    k, v = (jnp.moveaxis(x.reshape(*x.shape[:2], *old.keys.shape[1::2]), 1, 2) for x in (k, v))
+
+    def of_rows(scale):  # [B, K, S] → [B, C, R, S]
+        return jnp.repeat(scale.reshape(len(scale), -1, beside, scale.shape[-1]), rows.shape[2] // beside, axis=2)
+
+    def scores(keys, scale, mask):
+        found = jnp.einsum("BCRE,BCSE->BCRS", rows, keys.astype(q.dtype), preferred_element_type=jnp.float32)
+        found = found if scale is None else found * of_rows(scale)
+        mask = jnp.tile(mask, (1, rows.shape[2] // mask.shape[1], 1))[:, None]
+        return jnp.where(mask, found * q.shape[-1] ** -0.5, jnp.finfo(jnp.float32).min)
+
+    def mixed(weights, scale, values):
+        weights = weights if scale is None else weights * of_rows(scale)
+        values = values.astype(q.dtype)
+        return jnp.einsum("BCRS,BCSE->BCRE", weights.astype(q.dtype), values, preferred_element_type=jnp.float32)
+
+    before, among = scores(old.keys, old.key_scale, past.before), scores(k, None, past.among)
+    highest = jnp.maximum(jnp.max(before, -1, keepdims=True), jnp.max(among, -1, keepdims=True))
+    before, among = jnp.exp(before - highest), jnp.exp(among - highest)
+    total = jnp.sum(before, -1, keepdims=True) + jnp.sum(among, -1, keepdims=True)
+    y = (mixed(before, old.value_scale, old.values) + mixed(among, None, v)) / total
+    return gathered_in(y.astype(q.dtype), q.shape)
+
+
+def spread_out(q: jax.Array, beside: int) -> jax.Array:
+    """Queries for caches in which so many heads, P, lie beside each other: each has zeros where the other heads are.
+    q: [B, T, K, G, H]. Returns [B, K/P, P·G·T, P·H]: one product for all rows that share keys."""
+    b, t, k, g, h = q.shape
+    q = jnp.moveaxis(q, 1, 3).reshape(b, k // beside, beside, g * t, 1, h)
+    if beside > 1:
+        q = q * jnp.eye(beside, dtype=q.dtype)[:, None, :, None]
+    return q.reshape(b, k // beside, beside * g * t, beside * h)
+
+
+def gathered_in(y: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """The inverse of `spread_out`: of each head its own part. y: [B, K/P, P·G·T, P·H]. Returns [B, T, K, G, H], ``shape``."""
+    b, t, k, g, h = shape
+    beside = k // y.shape[1]
+    y = y.reshape(b, k // beside, beside, g * t, beside, h)
+    y = jnp.einsum("BCPRPH->BCPRH", y) if beside > 1 else y
+    return jnp.moveaxis(y.reshape(b, k, g, t, h), 3, 1)
+
+
 class Attention(nnx.Module):
     """Projections and attention of one layer (or, with ``layers``, of a stack to be scanned)."""
 
@@ -129,24 +277,7 @@ class Attention(nnx.Module):
     def __call__(self, x: jax.Array, rotation: Rotation | None, mask: Mask) -> jax.Array:
         return self.o(attend(*self.project(x, rotation), mask))
 
-    def cached(
-        self,
-        x: jax.Array,
-        rotation: Rotation | None,
-        mask: jax.Array,
-        cache: KVCache,
-        layer: jax.Array,
-        slots: jax.Array,
-        row: jax.Array | None = None,
-    ) -> tuple[jax.Array, KVCache]:
-        """As ``__call__``, with the new keys and values written to ``cache[layer, :, slots]`` first.
-
-        mask: bool [B, T, S]; slots: int32 [B, T], where in the cache each position goes. row: int32 [], for a batch of one
-        sequence that has this row of a cache of several; without it, the cache's rows are the batch's.
-        """
+    def cached(self, x: jax.Array, rotation: Rotation | None, past: Past, old: KVCache):
+        """As ``__call__``, after what is cached of this layer. Returns (y [B, T, D], (new keys, values [B, T, K, H]))."""
         q, k, v = self.project(x, rotation)
-        rows = jnp.arange(x.shape[0])[:, None] if row is None else row
-        keys = cache.keys.at[layer, rows, slots].set(k.astype(cache.keys.dtype))
-        values = cache.values.at[layer, rows, slots].set(v.astype(cache.values.dtype))
-        used = (keys[layer], values[layer]) if row is None else (keys[layer, row][None], values[layer, row][None])
-        return self.o(attend(q, *(x.astype(q.dtype) for x in used), mask)), KVCache(keys, values)
+        return self.o(attend_cached(q, k, v, old, past)), (k, v)

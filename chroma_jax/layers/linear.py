@@ -72,10 +72,11 @@ class Linear(nnx.Module):
         dims = tuple(inputs.items()) + tuple(outputs.items())
         self.kernel = weight(rngs, dims, normal(fan_in**-0.5), layers=layers, inputs=len(inputs))
         self.bias = None if bias is None else weight(rngs, outputs, bias, layers=layers)
+        self.scale: nnx.Param | None = None  # of an int8 kernel, see `chroma_jax.models.quantized`
         self.lora: Lora | None = None  # see `chroma_jax.training.lora`
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = product(x, self.kernel, self.num_inputs, self.rules)
+        y = scaled(product(x, self.kernel, self.num_inputs, self.rules), self.scale, self.rules)
         y = y if self.bias is None else y + in_use(self.bias, x.dtype, self.rules)
         return y if self.lora is None else y + self.lora(x, self.num_inputs, self.rules)
 
@@ -102,6 +103,19 @@ def _matrix_product(x: jax.Array, kernel: jax.Array, num_inputs: int, out: P | N
     y = rows @ reshape_rows(kernel, inner, kernel.size // inner)
     y = reshape_rows(y, *x.shape[:lead], *kernel.shape[num_inputs:])
     return y if out is None else reshard(y, out)
+
+
+def scaled(y: jax.Array, scale: nnx.Param | None, rules: AxisRules = RULES) -> jax.Array:
+    """The result of a product with a kernel that stands for kernel · scale, in float32 for once: one factor per output."""
+    return y if scale is None else (y.astype(jnp.float32) * in_use(scale, jnp.float32, rules)).astype(y.dtype)
+
+
+def linears(module: nnx.Module, path: str = "") -> list[tuple[str, Linear]]:
+    """Every product in a module, by path."""
+    if isinstance(module, Linear):
+        return [(path, module)]
+    children = [(name, child) for name, child in vars(module).items() if isinstance(child, nnx.Module)]
+    return [found for name, child in children for found in linears(child, f"{path}/{name}".lstrip("/"))]
 
 
 class Lora(nnx.Module):

@@ -8,7 +8,7 @@ so the same model code runs on one device.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -131,6 +131,11 @@ def active() -> bool:
     return not jax.sharding.get_abstract_mesh().empty
 
 
+def parts(axes: tuple[str, ...]) -> int:
+    """Into how many parts mesh axes divide an array on the current mesh."""
+    return math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in axes) if active() else 1
+
+
 def on_tpu() -> bool:
     """Whether what is traced is for TPUs, be they here or only planned for."""
     device = jax.sharding.get_abstract_mesh().abstract_device
@@ -220,8 +225,9 @@ def _rows_backward(kept, gradient: jax.Array):
 rows_of.defvjp(_rows_forward, _rows_backward)
 
 
-def state_shardings(state: nnx.State, mesh: Mesh, rules: AxisRules = RULES) -> nnx.State:
-    """NamedSharding of every weight in ``state`` (arrays or ShapeDtypeStructs), by its declared logical axes.
+def state_shardings(state: nnx.State, mesh: Mesh, rules: AxisRules | Callable[[str], AxisRules] = RULES) -> nnx.State:
+    """NamedSharding of every weight in ``state`` (arrays or ShapeDtypeStructs), by its declared logical axes. rules: for all, or
+    a function of a weight's path.
 
     Raises: ChromaError naming every weight that has no axes, or whose axis the mesh does not divide.
     """
@@ -233,7 +239,7 @@ def state_shardings(state: nnx.State, mesh: Mesh, rules: AxisRules = RULES) -> n
         if axes is None or len(axes) != len(variable.shape):
             problems.append(f"{name}: no logical axis for each of {tuple(variable.shape)}")
             return variable.replace(NamedSharding(mesh, P()))
-        spec = rules.at_rest(axes)
+        spec = (rules(name) if callable(rules) else rules).at_rest(axes)
         for axis, size, names in zip(axes, variable.shape, spec):
             parts = math.prod(mesh.shape[n] for n in ((names,) if isinstance(names, str) else names or ()))
             if size % parts:

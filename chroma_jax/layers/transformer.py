@@ -13,7 +13,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from chroma_jax.layers import rope
-from chroma_jax.layers.attention import Attention, Kernel, KVCache, Mask, Rotation, cached_mask
+from chroma_jax.layers.attention import Attention, Kernel, KVCache, Mask, Past, Rotation, cached_mask
 from chroma_jax.layers.linear import LayerNorm, Linear, RMSNorm, in_use, weight, zeros
 from chroma_jax.layers.rope import RopeConfig
 from chroma_jax.layers.sharding import RULES, AxisRules, on_tpu
@@ -37,6 +37,28 @@ def rematerialise(body, policy: Remat):
     return jax.checkpoint(body, policy=saved[policy], prevent_cse=False)
 
 
+def over_layers(body, carry, layers):
+    """`jax.lax.scan` over a stack of blocks, or a tuple that begins with one; `unstacked` blocks are gone through in
+    turn."""
+    blocks = layers[0] if isinstance(layers, tuple) else layers
+    if not isinstance(blocks, nnx.List):
+        return jax.lax.scan(body, carry, layers)
+    made = []
+    for layer in zip(*layers) if isinstance(layers, tuple) else layers:
+        carry, y = body(carry, layer)
+        made.append(y)
+    return carry, jax.tree.map(lambda *y: jnp.stack(y), *made)
+
+
+def unstacked(blocks: nnx.Module) -> nnx.List:
+    """Stacked blocks, each with arrays of its own. Processors copy a layer's weights out of a stack before they multiply with
+    them, which takes as long as the products of a row or two."""
+    graph, state = nnx.split(blocks)
+    leaves, tree = jax.tree.flatten(jax.device_get(state))
+    layers = ([jnp.asarray(x) for x in layer] for layer in zip(*leaves))
+    return nnx.List([nnx.merge(graph, jax.tree.unflatten(tree, layer)) for layer in layers])
+
+
 def computed_once(x: jax.Array) -> jax.Array:
     """``x``; on TPU kept from being computed anew for every tile of the product that takes it, which would wait for it where the
     matrix unit is much faster than the vector unit, as on v6e."""
@@ -55,6 +77,19 @@ def _gradient_once(x: jax.Array) -> jax.Array:
 
 
 _gradient_once.defvjp(lambda x: (x, None), lambda _, gradient: (jax.lax.optimization_barrier(gradient),))
+
+
+def through_cached(blocks, x, rotation, mask, cache: KVCache, slots, row=None) -> tuple[jax.Array, KVCache]:
+    """``x`` through stacked blocks, after what is cached; arguments as of `Llama.cached`. The new keys and values of all layers
+    are written to the cache together, behind the last one."""
+    past = Past.of(mask, slots)
+
+    def body(x, block_and_layer):
+        block, layer = block_and_layer
+        return block.cached(x, rotation, past, cache.of_layer(layer, row))
+
+    x, new = over_layers(body, x, (blocks, jnp.arange(len(cache.keys))))
+    return x, cache.written(*new, slots, row)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +114,7 @@ class LlamaConfig:
             raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
 
     def empty_cache(self, batch: int, capacity: int, dtype) -> KVCache:
-        return KVCache.zeros(self.num_layers, batch, capacity, self.num_kv_heads, self.head_dim, dtype)
+        return KVCache.zeros(self.num_layers, batch, capacity, self.num_kv_heads, self.head_dim, dtype, self.rules)
 
 
 class LlamaBlock(nnx.Module):
@@ -112,9 +147,9 @@ class LlamaBlock(nnx.Module):
     def __call__(self, x: jax.Array, rotation: Rotation, mask: Mask) -> jax.Array:
         return self.mlp(checkpoint_name(x + self.attention(gradient_once(self.attention_norm(x)), rotation, mask), "products"))
 
-    def cached(self, x, rotation, mask, cache, layer, slots, row) -> tuple[jax.Array, KVCache]:
-        y, cache = self.attention.cached(self.attention_norm(x), rotation, mask, cache, layer, slots, row)
-        return self.mlp(x + y), cache
+    def cached(self, x, rotation, past, old):
+        y, new = self.attention.cached(self.attention_norm(x), rotation, past, old)
+        return self.mlp(x + y), new
 
 
 class Llama(nnx.Module):
@@ -130,7 +165,7 @@ class Llama(nnx.Module):
         after the final norm."""
         rotation = self._rotation(positions)
         body = rematerialise(lambda x, block: (block(x, rotation, mask), None), self.config.remat)
-        x, _ = jax.lax.scan(body, x, self.blocks)
+        x, _ = over_layers(body, x, self.blocks)
         return self.norm(x)
 
     def cached(
@@ -148,16 +183,9 @@ class Llama(nnx.Module):
         slots: int32 [B, T]; an entry at or past the capacity is not written. row: int32 [], with B = 1, the row of a cache of
         several that this sequence has; the others stay as they are. Returns ([B, T, D] after the final norm, cache).
         """
-        rotation = self._rotation(positions)
         slots = positions if slots is None else slots
-        mask = cached_mask(slots, cache.keys.shape[2]) if mask is None else mask
-
-        def body(carry, block_and_layer):
-            x, cache = carry
-            block, layer = block_and_layer
-            return block.cached(x, rotation, mask, cache, layer, slots, row), None
-
-        (x, cache), _ = jax.lax.scan(body, (x, cache), (self.blocks, jnp.arange(self.config.num_layers)))
+        mask = cached_mask(slots, cache.capacity) if mask is None else mask
+        x, cache = through_cached(self.blocks, x, self._rotation(positions), mask, cache, slots, row)
         return self.norm(x), cache
 
     def _rotation(self, positions: jax.Array) -> Rotation:
@@ -183,7 +211,7 @@ class EncoderConfig:
     rules: AxisRules = RULES
 
     def empty_cache(self, batch: int, capacity: int, dtype) -> KVCache:
-        return KVCache.zeros(self.num_layers, batch, capacity, self.num_kv_heads, self.head_dim, dtype)
+        return KVCache.zeros(self.num_layers, batch, capacity, self.num_kv_heads, self.head_dim, dtype, self.rules)
 
 
 class LayerScale(nnx.Module):
@@ -230,9 +258,9 @@ class EncoderBlock(nnx.Module):
     def __call__(self, x: jax.Array, rotation: Rotation | None, mask: jax.Array) -> jax.Array:
         return self.mlp(self._add(x, self.attention(self.attention_norm(x), rotation, mask), self.attention_scale))
 
-    def cached(self, x, rotation, mask, cache, layer, slots) -> tuple[jax.Array, KVCache]:
-        y, cache = self.attention.cached(self.attention_norm(x), rotation, mask, cache, layer, slots)
-        return self.mlp(self._add(x, y, self.attention_scale)), cache
+    def cached(self, x, rotation, past, old):
+        y, new = self.attention.cached(self.attention_norm(x), rotation, past, old)
+        return self.mlp(self._add(x, y, self.attention_scale)), new
 
 
 class Encoder(nnx.Module):
@@ -246,22 +274,14 @@ class Encoder(nnx.Module):
         """x: [B, T, D]; positions: int32 [B, T]; mask: bool [B, T, T]. Returns [B, T, D]."""
         rotation = self._rotation(positions)
         body = rematerialise(lambda x, block: (block(x, rotation, mask), None), self.config.remat)
-        return jax.lax.scan(body, x, self.blocks)[0]
+        return over_layers(body, x, self.blocks)[0]
 
     def cached(
         self, x: jax.Array, positions: jax.Array, cache: KVCache, slots: jax.Array, mask: jax.Array
     ) -> tuple[jax.Array, KVCache]:
         """Continues a sequence. slots: int32 [B, T], cache entries to write (a ring, for a sliding window);
         mask: bool [B, T, S] over the cache after writing."""
-        rotation = self._rotation(positions)
-
-        def body(carry, block_and_layer):
-            x, cache = carry
-            block, layer = block_and_layer
-            return block.cached(x, rotation, mask, cache, layer, slots), None
-
-        (x, cache), _ = jax.lax.scan(body, (x, cache), (self.blocks, jnp.arange(self.config.num_layers)))
-        return x, cache
+        return through_cached(self.blocks, x, self._rotation(positions), mask, cache, slots)
 
     def _rotation(self, positions: jax.Array) -> Rotation | None:
         if self.config.rope is None:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from chroma_jax.layers.attention import KVCache
-from chroma_jax.layers.linear import Linear, in_use, normal, weight
+from chroma_jax.layers.linear import Linear, in_use, normal, scaled, weight
 from chroma_jax.layers.transformer import Llama, LlamaConfig
 
 
@@ -17,7 +17,8 @@ class Decoder(nnx.Module):
         self.projection = Linear(rngs, {"embed": input_width}, {"width": config.width}, rules=config.rules)
         self.model = Llama(rngs, config)
         dims = (("codebook", codebooks - 1), ("embed", config.width), ("codes", audio_vocab))
-        self.heads = weight(rngs, dims, normal(config.width**-0.5))
+        self.heads = weight(rngs, dims, normal(config.width**-0.5), inputs=1)
+        self.heads_scale: nnx.Param | None = None  # [Q−1, audio_vocab], of int8 heads, see `chroma_jax.models.quantized`
 
     def __call__(self, hidden: jax.Array, code_embeddings: jax.Array) -> jax.Array:
         """All levels at once, teacher-forced; positions 0 … Q−1.
@@ -30,7 +31,7 @@ class Decoder(nnx.Module):
         positions = jnp.broadcast_to(jnp.arange(q), (n, q))
         mask = jnp.broadcast_to(jnp.tril(jnp.ones((q, q), bool)), (n, q, q))
         x = self.model(x, positions, mask)[:, 1:]
-        return jnp.einsum("NQD,QDV->NQV", x, in_use(self.heads, x.dtype, self.config.rules))
+        return scaled(jnp.einsum("NQD,QDV->NQV", x, in_use(self.heads, x.dtype, self.config.rules)), self.heads_scale)
 
     def cached(self, inputs: jax.Array, positions: jax.Array, slots: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
         """Continues a frame. inputs: [B, T, input width]; positions, slots: int32 [B, T]. Returns ([B, T, D], cache)."""
@@ -38,5 +39,7 @@ class Decoder(nnx.Module):
 
     def level_logits(self, x: jax.Array, level: jax.Array) -> jax.Array:
         """x: [B, D] after the stack at slot ``level`` (1 … Q−1). Returns the logits of that level, [B, audio_vocab]."""
-        head = jax.lax.dynamic_index_in_dim(in_use(self.heads, x.dtype, self.config.rules), level - 1, keepdims=False)
-        return x @ head
+        of_level = lambda x: (
+            None if x is None else jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, level - 1, 0, False), x)
+        )
+        return scaled(x @ in_use(of_level(self.heads), x.dtype, self.config.rules), of_level(self.heads_scale))

@@ -26,10 +26,12 @@ BETWEEN_SLICES = "send between slices"
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """One array of an instruction's result. in_hbm: not in vector memory."""
+    """One array of an instruction's result. in_hbm: not in vector memory. held: bytes with its rows filled up to whole lanes, as
+    they lie in memory and travel: a last dimension of 64 takes as long as one of 128."""
 
     bytes: float
     in_hbm: bool
+    held: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,8 +80,13 @@ def arrays(shape: str) -> tuple[Array, ...]:
     found = []
     for kind, dims, layout in re.findall(r"\b([a-z]\w*)\[([\d,<=]*)\](\{[^{}]*\})?", shape):
         if kind in BITS:
-            size = math.prod(int(re.sub(r"\D", "", d)) for d in dims.split(",") if d)
-            found.append(Array(size * BITS[kind] / 8, not re.search(r"S\([1-9]\d*\)", layout)))
+            sizes = [int(re.sub(r"\D", "", d)) for d in dims.split(",") if d]
+            size = math.prod(sizes) * BITS[kind] / 8
+            filled = 1.0
+            if sizes and (tiled := re.match(r"\{(\d+)[\d,]*:T\((?:\d+,)*(\d+)\)", layout)):
+                last, lanes = max(sizes[int(tiled[1])], 1), int(tiled[2])
+                filled = -(-last // lanes) * lanes / last
+            found.append(Array(size, not re.search(r"S\([1-9]\d*\)", layout), size * filled))
     return tuple(found)
 
 
@@ -311,20 +318,19 @@ def traffic(module: Module, e: Executed) -> tuple[float, float]:
         opcode, operands = begun.opcode.removesuffix("-start"), begun.operands
         i = begun
     held = [within[name].arrays if name in within else () for name in operands]
-    read = [sum(a.bytes for a in arrays if a.in_hbm) for arrays in held]
-    written = sum(a.bytes for a in shape if a.in_hbm)
+    read = [sum(a.held for a in arrays if a.in_hbm) for arrays in held]
+    written = sum(a.held for a in shape if a.in_hbm)
     if i.name.startswith("async-collective-done"):
         return 0.0, 0.0  # what its start began to write
     body = module.computations.get(i.attribute("calls"), {}) if opcode in ("fusion", "async") else {}
     if body:
-        parameters = {x.inside: x.name for x in body.values() if x.opcode == "parameter"}
         for k, size in enumerate(read):
-            part, replaced = touched(body, parameters.get(str(k), ""))
-            if part is not None:
-                read[k] = min(size, part)
-                written -= max(0.0, min(size, written) - replaced) if replaced else 0
+            part = touched(module, body, k)
+            if part.read is not None:
+                read[k] = min(size, part.read)
+                written -= max(0.0, min(size, written) - part.replaced) if part.replaced else 0
     elif opcode in ("dynamic-slice", "slice", "gather"):
-        read[:1] = [min(read[0], sum(a.bytes for a in shape))]
+        read[:1] = [min(read[0], sum(a.held for a in shape))]
     elif opcode == "dynamic-update-slice":
         read[0], written = 0.0, (read[1] if shape and shape[0].in_hbm else 0.0)
     elif opcode == "scatter":
@@ -334,20 +340,41 @@ def traffic(module: Module, e: Executed) -> tuple[float, float]:
     return sum(read), written
 
 
-def touched(body: Computation, parameter: str) -> tuple[float | None, float]:
-    """How much of a parameter a fusion reads, None for all of it; and how much of it is replaced in place."""
+class Touched(NamedTuple):
+    """What a fusion does with an operand. read: bytes, None for all of it; replaced: bytes, in place; handed_on: whether its
+    result is the operand as it is."""
+
+    read: float | None
+    replaced: float = 0.0
+    handed_on: bool = False
+
+
+def touched(module: Module, body: Computation, operand: int) -> Touched:
+    """body: of the fusion; operand: by its place."""
     read = replaced = 0.0
-    names = {parameter}
+    names = {x.name for x in body.values() if x.opcode == "parameter" and x.inside == str(operand)}
     for i in body.values():
         if not names & set(i.operands):
             continue
-        if i.opcode == "bitcast":
+        if i.opcode in ("bitcast", "copy"):
             names.add(i.name)
         elif i.opcode in ("dynamic-slice", "slice", "gather") and i.operands[0] in names:
-            read += sum(a.bytes for a in i.arrays)
-        elif i.opcode == "dynamic-update-slice" and i.operands[0] in names:
-            update = body.get(i.operands[1])
-            replaced += sum(a.bytes for a in update.arrays) if update else 0.0
+            read += sum(a.held for a in i.arrays)
+        elif i.opcode in ("dynamic-update-slice", "scatter") and i.operands[0] in names:
+            update = body.get(i.operands[1 if i.opcode == "dynamic-update-slice" else -1])
+            size = sum(a.held for a in update.arrays) if update else 0.0
+            read, replaced = read + (size if i.opcode == "scatter" else 0.0), replaced + size
+        elif i.opcode == "fusion":  # within the fusion
+            for k in (k for k, name in enumerate(i.operands) if name in names):
+                inner = touched(module, module.computations.get(i.attribute("calls"), {}), k)
+                if inner.handed_on:
+                    names.add(i.name)
+                elif inner.read is None:
+                    return Touched(None)
+                else:
+                    read, replaced = read + inner.read, replaced + inner.replaced
         else:
-            return None, 0.0
-    return read, replaced
+            return Touched(None)
+    if body and next(reversed(body.values())).name in names:
+        return Touched(None, handed_on=True)
+    return Touched(read, replaced)

@@ -1,6 +1,7 @@
 """Plans as pages to read."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 from chroma_jax.planning.plan import DoesNotFit, Plan
 from chroma_jax.planning.stream import StreamPlan
@@ -84,37 +85,83 @@ def unestimated_line(found: dict[str, int]) -> list[str]:
 
 
 def stream_page(plan: StreamPlan) -> str:
-    """A plan of the streaming step: memory, and how many times over the frame's time suffices."""
+    """A plan of the streaming ticks: memory, and how much of a frame's time they take."""
     kinds = {"weights": plan.weights, "caches and state": plan.caches, "temporary": plan.temporary, "program": plan.program}
+    where = "one chip" if plan.chips == 1 else f"each of {plan.chips} chips that share the model"
+    ticks = (plan.pair, plan.frame)
+
+    def line(name: str, values: Sequence[float], mean: float, note: str = "") -> str:
+        return f"  {name:<28}" + "".join(f"{value:>9.2f}" for value in (*values, mean)) + f"  {note}".rstrip()
+
+    times = {"HBM at full bandwidth": "hbm_seconds", "cycles of the compiler": "compute_seconds"}
+    times |= {"links": "link_seconds", "cycles and links": "seconds"} if plan.chips > 1 else {}
     lines = [
-        f"{plan.topology}, one device: a step of {plan.budget * 1e3:.0f} ms for {plan.rows} conversations, {plan.dtype},"
-        f" caches of {plan.positions} positions",
+        f"{plan.topology}, {where}: {plan.rows} conversations, weights {plan.weight_type}, caches {plan.cache_type} of"
+        f" {plan.positions} positions",
         "",
-        "HBM of the device, GiB",
+        "HBM of a device, GiB",
         *(f"  {name:<28}{value / GIB:>9.2f}" for name, value in kinds.items()),
         total_line(plan.total, plan.capacity),
         "",
-        "Time of a step, ms",
-        f"  {'HBM at full bandwidth':<28}{plan.hbm_seconds * 1e3:>9.1f}  {plan.hbm_bytes / 1e9:.2f} GB",
-        f"  {'cycles of the compiler':<28}{plan.compute_seconds * 1e3:>9.1f}  too many for products of few rows",
-        f"  {'of the frame':<28}{plan.hbm_seconds / plan.budget:>9.1%}  to {plan.compute_seconds / plan.budget:.1%}",
+        f"A tick of {plan.budget * 1e3:.0f} ms      {'':<13}{'pair':>9}{'frame':>9}{'mean':>9}",
+        line("bytes to be read, GB", [t.read / 1e9 for t in ticks], plan.of_frame("read") / 1e9),
+        line(
+            "bytes moved, GB",
+            [t.hbm_bytes / 1e9 for t in ticks],
+            plan.of_frame("hbm_bytes") / 1e9,
+            f"{plan.of_frame('hbm_bytes') / plan.of_frame('read') - 1:+.1%}",
+        ),
     ]
-    lines += unestimated_line(plan.unestimated)
-    lines += [f"compiled in {plan.compile_seconds:.0f} s"]
+    for name, field in times.items():
+        mean = plan.of_frame(field)
+        lines += [line(f"{name}, ms", [getattr(t, field) * 1e3 for t in ticks], mean * 1e3, f"RTF {mean / plan.budget:.3f}")]
+    lines += unestimated_line(plan.pair.unestimated)
+    if unknown := plan.pair.unknown_loops + plan.frame.unknown_loops:
+        lines += [f"counted once, as their loop does not say how often it turns: {unknown} operations"]
+    seconds = sum(t.compile_seconds for t in ticks)
+    lines += [f"compiled in {seconds:.0f} s, effort {plan.effort}; cycles are too many for products of few rows"]
     return "\n".join(lines) + "\n"
 
 
-def does_not_fit(error: DoesNotFit) -> str:
-    """By how much, what is large, and what to change."""
-    lines = [f"DOES NOT FIT: {error}", "", "the largest buffers, GiB"]
-    lines += [f"  {b.bytes / GIB:>8.2f}  {b.shape[:70]}  {b.operator[:90]}" for b in error.buffers]
-    lines += [
-        "",
-        "what helps: fewer rows a step (--training.global_batch), or the same in pieces (--training.accumulate);",
+def stream_table(found: Sequence[dict]) -> str:
+    """Several plans of the streaming ticks, as `chroma_jax.planning.stream.plans` gives them. Of a frame, in the mean: bytes to
+    be read, and moved; milliseconds by bytes and by cycles, and the longest tick's; both over the frame's time."""
+    columns = ("GiB", "read GB", "moved GB", "over", "bytes ms", "cycles ms", "longest", "RTF b.", "RTF c.")
+    lines = [f"{'topology':<10}{'slots':>6} {'weights':<9} {'caches':<9}" + "".join(f"{name:>10}" for name in columns)]
+    for plan in found:
+        head = f"{plan['topology']:<10}{plan['rows']:>6} {plan['weight_type']:<9} {plan['cache_type']:<9}"
+        if not plan["fits"]:
+            lines += [f"{head}{plan['needed'] / GIB:>10.2f}  DOES NOT FIT in {plan['capacity'] / GIB:.2f} GiB"]
+            continue
+        f = plan["per_frame"]
+        values = [f"{plan['total'] / GIB:.2f}", *(f"{f[name] / 1e9:.2f}" for name in ("read", "hbm_bytes"))]
+        values += [f"{f['bytes_over_read'] - 1:+.1%}"]
+        values += [f"{f[name] * 1e3:.2f}" for name in ("hbm_seconds", "seconds", "tick_seconds")]
+        values += [f"{f[name]:.3f}" for name in ("byte_rtf", "cycle_rtf")]
+        lines += [head + "".join(f"{value:>10}" for value in values)]
+    return "\n".join(lines) + "\n"
+
+
+HELP = {
+    "train": (
+        "fewer rows a step (--training.global_batch), or the same in pieces (--training.accumulate);",
         "rematerialisation (--model.backbone.remat full, --model.reasoner.text.remat full); more fsdp in the mesh;",
         "frozen weights in bfloat16 (--precision.frozen); fewer of the Decoder's frames (--loss.decoder_frames)",
-    ]
-    return "\n".join(lines) + "\n"
+    ),
+    "stream": (
+        "fewer conversations (--rows) or positions (--positions); weights or caches of a byte a number (--weights int8,",
+        "--cache int8); more chips that share the model (--topology v5e:2x2)",
+    ),
+}
+
+
+def does_not_fit(error: DoesNotFit, step: Literal["train", "stream"] = "train") -> str:
+    """By how much, what is large, and what to change."""
+    lines = [f"DOES NOT FIT: {error}", ""]
+    lines += ["the largest buffers, GiB"] if error.buffers else []
+    lines += [f"  {b.bytes / GIB:>8.2f}  {b.shape[:70]}  {b.operator[:90]}" for b in error.buffers]
+    first, *rest = HELP[step]
+    return "\n".join([*lines, "", f"what helps: {first}", *rest]) + "\n"
 
 
 def table(found: Sequence[tuple[str, Plan | DoesNotFit]]) -> str:

@@ -28,7 +28,7 @@ from chroma_jax.streaming.meter import Meter
 from chroma_jax.streaming.rounds import Rounds, beginning
 from chroma_jax.streaming.session import Reply, SamplingSettings, Session
 from chroma_jax.streaming.slots import BUCKETS, FRAMES_PER_CALL, TICKS, Chunk, Slots
-from chroma_jax.streaming.state import Capacity
+from chroma_jax.streaming.state import Capacity, Kept
 from chroma_jax.streaming.stream import counted_compilations
 from chroma_jax.streaming.voices import FRAMES_PER_PIECE, Recorder, Voice, fingerprint, load_voice, save_voice
 
@@ -40,7 +40,8 @@ class EngineConfig:
     """slots: conversations at once, one of 1, 2, 4 … 64. text_positions: that the Reasoner keeps of a conversation; when it is
     full the oldest turns are dropped whole. voice_positions: of the longest voice prompt, 12.5 a second and one a token.
     max_seconds: of a reply. chunk: positions that are read at once between ticks. frames_per_call: most frames asked for in one
-    call. lead_seconds: how far ahead of its listeners a reply is spoken; None is as fast as the device can.
+    call. lead_seconds: how far ahead of its listeners a reply is spoken; None is as fast as the device can. cache: "int8" for
+    caches of a byte a number; weights of a byte come with the model, see `chroma_jax.models.quantized`.
     """
 
     slots: int = 8
@@ -51,6 +52,7 @@ class EngineConfig:
     frames_per_call: Literal[1, 2, 4, 8] = 8
     lead_seconds: float | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
+    cache: Kept = "as_dtype"
 
     def __post_init__(self):
         if self.slots not in BUCKETS:
@@ -85,7 +87,9 @@ class Engine:
             raise ChromaError(
                 f"text_positions is {c.text_positions}; a reply of {c.max_seconds:g} s alone needs {self._reserved}"
             )
-        capacity = Capacity(c.text_positions, c.voice_positions + self.max_frames + FRAMES_PER_PAIR * pairs, self.max_frames)
+        capacity = Capacity(
+            c.text_positions, c.voice_positions + self.max_frames + FRAMES_PER_PAIR * pairs, self.max_frames, c.cache
+        )
         self._slots = Slots(model, codec, c.slots, capacity, voice_positions=c.voice_positions, chunk=c.chunk, dtype=c.dtype)
         self._recorder, self._made_by = Recorder(self._slots, codec, encode), fingerprint(model)
         self.meter = Meter()

@@ -21,6 +21,7 @@ from chroma_jax.convert.weights import import_weights
 from chroma_jax.errors import ChromaError
 from chroma_jax.models.chroma import Chroma, ChromaConfig
 from chroma_jax.models.codec import Codec
+from chroma_jax.models.quantized import quantized
 from chroma_jax.paths import filled, values
 from chroma_jax.training.checkpoint import Checkpoints
 from chroma_jax.training.lora import restored
@@ -28,7 +29,8 @@ from data_pipelines.tokenizer import load_tokenizer
 
 
 def load_run(run: Path, config: Config) -> tuple[Chroma, Codec, Tokenizer]:
-    """Weights on the first device, the speaking model's in ``config.reply.dtype``, the Codec's in float32.
+    """Weights on the first device, the speaking model's in ``config.reply.dtype``, its products in int8 where
+    ``config.reply.weights`` says so, the Codec's in float32.
 
     An exported folder brings its own model configuration, so that ``config.model`` counts for a training run only; read
     the one in force from the returned model. Raises: ChromaError naming what is missing or does not fit.
@@ -47,6 +49,7 @@ def load_run(run: Path, config: Config) -> tuple[Chroma, Codec, Tokenizer]:
         model = import_weights(abstract, chroma_rows(model_config), run)
     else:
         raise ChromaError(f"{run}: holds neither checkpoints/ (a training run) nor config.json (an exported model)")
+    model = quantized(model) if config.reply.weights == "int8" else model
     codec = read_codec(codec_source, model_config)
     if not (run / "tokenizer.json").is_file():
         raise ChromaError(f"{run / 'tokenizer.json'}: no such file")

@@ -58,7 +58,7 @@ def reply(run: Path, config: Config, question: Path, reference: Path, transcript
     if Path(out).exists() and not Path(out).is_dir():
         raise ChromaError(f"{out}: exists and is not a folder")
     model, codec, tokenizer = load_run(run, config)
-    speaker = Speaker(model, codec, config.reply.dtype, config.reply.compatibility)
+    speaker = Speaker(model, codec, config.reply.dtype, config.reply.compatibility, config.reply.cache)
     rate = model.config.codec.sampling_rate
     asked = audio.load(question, audio.REASONER_RATE, max_seconds=FeatureConfig().max_seconds)
     voice = audio.load_reference(reference, rate)
@@ -104,6 +104,8 @@ def reply(run: Path, config: Config, question: Path, reference: Path, transcript
         "compilations_after_warm_up": later.count,
         "device": jax.devices()[0].device_kind,
         "dtype": config.reply.dtype,
+        "weights": config.reply.weights,
+        "cache": config.reply.cache,
         "compatibility": speaker.compatibility,
         "temperature": config.reply.temperature,
         "top_k": config.reply.top_k,

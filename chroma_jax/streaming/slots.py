@@ -28,6 +28,7 @@ from chroma_jax.models.codec import Codec
 from chroma_jax.models.codec.codec import reset_rows
 from chroma_jax.rows import is_present
 from chroma_jax.schedule import FRAMES_PER_PAIR, NOTHING
+from chroma_jax.streaming.placing import compiler_options, laid_out, on_many, place_of, platform_of, running, taken_apart
 from chroma_jax.streaming.state import Capacity, StreamState, idle
 from chroma_jax.streaming.step import Pairs, traced_frame
 
@@ -118,7 +119,7 @@ def frames(model: Chroma, codec: Codec, state: StreamState, count: int, pairs: P
 
 def hear(model: Chroma, state: StreamState, slot: jax.Array, chunk: Chunk) -> StreamState:
     """The Reasoner of one slot reads on."""
-    nowhere, order = state.reasoner_cache.keys.shape[2], jnp.arange(len(chunk.text))
+    nowhere, order = state.reasoner_cache.capacity, jnp.arange(len(chunk.text))
     positions = jnp.where(order < chunk.length, state.reasoner_position[slot] + order, nowhere)
     audio = chunk.audio.astype(state.text_hidden.dtype)
     embeddings = model.reasoner.embed(chunk.text[None], chunk.audio_index[None], audio[None])
@@ -133,7 +134,7 @@ def hear(model: Chroma, state: StreamState, slot: jax.Array, chunk: Chunk) -> St
 def read_voice(model: Chroma, cache: KVCache, chunk: VoiceChunk, dtype) -> KVCache:
     """A piece of a voice prompt goes through the Backbone. cache: of one row; dtype: that is computed in."""
     order = jnp.arange(len(chunk.token))
-    positions = jnp.where(order < chunk.length, chunk.start + order, cache.keys.shape[2])
+    positions = jnp.where(order < chunk.length, chunk.start + order, cache.capacity)
     text = model.reasoner.embedding(jnp.maximum(chunk.token, 0), dtype)
     inputs = jnp.where(is_present(chunk.token)[:, None], text, model.audio_embedding.frames(chunk.codes, dtype))
     return model.backbone.cached(inputs[None], positions[None], cache)[1]
@@ -141,7 +142,7 @@ def read_voice(model: Chroma, cache: KVCache, chunk: VoiceChunk, dtype) -> KVCac
 
 def adopt(state: StreamState, slot: jax.Array, voice: KVCache) -> StreamState:
     """Copies a voice prompt's cache into a slot. voice: of one row, with no more positions than the slots have."""
-    put = lambda of_slots, of_voice: jax.lax.dynamic_update_slice(of_slots, of_voice, (0, slot, 0, 0, 0))
+    put = lambda of_slots, of_voice: jax.lax.dynamic_update_slice(of_slots, of_voice, (0, slot, *(0,) * (of_voice.ndim - 2)))
     return state._replace(backbone_cache=jax.tree.map(put, state.backbone_cache, voice))
 
 
@@ -173,8 +174,9 @@ def stop(state: StreamState, slot: jax.Array, position: jax.Array) -> StreamStat
 
 
 @functools.cache
-def programs(graphs: tuple[nnx.GraphDef, nnx.GraphDef], dtype: str) -> dict[str | tuple[int, Pairs], Callable]:
+def programs(graphs: tuple[nnx.GraphDef, nnx.GraphDef], dtype: str, platform: str) -> dict[str | tuple[int, Pairs], Callable]:
     """The programs of one architecture, by name, those of ticks by number of frames and pairs. weights: of model and Codec."""
+    jit = partial(jax.jit, compiler_options=compiler_options(platform))
 
     def of_models(function):
         return lambda weights, *rest: function(*(nnx.merge(*pair) for pair in zip(graphs, weights, strict=True)), *rest)
@@ -184,15 +186,15 @@ def programs(graphs: tuple[nnx.GraphDef, nnx.GraphDef], dtype: str) -> dict[str 
         return carry, outputs[0]
 
     found = {
-        "encode": jax.jit(of_models(encode)),
-        "hear": jax.jit(of_models(lambda model, _, *rest: hear(model, *rest)), donate_argnums=1),
-        "read_voice": jax.jit(of_models(lambda model, _, *rest: read_voice(model, *rest, jnp.dtype(dtype))), donate_argnums=1),
-        "adopt": jax.jit(adopt, donate_argnums=0),
-        "begin": jax.jit(begin, donate_argnums=0),
-        "stop": jax.jit(stop, donate_argnums=0),
+        "encode": jit(of_models(encode)),
+        "hear": jit(of_models(lambda model, _, *rest: hear(model, *rest)), donate_argnums=1),
+        "read_voice": jit(of_models(lambda model, _, *rest: read_voice(model, *rest, jnp.dtype(dtype))), donate_argnums=1),
+        "adopt": jit(adopt, donate_argnums=0),
+        "begin": jit(begin, donate_argnums=0),
+        "stop": jit(stop, donate_argnums=0),
     }
     ticks = {(count, pairs): of_models(partial(frames, count=count, pairs=pairs)) for count, pairs in TICKS}
-    return found | {tick: jax.jit(run, donate_argnums=1) for tick, run in ticks.items()}
+    return found | {tick: jit(run, donate_argnums=1) for tick, run in ticks.items()}
 
 
 def padded(x: np.ndarray, length: int, value) -> np.ndarray:
@@ -201,7 +203,8 @@ def padded(x: np.ndarray, length: int, value) -> np.ndarray:
 
 
 class Slots:
-    """The state of all slots and its programs, on the device that holds the weights. Nothing here waits for the device.
+    """The state of all slots and its programs, on the device that holds the weights, or the mesh that divides them. Nothing here
+    waits for the device.
 
     voice_positions: that the longest voice prompt may have. chunk: positions that go through a model at once between ticks.
     """
@@ -211,13 +214,18 @@ class Slots:
     ):
         self.config, self.capacity, self.chunk, self.voice_positions = model.config, capacity, chunk, voice_positions
         self.dtype, self.count = jnp.dtype(dtype), slots
+        self._place = place_of(jax.tree.leaves(nnx.state(model))[0])
+        platform = platform_of(self._place)
+        if platform == "cpu" and not on_many(self._place):
+            model, codec = taken_apart(model, codec)
         (model_graph, model_state), (codec_graph, codec_state) = nnx.split(model), nnx.split(codec)
-        self._programs = programs((model_graph, codec_graph), dtype)
-        self._device = jax.tree.leaves(model_state)[0].devices().pop()
-        self._weights = self.put((model_state, codec_state))
-        made = partial(jax.jit, out_shardings=SingleDeviceSharding(self._device))
-        self._state = made(partial(idle, model.config, codec, slots, capacity, self.dtype))()
-        self._empty_voice = made(partial(self.config.backbone.empty_cache, 1, voice_positions, self.dtype))
+        self._programs = programs((model_graph, codec_graph), dtype, platform)
+        made = partial(jax.jit, out_shardings=None if on_many(self._place) else SingleDeviceSharding(self._place))
+        self._empty_voice = made(partial(self.config.backbone.empty_cache, 1, voice_positions, capacity.cached_as(self.dtype)))
+        with running(self._place):
+            self._state = made(partial(idle, model.config, codec, slots, capacity, self.dtype))()
+            weights = (model_state, codec_state) if on_many(self._place) else self.put((model_state, codec_state))
+            self._weights = laid_out(self._programs[1, "all"], weights, self._state)
         self._slot = [self.put(np.int32(i)) for i in range(slots)]
         self.no_audio = self.put(np.zeros((self.block_outputs, self.config.reasoner.text.width), self.dtype))
 
@@ -228,11 +236,15 @@ class Slots:
         return (positions + 1) // 2
 
     def put(self, tree):
-        return jax.device_put(tree, self._device)
+        return jax.device_put(tree, self._place)
+
+    def _run(self, program: str | tuple[int, Pairs], *given):
+        with running(self._place):
+            return self._programs[program](*given)
 
     def tick(self, count: int, pairs: Pairs) -> Frames:
         """``count`` frames of all slots, see `frames`."""
-        self._state, out = self._programs[count, pairs](self._weights, self._state)
+        self._state, out = self._run((count, pairs), self._weights, self._state)
         return out
 
     def empty_carry(self) -> PoolCarry:
@@ -243,26 +255,27 @@ class Slots:
     def encode(self, carry: PoolCarry, mel: np.ndarray, length: int) -> tuple[PoolCarry, jax.Array]:
         """A block of a turn, mel float32 [block frames, bins]. Returns (carry, [K, D]); see `AudioEncoder.step`."""
         mel, length = self.put((mel[None], np.array([length], np.int32)))
-        return self._programs["encode"](self._weights, carry, mel, length)
+        return self._run("encode", self._weights, carry, mel, length)
 
     def hear(self, slot: int, chunk: Chunk) -> None:
-        self._state = self._programs["hear"](self._weights, self._state, self._slot[slot], self.put(chunk))
+        self._state = self._run("hear", self._weights, self._state, self._slot[slot], self.put(chunk))
 
     def adopt(self, slot: int, voice: KVCache) -> None:
-        self._state = self._programs["adopt"](self._state, self._slot[slot], voice)
+        self._state = self._run("adopt", self._state, self._slot[slot], voice)
 
     def begin(self, slot: int, beginning: Beginning) -> None:
-        self._state = self._programs["begin"](self._state, self._slot[slot], self.put(beginning))
+        self._state = self._run("begin", self._state, self._slot[slot], self.put(beginning))
 
     def stop(self, slot: int, position: int) -> None:
-        self._state = self._programs["stop"](self._state, self._slot[slot], self.put(np.int32(position)))
+        self._state = self._run("stop", self._state, self._slot[slot], self.put(np.int32(position)))
 
     def empty_voice(self) -> KVCache:
         """A cache for `read_voice` to begin with."""
-        return self._empty_voice()
+        with running(self._place):
+            return self._empty_voice()
 
     def read_voice(self, cache: KVCache, chunk: VoiceChunk) -> KVCache:
-        return self._programs["read_voice"](self._weights, cache, self.put(chunk))
+        return self._run("read_voice", self._weights, cache, self.put(chunk))
 
     def ready(self) -> None:
         """Waits for the device."""

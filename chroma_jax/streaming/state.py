@@ -5,7 +5,7 @@ Nothing of a row depends on another one, nor on what its slot held before.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +16,14 @@ from chroma_jax.models.codec import Codec, CodecState
 from chroma_jax.schedule import NOTHING
 from chroma_jax.streaming.sampling import Sampling
 
+MOST_AT_ONCE = 8  # frames that the Codec decodes in one pass, so that its weights are read once for them
+Kept = Literal["as_dtype", "int8"]  # in which form weights or caches lie in memory
+
 
 @dataclasses.dataclass(frozen=True)
 class Capacity:
-    """text, audio: positions that the Reasoner's and the Backbone's caches hold. frames: the most frames of a reply.
+    """text, audio: positions that the Reasoner's and the Backbone's caches hold. frames: the most frames of a reply. cache:
+    whether keys and values are kept in the type that is computed in, or as int8.
 
     What is past them is dropped, so the caller ends a reply in time.
     """
@@ -27,12 +31,17 @@ class Capacity:
     text: int
     audio: int
     frames: int
+    cache: Kept = "as_dtype"
 
     @classmethod
-    def of(cls, text_length: int, voice_length: int, max_frames: int) -> "Capacity":
+    def of(cls, text_length: int, voice_length: int, max_frames: int, cache: Kept = "as_dtype") -> "Capacity":
         """What replies of ``max_frames`` frames can need after questions and voice prompts of (up to) these lengths."""
         pairs = (max_frames + 1) // 2
-        return cls(text_length + pairs, voice_length + max_frames + 2 * pairs, max_frames)
+        return cls(text_length + pairs, voice_length + max_frames + 2 * pairs, max_frames, cache)
+
+    def cached_as(self, dtype):
+        """The type of the caches where ``dtype`` is computed in."""
+        return jnp.dtype(jnp.int8) if self.cache == "int8" else dtype
 
 
 class ReferenceRows(NamedTuple):
@@ -72,15 +81,15 @@ def idle(config: ChromaConfig, codec: Codec, rows: int, capacity: Capacity, dtyp
     """A state in which no row speaks, for conversations to join."""
     return StreamState(
         frames=jnp.zeros(rows, jnp.int32),
-        reasoner_cache=config.reasoner.text.empty_cache(rows, capacity.text, dtype),
+        reasoner_cache=config.reasoner.text.empty_cache(rows, capacity.text, capacity.cached_as(dtype)),
         reasoner_position=jnp.zeros(rows, jnp.int32),
         text_hidden=jnp.zeros((rows, config.reasoner.text.width), dtype),
         text_open=jnp.zeros(rows, bool),
-        backbone_cache=config.backbone.empty_cache(rows, capacity.audio, dtype),
+        backbone_cache=config.backbone.empty_cache(rows, capacity.audio, capacity.cached_as(dtype)),
         backbone_position=jnp.zeros(rows, jnp.int32),
         codes=jnp.full((rows, config.codebooks), NOTHING, jnp.int32),
         speaking=jnp.zeros(rows, bool),
-        codec=codec.decoder_state(rows, jnp.float32, max_frames=capacity.frames),
+        codec=codec.decoder_state(rows, jnp.float32, frames_per_step=MOST_AT_ONCE, max_frames=capacity.frames),
         sampling=Sampling.of(0.0, 0, rows),
         keys=jax.random.split(jax.random.key(0), rows),
     )

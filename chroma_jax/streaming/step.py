@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from chroma_jax.layers.attention import cached_mask
+from chroma_jax.layers.sharding import constrain
 from chroma_jax.models.chroma import Chroma, ChromaConfig
 from chroma_jax.models.codec import Codec
 from chroma_jax.rows import is_present
@@ -104,10 +105,10 @@ def _text_pair(model: Chroma, state: StreamState, pairs: Pairs) -> tuple[StreamS
     def say(state: StreamState):
         fed = due if state.reference is None else jnp.ones_like(due)  # the reference goes on as long as any row has text
         with jax.named_scope("reasoner"):
-            logits = model.reasoner.logits(state.text_hidden)
+            logits = constrain(model.reasoner.logits(state.text_hidden), None, None)
             token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
             embedding = model.reasoner.embedding(token, state.text_hidden.dtype)
-            nowhere = state.reasoner_cache.keys.shape[2]
+            nowhere = state.reasoner_cache.capacity
             position = jnp.where(fed, state.reasoner_position, nowhere)[:, None]
             hidden, cache = model.reasoner.cached(embedding[:, None], position, state.reasoner_cache)
         vectors = jnp.stack([state.text_hidden, embedding], axis=1)
@@ -137,7 +138,7 @@ def _advance_backbone(model: Chroma, state: StreamState, text: TextPair, pairs: 
     has_frame = is_present(state.codes[:, 0])
     frame = model.audio_embedding.frames(state.codes, text.vectors.dtype)[:, None]
     inputs = jnp.concatenate([frame, text.vectors], axis=1)
-    nowhere = state.backbone_cache.keys.shape[2]
+    nowhere = state.backbone_cache.capacity
     offset = jnp.stack([jnp.zeros_like(has_frame), has_frame, has_frame + 1], axis=1)  # of frame, hidden state, token
     fed = jnp.stack([has_frame, text.fed, text.fed], axis=1)
     if pairs == "none":

@@ -21,10 +21,11 @@ from chroma_jax.models.codec import Codec
 from chroma_jax.streaming import prefill as prefills
 from chroma_jax.streaming import step as steps
 from chroma_jax.streaming.compatibility import Compatibility, codec_used, is_reference
+from chroma_jax.streaming.placing import guarded, on_many, place_of
 from chroma_jax.streaming.prefill import Prompt
 from chroma_jax.streaming.prompt import rounded_up
 from chroma_jax.streaming.sampling import Sampling
-from chroma_jax.streaming.state import Capacity, StreamState
+from chroma_jax.streaming.state import Capacity, Kept, StreamState
 from chroma_jax.streaming.step import StepOutput
 
 ENCODE_BUCKET = 16  # frames; lengths of reference recordings are rounded up to a multiple of it
@@ -65,20 +66,30 @@ def programs(
 
 
 class Speaker:
-    """A model and its Codec with their compiled programs, on the device that holds the weights.
+    """A model and its Codec with their compiled programs, on the device that holds the weights, or the mesh that divides them
+    (`chroma_jax.streaming.placing`).
 
-    dtype: that activations and caches are in, "float32" or "bfloat16"; the Codec always computes in float32.
+    dtype: that activations and caches are in, "float32" or "bfloat16"; the Codec always computes in float32. cache: "int8" for
+    caches of a byte a number.
     compatibility: "reference" is for comparing with the reference implementation only; prompts are then stacked so, too.
     Raises: ChromaError for an unknown one.
     """
 
-    def __init__(self, model: Chroma, codec: Codec, dtype: str = "float32", compatibility: Compatibility = "corrected"):
-        self.config, self.compatibility = model.config, compatibility
+    def __init__(
+        self,
+        model: Chroma,
+        codec: Codec,
+        dtype: str = "float32",
+        compatibility: Compatibility = "corrected",
+        cache: Kept = "as_dtype",
+    ):
+        self.config, self.compatibility, self.cache = model.config, compatibility, cache
         codec = codec_used(codec, compatibility)
         (model_graph, model_state), (codec_graph, codec_state) = nnx.split(model), nnx.split(codec)
         leaves, tree = jax.tree.flatten((model_state, codec_state))
+        self.place = place_of(leaves[0])
         # bound to their device, wherever they come from: else the same shapes would be compiled twice
-        self.weights = jax.device_put(leaves, leaves[0].devices().pop())
+        self.weights = leaves if on_many(self.place) else jax.device_put(leaves, self.place)
         self.programs = programs((model_graph, codec_graph), tree, dtype, compatibility)
 
     def encode(self, wave: np.ndarray) -> np.ndarray:
@@ -87,17 +98,17 @@ class Speaker:
         frames = -(-len(wave) // size)
         padded = np.zeros((1, rounded_up(frames, ENCODE_BUCKET) * size), np.float32)
         padded[0, : len(wave)] = wave
-        with jax.transfer_guard("disallow"):
-            return jax.device_get(self.programs.encode(self.weights, jax.device_put(padded)))[0, :frames]
+        with guarded(self.place):
+            return jax.device_get(self.programs.encode(self.weights, jax.device_put(padded, self.place)))[0, :frames]
 
     def start(self, prompt: Prompt, sampling: Sampling, keys: jax.Array, max_frames: int) -> StreamState:
         """The state before the first frame. prompt, sampling: host arrays of B rows; keys: random keys [B]; max_frames: the
         most frames that will be asked for, which sizes the caches. Raises: ChromaError for a prompt stacked in another way."""
         if (prompt.voice_padding is not None) != is_reference(self.compatibility):
             raise ChromaError(f"the prompt was not stacked for compatibility {self.compatibility!r}, as the speaker is")
-        capacity = Capacity.of(prompt.text.shape[1], prompt.voice_token.shape[1], max_frames)
-        with jax.transfer_guard("disallow"):
-            prompt, sampling = jax.device_put((prompt, sampling))
+        capacity = Capacity.of(prompt.text.shape[1], prompt.voice_token.shape[1], max_frames, self.cache)
+        with guarded(self.place):
+            prompt, sampling, keys = jax.device_put((prompt, sampling, keys), self.place)
             return self.programs.prefill(self.weights, prompt, sampling, keys, capacity)
 
     def frames(self, state: StreamState, max_frames: int) -> Iterator[StepOutput]:
@@ -105,7 +116,7 @@ class Speaker:
         ``max_frames``. ``state`` is used up."""
         waiting = None
         for _ in range(max_frames):
-            with jax.transfer_guard("disallow"):
+            with guarded(self.place):
                 state, output = self.programs.step(self.weights, state)
                 for x in output:
                     x.copy_to_host_async()
@@ -116,7 +127,7 @@ class Speaker:
                 if not fetched.live.any():
                     return
         if waiting is not None:
-            with jax.transfer_guard("disallow"):
+            with guarded(self.place):
                 fetched = jax.device_get(waiting)
             yield fetched
 

@@ -95,7 +95,7 @@ def save_voice(voice: Voice, made_by: str, path: Path) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + ".tmp")
-    leaves = [np.ascontiguousarray(x[:, :, : voice.length]) for x in jax.device_get(jax.tree.leaves(voice.cache))]
+    leaves = [np.ascontiguousarray(x[:, :, :, : voice.length]) for x in jax.device_get(jax.tree.leaves(voice.cache))]
     kinds = {"format": FORMAT, "model": made_by, "length": str(voice.length), "types": " ".join(str(x.dtype) for x in leaves)}
     save_file({str(i): x.view(f"u{x.itemsize}") for i, x in enumerate(leaves)}, aside, metadata=kinds)
     aside.replace(path)
@@ -103,7 +103,8 @@ def save_voice(voice: Voice, made_by: str, path: Path) -> None:
 
 def load_voice(path: Path, made_by: str, slots: Slots) -> Voice:
     """Raises: ChromaError naming the file when it is none of a voice, or of another model, or too long."""
-    leaves, tree = jax.tree.flatten(jax.device_get(slots.empty_voice()))
+    places, tree = jax.tree.flatten(slots.empty_voice())
+    leaves = jax.device_get(places)
     try:
         with safe_open(path, framework="numpy") as file:
             said = file.metadata() or {}
@@ -119,7 +120,8 @@ def load_voice(path: Path, made_by: str, slots: Slots) -> Voice:
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise ChromaError(f"{path}: not a readable voice ({error})") from error
     for empty, x in zip(leaves, found):
-        if x.shape[:2] + x.shape[3:] != empty.shape[:2] + empty.shape[3:] or x.shape[2] != length:
+        if x.shape[:3] + x.shape[4:] != empty.shape[:3] + empty.shape[4:] or x.shape[3] != length:
             raise ChromaError(f"{path}: damaged: a cache of {x.shape}, expected {empty.shape} with {length} positions")
-    filled = [np.concatenate([x, empty[:, :, length:]], axis=2) for empty, x in zip(leaves, found)]
-    return Voice(slots.put(jax.tree.unflatten(tree, filled)), length)
+    filled = [np.concatenate([x, empty[:, :, :, length:]], axis=3) for empty, x in zip(leaves, found)]
+    filled = jax.device_put(filled, [x.sharding for x in places])
+    return Voice(jax.tree.unflatten(tree, filled), length)

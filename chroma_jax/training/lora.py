@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from jax.sharding import SingleDeviceSharding
 
 from chroma_jax.errors import ChromaError, near
-from chroma_jax.layers.linear import Linear, Lora
+from chroma_jax.layers.linear import Lora, linears
 from chroma_jax.training.checkpoint import Checkpoints
 
 MARK = "/lora/"  # in the path of every weight that is added
@@ -54,14 +54,6 @@ def adapted(model: nnx.Module, config: LoraConfig, rngs: nnx.Rngs) -> nnx.Module
         if any(re.match(pattern, path) for pattern in config.targets):
             module.lora = nnx.data(Lora(rngs, module.kernel, config.rank, config.scale))
     return model
-
-
-def linears(module: nnx.Module, path: str = "") -> list[tuple[str, Linear]]:
-    """Every product in a module, by path."""
-    if isinstance(module, Linear):
-        return [(path, module)]
-    children = [(name, child) for name, child in vars(module).items() if isinstance(child, nnx.Module)]
-    return [found for name, child in children for found in linears(child, f"{path}/{name}".lstrip("/"))]
 
 
 def restored(checkpoints: Checkpoints, wanted: Mapping[str, jax.ShapeDtypeStruct], config: LoraConfig) -> dict[str, jax.Array]:

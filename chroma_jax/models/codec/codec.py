@@ -36,6 +36,9 @@ MIMI_TRANSFORMER = EncoderConfig(
 )
 
 
+RING = 8  # rows of a TPU's tiles: a ring of a multiple of it is not copied before every product
+
+
 @dataclasses.dataclass(frozen=True)
 class CodecConfig:
     """Sizes of the Codec; the defaults are kyutai's Mimi.
@@ -289,13 +292,13 @@ class Codec(nnx.Module):
     # Streaming.
 
     def _state(self, batch, dtype, frames_per_step, max_frames, run, example) -> CodecState:
-        stride, window = self.config.stride, self.config.window
+        stride, window, whole = self.config.stride, self.config.window, RING
         if frames_per_step < 1:
             raise ValueError(f"frames_per_step must be at least 1, got {frames_per_step}")
         if window is None:
             if max_frames is None or max_frames < 1:
                 raise ValueError(f"max_frames must be at least 1 to stream without a window, got {max_frames}")
-            window, frames_per_step = max_frames * stride, 1  # `_window` goes back from the capacity
+            window, frames_per_step, whole = max_frames * stride, 1, 1  # `_window` goes back from the capacity
 
         def memories(x):
             carry = Carry()
@@ -303,7 +306,7 @@ class Codec(nnx.Module):
             return carry.memories
 
         # A step's first query still needs its whole window after the step's last key has been written.
-        capacity = window - 1 + frames_per_step * stride
+        capacity = -(-(window - 1 + frames_per_step * stride) // whole) * whole
         return CodecState(
             jnp.zeros((batch,), jnp.int32),
             tuple(jnp.zeros(m.shape, m.dtype) for m in jax.eval_shape(memories, example)),
@@ -327,7 +330,7 @@ class Codec(nnx.Module):
 
     def _attend_ring(self, transformer: Encoder, x: jax.Array, start: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
         """x: [B, T, D]; start: int32 [B], position of x[:, 0]. Position p lies in entry p mod capacity."""
-        capacity, length = cache.keys.shape[2], x.shape[1]
+        capacity, length = cache.capacity, x.shape[1]
         window = self._window(capacity)
         room = capacity - window + 1
         size = max(d for d in range(1, room + 1) if length % d == 0)

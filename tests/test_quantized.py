@@ -1,0 +1,121 @@
+"""Promises of small weights and caches: what is kept in a byte, how little that changes, and that a row still says what it says
+alone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from tiny_speaker import CONFIG, case, drawn, rescored
+
+from chroma_jax.layers.attention import KVCache, Past, attend_cached, cached_mask
+from chroma_jax.layers.linear import Linear
+from chroma_jax.models.chroma import Chroma
+from chroma_jax.models.codec import Codec
+from chroma_jax.models.quantized import quantized, small
+from chroma_jax.streaming.prompt import stack
+from chroma_jax.streaming.stream import Speaker, settings
+
+CASES = (case(0, 5000, 5, "abc"), case(1, 32_000, 60, "a longer text"))
+FRAMES = 8
+KEPT = (  # in float: what a step reads few rows of, or little
+    "norm",
+    "bias",
+    "scale",
+    "conv",
+    "unused_markers",
+    "reasoner/embedding/table",
+    "audio_embedding/rows/table",
+)
+
+
+@pytest.fixture(scope="module")
+def models() -> tuple[Chroma, Chroma, Codec]:
+    """With float weights, the same with int8 weights, and a Codec."""
+    rng = np.random.default_rng(3)
+    model, codec = drawn(lambda: Chroma(nnx.Rngs(0), CONFIG), rng), drawn(lambda: Codec(nnx.Rngs(0), CONFIG.codec), rng)
+    graph, state = nnx.split(model)
+    return model, quantized(nnx.merge(graph, jax.tree.map(jnp.copy, state))), codec
+
+
+def test_every_product_of_the_speaking_model_is_in_int8_and_nothing_else(models):
+    for path, weight in nnx.to_flat_state(nnx.state(models[1])):
+        name = "/".join(map(str, path))
+        in_float = any(part in name for part in KEPT)
+        assert weight.dtype == (jnp.float32 if in_float else jnp.int8), name
+    assert not any(x.dtype == jnp.int8 for x in jax.tree.leaves(nnx.state(models[0])))
+
+
+def test_a_small_kernel_is_off_by_half_a_step_at_most():
+    kernel = Linear(nnx.Rngs(0), {"embed": 16}, {"heads": 2, "head": 4}, layers=3).kernel
+    exact = np.asarray(kernel[...])
+    values, scale = small(kernel)
+    assert scale.shape == (3, 2, 4) and scale.get_metadata()["axes"] == ("layers", "heads", "head")
+    scale = np.asarray(scale[...])[:, None]
+    apart = np.abs(np.asarray(values[...], np.float32) * scale - exact)
+    assert (apart <= 0.5001 * scale).all()  # rounding to the nearest, and float32's own
+
+
+def test_small_weights_say_what_float_weights_of_the_same_values_say(models):
+    """So that all that is lost is lost by rounding the kernels."""
+    exact, quantised = models[0], dict(nnx.to_flat_state(nnx.state(models[1])))
+
+    def same_values(path, weight):
+        scale = quantised.get((*path[:-1], "heads_scale" if path[-1] == "heads" else "scale"))
+        value = quantised[path].get_value()
+        if value.dtype != jnp.int8:
+            return weight
+        told = weight.get_metadata()
+        first = int(told["axes"][0] in ("layers", "codebook"))
+        factors = jnp.expand_dims(scale.get_value(), tuple(range(first, first + told["inputs"])))
+        return weight.replace(value.astype(jnp.float32) * factors)
+
+    graph, state = nnx.split(exact)
+    float_model = nnx.merge(graph, nnx.from_flat_state([(p, same_values(p, w)) for p, w in nnx.to_flat_state(state)]))
+    batch = CASES[0].packed([5, 6, 7], CASES[1].codes[:8])
+    for one, other in zip(rescored(float_model, batch), rescored(models[1], batch)):
+        np.testing.assert_allclose(
+            one, other, atol=1e-3 * float(jnp.abs(one).max())
+        )  # float32 rounding, which these models amplify
+
+
+@pytest.mark.parametrize("cache", ["as_dtype", "int8"])
+def test_with_small_weights_a_row_in_a_batch_says_what_it_says_alone(models, cache):
+    speaker = Speaker(*models[1:], cache=cache)
+    sampling, keys = settings(2, temperature=0.0, top_k=0, seed=1)
+    together = list(speaker.stream(stack([c.prompt for c in CASES]), sampling, keys, FRAMES))
+    sampling, _ = settings(1, temperature=0.0, top_k=0, seed=1)
+    alone = list(speaker.stream(stack([CASES[1].prompt]), sampling, keys[1:], FRAMES))
+    assert len(alone) == FRAMES  # else this tested little
+    for one, both in zip(alone, together):
+        np.testing.assert_array_equal(one.codes[0], both.codes[1])
+
+
+def test_a_cache_of_int8_attends_nearly_as_one_of_floats():
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    heads, width, length = 2, 16, 24
+    slots = jnp.arange(length)[None]
+    new, q = (draw(1, 1, length, heads, width), draw(1, 1, length, heads, width)), draw(1, 1, heads, 3, width)
+    k, v = draw(1, 1, heads, width), draw(1, 1, heads, width)
+    found = []
+    for dtype in (jnp.float32, jnp.int8):
+        cache = KVCache.zeros(1, 1, 32, heads, width, dtype).written(*new, slots, None)
+        at = jnp.array([[length]])
+        found.append(attend_cached(q, k, v, cache.of_layer(0, None), Past.of(cached_mask(at, 32), at)))
+    # keys are off by 1/254 of their largest, 1 % of a score's spread, values by as much of themselves
+    assert 0 < float(jnp.abs(found[0] - found[1]).max()) < 0.05
+
+
+def test_heads_beside_each_other_attend_as_heads_apart():
+    rng = np.random.default_rng(1)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    heads, width, length, capacity = 4, 8, 5, 16
+    new, slots = (draw(1, 2, length, heads, width), draw(1, 2, length, heads, width)), jnp.tile(jnp.arange(length), (2, 1))
+    apart = KVCache.zeros(1, 2, capacity, heads, width, jnp.float32)
+    beside = KVCache(*(jnp.zeros((1, 2, heads // 2, capacity, 2 * width)) for _ in range(2)))
+    q, k, v = draw(2, 3, heads, 2, width), draw(2, 3, heads, width), draw(2, 3, heads, width)
+    at = length + jnp.arange(3)[None] + jnp.zeros((2, 1), jnp.int32)
+    past = Past.of(cached_mask(at, capacity), at)
+    found = [attend_cached(q, k, v, cache.written(*new, slots, None).of_layer(0, None), past) for cache in (apart, beside)]
+    np.testing.assert_allclose(*found, atol=1e-6)  # float32; zeros are added in other places

@@ -1,0 +1,93 @@
+"""A model that is divided over several devices says what it says on one."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from tiny_speaker import CONFIG, case, drawn
+
+from chroma_jax.layers.sharding import MeshConfig, make_mesh
+from chroma_jax.models.chroma import Chroma
+from chroma_jax.models.codec import Codec
+from chroma_jax.models.quantized import quantized
+from chroma_jax.schedule import NOTHING
+from chroma_jax.streaming.placing import divided, on_mesh
+from chroma_jax.streaming.prompt import stack
+from chroma_jax.streaming.rounds import beginning
+from chroma_jax.streaming.session import SamplingSettings
+from chroma_jax.streaming.slots import Chunk, Frames, Slots, VoiceChunk, padded
+from chroma_jax.streaming.state import Capacity
+from chroma_jax.streaming.stream import Speaker, settings
+from chroma_jax.streaming.voices import Voice, load_voice, save_voice
+
+CASES = (case(0, 5000, 5, "abc"), case(1, 9000, 20, "a longer text"))
+FRAMES = 6
+
+
+@pytest.fixture(scope="module")
+def modules() -> tuple[Chroma, Codec]:
+    rng = np.random.default_rng(3)
+    return drawn(lambda: Chroma(nnx.Rngs(0), CONFIG), rng), drawn(lambda: Codec(nnx.Rngs(0), CONFIG.codec), rng)
+
+
+def said(model: Chroma, codec: Codec):
+    sampling, keys = settings(2, temperature=0.0, top_k=0, seed=1)
+    return list(Speaker(model, codec).stream(stack([c.prompt for c in CASES]), sampling, keys, FRAMES))
+
+
+def test_queries_and_keys_of_a_row_may_be_divided_in_different_ways(modules):
+    """The two heads of keys do not divide by 4, nor do the two queries that share one: only the MLPs and the vocabulary do."""
+    alone, divided = said(*modules), said(*on_mesh(*modules, make_mesh(MeshConfig(tensor=4))))
+    assert len(divided) == len(alone) == FRAMES
+    for one, other in zip(alone, divided):
+        np.testing.assert_array_equal(one.codes, other.codes)
+        np.testing.assert_array_equal(one.token, other.token)
+        np.testing.assert_allclose(one.samples, other.samples, atol=1e-5)  # float32, sums in another order
+
+
+def in_slots(model: Chroma, codec: Codec, folder) -> Frames:
+    """Four frames of a conversation in the second slot of two, its voice prompt read, kept in a file and adopted."""
+    slots = Slots(model, codec, 2, Capacity(64, 64, 8), voice_positions=32, chunk=16, dtype="float32")
+    prompt, piece = CASES[0].prompt, np.arange(16)
+    cache = slots.empty_voice()
+    chunk = VoiceChunk(
+        *(padded(x[:16], 16, NOTHING) for x in (prompt.voice_token, prompt.voice_codes)),
+        np.int32(0),
+        np.int32(len(prompt.voice_token[:16])),
+    )
+    save_voice(Voice(slots.read_voice(cache, chunk), int(chunk.length)), "this", folder / "voice")
+    voice = load_voice(folder / "voice", "this", slots)
+    slots.adopt(1, voice.cache)
+    slots.hear(1, Chunk((piece + 3).astype(np.int32), np.full(16, NOTHING, np.int32), slots.no_audio, np.int32(11)))
+    slots.begin(1, beginning(voice.length, SamplingSettings(), 0))
+    frames = [slots.tick(1, "all" if i % 2 == 0 else "none") for i in range(4)]
+    return jax.tree.map(lambda *x: np.concatenate(x)[:, 1], *map(jax.device_get, frames))
+
+
+def test_slots_of_a_divided_model_say_what_they_say_on_one_device(modules, tmp_path):
+    one, other = (in_slots(*given, tmp_path) for given in (modules, on_mesh(*modules, make_mesh(MeshConfig(tensor=2)))))
+    assert one.live.all() and (one.token[::2] != NOTHING).all()  # else this would compare nothing
+    np.testing.assert_array_equal(one.token, other.token)
+    np.testing.assert_array_equal(one.live, other.live)
+    np.testing.assert_allclose(one.samples, other.samples, atol=1e-5)  # float32, sums in another order
+
+
+def test_queries_are_divided_where_their_keys_are_not():
+    text = dataclasses.replace(CONFIG.reasoner.text, num_heads=16, num_kv_heads=2)
+    config = dataclasses.replace(CONFIG, reasoner=dataclasses.replace(CONFIG.reasoner, text=text))
+    rules = divided(config, 4).reasoner.text.rules
+    assert rules.heads == () and rules.group == ("tensor",)
+    assert divided(config, 2).reasoner.text.rules.heads == ("tensor",)
+
+
+def test_a_divided_model_holds_its_part_of_every_kernel(modules):
+    mesh = make_mesh(MeshConfig(tensor=2))
+    graph, state = nnx.split(modules[0])
+    model, _ = on_mesh(quantized(nnx.merge(graph, jax.tree.map(lambda x: x.copy(), state))), modules[1], mesh)
+    for part in (model.reasoner.text, model.backbone.model, model.decoder.model):
+        kernel = part.blocks.gate.kernel[...]
+        assert kernel.addressable_shards[0].data.shape[-1] * 2 == kernel.shape[-1]
+        scale = part.blocks.gate.scale[...]
+        assert scale.addressable_shards[0].data.shape[-1] * 2 == scale.shape[-1]
