@@ -108,8 +108,9 @@ class BenchStream:
     one after the other. frames: of each reply, which does not end before. question_tokens: text of a conversation up to its first
     reply, beside the speech; voice_tokens: transcript of the voice prompt. live: the question is fed as it is spoken, and not all
     begin at the same moment; else all at once. rounds: replies in each slot. text_positions: that the engine keeps of a
-    conversation. peer: "torch" for the reference's parts at the same sizes in transformers' classes (extra "dev"), in turn with
-    one slot. out: file for the JSON besides. Flags beginning with --reply say how codes are chosen, and the type computed in.
+    conversation; chunk: that it reads at once. peer: "torch" for the reference's parts at the same sizes in transformers' classes
+    (extra "dev"), in turn with one slot. out: file for the JSON besides. Flags beginning with --reply say how codes are chosen,
+    and the type computed in.
     """
 
     source: Positional[str]
@@ -122,6 +123,7 @@ class BenchStream:
     live: tyro.conf.FlagCreatePairsOff[bool] = False
     rounds: int = 3
     text_positions: int = 2048
+    chunk: int = 64
     peer: Literal["torch", "none"] = "none"
     out: Path | None = None
 

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -205,8 +206,8 @@ def bench_train(args: BenchTrain, config) -> int:
 
 
 def measured(figures: dict, out: Path | None) -> int:
-    """Prints what was measured, and keeps it."""
-    text = json.dumps(figures, indent=1)
+    """Prints what was measured, with the command that did, and keeps it."""
+    text = json.dumps({"command": f"{PROGRAM} {shlex.join(sys.argv[1:])}"} | figures, indent=1)
     print(text)
     if out is not None:
         write_whole(out, text + "\n")
@@ -225,11 +226,11 @@ def bench_stream(args: BenchStream, config) -> int:
         raise ChromaError(f"--rounds is {args.rounds}, must be at least 1")
     lengths = ("question_seconds", "question_tokens", "voice_seconds", "voice_tokens", "frames")
     talk = Talk(**{name: getattr(args, name) for name in lengths}, fed="live" if args.live else "at once")
-    given = {name: getattr(args, name) for name in ("slots", "rounds", "text_positions", "peer")}
+    given = {name: getattr(args, name) for name in ("slots", "rounds", "text_positions", "chunk", "peer")}
     if Path(args.source).is_dir():
         model, codec, _ = load_run(Path(args.source), config)
     else:
-        model, codec = random_models(config.model, config.reply.dtype)
+        model, codec = random_models(config.model, config.reply)
     return measured({"model": args.source} | bench_stream(model, codec, config.reply, talk, **given), args.out)
 
 

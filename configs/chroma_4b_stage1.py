@@ -25,8 +25,8 @@ PODS = {
     "v5e:4x4": Pod(MeshConfig(fsdp=16), rows=4),
     "v5e:16x16": Pod(MeshConfig(data=16, fsdp=16), rows=2),
     "2xv5e:16x16": Pod(MeshConfig(data=32, fsdp=16), rows=2),
-    "v5p:4x4x4": Pod(MeshConfig(data=4, fsdp=16), rows=8),
-    "v6e:16x16": Pod(MeshConfig(data=16, fsdp=16), rows=4, remat="attention"),
+    "v5p:4x4x4": Pod(MeshConfig(data=4, fsdp=16), rows=16),
+    "v6e:16x16": Pod(MeshConfig(data=16, fsdp=16), rows=8, remat="attention"),
     "tpu7x:4x4x4": Pod(MeshConfig(data=8, fsdp=16), rows=8),
 }
 

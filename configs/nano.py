@@ -1,6 +1,8 @@
 """A laptop-sized Chroma of the same architecture, trained from scratch in three stages: `nano_reasoner` hears and answers in
 text; here Backbone and Decoder learn to speak behind it, as in the report's first stage; `nano_decoder` is its second."""
 
+import dataclasses
+
 from chroma_jax.chat import SpecialTokens
 from chroma_jax.config import Config, ReplyConfig, TrainingConfig
 from chroma_jax.layers.rope import RopeConfig
@@ -28,21 +30,11 @@ def special_tokens(vocabulary: int) -> SpecialTokens:
 
 
 def model() -> ChromaConfig:
-    stack = LlamaConfig(num_layers=4, width=128, num_heads=4, num_kv_heads=2, head_dim=32, mlp_width=384)
+    stack = LlamaConfig(num_layers=4, width=128, num_heads=4, num_kv_heads=2, head_dim=32, mlp_width=384, attention="blocks")
     return ChromaConfig(
         reasoner=ReasonerConfig(
             audio=AudioEncoderConfig(num_layers=4, width=128, num_heads=4, mlp_width=384, output_width=128),
-            text=LlamaConfig(
-                num_layers=4,
-                width=128,
-                num_heads=4,
-                num_kv_heads=2,
-                head_dim=32,
-                mlp_width=384,
-                norm_eps=1e-6,
-                qkv_bias="qkv",
-                rope=RopeConfig(theta=1e6),
-            ),
+            text=dataclasses.replace(stack, norm_eps=1e-6, qkv_bias="qkv", rope=RopeConfig(theta=1e6)),
             vocab_size=VOCABULARY,
         ),
         backbone=stack,

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from chroma_jax.errors import ChromaError
-from chroma_jax.layers import attention, blocks
+from chroma_jax.layers import attention, blocks, rope, transformer
 from chroma_jax.layers.sharding import MeshConfig, make_mesh
 from chroma_jax.layers.transformer import Llama, LlamaConfig
 
@@ -126,3 +126,11 @@ def test_a_length_that_the_kernel_does_not_take_is_named():
     x = jnp.zeros((1, 100, 1, 1, 8))
     with pytest.raises(ChromaError, match="multiple of 128 positions, got 100; use 'plain'"):
         attention.attend(x, x[:, :, :, 0], x[:, :, :, 0], attention.packed(jnp.ones((1, 100), jnp.int32), "splash"))
+
+
+def test_what_tpu_computes_by_other_ways_has_the_same_gradient():
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((2, 3, 16), np.float32))
+    weights = jnp.cos(jnp.arange(16.0))
+    plain = jax.grad(lambda x: jnp.sum(weights * rope.halves_turned(x) ** 2))(x)
+    assert jnp.array_equal(jax.grad(lambda x: jnp.sum(weights * rope._turned(x) ** 2))(x), plain)
+    assert jnp.array_equal(jax.grad(lambda x: jnp.sum(weights * transformer._gradient_once(x) ** 2))(x), 2 * weights * x)

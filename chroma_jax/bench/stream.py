@@ -3,6 +3,7 @@
 All is warm: programs are compiled and a round is thrown away before anything counts. Times of a reply are those of a client.
 """
 
+import collections
 import contextlib
 import dataclasses
 import os
@@ -23,10 +24,11 @@ from chroma_jax.chat import question, voice_prompt
 from chroma_jax.config import ReplyConfig
 from chroma_jax.errors import ChromaError
 from chroma_jax.features import FeatureConfig, num_frames
-from chroma_jax.flops import frame_bytes
 from chroma_jax.models.audio_encoder import num_outputs
 from chroma_jax.models.chroma import Chroma, ChromaConfig
 from chroma_jax.models.codec import Codec
+from chroma_jax.models.quantized import quantized
+from chroma_jax.planning.stream import weights_read
 from chroma_jax.schedule import FRAMES_PER_PAIR, NOTHING
 from chroma_jax.streaming.engine import Engine, EngineConfig
 from chroma_jax.streaming.meter import DEADLINE
@@ -36,14 +38,15 @@ from chroma_jax.streaming.session import SamplingSettings
 Round = Callable[[], list[list[float]]]  # → for each reply when its frames were there
 
 
-def random_models(config: ChromaConfig, dtype: str) -> tuple[Chroma, Codec]:
-    """Weights at random on the first device, the Codec's in float32."""
+def random_models(config: ChromaConfig, reply: ReplyConfig) -> tuple[Chroma, Codec]:
+    """Weights at random on the first device, in the types that are asked for, the Codec's in float32."""
 
     def make():
         graph, state = nnx.split(Chroma(nnx.Rngs(0), config))
-        return nnx.merge(graph, jax.tree.map(lambda x: x.astype(dtype), state)), Codec(nnx.Rngs(1), config.codec)
+        return nnx.merge(graph, jax.tree.map(lambda x: x.astype(reply.dtype), state)), Codec(nnx.Rngs(1), config.codec)
 
-    return jax.jit(make)()
+    model, codec = jax.jit(make)()
+    return quantized(model) if reply.weights == "int8" else model, codec
 
 
 def bench_stream(
@@ -55,15 +58,16 @@ def bench_stream(
     slots: tuple[int, ...],
     rounds: int,
     text_positions: int,
+    chunk: int,
     peer: str,
 ) -> dict:
     """Measures ``rounds`` replies in every slot, for each number of slots; with a peer, one more slot in turn with its replies.
 
-    reply: how codes are chosen, and the type computed in. text_positions: of the engine. peer: "torch", or "none".
+    reply: how codes are chosen, and the type computed in. text_positions, chunk: of the engine. peer: "torch", or "none".
     Raises: ChromaError where the peer is not installed, or where the sizes do not fit together.
     """
     model.config = dataclasses.replace(model.config, codebook_eos=NOTHING)  # no code is that, so that no reply ends early
-    sizes = EngineSizes(model, codec, reply, talk, text_positions)
+    sizes = EngineSizes(model, codec, reply, talk, text_positions, chunk)
     device, threads = jax.devices()[0], len(os.sched_getaffinity(0))
     read = bandwidth(device)
     found = {
@@ -72,8 +76,11 @@ def bench_stream(
         "chips": 1,
         "threads": threads,
         "dtype": reply.dtype,
+        "weights": reply.weights,
+        "cache": reply.cache,
         "state": "warm",
         "text_positions": text_positions,
+        "chunk": chunk,
         "weight_bytes": sum(x.nbytes for module in (model, codec) for x in jax.tree.leaves(nnx.state(module))),
         "memory_bandwidth": read,
     }
@@ -97,6 +104,7 @@ class EngineSizes:
     reply: ReplyConfig
     talk: Talk
     text_positions: int
+    chunk: int
 
     @property
     def frame_seconds(self) -> float:
@@ -117,7 +125,7 @@ class EngineSizes:
         """The conversation up to where the reply begins, as the Reasoner reads it."""
         config, talk = self.model.config, self.talk
         heard = num_outputs(num_frames(len(talk.question()), FeatureConfig(mel_bins=config.reasoner.audio.mel_bins)))
-        return question(words, config.tokens, audio_outputs=heard, system=talk.system(config))
+        return question(words, config.tokens, heard=[config.tokens.audio] * heard, system=talk.system(config))
 
     @contextlib.contextmanager
     def engine(self, slots: int) -> Iterator[tuple[Engine, float]]:
@@ -126,8 +134,10 @@ class EngineSizes:
             slots=slots,
             text_positions=self.text_positions,
             voice_positions=rounded_up(self.voice_length, 64),
+            chunk=self.chunk,
             max_seconds=(self.talk.frames + 0.5) * self.frame_seconds,
             dtype=self.reply.dtype,
+            cache=self.reply.cache,
         )
         engine, started = Engine(self.model, self.codec, words, lambda ids: "", config), time.perf_counter()
         engine.warm_up()
@@ -203,12 +213,13 @@ def codec_seconds(codec: Codec, slots: int, frames: int, most: int = 8, repeats:
 
 def bytes_read(sizes: EngineSizes, slots: int) -> float:
     """Bytes that a frame of all slots has to read: the weights, and the caches as far as a reply has come by half."""
-    c, talk = sizes.model.config, sizes.talk
-    entry = lambda stack: 2 * stack.num_layers * stack.num_kv_heads * stack.head_dim
+    c, talk, small = sizes.model.config, sizes.talk, sizes.reply.cache == "int8"
+    entry = lambda stack: 2 * stack.num_layers * stack.num_kv_heads * (stack.head_dim + 4 if small else stack.head_dim * wide)
+    wide = jnp.dtype(sizes.reply.dtype).itemsize
     text = (len(sizes.text()) + talk.frames / FRAMES_PER_PAIR / 2) * entry(c.reasoner.text) / FRAMES_PER_PAIR
     sound = (sizes.voice_length + talk.frames) * entry(c.backbone)
-    caches = (text + sound) * jnp.dtype(sizes.reply.dtype).itemsize
-    return frame_bytes(c, sizes.reply.dtype) + slots * caches
+    weights = [weights_read(sizes.model, sizes.codec, pairs) for pairs in ("all", "none")]
+    return sum(weights) / FRAMES_PER_PAIR + slots * (text + sound)
 
 
 def compare(sizes: EngineSizes, rounds: int, threads: int) -> dict:
@@ -227,12 +238,21 @@ def compare(sizes: EngineSizes, rounds: int, threads: int) -> dict:
     said = (talk.question(), np.array(sizes.text()), np.array(voice_prompt(words, config.tokens, talk.transcript())))
     ways = sorted({1, min(4, talk.frames), talk.frames})
     ours, theirs = [], {way: [] for way in ways}
+    worked: dict[str | int, list[float]] = collections.defaultdict(list)  # seconds of processors
+
+    def timed(name: str | int, reply: Callable):
+        started = time.process_time()
+        found = reply()
+        worked[name].append(time.process_time() - started)
+        return found
+
     with sizes.engine(1) as (engine, _):
         for _ in tqdm(range(rounds + 1), desc="bench stream, beside torch", unit="round"):
             with enter(engine, talk, config, sizes.sampling) as session:
-                ours.append(ask(session, talk))
+                ours.append(timed("chroma_jax", lambda session=session: ask(session, talk)))
             for way in ways:
-                theirs[way].append(peer.reply(*said, talk.voice(config), frames=talk.frames, codec_every=way))
+                given = {"frames": talk.frames, "codec_every": way}
+                theirs[way].append(timed(way, lambda given=given: peer.reply(*said, talk.voice(config), **given)))
     found = of_replies(ours[1:], codec_seconds(sizes.codec, 1, talk.frames), sizes.frame_seconds)
     by_way = {way: of_peer(replies[1:], sizes.frame_seconds) for way, replies in theirs.items()}
     best = {name: min(figures[name] for figures in by_way.values()) for name in by_way[ways[0]]}
@@ -243,6 +263,7 @@ def compare(sizes: EngineSizes, rounds: int, threads: int) -> dict:
         "chroma_jax": found,
         "torch": best,
         "torch_by_frames_decoded_at_once": by_way,
+        "processor_seconds": {str(name): statistics.median(seconds[1:]) for name, seconds in worked.items()},
         "ratio": {name: found[name] / best[name] for name in found if name in best},
         "ratio_voice_known": {name: found[name] / best[f"{name}_voice_known"] for name in ("first_audio_ms", "rtf")},
     }

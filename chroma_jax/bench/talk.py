@@ -15,6 +15,7 @@ from chroma_jax.streaming.session import SamplingSettings, Session
 
 RATE = 16_000  # of what the user says
 PIECE = 1280  # samples that a microphone gives at a time, 80 ms
+PAUSE = 0.5  # seconds before somebody speaks, in which an engine is done with what was before
 LEVEL = 0.1  # of the sound, −20 dBFS
 VOICE = "voice"  # its name
 
@@ -53,7 +54,7 @@ class Talk:
 
     def system(self, config: ChromaConfig) -> str:
         """The text before the user's turn that makes it as long as is wanted. Raises: ChromaError for too few tokens."""
-        around = lambda system: len(question(words, config.tokens, audio_outputs=1, system=system)) - 1
+        around = lambda system: len(question(words, config.tokens, heard=[config.tokens.audio], system=system)) - 1
         missing = self.question_tokens - around(text(1))
         if missing < 0:
             raise ChromaError(f"question_tokens is {self.question_tokens}, must be at least {around(text(1))}")
@@ -100,6 +101,7 @@ def interrupt(session: Session, talk: Talk) -> None:
 
 def say(session: Session, talk: Talk) -> float:
     """Returns when the question was over, by time.perf_counter: before its features are made when it comes at once."""
+    time.sleep(PAUSE)
     samples, began = talk.question(), time.perf_counter()
     if talk.fed == "at once":
         session.feed(samples)

@@ -37,6 +37,28 @@ def rematerialise(body, policy: Remat):
     return jax.checkpoint(body, policy=saved[policy], prevent_cse=False)
 
 
+def over_layers(body, carry, layers):
+    """`jax.lax.scan` over a stack of blocks, or a tuple that begins with one; `unstacked` blocks are gone through in
+    turn."""
+    blocks = layers[0] if isinstance(layers, tuple) else layers
+    if not isinstance(blocks, nnx.List):
+        return jax.lax.scan(body, carry, layers)
+    made = []
+    for layer in zip(*layers) if isinstance(layers, tuple) else layers:
+        carry, y = body(carry, layer)
+        made.append(y)
+    return carry, jax.tree.map(lambda *y: jnp.stack(y), *made)
+
+
+def unstacked(blocks: nnx.Module) -> nnx.List:
+    """Stacked blocks, each with arrays of its own. Processors copy a layer's weights out of a stack before they multiply with
+    them, which takes as long as the products of a row or two."""
+    graph, state = nnx.split(blocks)
+    leaves, tree = jax.tree.flatten(jax.device_get(state))
+    layers = ([jnp.asarray(x) for x in layer] for layer in zip(*leaves))
+    return nnx.List([nnx.merge(graph, jax.tree.unflatten(tree, layer)) for layer in layers])
+
+
 def computed_once(x: jax.Array) -> jax.Array:
     """``x``; on TPU kept from being computed anew for every tile of the product that takes it, which would wait for it where the
     matrix unit is much faster than the vector unit, as on v6e."""
@@ -66,7 +88,7 @@ def through_cached(blocks, x, rotation, mask, cache: KVCache, slots, row=None) -
         block, layer = block_and_layer
         return block.cached(x, rotation, past, cache.of_layer(layer, row))
 
-    x, new = jax.lax.scan(body, x, (blocks, jnp.arange(len(cache.keys))))
+    x, new = over_layers(body, x, (blocks, jnp.arange(len(cache.keys))))
     return x, cache.written(*new, slots, row)
 
 
@@ -143,7 +165,7 @@ class Llama(nnx.Module):
         after the final norm."""
         rotation = self._rotation(positions)
         body = rematerialise(lambda x, block: (block(x, rotation, mask), None), self.config.remat)
-        x, _ = jax.lax.scan(body, x, self.blocks)
+        x, _ = over_layers(body, x, self.blocks)
         return self.norm(x)
 
     def cached(
@@ -252,7 +274,7 @@ class Encoder(nnx.Module):
         """x: [B, T, D]; positions: int32 [B, T]; mask: bool [B, T, T]. Returns [B, T, D]."""
         rotation = self._rotation(positions)
         body = rematerialise(lambda x, block: (block(x, rotation, mask), None), self.config.remat)
-        return jax.lax.scan(body, x, self.blocks)[0]
+        return over_layers(body, x, self.blocks)[0]
 
     def cached(
         self, x: jax.Array, positions: jax.Array, cache: KVCache, slots: jax.Array, mask: jax.Array

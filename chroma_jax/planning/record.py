@@ -5,12 +5,14 @@
 Without a name, every shipped configuration for every one of its pods. An entry is replaced by a later one of the same effort.
 """
 
-import argparse
 import datetime
 import json
 from pathlib import Path
+from typing import Literal
 
+import tyro
 from tqdm import tqdm
+from tyro.conf import Positional
 
 from chroma_jax.config import module_of, read_python, shipped
 from chroma_jax.errors import ChromaError
@@ -51,10 +53,10 @@ def record(path: Path, names: list[str], effort: str) -> None:
         write_whole(path, json.dumps(sorted(kept, key=lambda e: (e["config"], e["effort"])), indent=1) + "\n")
 
 
+def main(out: Positional[Path], names: Positional[tuple[str, ...]] = (), effort: Literal["quick", "full"] = "full") -> None:
+    """Plans CONFIG@POD … and keeps the results in OUT."""
+    record(out, list(names) or every(), effort)
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("names", nargs="*", metavar="CONFIG@POD")
-    parser.add_argument("--effort", choices=("quick", "full"), default="full")
-    asked = parser.parse_args()
-    record(asked.out, asked.names or every(), asked.effort)
+    tyro.cli(main)

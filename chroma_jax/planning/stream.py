@@ -209,16 +209,19 @@ def size(tree) -> float:
 
 
 def must_read(model: Chroma, codec: Codec, state: StreamState, pairs: Pairs) -> float:
-    """Bytes that a tick has to read on one device: weights, without the few rows of tables that are looked up, and caches."""
+    """Bytes that a tick has to read on one device: `weights_read`, and caches."""
+    caches = (state.backbone_cache, state.codec, () if pairs == "none" else state.reasoner_cache)
+    return weights_read(model, codec, pairs) + size(caches)
+
+
+def weights_read(model: Chroma, codec: Codec, pairs: Pairs) -> float:
+    """Bytes of weights that a tick has to read on one device, without the few rows of tables that are looked up."""
     weights = lambda *modules: sum(size(nnx.state(module)) for module in modules if module is not None)
     decoder, passes = model.decoder, model.config.codebooks - 1
     heads = [x for x in (decoder.heads, decoder.heads_scale) if x is not None]
     total = weights(model.backbone, codec.decoder, codec.decoder_transformer, codec.upsample)
     total += passes * weights(decoder.model, decoder.projection) + size([x.get_value() for x in heads])
-    total += size((state.backbone_cache, state.codec))
-    if pairs != "none":
-        total += weights(model.reasoner.text, model.reasoner.head) + size(state.reasoner_cache)
-    return total
+    return total if pairs == "none" else total + weights(model.reasoner.text, model.reasoner.head)
 
 
 def read_program(compiled: jax.stages.Compiled, read: float, topology: Topology, mesh, seconds: float) -> TickPlan:

@@ -43,6 +43,7 @@ class Conversation:
         self.turns: list[Turn] = []
         self.dropped = 0  # turns that are forgotten
         self._waiting: list[int] = []  # tokens that come before the next speech
+        self._last: jax.Array | None = None  # speech that is to be read with what closes the turn
 
     @property
     def length(self) -> int:
@@ -54,17 +55,23 @@ class Conversation:
         self.turns.append(Turn())
         self._waiting = user_opening(self._encode, self._tokens)
 
-    def speech(self, outputs: jax.Array, count: int) -> list[Chunk]:
-        """More of the user's speech: the first ``count`` rows of outputs [K, D]."""
+    def speech(self, outputs: jax.Array, count: int, more: bool = True) -> list[Chunk]:
+        """More of the user's speech: the first ``count`` rows of outputs [K, D]. more: whether more may come; what is last is
+        read with what closes the turn."""
         if not self.turns[-1].heard:
             self._waiting = [*self._waiting, self._tokens.audio_start]
         self.turns[-1].heard += count
-        return self._take([self._tokens.audio] * count, outputs)
+        placeholders = [self._tokens.audio] * count
+        if more:
+            return self._take(placeholders, outputs)
+        self._waiting, self._last = [*self._waiting, *placeholders], outputs
+        return []
 
     def close_turn(self, said: str = "") -> list[Chunk]:
         """The user is done. said: what is written beside the speech, or instead."""
         closing = user_closing(self._encode, self._tokens, said)
-        return self._take([*([self._tokens.audio_end] if self.turns[-1].heard else []), *closing])
+        last, self._last = self._last, None
+        return self._take([*([self._tokens.audio_end] if self.turns[-1].heard else []), *closing], last)
 
     def replied(self, reply: list[int]) -> list[Chunk]:
         """Takes the reply's tokens, which the Reasoner has read as it said them, in place of those of before, if this reply was

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from chroma_jax.layers.sharding import RULES, AxisRules, state_shardings
+from chroma_jax.layers.transformer import unstacked
 from chroma_jax.models.chroma import Chroma, ChromaConfig
 from chroma_jax.models.codec import Codec
 from chroma_jax.models.quantized import quantized
@@ -44,6 +45,14 @@ def laid_out(tick: Callable, weights, state):
         return weights
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), (weights, state))
     return jax.device_put(weights, choosing(tick, weights).lower(*abstract).compile().input_formats[0][0])
+
+
+def taken_apart(model: Chroma, codec: Codec) -> tuple[Chroma, Codec]:
+    """Copies whose layers are not stacked, as processors want them for steps of a few positions; see `unstacked`."""
+    model, codec = (nnx.merge(*nnx.split(module)) for module in (model, codec))
+    for stack in (model.reasoner.text, model.backbone.model, model.decoder.model, codec.decoder_transformer):
+        stack.blocks = unstacked(stack.blocks)
+    return model, codec
 
 
 # A model over several devices

@@ -134,11 +134,11 @@ class Rounds:
         session.conversation.open_turn()
         session.carry, session.positions = self._slots.empty_carry(), 0
 
-    def hear(self, session: Session, block: MelBlock) -> list:
-        """A block of the user's speech is encoded and read."""
+    def hear(self, session: Session, block: MelBlock, more: bool) -> list:
+        """A block of the user's speech is encoded and, if there is ``more`` to come, read."""
         session.carry, outputs = self._slots.encode(session.carry, block.mel, block.length)
         before, session.positions = session.positions, session.positions + num_positions(block.length)
-        return self._reading(session, session.conversation.speech(outputs, session.positions // 2 - before // 2))
+        return self._reading(session, session.conversation.speech(outputs, session.positions // 2 - before // 2, more))
 
     def close_turn(self, session: Session, reply: Reply, said: str) -> list:
         session.phase, session.current = "asked", reply

@@ -157,7 +157,7 @@ class Session:
             raise ChromaError("end_turn: the turn is empty; feed samples, or give a text")
         self.engine.check_turn(self, self._samples, said)
         reply = Reply(self._replies)
-        self._heard(self._mel.finish() if self._samples else [])
+        self._heard(self._mel.finish() if self._samples else [], more=False)
         self.reply, self._replies = reply, self._replies + 1
         self._mel, self._samples, self.in_turn = None, 0, False
         self.engine.submit(self, [lambda: self.engine.rounds.close_turn(self, reply, said)])
@@ -184,10 +184,13 @@ class Session:
             self.reply.end("closed")
         self.engine.release(self)
 
-    def _heard(self, blocks: list) -> None:
-        opening = [] if self.in_turn else [lambda: self.engine.rounds.open_turn(self)]
+    def _heard(self, blocks: list, more: bool = True) -> None:
+        """more: whether any may come behind these."""
+        units = [] if self.in_turn else [lambda: self.engine.rounds.open_turn(self)]
         self.in_turn = True
-        self.engine.submit(self, [*opening, *((lambda b=block: self.engine.rounds.hear(self, b)) for block in blocks)])
+        for block in blocks:
+            units.append(lambda b=block: self.engine.rounds.hear(self, b, more or b is not blocks[-1]))
+        self.engine.submit(self, units)
 
     def _check_open(self) -> None:
         if self.closed:

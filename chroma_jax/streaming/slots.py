@@ -28,7 +28,7 @@ from chroma_jax.models.codec import Codec
 from chroma_jax.models.codec.codec import reset_rows
 from chroma_jax.rows import is_present
 from chroma_jax.schedule import FRAMES_PER_PAIR, NOTHING
-from chroma_jax.streaming.placing import compiler_options, laid_out, on_many, place_of, platform_of, running
+from chroma_jax.streaming.placing import compiler_options, laid_out, on_many, place_of, platform_of, running, taken_apart
 from chroma_jax.streaming.state import Capacity, StreamState, idle
 from chroma_jax.streaming.step import Pairs, traced_frame
 
@@ -214,9 +214,12 @@ class Slots:
     ):
         self.config, self.capacity, self.chunk, self.voice_positions = model.config, capacity, chunk, voice_positions
         self.dtype, self.count = jnp.dtype(dtype), slots
+        self._place = place_of(jax.tree.leaves(nnx.state(model))[0])
+        platform = platform_of(self._place)
+        if platform == "cpu" and not on_many(self._place):
+            model, codec = taken_apart(model, codec)
         (model_graph, model_state), (codec_graph, codec_state) = nnx.split(model), nnx.split(codec)
-        self._place = place_of(jax.tree.leaves(model_state)[0])
-        self._programs = programs((model_graph, codec_graph), dtype, platform_of(self._place))
+        self._programs = programs((model_graph, codec_graph), dtype, platform)
         made = partial(jax.jit, out_shardings=None if on_many(self._place) else SingleDeviceSharding(self._place))
         self._empty_voice = made(partial(self.config.backbone.empty_cache, 1, voice_positions, capacity.cached_as(self.dtype)))
         with running(self._place):

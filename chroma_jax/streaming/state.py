@@ -16,6 +16,7 @@ from chroma_jax.models.codec import Codec, CodecState
 from chroma_jax.schedule import NOTHING
 from chroma_jax.streaming.sampling import Sampling
 
+MOST_AT_ONCE = 8  # frames that the Codec decodes in one pass, so that its weights are read once for them
 Kept = Literal["as_dtype", "int8"]  # in which form weights or caches lie in memory
 
 
@@ -88,7 +89,7 @@ def idle(config: ChromaConfig, codec: Codec, rows: int, capacity: Capacity, dtyp
         backbone_position=jnp.zeros(rows, jnp.int32),
         codes=jnp.full((rows, config.codebooks), NOTHING, jnp.int32),
         speaking=jnp.zeros(rows, bool),
-        codec=codec.decoder_state(rows, jnp.float32, max_frames=capacity.frames),
+        codec=codec.decoder_state(rows, jnp.float32, frames_per_step=MOST_AT_ONCE, max_frames=capacity.frames),
         sampling=Sampling.of(0.0, 0, rows),
         keys=jax.random.split(jax.random.key(0), rows),
     )
