@@ -1,6 +1,8 @@
 """Promises of small weights and caches: what is kept in a byte, how little that changes, and that a row still says what it says
 alone."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,13 +10,17 @@ import pytest
 from flax import nnx
 from tiny_speaker import CONFIG, case, drawn, rescored
 
+from chroma_jax.bench.small import EXACT, Form, bench_small
 from chroma_jax.layers.attention import KVCache, Past, attend_cached, cached_mask
 from chroma_jax.layers.linear import Linear
 from chroma_jax.models.chroma import Chroma
 from chroma_jax.models.codec import Codec
 from chroma_jax.models.quantized import quantized, small
+from chroma_jax.streaming.load import load_run
 from chroma_jax.streaming.prompt import stack
 from chroma_jax.streaming.stream import Speaker, settings
+from chroma_jax.training.loss import LossConfig, loss
+from data_pipelines.records import evaluation_batches
 
 CASES = (case(0, 5000, 5, "abc"), case(1, 32_000, 60, "a longer text"))
 FRAMES = 8
@@ -119,3 +125,21 @@ def test_heads_beside_each_other_attend_as_heads_apart():
     past = Past.of(cached_mask(at, capacity), at)
     found = [attend_cached(q, k, v, cache.written(*new, slots, None).of_layer(0, None), past) for cache in (apart, beside)]
     np.testing.assert_allclose(*found, atol=1e-6)  # float32; zeros are added in other places
+
+
+def test_forms_of_a_model_are_measured_beside_the_exact_one(tiny_prepared, tiny_run):
+    config, prepared = tiny_prepared
+    model, _, _ = load_run(tiny_run, config)
+    forms = (EXACT, Form("float32", "int8", "int8"))
+    found = bench_small(model, prepared, split="valid", rows=2, batches=1, forms=forms)
+    exact, small = found["forms"]
+    assert all(found["targets"].values()) and set(exact["agreement"].values()) == {1.0}
+    losses = {}
+    for batch in evaluation_batches(prepared, "valid", config.model, global_batch=2):
+        _, losses = jax.jit(partial(loss, config=LossConfig(text_weight=1.0), dtype=jnp.float32))(
+            model, batch, key=jax.random.key(0)
+        )
+        break
+    for part, name in (("text", "text_loss"), ("c0", "c0_loss"), ("residual", "residual_loss")):
+        assert exact["loss"][part] == pytest.approx(float(losses[name]), rel=1e-4)  # float32, through a cache in pieces
+        assert 0 < abs(small["loss"][part] - exact["loss"][part]) < 0.05 * exact["loss"][part]

@@ -2,6 +2,7 @@
 rows, by the very attention over a cache that streaming uses."""
 
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -41,33 +42,35 @@ FORMS = (
 PARTS = ("text", "c0", "residual")
 
 
-def bench_small(model: Chroma, prepared: Path, *, split: str, rows: int, batches: int | None = None) -> dict:
+def bench_small(
+    model: Chroma, prepared: Path, *, split: str, rows: int, batches: int | None = None, forms: Sequence[Form] = FORMS
+) -> dict:
     """Of each form and of each kind of target (reply tokens, first codes, other codes): the loss in nats, how many targets were
     foreseen, and how often the likeliest entry is that of float32.
 
-    model: in float32, as `load_run` gives it; rows: of a batch; batches: so many only. Raises: ChromaError for data that does not
-    fit.
+    model: in float32, as `load_run` gives it; rows: of a batch; batches: so many only; forms: the first is what the others are
+    compared with. Raises: ChromaError for data that does not fit.
     """
     graph, state = nnx.split(model)
-    found, started = {form: Sums() for form in FORMS}, time.perf_counter()
+    found, started = {form: Sums() for form in forms}, time.perf_counter()
     models = {}
-    for form in FORMS:
+    for form in forms:
         cast = nnx.merge(graph, jax.tree.map(lambda x, form=form: jnp.array(x, form.dtype), state))
         models[form] = quantized(cast) if form.weights == "int8" else cast
     for i, batch in enumerate(evaluation_batches(prepared, split, model.config, global_batch=rows)):
         if batches is not None and i >= batches:
             break
         exact = None
-        for form in FORMS:
+        for form in forms:
             logits = jax.device_get(forced(models[form], batch, form.dtype, form.cache == "int8"))
             exact = logits if exact is None else exact
             found[form].add(logits, exact, targets(batch))
     return {
         "split": split,
-        "targets": {part: int(found[EXACT].count[part]) for part in PARTS},
+        "targets": {part: int(found[forms[0]].count[part]) for part in PARTS},
         "seconds": round(time.perf_counter() - started, 1),
         "device": jax.devices()[0].device_kind,
-        "forms": [form._asdict() | found[form].means() for form in FORMS],
+        "forms": [form._asdict() | found[form].means() for form in forms],
     }
 
 

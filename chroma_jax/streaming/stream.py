@@ -88,6 +88,7 @@ class Speaker:
         (model_graph, model_state), (codec_graph, codec_state) = nnx.split(model), nnx.split(codec)
         leaves, tree = jax.tree.flatten((model_state, codec_state))
         self.place = place_of(leaves[0])
+        self.beside = self.place if on_many(self.place) else None  # one device's inputs follow the weights by themselves
         # bound to their device, wherever they come from: else the same shapes would be compiled twice
         self.weights = leaves if on_many(self.place) else jax.device_put(leaves, self.place)
         self.programs = programs((model_graph, codec_graph), tree, dtype, compatibility)
@@ -99,7 +100,7 @@ class Speaker:
         padded = np.zeros((1, rounded_up(frames, ENCODE_BUCKET) * size), np.float32)
         padded[0, : len(wave)] = wave
         with guarded(self.place):
-            return jax.device_get(self.programs.encode(self.weights, jax.device_put(padded, self.place)))[0, :frames]
+            return jax.device_get(self.programs.encode(self.weights, jax.device_put(padded, self.beside)))[0, :frames]
 
     def start(self, prompt: Prompt, sampling: Sampling, keys: jax.Array, max_frames: int) -> StreamState:
         """The state before the first frame. prompt, sampling: host arrays of B rows; keys: random keys [B]; max_frames: the
@@ -108,7 +109,8 @@ class Speaker:
             raise ChromaError(f"the prompt was not stacked for compatibility {self.compatibility!r}, as the speaker is")
         capacity = Capacity.of(prompt.text.shape[1], prompt.voice_token.shape[1], max_frames, self.cache)
         with guarded(self.place):
-            prompt, sampling, keys = jax.device_put((prompt, sampling, keys), self.place)
+            prompt, sampling = jax.device_put((prompt, sampling), self.beside)
+            keys = keys if self.beside is None else jax.device_put(keys, self.beside)
             return self.programs.prefill(self.weights, prompt, sampling, keys, capacity)
 
     def frames(self, state: StreamState, max_frames: int) -> Iterator[StepOutput]:
