@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from chroma_jax.errors import ChromaError
-from chroma_jax.layers import attention, blocks, rope, transformer
+from chroma_jax.layers import attention, blocks, fusion, rope
 from chroma_jax.layers.sharding import MeshConfig, make_mesh
 from chroma_jax.layers.transformer import Llama, LlamaConfig
 
@@ -133,4 +133,4 @@ def test_what_tpu_computes_by_other_ways_has_the_same_gradient():
     weights = jnp.cos(jnp.arange(16.0))
     plain = jax.grad(lambda x: jnp.sum(weights * rope.halves_turned(x) ** 2))(x)
     assert jnp.array_equal(jax.grad(lambda x: jnp.sum(weights * rope._turned(x) ** 2))(x), plain)
-    assert jnp.array_equal(jax.grad(lambda x: jnp.sum(weights * transformer._gradient_once(x) ** 2))(x), 2 * weights * x)
+    assert jnp.array_equal(jax.grad(lambda x: jnp.sum(weights * fusion._gradient_once(x) ** 2))(x), 2 * weights * x)

@@ -12,6 +12,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.sharding import PartitionSpec as P
 
 from chroma_jax.errors import ChromaError
+from chroma_jax.layers.fusion import gradient_once
 from chroma_jax.layers.sharding import active, leading_spec, on_tpu
 
 LANES = 128
@@ -60,7 +61,7 @@ def _attend(q, k, v, query_segments, key_segments, shard, *, interpret: bool):
             shard, [lambda *x, run=run: run(*x[:3], kernel.SegmentIds(*x[3:])) for run in branches], q, k, v, a, b
         )
     over_heads = jax.vmap(one, in_axes=(0, 0, 0, None, None))
-    out = jax.vmap(over_heads)(q, k, v, query_segments, key_segments)
+    out = gradient_once(jax.vmap(over_heads)(q, k, v, query_segments, key_segments))
     return jnp.moveaxis(out, 3, 1)
 
 

@@ -14,9 +14,10 @@ from jax.ad_checkpoint import checkpoint_name
 
 from chroma_jax.layers import rope
 from chroma_jax.layers.attention import Attention, Kernel, KVCache, Mask, Past, Rotation, cached_mask
+from chroma_jax.layers.fusion import computed_once, gradient_once
 from chroma_jax.layers.linear import LayerNorm, Linear, RMSNorm, in_use, weight, zeros
 from chroma_jax.layers.rope import RopeConfig
-from chroma_jax.layers.sharding import RULES, AxisRules, on_tpu
+from chroma_jax.layers.sharding import RULES, AxisRules
 from chroma_jax.layers.splash import SAVED
 
 Remat = Literal["none", "products", "attention", "full"]
@@ -57,26 +58,6 @@ def unstacked(blocks: nnx.Module) -> nnx.List:
     leaves, tree = jax.tree.flatten(jax.device_get(state))
     layers = ([jnp.asarray(x) for x in layer] for layer in zip(*leaves))
     return nnx.List([nnx.merge(graph, jax.tree.unflatten(tree, layer)) for layer in layers])
-
-
-def computed_once(x: jax.Array) -> jax.Array:
-    """``x``; on TPU kept from being computed anew for every tile of the product that takes it, which would wait for it where the
-    matrix unit is much faster than the vector unit, as on v6e."""
-    return jax.lax.optimization_barrier(x) if on_tpu() else x
-
-
-def gradient_once(x: jax.Array) -> jax.Array:
-    """``x``; on TPU its gradient is computed as such before anything is made of it. What is costly to make would be made anew for
-    every product that takes it, and sums over it, fused with the product that makes it, would hold up the matrix unit."""
-    return _gradient_once(x) if on_tpu() else x
-
-
-@jax.custom_vjp
-def _gradient_once(x: jax.Array) -> jax.Array:
-    return x
-
-
-_gradient_once.defvjp(lambda x: (x, None), lambda _, gradient: (jax.lax.optimization_barrier(gradient),))
 
 
 def through_cached(blocks, x, rotation, mask, cache: KVCache, slots, row=None) -> tuple[jax.Array, KVCache]:
