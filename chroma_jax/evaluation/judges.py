@@ -118,6 +118,7 @@ def transformers_whisper(folder: Path) -> tuple[Transcribe, bool]:
 
 def whisper_base() -> Path:
     """Whisper base, put together from the two packages that carry its halves, and kept in the cache folder."""
+    needed("faster_whisper", "faster-whisper")  # which will read it
     halves = []
     for name in REPACK:
         spec = importlib.util.find_spec(name)

@@ -104,7 +104,8 @@ def on_mesh(model: Chroma, codec: Codec, mesh: Mesh) -> tuple[Chroma, Codec]:
     made = lambda: quantized(Chroma(nnx.Rngs(0), config)) if small else Chroma(nnx.Rngs(0), config)
     graphs = [nnx.split(nnx.eval_shape(make))[0] for make in (made, lambda: Codec(nnx.Rngs(0), config.codec))]
     states = nnx.state(model), nnx.state(codec)
-    placed = jax.device_put(states, weight_shardings(config, *states, mesh))
+    # by way of the host, from where any array may go to any devices
+    placed = jax.device_put(jax.device_get(states), weight_shardings(config, *states, mesh))
     return tuple(nnx.merge(graph, state) for graph, state in zip(graphs, placed, strict=True))
 
 
