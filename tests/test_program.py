@@ -10,6 +10,7 @@ from tiny import replace
 from chroma_jax.cli import main
 from chroma_jax.errors import ChromaError
 from chroma_jax.layers.sharding import MeshConfig, make_mesh
+from chroma_jax.planning.chips import compiling_afresh
 from chroma_jax.training.program import save_program, with_program
 from chroma_jax.training.train import abstract_batch, trainer_of
 from data_pipelines.records import batches
@@ -22,7 +23,7 @@ def saved(tiny_prepared, tmp_path_factory):
     config = dataclasses.replace(config, mesh=MeshConfig(fsdp=2, tensor=2))
     path = tmp_path_factory.mktemp("program") / "step.bin"
     mesh = make_mesh(config.mesh)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), compiling_afresh():
         trainer = trainer_of(config, mesh)
         compiled = trainer.train_step.lower(trainer.abstract, abstract_batch(config, trainer)).compile()
         save_program(compiled, config, "four CPU devices", path)

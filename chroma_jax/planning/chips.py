@@ -4,6 +4,7 @@ Figures per chip, from Google's pages on each TPU version (docs.cloud.google.com
 that the compiler's cycles count (libtpu). "GB" is 10⁹ bytes, except that memory is counted in GiB, as the pages do.
 """
 
+import contextlib
 import dataclasses
 import math
 import re
@@ -11,6 +12,7 @@ import re
 import jax
 import numpy as np
 from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
 
 from chroma_jax.errors import ChromaError, near
 
@@ -110,6 +112,23 @@ def compile_only_devices(topology: Topology) -> list[jax.Device]:
         first = (str(e).strip().splitlines() or [type(e).__name__])[0]
         raise ChromaError(f"cannot plan for {topology.name}: {first[:200]} (the compiler comes with the extra 'tpu')") from e
     return sorted(found, key=lambda device: (getattr(device, "slice_index", 0), device.id))
+
+
+@contextlib.contextmanager
+def compiling_afresh():
+    """Inside, nothing is read from JAX's persistent cache nor written to it: it cannot give back a program for devices that are
+    not here, and a program that it gave back on a CPU lacks parts when it is written to a file."""
+    was = jax.config.jax_enable_compilation_cache
+
+    def enable(on: bool):
+        jax.config.update("jax_enable_compilation_cache", on)
+        compilation_cache.reset_cache()  # which remembers whether it is used
+
+    enable(False)
+    try:
+        yield
+    finally:
+        enable(was)
 
 
 def ring_bandwidth(topology: Topology, group: np.ndarray, mesh_devices: np.ndarray) -> float:

@@ -18,7 +18,7 @@ from chroma_jax.errors import ChromaError
 from chroma_jax.flops import counted
 from chroma_jax.layers.sharding import MESH_AXES, MeshConfig, make_mesh
 from chroma_jax.planning import hlo, kernels
-from chroma_jax.planning.chips import Chip, Topology, compile_only_devices, ring_bandwidth
+from chroma_jax.planning.chips import Chip, Topology, compile_only_devices, compiling_afresh, ring_bandwidth
 from chroma_jax.training.codec.step import Phase, make_codec_trainer
 from chroma_jax.training.codec.teacher import load_teacher
 from chroma_jax.training.train import abstract_batch, step_flops, trainer_of
@@ -231,7 +231,8 @@ def planned(
     known before."""
     started = time.perf_counter()
     try:
-        compiled = traced.lower().compile(QUICK if effort == "quick" else {})
+        with compiling_afresh():
+            compiled = traced.lower().compile(QUICK if effort == "quick" else {})
     except jax.errors.JaxRuntimeError as e:
         raise too_large(topology, str(e), traced.jaxpr.jaxpr) from e
     seconds = time.perf_counter() - started

@@ -19,7 +19,7 @@ from chroma_jax.models.chroma import Chroma
 from chroma_jax.models.codec import Codec
 from chroma_jax.models.quantized import quantized
 from chroma_jax.planning import hlo
-from chroma_jax.planning.chips import Topology, compile_only_devices
+from chroma_jax.planning.chips import Topology, compile_only_devices, compiling_afresh
 from chroma_jax.planning.plan import QUICK, DoesNotFit, Traffic, compute, too_large, traffic, unestimated
 from chroma_jax.schedule import FRAMES_PER_PAIR
 from chroma_jax.streaming.placing import TPU_OPTIONS, choosing, divided, weight_shardings
@@ -155,7 +155,8 @@ def plan_stream(
             started = time.perf_counter()
             traced = program.trace(held, state)
             try:
-                compiled = traced.lower().compile(QUICK if effort == "quick" else None)
+                with compiling_afresh():
+                    compiled = traced.lower().compile(QUICK if effort == "quick" else None)
             except jax.errors.JaxRuntimeError as e:
                 raise too_large(topology, str(e), traced.jaxpr.jaxpr) from e
             read = must_read(*(nnx.merge(*pair) for pair in zip(graphs, held, strict=True)), state, pairs)
