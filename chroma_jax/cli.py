@@ -102,13 +102,13 @@ def status(args: Status) -> int:
     return 0
 
 
-def virtual_devices(config) -> None:
-    """Enough virtual devices for the mesh where there is no accelerator; real devices are not affected."""
+def virtual_devices(count: int) -> None:
+    """So many virtual devices where there is no accelerator; real devices are not affected."""
     import jax
 
-    if jax.config.jax_num_cpu_devices < config.mesh.num_devices:
+    if jax.config.jax_num_cpu_devices < count:
         with contextlib.suppress(RuntimeError):  # JAX is running already; the mesh will say what is missing
-            jax.config.update("jax_num_cpu_devices", config.mesh.num_devices)
+            jax.config.update("jax_num_cpu_devices", count)
 
 
 def info(args: Info, config) -> int:
@@ -302,7 +302,7 @@ def import_(args: Import, config) -> int:
     if args.dry_run:
         print("dry run: every tensor is accounted for; nothing was written")
         return 0
-    virtual_devices(plan.config)
+    virtual_devices(plan.config.mesh.num_devices)
     print(import_sources(plan, dest, "keep" if args.keep_unused else "leave"))
     return 0
 
@@ -442,6 +442,8 @@ def dispatch(command: str, argv: list[str]) -> int:
     )
     whole.__doc__ = arguments.__doc__
     args = parse(whole, argv, program)
+    if source != "file" and isinstance(args.config, configs.Config):
+        virtual_devices(args.config.reply.tensor)
     return function(args, args.config)
 
 

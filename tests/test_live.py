@@ -62,6 +62,9 @@ def test_recordings_are_answered_and_the_replies_kept(speaker, recordings, tmp_p
     assert main([*common, "--voice", kept, "--out", str(tmp_path / "second")]) == 0
     for i, wave in enumerate(replies, 1):
         np.testing.assert_array_equal(soundfile.read(tmp_path / "second" / f"reply-{i}.wav")[0], wave)
+    assert main([*common, "--voice", kept, "--reply.tensor", "2", "--out", str(tmp_path / "divided")]) == 0
+    for i, wave in enumerate(replies, 1):  # 16 bits, of sums in another order
+        np.testing.assert_allclose(soundfile.read(tmp_path / "divided" / f"reply-{i}.wav")[0], wave, atol=2 / 2**15)
 
 
 def test_a_voice_without_its_transcript_is_refused(speaker, recordings, capsys):

@@ -433,7 +433,18 @@ def test_the_streaming_ticks_are_planned_for_one_device(tmp_path, capsys):
     assert found["fits"] and found["pair"]["read"] > found["frame"]["read"] > 0
     assert found["pair"]["hbm_bytes"] > found["frame"]["hbm_bytes"] and not found["pair"]["unknown_loops"]
     assert main([*plan, "--rows", "0"]) == 2
-    assert main([*plan, "--rows", "2", "--mesh.tensor", "2"]) == 2  # of one device
+    assert main([*plan, "--rows", "2", "--reply.tensor", "2"]) == 2  # of one device
+
+
+@needs_compiler
+def test_the_streaming_ticks_are_planned_for_devices_that_share_a_model(tmp_path, capsys):
+    plan = ["plan", "nano", "--step", "stream", "--positions", "64", "--effort", "quick", "--rows", "2"]
+    for topology in ("v5e:1x1", "v5e:2x2"):
+        assert main([*plan, "--topology", topology, "--out", str(tmp_path / topology)]) == 0
+    assert "each of 4 chips that share the model" in capsys.readouterr().out
+    alone, shared = (json.loads((tmp_path / topology).read_text())[0] for topology in ("v5e:1x1", "v5e:2x2"))
+    assert shared["weights"] < 0.7 * alone["weights"]  # the Codec is whole on each
+    assert shared["pair"]["link_seconds"] > 0 == alone["pair"]["link_seconds"]
 
 
 def test_candidates_use_every_device():

@@ -8,11 +8,15 @@ import pytest
 from flax import nnx
 from tiny_speaker import CONFIG, case, drawn
 
+from chroma_jax.bench.stream import random_models
+from chroma_jax.config import ReplyConfig, load
+from chroma_jax.errors import ChromaError
 from chroma_jax.layers.sharding import MeshConfig, make_mesh
 from chroma_jax.models.chroma import Chroma
 from chroma_jax.models.codec import Codec
 from chroma_jax.models.quantized import quantized
 from chroma_jax.schedule import NOTHING
+from chroma_jax.streaming.load import load_run
 from chroma_jax.streaming.placing import divided, on_mesh
 from chroma_jax.streaming.prompt import stack
 from chroma_jax.streaming.rounds import beginning
@@ -91,3 +95,38 @@ def test_a_divided_model_holds_its_part_of_every_kernel(modules):
         assert kernel.addressable_shards[0].data.shape[-1] * 2 == kernel.shape[-1]
         scale = part.blocks.gate.scale[...]
         assert scale.addressable_shards[0].data.shape[-1] * 2 == scale.shape[-1]
+
+
+@pytest.mark.parametrize("weights", ["as_dtype", "int8"])
+def test_a_run_is_loaded_in_parts(tiny_run, weights):
+    """No device ever holds all of it; what is read so is what one device reads."""
+    config = load(tiny_run)
+
+    def loaded(tensor: int):
+        return load_run(
+            tiny_run, dataclasses.replace(config, reply=dataclasses.replace(config.reply, weights=weights, tensor=tensor))
+        )
+
+    (whole, *_), (model, codec, _) = loaded(1), loaded(2)
+    halves = 0
+    for (path, one), (_, other) in zip(*(nnx.to_flat_state(nnx.state(m)) for m in (whole, model)), strict=True):
+        part = other[...].addressable_shards[0].data
+        halves += part.size * 2 == one[...].size
+        np.testing.assert_array_equal(other[...], one[...], err_msg="/".join(map(str, path)))
+    assert halves >= 10  # products of the three transformers
+    assert all(x.is_fully_replicated and len(x.devices()) == 2 for x in jax.tree.leaves(nnx.state(codec)))
+
+
+def test_more_devices_than_there_are(tiny_run):
+    config = load(tiny_run)
+    for tensor, said in ((0, "must be at least 1"), (64, "needs 64 devices, 8 present")):
+        with pytest.raises(ChromaError, match=said):
+            load_run(tiny_run, dataclasses.replace(config, reply=dataclasses.replace(config.reply, tensor=tensor)))
+
+
+def test_random_models_are_made_in_parts():
+    (whole, _), (model, codec) = (random_models(CONFIG, ReplyConfig(tensor=tensor)) for tensor in (1, 2))
+    assert jax.tree.map(lambda x: x.shape, nnx.state(model)) == jax.tree.map(lambda x: x.shape, nnx.state(whole))
+    kernel = model.backbone.model.blocks.gate.kernel[...]
+    assert kernel.addressable_shards[0].data.shape[-1] * 2 == kernel.shape[-1]
+    assert len(said(model, codec)) == FRAMES

@@ -32,6 +32,7 @@ from chroma_jax.planning.stream import weights_read
 from chroma_jax.schedule import FRAMES_PER_PAIR, NOTHING
 from chroma_jax.streaming.engine import Engine, EngineConfig
 from chroma_jax.streaming.meter import DEADLINE
+from chroma_jax.streaming.placing import abstract_model, codec_on, place_for, place_of, running
 from chroma_jax.streaming.prompt import rounded_up
 from chroma_jax.streaming.session import SamplingSettings
 
@@ -39,14 +40,18 @@ Round = Callable[[], list[list[float]]]  # → for each reply when its frames we
 
 
 def random_models(config: ChromaConfig, reply: ReplyConfig) -> tuple[Chroma, Codec]:
-    """Weights at random on the first device, in the types that are asked for, the Codec's in float32."""
+    """Weights at random, where and in the types that are asked for, as of `load_run`."""
+    place = place_for(reply.tensor)
+    graph, wanted = nnx.split(abstract_model(config, reply.dtype, place))
+    config = nnx.merge(graph, wanted).config  # as it is divided
 
-    def make():
-        graph, state = nnx.split(Chroma(nnx.Rngs(0), config))
-        return nnx.merge(graph, jax.tree.map(lambda x: x.astype(reply.dtype), state)), Codec(nnx.Rngs(1), config.codec)
+    def draw():
+        return jax.tree.map(lambda x: x.astype(reply.dtype), nnx.state(Chroma(nnx.Rngs(0), config)))
 
-    model, codec = jax.jit(make)()
-    return quantized(model) if reply.weights == "int8" else model, codec
+    with running(place):
+        model = nnx.merge(graph, jax.jit(draw, out_shardings=jax.tree.map(lambda x: x.sharding, wanted))())
+        model = quantized(model) if reply.weights == "int8" else model
+    return model, codec_on(jax.jit(lambda: Codec(nnx.Rngs(1), config.codec))(), place)
 
 
 def bench_stream(
@@ -70,10 +75,11 @@ def bench_stream(
     sizes = EngineSizes(model, codec, reply, talk, text_positions, chunk)
     device, threads = jax.devices()[0], len(os.sched_getaffinity(0))
     read = bandwidth(device)
+    read = None if read is None else read * (1 if device.platform == "cpu" else reply.tensor)
     found = {
         **dataclasses.asdict(talk),
         "device": device.device_kind,
-        "chips": 1,
+        "chips": reply.tensor,
         "threads": threads,
         "dtype": reply.dtype,
         "weights": reply.weights,
@@ -88,7 +94,7 @@ def bench_stream(
     measured = [concurrent(sizes, count, rounds, read) for count in slots]
     within = [x["slots"] for x in measured if x["tick_ms"]["p99"] <= 1000 * DEADLINE]
     return found | {
-        "streams_per_chip": max(within, default=0),
+        "streams_per_chip": max(within, default=0) / reply.tensor,
         "concurrency": measured,
         "peer": compared,
         "load_average": os.getloadavg()[0],
@@ -201,13 +207,14 @@ def codec_seconds(codec: Codec, slots: int, frames: int, most: int = 8, repeats:
     count = min(most, frames)
     graph, state = nnx.split(codec)
     step = jax.jit(lambda state, stream, codes: nnx.merge(graph, state).decode_step(stream, codes), donate_argnums=1)
-    stream, codes = codec.decoder_state(slots), jnp.zeros((slots, count, codec.config.num_codebooks), jnp.int32)
     taken = []
-    for _ in range(repeats + 1):
-        started = time.perf_counter()
-        stream, samples = step(state, stream, codes)
-        jax.block_until_ready(samples)
-        taken.append(time.perf_counter() - started)
+    with running(place_of(jax.tree.leaves(state)[0])):
+        stream, codes = codec.decoder_state(slots), jnp.zeros((slots, count, codec.config.num_codebooks), jnp.int32)
+        for _ in range(repeats + 1):
+            started = time.perf_counter()
+            stream, samples = step(state, stream, codes)
+            jax.block_until_ready(samples)
+            taken.append(time.perf_counter() - started)
     return statistics.median(taken[1:]) / count
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import AxisType, Mesh, SingleDeviceSharding
+from jax.sharding import SingleDeviceSharding
 from tqdm import tqdm
 
 from chroma_jax import config as configs
@@ -152,12 +152,8 @@ def import_sources(plan: Plan, dest: Path, unused: str = "leave") -> str:
 
 
 def place(plan: Plan) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shape, type and place of every weight of the speaking model that is read, by path.
-
-    Weights lie as in training; the axes of the mesh are automatic, since turning a foreign tensor moves its axes.
-    """
-    explicit = make_mesh(plan.config.mesh)
-    mesh = Mesh(explicit.devices, explicit.axis_names, axis_types=(AxisType.Auto,) * explicit.devices.ndim)
+    """Shape, type and place of every weight of the speaking model that is read, by path. Weights lie as in training."""
+    mesh = make_mesh(plan.config.mesh)
     state = nnx.state(nnx.eval_shape(lambda: Chroma(nnx.Rngs(0), plan.config.model)))
     shardings, shapes = values(state_shardings(state, mesh)), values(state)
     kinds = {row.path: a.dtype(row) for a in plan.accounts for row in a.rows if row.part != "codec"}

@@ -103,6 +103,8 @@ def export_stablehlo(
     check_platforms(platforms)
     if is_reference(config.reply.compatibility):
         raise ChromaError('reply.compatibility is "reference"; an artefact can only be "corrected"')
+    if config.reply.tensor != 1:
+        raise ChromaError(f"reply.tensor is {config.reply.tensor}; an artefact is for one device")
     if importlib.util.find_spec("flatbuffers") is None:
         raise ChromaError("jax.export needs the package flatbuffers: pip install flatbuffers")
     check_new(dest)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 from flax import nnx
-from jax.sharding import NamedSharding, Sharding
+from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 from safetensors import SafetensorError, safe_open
 
@@ -151,6 +151,7 @@ def read_weights(
     abstract: shape, dtype and sharding of each weight by path. progress: is told how many bytes of the files are done.
     """
     weights: dict[str, jax.Array] = {}
+    asked, abstract = abstract, {path: automatic(x) for path, x in abstract.items()}
     for batch in _batches(rows, header):
         tensors = _read(batch, header, abstract)
         for row, layer, name in batch:
@@ -163,11 +164,20 @@ def read_weights(
                     weights[row.path] = _zeros(target.shape, tensors[name].dtype, target.sharding)()
                 weights[row.path] = place(weights[row.path], tensors[name], layer)
             if row.layers is None or layer == row.layers - 1:
-                weights[row.path] = _numbers(weights[row.path], target.dtype)
+                weights[row.path] = jax.device_put(_numbers(weights[row.path], target.dtype), asked[row.path].sharding)
             # one after the other: virtual CPU devices have no threads for the collectives of two programs at once
             jax.block_until_ready(weights[row.path])
             progress(header[name].nbytes)
     return weights
+
+
+def automatic(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """The same on a mesh whose axes are automatic, as turning a foreign tensor moves its axes."""
+    if not isinstance(x.sharding, NamedSharding):
+        return x
+    mesh = x.sharding.mesh
+    mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * mesh.devices.ndim)
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec))
 
 
 def _batches(rows: Iterable[Row], header: Header) -> Iterator[list[tuple[Row, int, str]]]:

@@ -1,5 +1,6 @@
 """Attention with grouped query heads, over a whole sequence or a cache."""
 
+import functools
 import math
 from typing import Literal, NamedTuple
 
@@ -18,6 +19,7 @@ from chroma_jax.layers.sharding import RULES, AxisRules, active, constrain, divi
 # later than they, for processors that have no kernel. "splash": TPU's kernel.
 Kernel = Literal["plain", "blocks", "splash"]
 LANES = splash.LANES
+AT_ONCE = 2**25  # bytes of scores that a TPU keeps beside the products; of more it would compute some again
 
 
 class Rotation(NamedTuple):
@@ -41,6 +43,8 @@ class KVCache(NamedTuple):
 
     @classmethod
     def zeros(cls, layers: int, batch: int, capacity: int, heads: int, head_dim: int, dtype, rules=RULES) -> "KVCache":
+        if on_tpu() and dtype == jnp.float32 and jax.config.jax_default_matmul_precision is None:
+            dtype = jnp.bfloat16  # which TPU's products make of their inputs
         beside = math.gcd(heads // parts(rules.heads), max(1, LANES // head_dim)) if on_tpu() else 1
         shape = (layers, batch, heads // beside, capacity, beside * head_dim)
 
@@ -57,9 +61,9 @@ class KVCache(NamedTuple):
     def capacity(self) -> int:
         return self.keys.shape[3]
 
-    def of_layer(self, layer: jax.Array, row: jax.Array | None) -> "KVCache":
-        """[B, K/P, S, P·H] of a layer, or [1, …] of one of its rows. Only read, so that it need not be copied."""
-        return jax.tree.map(lambda x: x[layer] if row is None else x[layer, row][None], self)
+    def of_layer(self, layer: jax.Array, row: jax.Array | None) -> "Old":
+        """A layer, or one of its rows, to be read."""
+        return Old(self, jnp.int32(layer), row)
 
     def written(self, keys: jax.Array, values: jax.Array, slots: jax.Array, row: jax.Array | None) -> "KVCache":
         """With new entries, [layers, B, T, K, H], at ``slots``, int32 [B, T]; what is past the capacity is dropped."""
@@ -114,6 +118,26 @@ def one_by_one(cache: KVCache, keys, values, slots: jax.Array, row: jax.Array | 
     return jax.lax.fori_loop(0, slots.size, one, cache)
 
 
+class Old(NamedTuple):
+    """What is cached of a layer, or of one row of it. Only read, a part at a time, so that it need not be copied."""
+
+    cache: KVCache
+    layer: jax.Array  # int32 []
+    row: jax.Array | None  # int32 []
+
+    def rows(self, first: int, count: int) -> KVCache:
+        """[count, K/P, S, P·H] of the layer."""
+        first = first if self.row is None else self.row
+
+        def of(x):
+            at = (self.layer, first, *(0,) * (x.ndim - 2))
+            x = jax.lax.dynamic_slice(x, at, (1, count, *x.shape[2:]))[0]
+            # else TPU turns all scales around, in every layer
+            return with_layout_constraint(x, Layout(tuple(range(x.ndim)))) if self.cache.key_scale is not None else x
+
+        return jax.tree.map(of, self.cache)
+
+
 class Past(NamedTuple):
     """What new positions see. before: of the cache's entries that they do not replace, bool [B, T, S]; among: of themselves,
     bool [B, T, T]."""
@@ -124,7 +148,11 @@ class Past(NamedTuple):
     @classmethod
     def of(cls, mask: jax.Array, slots: jax.Array) -> "Past":
         """mask: bool [B, T, S], over the cache as it is once the new positions are written to ``slots``, int32 [B, T]."""
-        replaced = jnp.any(slots[:, :, None] == jnp.arange(mask.shape[2]), axis=1)
+        replaces = slots[:, :, None] == jnp.arange(mask.shape[2])
+        if slots.shape[1] <= 3:  # spelled out: libtpu 0.0.42 dies of reductions of so few, for chips with two cores
+            replaced = functools.reduce(jnp.logical_or, jnp.moveaxis(replaces, 1, 0))
+        else:
+            replaced = jnp.any(replaces, axis=1)
         rows, queries = jnp.arange(len(slots))[:, None, None], jnp.arange(slots.shape[1])[:, None]
         among = mask.at[rows, queries, slots[:, None]].get(mode="fill", fill_value=False)
         return cls(mask & ~replaced[:, None], among)
@@ -186,12 +214,23 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
     return checkpoint_name(jnp.einsum("BKGTS,BSKH->BTKGH", probabilities, v), splash.SAVED)
 
 
-def attend_cached(q: jax.Array, k: jax.Array, v: jax.Array, old: KVCache, past: Past) -> jax.Array:
-    """`attend` over what is cached of a layer, [B, K/P, S, P·H], and new keys and values, [B, T, K, H], that are not written yet:
-    a cache that the layers only read is never copied. q: [B, T, K, G, H]. Returns [B, T, K, G, H]."""
+def attend_cached(q: jax.Array, k: jax.Array, v: jax.Array, old: Old, past: Past) -> jax.Array:
+    """`attend` over what is cached of a layer and new keys and values, [B, T, K, H], that are not written yet: a cache that the
+    layers only read is never copied. q: [B, T, K, G, H]. Returns [B, T, K, G, H]."""
+    row = 4 * q.shape[1] * q.shape[3] * old.cache.capacity * (q.shape[2] // parts(RULES.heads))  # bytes of scores
+    attend = functools.partial(_attend_some, size=min(len(q), max(1, AT_ONCE // row)) if on_tpu() else len(q))
     if active():  # heads are independent of each other
-        return jax.shard_map(_attend_cached, out_specs=jax.typeof(q).sharding.spec)(q, k, v, old, past)
-    return _attend_cached(q, k, v, old, past)
+        attend = jax.shard_map(attend, out_specs=jax.typeof(q).sharding.spec)
+    return attend(q, k, v, old, past)
+
+
+def _attend_some(q: jax.Array, k: jax.Array, v: jax.Array, old: Old, past: Past, *, size: int) -> jax.Array:
+    """So many rows at a time."""
+    found = []
+    for rows in (slice(first, min(first + size, len(q))) for first in range(0, len(q), size)):
+        here = Past(past.before[rows], past.among[rows])
+        found.append(_attend_cached(q[rows], k[rows], v[rows], old.rows(rows.start, rows.stop - rows.start), here))
+    return found[0] if len(found) == 1 else jnp.concatenate(found)
 
 
 def _attend_cached(q: jax.Array, k: jax.Array, v: jax.Array, old: KVCache, past: Past) -> jax.Array:
@@ -199,19 +238,25 @@ def _attend_cached(q: jax.Array, k: jax.Array, v: jax.Array, old: KVCache, past:
     rows = spread_out(q, beside)  # [B, C, R, E]: C = K/P, R = P·G·T, E = P·H
     k, v = (jnp.moveaxis(x.reshape(*x.shape[:2], *old.keys.shape[1::2]), 1, 2) for x in (k, v))
 
-    def of_rows(scale):  # [B, K, S] → [B, C, R, S]
-        return jnp.repeat(scale.reshape(len(scale), -1, beside, scale.shape[-1]), rows.shape[2] // beside, axis=2)
+    def of_rows(scale):  # [B, K, S] → [B, C, R, S], chosen, as to repeat it would write it out on TPU
+        scale = scale.reshape(len(scale), -1, beside, 1, scale.shape[-1])
+        head = jnp.arange(rows.shape[2])[:, None] // (rows.shape[2] // beside)
+        return functools.reduce(lambda found, p: jnp.where(head == p, scale[:, :, p], found), range(1, beside), scale[:, :, 0])
+
+    def factor(x):  # as int8 comes out of memory; other types are multiplied as they are
+        return x.astype(q.dtype) if x.dtype == jnp.int8 else x
 
     def scores(keys, scale, mask):
-        found = jnp.einsum("BCRE,BCSE->BCRS", rows, keys.astype(q.dtype), preferred_element_type=jnp.float32)
+        keys = factor(keys)
+        found = jnp.einsum("BCRE,BCSE->BCRS", rows.astype(keys.dtype), keys, preferred_element_type=jnp.float32)
         found = found if scale is None else found * of_rows(scale)
         mask = jnp.tile(mask, (1, rows.shape[2] // mask.shape[1], 1))[:, None]
         return jnp.where(mask, found * q.shape[-1] ** -0.5, jnp.finfo(jnp.float32).min)
 
     def mixed(weights, scale, values):
         weights = weights if scale is None else weights * of_rows(scale)
-        values = values.astype(q.dtype)
-        return jnp.einsum("BCRS,BCSE->BCRE", weights.astype(q.dtype), values, preferred_element_type=jnp.float32)
+        values = factor(values)
+        return jnp.einsum("BCRS,BCSE->BCRE", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
 
     before, among = scores(old.keys, old.key_scale, past.before), scores(k, None, past.among)
     highest = jnp.maximum(jnp.max(before, -1, keepdims=True), jnp.max(among, -1, keepdims=True))
@@ -277,7 +322,7 @@ class Attention(nnx.Module):
     def __call__(self, x: jax.Array, rotation: Rotation | None, mask: Mask) -> jax.Array:
         return self.o(attend(*self.project(x, rotation), mask))
 
-    def cached(self, x: jax.Array, rotation: Rotation | None, past: Past, old: KVCache):
+    def cached(self, x: jax.Array, rotation: Rotation | None, past: Past, old: Old):
         """As ``__call__``, after what is cached of this layer. Returns (y [B, T, D], (new keys, values [B, T, K, H]))."""
         q, k, v = self.project(x, rotation)
         return self.o(attend_cached(q, k, v, old, past)), (k, v)

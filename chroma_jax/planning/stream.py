@@ -11,6 +11,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from chroma_jax.config import Config
 from chroma_jax.errors import ChromaError
@@ -22,7 +23,7 @@ from chroma_jax.planning import hlo
 from chroma_jax.planning.chips import Topology, compile_only_devices, compiling_afresh
 from chroma_jax.planning.plan import QUICK, DoesNotFit, Traffic, compute, too_large, traffic, unestimated
 from chroma_jax.schedule import FRAMES_PER_PAIR
-from chroma_jax.streaming.placing import TPU_OPTIONS, choosing, divided, weight_shardings
+from chroma_jax.streaming.placing import TPU_OPTIONS, choosing, divided, model_shardings
 from chroma_jax.streaming.slots import frames
 from chroma_jax.streaming.state import Capacity, StreamState, idle
 from chroma_jax.streaming.step import Pairs
@@ -129,13 +130,15 @@ def plan_stream(
     in float32.
 
     positions: that the Reasoner's and the Backbone's caches hold, each. Raises: DoesNotFit; ChromaError for a size below one, or
-    for another ``mesh.tensor`` than 1 or the number of devices.
+    for another ``reply.tensor`` than 1 or the number of devices.
     """
     if rows < 1 or positions < 1:
         raise ChromaError(f"--rows is {rows} and --positions {positions}; both must be at least 1")
     devices, chip = compile_only_devices(topology), topology.chip
-    if config.mesh.tensor not in (1, len(devices)):
-        raise ChromaError(f"mesh.tensor is {config.mesh.tensor}, {topology.name} has {len(devices)} devices that share the model")
+    if config.reply.tensor not in (1, len(devices)):
+        raise ChromaError(
+            f"reply.tensor is {config.reply.tensor}, {topology.name} has {len(devices)} devices that share the model"
+        )
     model_config = divided(config.model, len(devices))
     mesh = make_mesh(MeshConfig(tensor=len(devices)), devices)
     dtype = jnp.dtype("float32" if weights == "float32" else "bfloat16")
@@ -199,9 +202,10 @@ def abstract_weights(config, dtype, weights: Bits, mesh):
         return quantized(model) if weights == "int8" else model, Codec(nnx.Rngs(0), config.codec)
 
     (model_graph, model), (codec_graph, codec) = map(nnx.split, nnx.eval_shape(made))
-    shardings = weight_shardings(config, model, codec, mesh)
-    plain = lambda state, s: jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, s)
-    return (model_graph, codec_graph), (plain(model, shardings[0]), plain(codec, shardings[1]))
+    lying = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+    model = jax.tree.map(lying, model, model_shardings(config, model, mesh))
+    codec = jax.tree.map(lambda x: lying(x, jax.NamedSharding(mesh, P())), codec)
+    return (model_graph, codec_graph), (model, codec)
 
 
 def size(tree) -> float:

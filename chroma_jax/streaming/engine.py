@@ -25,6 +25,7 @@ from chroma_jax.schedule import FRAMES_PER_PAIR
 from chroma_jax.streaming.conversation import Conversation, around_a_turn
 from chroma_jax.streaming.listen import MelBlocks
 from chroma_jax.streaming.meter import Meter
+from chroma_jax.streaming.placing import on_first
 from chroma_jax.streaming.rounds import Rounds, beginning
 from chroma_jax.streaming.session import Reply, SamplingSettings, Session
 from chroma_jax.streaming.slots import BUCKETS, FRAMES_PER_CALL, TICKS, Chunk, Slots
@@ -91,7 +92,7 @@ class Engine:
             c.text_positions, c.voice_positions + self.max_frames + FRAMES_PER_PAIR * pairs, self.max_frames, c.cache
         )
         self._slots = Slots(model, codec, c.slots, capacity, voice_positions=c.voice_positions, chunk=c.chunk, dtype=c.dtype)
-        self._recorder, self._made_by = Recorder(self._slots, codec, encode), fingerprint(model)
+        self._recorder, self._made_by = Recorder(self._slots, on_first(codec), encode), fingerprint(model)
         self.meter = Meter()
         self.compiled, self.compilations = 0, 0  # programs, by the warm-up and since
         self.rounds = Rounds(

@@ -50,7 +50,8 @@ def chat(
     rate = model.config.codec.sampling_rate
     asked = [audio.load(path, audio.REASONER_RATE) for path in questions]
     r = config.reply
-    sizes = EngineConfig(slots=1, max_seconds=r.max_seconds, dtype=r.dtype, lead_seconds=2.0 if play or not asked else None)
+    lead = 2.0 if play or not asked else None
+    sizes = EngineConfig(slots=1, max_seconds=r.max_seconds, dtype=r.dtype, cache=r.cache, lead_seconds=lead)
     engine = Engine(model, codec, encoder(tokenizer), tokenizer.decode, sizes)
     player = Player(rate) if play or not asked else None
     print("compiling …", flush=True)

@@ -8,7 +8,6 @@ import dataclasses
 import json
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from tokenizers import Tokenizer
@@ -23,14 +22,16 @@ from chroma_jax.models.chroma import Chroma, ChromaConfig
 from chroma_jax.models.codec import Codec
 from chroma_jax.models.quantized import quantized
 from chroma_jax.paths import filled, values
+from chroma_jax.streaming.placing import Place, abstract_model, codec_on, place_for, running
 from chroma_jax.training.checkpoint import Checkpoints
 from chroma_jax.training.lora import restored
 from data_pipelines.tokenizer import load_tokenizer
 
 
 def load_run(run: Path, config: Config) -> tuple[Chroma, Codec, Tokenizer]:
-    """Weights on the first device, the speaking model's in ``config.reply.dtype``, its products in int8 where
-    ``config.reply.weights`` says so, the Codec's in float32.
+    """Weights on the first device, or the speaking model's divided over ``config.reply.tensor`` devices and the Codec's whole on
+    each; the model's in ``config.reply.dtype``, its products in int8 where ``config.reply.weights`` says so, the Codec's in
+    float32.
 
     An exported folder brings its own model configuration, so that ``config.model`` counts for a training run only; read
     the one in force from the returned model. Raises: ChromaError naming what is missing or does not fit.
@@ -38,22 +39,23 @@ def load_run(run: Path, config: Config) -> tuple[Chroma, Codec, Tokenizer]:
     run = Path(run)
     if not run.is_dir():
         raise ChromaError(f"{run}: no such folder")
-    dtype = jnp.dtype(config.reply.dtype)
+    dtype, place = jnp.dtype(config.reply.dtype), place_for(config.reply.tensor)
     if (run / "checkpoints").is_dir():
-        model_config, model, codec_source = config.model, from_checkpoint(run, config, dtype), run / "codec.safetensors"
+        model, codec_source = from_checkpoint(run, config, dtype, place), run / "codec.safetensors"
         if not codec_source.is_file():
             raise ChromaError(f"{codec_source}: no such file; a run folder keeps the Codec of its training data there")
     elif (run / "config.json").is_file():
         model_config, codec_source = exported_config(run / "config.json"), run
-        abstract = placed(nnx.eval_shape(lambda: Chroma(nnx.Rngs(0), model_config)), dtype)
-        model = import_weights(abstract, chroma_rows(model_config), run)
+        model = import_weights(abstract_model(model_config, dtype, place), chroma_rows(model_config), run)
     else:
         raise ChromaError(f"{run}: holds neither checkpoints/ (a training run) nor config.json (an exported model)")
-    model = quantized(model) if config.reply.weights == "int8" else model
-    codec = read_codec(codec_source, model_config)
+    if config.reply.weights == "int8":
+        with running(place):
+            model = quantized(model)
+    codec = codec_on(read_codec(codec_source, model.config), place)
     if not (run / "tokenizer.json").is_file():
         raise ChromaError(f"{run / 'tokenizer.json'}: no such file")
-    return model, codec, load_tokenizer(run / "tokenizer.json", model_config.tokens, model_config.reasoner.vocab_size)
+    return model, codec, load_tokenizer(run / "tokenizer.json", model.config.tokens, model.config.reasoner.vocab_size)
 
 
 def exported_config(path: Path) -> ChromaConfig:
@@ -91,12 +93,12 @@ def exported_run(folder: Path) -> Config | CodecRun:
     return dataclasses.replace(config, reply=reply)
 
 
-def from_checkpoint(run: Path, config: Config, dtype) -> Chroma:
+def from_checkpoint(run: Path, config: Config, dtype, place: Place) -> Chroma:
     """The newest checkpoint's weights, whatever mesh wrote it; the optimizer's moments are not read.
 
     Raises: ChromaError for an imported folder in which a part is missing.
     """
-    graph, state = nnx.split(placed(nnx.eval_shape(lambda: Chroma(nnx.Rngs(0), config.model)), dtype))
+    graph, state = nnx.split(abstract_model(config.model, dtype, place))
     with Checkpoints(run, config.checkpoint, access="read") as checkpoints:
         check_complete(run, values(state).keys() - checkpoints.held().keys())
         return nnx.merge(graph, filled(state, restored(checkpoints, values(state), config.lora)))
@@ -107,10 +109,3 @@ def check_complete(run: Path, missing: set[str]) -> None:
     parts = sorted({path.split("/")[0] for path in missing}, key=lambda part: (*PARTS, part).index(part))
     if missing:
         raise ChromaError(f"{run}: has no weights of {', '.join(parts)}; import them too, or train with --start {run}")
-
-
-def placed(module: nnx.Module, dtype) -> nnx.Module:
-    """An abstract module with all weights in ``dtype`` on the first device."""
-    graph, state = nnx.split(module)
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return nnx.merge(graph, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=sharding), state))

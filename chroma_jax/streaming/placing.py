@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterator
 import jax
 from flax import nnx
 from jax.experimental.layout import Format, Layout
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from chroma_jax.layers.sharding import RULES, AxisRules, state_shardings
+from chroma_jax.errors import ChromaError
+from chroma_jax.layers.sharding import RULES, AxisRules, MeshConfig, make_mesh, state_shardings
 from chroma_jax.layers.transformer import unstacked
 from chroma_jax.models.chroma import Chroma, ChromaConfig
 from chroma_jax.models.codec import Codec
@@ -41,7 +42,7 @@ def choosing(tick: Callable, weights) -> jax.stages.Wrapped:
 
 def laid_out(tick: Callable, weights, state):
     """Weights as they best lie for ``tick``: on TPU a compilation finds out how, elsewhere as they do."""
-    if jax.tree.leaves(weights)[0].devices().pop().platform != "tpu":
+    if platform_of(place_of(jax.tree.leaves(weights)[0])) != "tpu":
         return weights
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), (weights, state))
     return jax.device_put(weights, choosing(tick, weights).lower(*abstract).compile().input_formats[0][0])
@@ -80,9 +81,25 @@ def divided(config: ChromaConfig, tensor: int) -> ChromaConfig:
     return dataclasses.replace(config, reasoner=reasoner, backbone=of(config.backbone), decoder=of(config.decoder), codec=codec)
 
 
-def weight_shardings(config: ChromaConfig, model: nnx.State, codec: nnx.State, mesh: Mesh) -> tuple[nnx.State, nnx.State]:
-    """Where the weights of a model and its Codec lie, by the rules in their configuration. Raises: ChromaError naming every
-    weight that the mesh does not divide."""
+def place_for(tensor: int) -> Place:
+    """The first device, or the first ``tensor`` ones, a mesh. Raises: ChromaError when there are not so many."""
+    if tensor < 1:
+        raise ChromaError(f"reply.tensor is {tensor}, must be at least 1")
+    return jax.devices()[0] if tensor == 1 else NamedSharding(make_mesh(MeshConfig(tensor=tensor)), P())
+
+
+def abstract_model(config: ChromaConfig, dtype, place: Place) -> Chroma:
+    """A model without values, its weights in ``dtype`` at a place, divided there. Raises: ChromaError as `model_shardings`."""
+    config = divided(config, place.mesh.shape["tensor"]) if on_many(place) else config
+    graph, state = nnx.split(nnx.eval_shape(lambda: Chroma(nnx.Rngs(0), config)))
+    alone = None if on_many(place) else SingleDeviceSharding(place)
+    where = model_shardings(config, state, place.mesh) if alone is None else jax.tree.map(lambda _: alone, state)
+    return nnx.merge(graph, jax.tree.map(lambda x, to: jax.ShapeDtypeStruct(x.shape, dtype, sharding=to), state, where))
+
+
+def model_shardings(config: ChromaConfig, model: nnx.State, mesh: Mesh) -> nnx.State:
+    """Where the weights of a model lie, by the rules in its configuration. Raises: ChromaError naming every weight that the mesh
+    does not divide."""
     parts = {
         "reasoner/audio": config.reasoner.audio.rules,
         "reasoner": config.reasoner.text.rules,
@@ -93,26 +110,40 @@ def weight_shardings(config: ChromaConfig, model: nnx.State, codec: nnx.State, m
     def of(path: str) -> AxisRules:
         return next((rules for part, rules in parts.items() if path.startswith(part)), RULES)
 
-    return state_shardings(model, mesh, of), state_shardings(codec, mesh, config.codec.transformer.rules)
+    return state_shardings(model, mesh, of)
+
+
+def codec_on(codec: Codec, place: Place) -> Codec:
+    """A Codec that goes with a model of `abstract_model`: whole, on every device."""
+    if not on_many(place):
+        return codec
+    transformer = dataclasses.replace(codec.config.transformer, rules=WHOLE)
+    config = dataclasses.replace(codec.config, transformer=transformer)
+    graph, _ = nnx.split(nnx.eval_shape(lambda: Codec(nnx.Rngs(0), config)))
+    # by way of the host, from where any array may go to any devices
+    return nnx.merge(graph, jax.device_put(jax.device_get(nnx.state(codec)), place))
+
+
+def on_first(codec: Codec) -> Codec:
+    """The first device's own of a Codec that may lie on many, nothing being copied."""
+    graph, state = nnx.split(codec)
+    return nnx.merge(graph, jax.tree.map(lambda x: x.addressable_shards[0].data, state))
 
 
 def on_mesh(model: Chroma, codec: Codec, mesh: Mesh) -> tuple[Chroma, Codec]:
     """Copies that are divided over a mesh's axis ``tensor``, for a `Speaker` or an engine. Raises: ChromaError as
-    `weight_shardings` does."""
-    config = divided(model.config, mesh.shape["tensor"])
-    small = model.decoder.heads_scale is not None
+    `model_shardings` does."""
+    config, small = divided(model.config, mesh.shape["tensor"]), model.decoder.heads_scale is not None
     made = lambda: quantized(Chroma(nnx.Rngs(0), config)) if small else Chroma(nnx.Rngs(0), config)
-    graphs = [nnx.split(nnx.eval_shape(make))[0] for make in (made, lambda: Codec(nnx.Rngs(0), config.codec))]
-    states = nnx.state(model), nnx.state(codec)
-    # by way of the host, from where any array may go to any devices
-    placed = jax.device_put(jax.device_get(states), weight_shardings(config, *states, mesh))
-    return tuple(nnx.merge(graph, state) for graph, state in zip(graphs, placed, strict=True))
+    graph, state = nnx.split(nnx.eval_shape(made))[0], nnx.state(model)
+    placed = jax.device_put(jax.device_get(state), model_shardings(config, state, mesh))
+    return nnx.merge(graph, placed), codec_on(codec, NamedSharding(mesh, P()))
 
 
 def place_of(weight: jax.Array) -> Place:
     """Where what goes with a model's weights is to be put."""
     where = weight.sharding
-    return NamedSharding(where.mesh, P()) if isinstance(where, NamedSharding) else weight.devices().pop()
+    return NamedSharding(where.mesh, P()) if isinstance(where, NamedSharding) else next(iter(weight.devices()))
 
 
 def on_many(place: Place) -> bool:

@@ -3,7 +3,8 @@
     orders → read a little → begin replies → tick k → frames of tick k − 1 → clients
 
 Text pairs fall due in every other tick, the same ones for all slots: replies begin before such a tick. Several frames are asked
-for in one call once every listener has as many waiting, never while somebody waits for a first frame or may soon.
+for in one call once every listener has as many waiting, never while somebody waits for a first frame or may soon, and never more
+than are computed in the time of one.
 """
 
 import collections
@@ -170,7 +171,8 @@ class Rounds:
         count = 1
         if self._opens_pair and not self._somebody_may_wait(speaking):
             room = min(s.max_frames - s.current.frames for s in speaking)
-            most = min(self._frames_per_call, room, lead / self._frame_seconds)
+            in_time = self._frame_seconds / max(self._costs["frame"], 1e-6)  # whoever wants something waits for a call's end
+            most = min(self._frames_per_call, room, lead / self._frame_seconds, in_time)
             count = max((n for n in FRAMES_PER_CALL if n <= most), default=1)
         out = self._slots.tick(count, "all" if self._opens_pair else "none")
         if count == 1:

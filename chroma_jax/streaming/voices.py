@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 from chroma_jax.chat import Encode
 from chroma_jax.errors import ChromaError
 from chroma_jax.layers.attention import KVCache
+from chroma_jax.layers.sharding import RULES
 from chroma_jax.models.chroma import Chroma
 from chroma_jax.models.codec import Codec
 from chroma_jax.models.codec.pieces import PieceEncoder
@@ -83,11 +84,22 @@ class Recorder:
 def fingerprint(model: Chroma) -> str:
     """What a voice's cache depends on, in short: the sizes, and a corner of every weight that makes it."""
     parts = nnx.state((model.backbone.model, model.audio_embedding, model.reasoner.embedding))
-    digest = hashlib.sha256(f"{model.config.backbone} {model.config.tokens}".encode())
+    sizes = dataclasses.replace(model.config.backbone, rules=RULES)  # wherever the weights lie
+    digest = hashlib.sha256(f"{sizes} {model.config.tokens}".encode())
     for x in jax.tree.leaves(parts):
-        corner = np.asarray(x.addressable_shards[0].data[(slice(0, 4),) * x.ndim])  # the first shard has the array's own corner
-        digest.update(f"{x.dtype} {x.shape}".encode() + corner.tobytes())
+        digest.update(f"{x.dtype} {x.shape}".encode() + corner(x).tobytes())
     return digest.hexdigest()[:16]
+
+
+def corner(x: jax.Array, size: int = 4) -> np.ndarray:
+    """The first entries along every axis, wherever they lie; nothing else is fetched."""
+    found = np.zeros([min(size, n) for n in x.shape], x.dtype)
+    for shard in x.addressable_shards:
+        starts = [s.start or 0 for s in shard.index]
+        if all(start < size for start in starts):
+            part = np.asarray(shard.data[tuple(slice(0, size - start) for start in starts)])
+            found[tuple(slice(start, start + n) for start, n in zip(starts, part.shape))] = part
+    return found
 
 
 def save_voice(voice: Voice, made_by: str, path: Path) -> None:

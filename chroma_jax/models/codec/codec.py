@@ -250,7 +250,7 @@ class Codec(nnx.Module):
         """codes: int32 [B, n, Q], n ≥ 1. Returns (state, audio [B, n · samples_per_frame]), computed in the state's type."""
         self._check_levels(codes)
         carry, attend, cache = self._resume(state)
-        audio = self._decode(codes, state.cache.keys.dtype, carry, attend).audio
+        audio = self._decode(codes, state.memories[0].dtype, carry, attend).audio
         return CodecState(state.position + codes.shape[1], carry.memories, *cache), audio
 
     # The two directions, for whole utterances and pieces alike.
