@@ -217,7 +217,8 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
 def attend_cached(q: jax.Array, k: jax.Array, v: jax.Array, old: Old, past: Past) -> jax.Array:
     """`attend` over what is cached of a layer and new keys and values, [B, T, K, H], that are not written yet: a cache that the
     layers only read is never copied. q: [B, T, K, G, H]. Returns [B, T, K, G, H]."""
-    row = 4 * q.shape[1] * q.shape[3] * old.cache.capacity * (q.shape[2] // parts(RULES.heads))  # bytes of scores
+    _, t, k_here, g_here, _ = jax.typeof(q).sharding.shard_shape(q.shape) if active() else q.shape
+    row = 4 * t * k_here * g_here * old.cache.capacity  # bytes of scores
     attend = functools.partial(_attend_some, size=min(len(q), max(1, AT_ONCE // row)) if on_tpu() else len(q))
     if active():  # heads are independent of each other
         attend = jax.shard_map(attend, out_specs=jax.typeof(q).sharding.spec)
