@@ -1,6 +1,6 @@
 """The Codec at the released size, Mimi, by the recipe of its report (Défossez et al., arXiv 2410.00037, sections 3.3 and 4.3).
 
-``codec_mimi@v5e:8x8`` is for that pod: twelve seconds of sound take 3.6 GiB of a chip, with the discriminator.
+``codec_mimi@v5e:8x16`` is for that pod: with the discriminator, the twelve seconds of a row take several GiB of a chip.
 
 The report's teacher, WavLM, is not part of this project: give one with ``--recipe.teacher module:function``.
 """
@@ -15,7 +15,7 @@ from chroma_jax.training.loop import TrainingConfig
 from chroma_jax.training.optimizer import OptimizerConfig
 from data_pipelines.waves import CodecDataConfig
 
-PODS = {"v5e:8x8": MeshConfig(data=64), "v5p:2x2x4": MeshConfig(data=16), "v6e:4x8": MeshConfig(data=32)}
+PODS = {"v5e:8x16": MeshConfig(data=128), "v5p:2x2x4": MeshConfig(data=16), "v6e:4x8": MeshConfig(data=32)}
 
 
 def config(topology: str = "") -> CodecRun:
