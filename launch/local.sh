@@ -245,7 +245,6 @@ free_port() { "$VENV/bin/python" -c 'import socket; s = socket.socket(); s.bind(
 # prefixed TEXT: its input with TEXT before every line, of a progress bar its last state; ends with its input, whatever is signalled
 prefixed() {
     local line
-    trap '' INT TERM
     while IFS= read -r line || [[ -n $line ]]; do
         printf '%s%s\n' "$1" "${line##*$'\r'}"
     done
@@ -280,10 +279,13 @@ train() {
     export JAX_PLATFORMS=cpu
     address=127.0.0.1:$(free_port)
     set -- "${given[@]}" --distributed.coordinator "$address" --distributed.processes "$processes"
-    trap 'signalled=yes; kill -TERM "${running[@]}" 2>/dev/null || true' INT TERM
     for ((i = 0; i < processes; i++)); do
-        "$VENV/bin/python" -m chroma_jax train "$@" --distributed.process "$i" > >(prefixed "[$i] ") 2> >(prefixed "[$i] " >&2) &
+        trap '' INT TERM # for what prefixes lines, from its beginning
+        exec 3> >(prefixed "[$i] ") 4> >(prefixed "[$i] " >&2)
+        trap 'signalled=yes; kill -TERM "${running[@]}" 2>/dev/null || true' INT TERM
+        "$VENV/bin/python" -m chroma_jax train "$@" --distributed.process "$i" >&3 2>&4 3>&- 4>&- &
         running+=("$!")
+        exec 3>&- 4>&-
     done
     while ((${#running[@]})); do
         sleep 0.2 || true # Ctrl-C reaches it too

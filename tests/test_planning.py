@@ -445,7 +445,7 @@ def test_the_streaming_ticks_are_planned_for_devices_that_share_a_model(tmp_path
         assert main([*plan, "--topology", topology, "--out", str(tmp_path / topology)]) == 0
     assert "each of 4 chips that share the model" in capsys.readouterr().out
     alone, shared = (json.loads((tmp_path / topology).read_text())[0] for topology in ("v5e:1x1", "v5e:2x2"))
-    assert shared["weights"] < 0.7 * alone["weights"]  # the Codec is whole on each
+    assert shared["weights"] < 0.9 * alone["weights"]  # the Codec is whole on each
     assert shared["pair"]["link_seconds"] > 0 == alone["pair"]["link_seconds"]
 
 
