@@ -15,7 +15,7 @@ from chroma_jax.training.loop import TrainingConfig
 from chroma_jax.training.optimizer import OptimizerConfig
 from data_pipelines.waves import CodecDataConfig
 
-PODS = {"v5e:8x16": MeshConfig(data=128), "v5p:2x2x4": MeshConfig(data=16), "v6e:4x8": MeshConfig(data=32)}
+PODS = {"v5e:8x16": MeshConfig(data=128), "v5p:2x2x4": MeshConfig(data=16)}
 
 
 def config(topology: str = "") -> CodecRun:
