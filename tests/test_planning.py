@@ -440,13 +440,11 @@ def test_the_streaming_ticks_are_planned_for_one_device(tmp_path, capsys):
 
 @needs_compiler
 def test_the_streaming_ticks_are_planned_for_devices_that_share_a_model(tmp_path, capsys):
-    plan = ["plan", "nano", "--step", "stream", "--positions", "64", "--effort", "quick", "--rows", "2"]
-    for topology in ("v5e:1x1", "v5e:2x2"):
-        assert main([*plan, "--topology", topology, "--out", str(tmp_path / topology)]) == 0
+    plan = ["plan", "nano", "--topology", "v5e:2x2", "--step", "stream", "--positions", "64", "--effort", "quick", "--rows", "2"]
+    assert main([*plan, "--out", str(tmp_path / "plan.json")]) == 0
     assert "each of 4 chips that share the model" in capsys.readouterr().out
-    alone, shared = (json.loads((tmp_path / topology).read_text())[0] for topology in ("v5e:1x1", "v5e:2x2"))
-    assert shared["weights"] < 0.9 * alone["weights"]  # the Codec is whole on each
-    assert shared["pair"]["link_seconds"] > 0 == alone["pair"]["link_seconds"]
+    (found,) = json.loads((tmp_path / "plan.json").read_text())
+    assert found["chips"] == 4 and found["pair"]["link_seconds"] > 0
 
 
 def test_candidates_use_every_device():
