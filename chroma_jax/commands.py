@@ -118,7 +118,7 @@ def plan(args: Plan, config) -> int:
     from chroma_jax.config import CodecRun
     from chroma_jax.planning import report
     from chroma_jax.planning.chips import parse_topology
-    from chroma_jax.planning.plan import DoesNotFit, plan_codec, plan_training, without_tpu
+    from chroma_jax.planning.plan import DoesNotFit, plan_step, without_tpu
     from chroma_jax.planning.search import search
 
     codec = isinstance(config, CodecRun)
@@ -132,7 +132,7 @@ def plan(args: Plan, config) -> int:
         print(report.table(search(config, topology)), end="")
         return 0
     try:
-        found, compiled = (plan_codec if codec else plan_training)(config, topology, effort=args.effort)
+        found, compiled = plan_step(config, topology, effort=args.effort)
     except DoesNotFit as e:
         print(report.does_not_fit(e), end="")
         return 1

@@ -13,13 +13,13 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from chroma_jax.cli import main
-from chroma_jax.config import CodecRun, Config, module_of, on_pod, read_python
+from chroma_jax.config import Config, module_of, on_pod, read_python
 from chroma_jax.errors import ChromaError
 from chroma_jax.flops import counted
 from chroma_jax.layers.sharding import MeshConfig, make_mesh
 from chroma_jax.planning import hlo, kernels, report, schedules
 from chroma_jax.planning.chips import CHIPS, parse_topology, ring_bandwidth
-from chroma_jax.planning.plan import DoesNotFit, plan_codec, plan_training, too_large, where, without_tpu
+from chroma_jax.planning.plan import DoesNotFit, plan_step, plan_training, too_large, where, without_tpu
 from chroma_jax.planning.search import candidates
 
 needs_compiler = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler (extra 'tpu')")
@@ -401,9 +401,7 @@ ENOUGH = 0.05  # of the memory, for the runtime and for what fragments
 @pytest.mark.parametrize(("config", "topology", "slices"), POD_CONFIGS)
 def test_every_shipped_configuration_fits_the_pods_it_names(config, topology, slices):
     without_tpu()
-    found = read_python(config)
-    plan_step = plan_codec if isinstance(found, CodecRun) else plan_training
-    plan, _ = plan_step(found, parse_topology(topology, slices), effort="quick")
+    plan, _ = plan_step(read_python(config), parse_topology(topology, slices), effort="quick")
     assert plan.memory.free >= ENOUGH and plan.unknown_loops == 0, report.page(plan)
 
 

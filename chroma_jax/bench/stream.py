@@ -75,7 +75,6 @@ def bench_stream(
     sizes = EngineSizes(model, codec, reply, talk, text_positions, chunk)
     device, threads = jax.devices()[0], len(os.sched_getaffinity(0))
     read = bandwidth(device)
-    read = None if read is None else read * (1 if device.platform == "cpu" else reply.tensor)
     found = {
         **dataclasses.asdict(talk),
         "device": device.device_kind,
@@ -219,10 +218,15 @@ def codec_seconds(codec: Codec, slots: int, frames: int, most: int = 8, repeats:
 
 
 def bytes_read(sizes: EngineSizes, slots: int) -> float:
-    """Bytes that a frame of all slots has to read: the weights, and the caches as far as a reply has come by half."""
-    c, talk, small = sizes.model.config, sizes.talk, sizes.reply.cache == "int8"
-    entry = lambda stack: 2 * stack.num_layers * stack.num_kv_heads * (stack.head_dim + 4 if small else stack.head_dim * wide)
-    wide = jnp.dtype(sizes.reply.dtype).itemsize
+    """Bytes that a frame of all slots has to read on one device: the weights, and the caches as far as a reply has come by
+    half."""
+    c, talk, reply = sizes.model.config, sizes.talk, sizes.reply
+
+    def entry(stack) -> int:
+        heads = stack.num_kv_heads // (reply.tensor if stack.rules.heads else 1)
+        number = stack.head_dim + 4 if reply.cache == "int8" else stack.head_dim * jnp.dtype(reply.dtype).itemsize
+        return 2 * stack.num_layers * heads * number
+
     text = (len(sizes.text()) + talk.frames / FRAMES_PER_PAIR / 2) * entry(c.reasoner.text) / FRAMES_PER_PAIR
     sound = (sizes.voice_length + talk.frames) * entry(c.backbone)
     weights = [weights_read(sizes.model, sizes.codec, pairs) for pairs in ("all", "none")]

@@ -160,6 +160,11 @@ def without_tpu() -> None:
     jax.config.update("jax_platforms", "cpu")
 
 
+def plan_step(config: Config | CodecRun, topology: Topology, *, effort: str = "full") -> tuple[Plan, jax.stages.Compiled]:
+    """`plan_training` or `plan_codec`, by what the configuration is of."""
+    return (plan_codec if isinstance(config, CodecRun) else plan_training)(config, topology, effort=effort)
+
+
 def plan_training(config: Config, topology: Topology, *, effort: str = "full") -> tuple[Plan, jax.stages.Compiled]:
     """Compiles the training step of a configuration. effort: "quick" compiles in a fraction of the time and says whether it fits
     and what is sent; "full" is what a pod runs.

@@ -14,11 +14,11 @@ import tyro
 from tqdm import tqdm
 from tyro.conf import Positional
 
-from chroma_jax.config import CodecRun, module_of, read_python, shipped
+from chroma_jax.config import module_of, read_python, shipped
 from chroma_jax.errors import ChromaError
 from chroma_jax.files import write_whole
 from chroma_jax.planning.chips import Topology, parse_topology
-from chroma_jax.planning.plan import DoesNotFit, plan_codec, plan_training, without_tpu
+from chroma_jax.planning.plan import DoesNotFit, plan_step, without_tpu
 
 
 def topology_of(name: str) -> Topology:
@@ -43,10 +43,8 @@ def record(path: Path, names: list[str], effort: str) -> None:
     pods = {name: topology_of(name) for name in names}
     without_tpu()
     for name, topology in tqdm(pods.items(), desc="plans", unit="plan"):
-        config = read_python(name)
-        plan = plan_codec if isinstance(config, CodecRun) else plan_training
         try:
-            found = plan(config, topology, effort=effort)[0].json()
+            found = plan_step(read_python(name), topology, effort=effort)[0].json()
         except DoesNotFit as e:
             found = {"does_not_fit": {"needed": e.needed, "capacity": e.capacity}}
         entry = {"config": name, "effort": effort, "date": datetime.date.today().isoformat(), "plan": found}
