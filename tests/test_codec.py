@@ -15,9 +15,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
+from chroma_jax import paths
 from chroma_jax.convert.hf_config import from_hf
 from chroma_jax.convert.sources import read_codec
 from chroma_jax.errors import ChromaError
+from chroma_jax.layers import linear
 from chroma_jax.layers.rope import RopeConfig
 from chroma_jax.layers.transformer import EncoderConfig
 from chroma_jax.models.codec import (
@@ -26,11 +28,13 @@ from chroma_jax.models.codec import (
     QuantizerConfig,
     SeanetConfig,
     check_codes,
+    conv,
     fit_quantizer,
     reset_rows,
 )
 from chroma_jax.models.codec.pieces import PieceEncoder
 from chroma_jax.streaming.compatibility import with_window
+from chroma_jax.streaming.placing import as_streamed
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "codec"
 # Float32 sums of some hundred terms in another order than the reference's, through about twenty layers.
@@ -322,6 +326,35 @@ def test_decoding_in_bfloat16_stays_near_float32(given):
     assert audio.dtype == jnp.bfloat16
     # bfloat16 keeps 8 bits; twenty layers of rounding add up to a few percent of the level.
     assert jnp.std(audio.astype(jnp.float32) - reference) < 0.05 * jnp.std(reference)
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_on_tpu_narrow_signals_go_folded_and_sound_the_same(monkeypatch, window):
+    codec = windowed(window)
+    filters = codec.config.seanet.num_filters
+    assert codec.config.seanet.num_residual_layers > 1  # of which the second is dilated
+    plain = decode(whole_codec(window), CODES)
+    monkeypatch.setattr(conv, "on_tpu", lambda: True)
+    monkeypatch.setattr(conv, "LANES", 2 * filters)  # the last stage alone, narrower than lanes, is folded
+    assert [stage.fold > 1 for stage in codec.decoder.stages] == [False] * (len(codec.decoder.stages) - 1) + [True]
+    np.testing.assert_allclose(jax.jit(lambda codec: codec.decode(CODES))(whole_codec(window)), plain, atol=SAME, rtol=0)
+    audio, state = [], codec.decoder_state(2, frames_per_step=2, max_frames=MOST)
+    step = jax.jit(lambda codec, state, codes: codec.decode_step(state, codes))
+    for frame in range(MOST):
+        state, piece = step(codec, state, CODES[:, frame : frame + 1])
+        audio.append(piece)
+    np.testing.assert_allclose(jnp.concatenate(audio, axis=1), plain, atol=SAME, rtol=0)
+
+
+def test_on_tpu_the_decoder_s_kernels_are_held_as_they_are_multiplied(monkeypatch):
+    codec = whole_codec(4)
+    assert as_streamed(codec).decoder.last.kernel[...].dtype == jnp.float32
+    monkeypatch.setattr(linear, "on_tpu", lambda: True)
+    held = paths.values(nnx.state(as_streamed(codec)))
+    of_decoder = {path for path in held if path.startswith(("decoder/", "decoder_transformer/")) and path.endswith("kernel")}
+    assert of_decoder and all((held[path].dtype == jnp.bfloat16) == (path in of_decoder) for path in held)
+    with jax.default_matmul_precision("highest"):  # products are exact then
+        assert as_streamed(codec).decoder.last.kernel[...].dtype == jnp.float32
 
 
 def test_bad_codes_are_named(given):

@@ -88,6 +88,17 @@ def test_only_what_is_cut_out_of_hbm_is_read(program):
     )  # 1000 numbers take 1024
 
 
+def test_a_kernel_that_tells_what_it_reads_of_whole_arrays_is_believed():
+    told = 'custom_call_target="tpu_custom_call", backend_config={"custom_call_config":{"cost_estimate":{"bytes_accessed":"%d"}}}'
+    call = "  ROOT %%k = bf16[8,1024]{1,0:T(8,128)(2,1)} custom-call(%%w), %s"
+    text = "HloModule m\n\nENTRY %%main (w: bf16[4096,1024]) -> bf16[8,1024] {\n"
+    text += "  %%w = bf16[4096,1024]{1,0:T(8,128)(2,1)} parameter(0)\n" + call + "\n}\n"
+    read = lambda attributes: hlo.hbm_bytes(module := hlo.parse(text % attributes), list(hlo.executed(module)))
+    assert read('custom_call_target="tpu_custom_call"') == 2 * 1024 * (4096 + 8)
+    assert read(told % 50_000) == 50_000
+    assert read(told % 10**9) == 2 * 1024 * (4096 + 8)  # at most the arrays
+
+
 def test_collectives_have_their_bytes_groups_and_turns(program):
     found = {c.kind: c for c in hlo.collectives(*program)}
     gather, reduce = found["all-gather"], found["all-reduce"]

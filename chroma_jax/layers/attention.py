@@ -11,8 +11,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec as P
 
-from chroma_jax.layers import blocks, rope, splash
-from chroma_jax.layers.linear import Linear, zeros
+from chroma_jax.layers import blocks, decoding, rope, splash
+from chroma_jax.layers.linear import Linear, as_multiplied, zeros
 from chroma_jax.layers.sharding import RULES, AxisRules, active, constrain, divided, leading_spec, on_tpu, parts, reshard
 
 # How packed rows are computed. "plain": all positions with all. "blocks": queries in blocks, which leaves out most of what comes
@@ -43,8 +43,7 @@ class KVCache(NamedTuple):
 
     @classmethod
     def zeros(cls, layers: int, batch: int, capacity: int, heads: int, head_dim: int, dtype, rules=RULES) -> "KVCache":
-        if on_tpu() and dtype == jnp.float32 and jax.config.jax_default_matmul_precision is None:
-            dtype = jnp.bfloat16  # which TPU's products make of their inputs
+        dtype = as_multiplied(jnp.zeros((), dtype)).dtype
         beside = math.gcd(heads // parts(rules.heads), max(1, LANES // head_dim)) if on_tpu() else 1
         shape = (layers, batch, heads // beside, capacity, beside * head_dim)
 
@@ -140,22 +139,27 @@ class Old(NamedTuple):
 
 class Past(NamedTuple):
     """What new positions see. before: of the cache's entries that they do not replace, bool [B, T, S]; among: of themselves,
-    bool [B, T, T]."""
+    bool [B, T, T]; end: int32 [B], how many entries there are up to the last that a row sees."""
 
     before: jax.Array
     among: jax.Array
+    end: jax.Array
 
     @classmethod
     def of(cls, mask: jax.Array, slots: jax.Array) -> "Past":
         """mask: bool [B, T, S], over the cache as it is once the new positions are written to ``slots``, int32 [B, T]."""
-        replaces = slots[:, :, None] == jnp.arange(mask.shape[2])
-        if slots.shape[1] <= 3:  # spelled out: libtpu 0.0.42 dies of reductions of so few, for chips with two cores
-            replaced = functools.reduce(jnp.logical_or, jnp.moveaxis(replaces, 1, 0))
-        else:
-            replaced = jnp.any(replaces, axis=1)
+        entry = jnp.arange(mask.shape[2])
+        before = mask & ~over_positions(slots[:, :, None] == entry)[:, None]
         rows, queries = jnp.arange(len(slots))[:, None, None], jnp.arange(slots.shape[1])[:, None]
         among = mask.at[rows, queries, slots[:, None]].get(mode="fill", fill_value=False)
-        return cls(mask & ~replaced[:, None], among)
+        return cls(before, among, jnp.max(jnp.where(over_positions(before), entry + 1, 0), axis=1))
+
+
+def over_positions(seen: jax.Array) -> jax.Array:
+    """bool [B, T, S] → [B, S], whether there is one of T."""
+    if seen.shape[1] <= 3:  # spelled out: libtpu 0.0.42 dies of reductions of so few, for chips with two cores
+        return functools.reduce(jnp.logical_or, jnp.moveaxis(seen, 1, 0))
+    return jnp.any(seen, axis=1)
 
 
 def causal_mask(segments: jax.Array) -> jax.Array:
@@ -218,10 +222,13 @@ def attend_cached(q: jax.Array, k: jax.Array, v: jax.Array, old: Old, past: Past
     """`attend` over what is cached of a layer and new keys and values, [B, T, K, H], that are not written yet: a cache that the
     layers only read is never copied. q: [B, T, K, G, H]. Returns [B, T, K, G, H]."""
     _, t, k_here, g_here, _ = jax.typeof(q).sharding.shard_shape(q.shape) if active() else q.shape
-    row = 4 * t * k_here * g_here * old.cache.capacity  # bytes of scores
-    attend = functools.partial(_attend_some, size=min(len(q), max(1, AT_ONCE // row)) if on_tpu() else len(q))
-    if active():  # heads are independent of each other
-        attend = jax.shard_map(attend, out_specs=jax.typeof(q).sharding.spec)
+    if on_tpu() and decoding.serves(t, old.cache.keys):
+        attend = decoding.attend
+    else:
+        row = 4 * t * k_here * g_here * old.cache.capacity  # bytes of scores
+        attend = functools.partial(_attend_some, size=min(len(q), max(1, AT_ONCE // row)) if on_tpu() else len(q))
+    if active():  # heads are independent of each other; without the check of what varies, which a kernel does not tell
+        attend = jax.shard_map(attend, out_specs=jax.typeof(q).sharding.spec, check_vma=attend is not decoding.attend)
     return attend(q, k, v, old, past)
 
 
@@ -229,7 +236,7 @@ def _attend_some(q: jax.Array, k: jax.Array, v: jax.Array, old: Old, past: Past,
     """So many rows at a time."""
     found = []
     for rows in (slice(first, min(first + size, len(q))) for first in range(0, len(q), size)):
-        here = Past(past.before[rows], past.among[rows])
+        here = Past(*(x[rows] for x in past))
         found.append(_attend_cached(q[rows], k[rows], v[rows], old.rows(rows.start, rows.stop - rows.start), here))
     return found[0] if len(found) == 1 else jnp.concatenate(found)
 

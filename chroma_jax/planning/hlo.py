@@ -337,6 +337,9 @@ def traffic(module: Module, e: Executed) -> tuple[float, float]:
         read[0], written = read[-1], read[-1]
     elif opcode == "custom-call" and "AllocateBuffer" in i.rest:
         return 0.0, 0.0
+    elif opcode == "custom-call" and (told := re.search(r'"bytes_accessed":"(\d+)"', i.rest)):
+        # a kernel that is given whole arrays and reads a part of them
+        return min(sum(read), max(0.0, float(told[1]) - written)), written
     return sum(read), written
 
 

@@ -23,7 +23,7 @@ from chroma_jax.planning import hlo
 from chroma_jax.planning.chips import Topology, compile_only_devices, compiling_afresh
 from chroma_jax.planning.plan import QUICK, DoesNotFit, Traffic, compute, too_large, traffic, unestimated
 from chroma_jax.schedule import FRAMES_PER_PAIR
-from chroma_jax.streaming.placing import TPU_OPTIONS, choosing, divided, model_shardings
+from chroma_jax.streaming.placing import TPU_OPTIONS, as_streamed, choosing, divided, model_shardings
 from chroma_jax.streaming.slots import frames
 from chroma_jax.streaming.state import Capacity, StreamState, idle
 from chroma_jax.streaming.step import Pairs
@@ -193,13 +193,13 @@ def plan_stream(
 
 def abstract_weights(config, dtype, weights: Bits, mesh):
     """Graphs and ShapeDtypeStructs of the model and its Codec, where they lie on a mesh. The model is in ``dtype``, its products
-    in int8 where ``weights`` says so, the Codec in float32."""
+    in int8 where ``weights`` says so, the Codec as it streams."""
 
     def made():
         model = Chroma(nnx.Rngs(0), config)
         graph, state = nnx.split(model)
         model = nnx.merge(graph, jax.tree.map(lambda x: x.astype(dtype), state))
-        return quantized(model) if weights == "int8" else model, Codec(nnx.Rngs(0), config.codec)
+        return quantized(model) if weights == "int8" else model, as_streamed(Codec(nnx.Rngs(0), config.codec))
 
     (model_graph, model), (codec_graph, codec) = map(nnx.split, nnx.eval_shape(made))
     lying = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)

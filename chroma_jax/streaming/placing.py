@@ -16,11 +16,13 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from chroma_jax.errors import ChromaError
+from chroma_jax.layers.linear import as_multiplied
 from chroma_jax.layers.sharding import RULES, AxisRules, MeshConfig, make_mesh, state_shardings
 from chroma_jax.layers.transformer import unstacked
 from chroma_jax.models.chroma import Chroma, ChromaConfig
 from chroma_jax.models.codec import Codec
 from chroma_jax.models.quantized import quantized
+from chroma_jax.paths import filled, values
 
 Place = jax.Device | NamedSharding  # one device; or a mesh, whole on each of its devices
 
@@ -113,8 +115,20 @@ def model_shardings(config: ChromaConfig, model: nnx.State, mesh: Mesh) -> nnx.S
     return state_shardings(model, mesh, of)
 
 
+def as_streamed(codec: Codec) -> Codec:
+    """On TPU, with the kernels of its decoder in the type that products take them in: half as many bytes for a tick to read."""
+    graph, state = nnx.split(codec)
+    kernels = {
+        path: as_multiplied(x)
+        for path, x in values(state).items()
+        if path.startswith(("decoder/", "decoder_transformer/")) and path.endswith("/kernel")
+    }
+    return nnx.merge(graph, filled(state, kernels))
+
+
 def codec_on(codec: Codec, place: Place) -> Codec:
     """A Codec that goes with a model of `abstract_model`: whole, on every device."""
+    codec = as_streamed(codec)
     if not on_many(place):
         return codec
     transformer = dataclasses.replace(codec.config.transformer, rules=WHOLE)

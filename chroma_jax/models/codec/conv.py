@@ -2,7 +2,8 @@
 
 Each layer is written once, for a piece of a signal and what the layer remembers of the pieces before it. A whole
 utterance is a single piece with nothing before it, so streaming and whole-utterance results cannot drift apart.
-Signals are [B, S, C].
+Signals are [B, S, C]. On TPU, one with fewer channels than a register has lanes goes folded, [B, S / fold, fold · C]: as it is,
+most of its memory and of every transfer would be filling.
 """
 
 from typing import Literal
@@ -11,7 +12,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from chroma_jax.layers.linear import in_use, normal, weight, zeros
+from chroma_jax.layers.linear import as_multiplied, in_use, normal, weight, zeros
+from chroma_jax.layers.sharding import on_tpu
+from chroma_jax.layers.splash import LANES
 
 Padding = Literal["zeros", "replicate"]
 
@@ -80,17 +83,22 @@ class Conv(nnx.Module):
         self.kernel = weight(rngs, dims, normal(gain * (kernel * inputs) ** -0.5))
         self.bias = weight(rngs, {"channels": outputs}, zeros) if bias == "bias" else None
 
-    def __call__(self, x: jax.Array, carry: Carry) -> jax.Array:
-        """x: [B, S, in]. Returns [B, ⌈S / stride⌉, out]; a piece that another one follows must be whole strides long."""
+    def __call__(self, x: jax.Array, carry: Carry, fold: int = 1) -> jax.Array:
+        """x: [B, S, in]. Returns [B, ⌈S / stride⌉, out]; a piece that another one follows must be whole strides long. With fold,
+        at stride 1, both are folded."""
+        if fold > 1:
+            return self._folded(x, carry, fold)
         if carry.length is not None and self.stride > 1:  # stride 1: causal, so that what is behind the end is not seen
             x = self._cut(x, carry.length)
             carry.length = -(-carry.length // self.stride)
         missing = -x.shape[1] % self.stride
         if missing:
             x = jnp.concatenate([x, self._outside(x[:, -1:], missing)], axis=1)
+        dtype, x = x.dtype, as_multiplied(x)
         if self.context:
-            x = jnp.concatenate([carry.take(self._outside(x[:, :1], self.context)), x], axis=1)
-            carry.put(x[:, x.shape[1] - self.context :])
+            memory = carry.take(self._outside(x[:, :1], self.context).astype(dtype))
+            x = jnp.concatenate([memory.astype(x.dtype), x], axis=1)
+            carry.put(x[:, x.shape[1] - self.context :].astype(dtype))
         y = jax.lax.conv_general_dilated(
             x,
             in_use(self.kernel, x.dtype),
@@ -98,8 +106,31 @@ class Conv(nnx.Module):
             padding="VALID",
             rhs_dilation=(self.dilation,),
             dimension_numbers=("NWC", "WIO", "NWC"),
+            preferred_element_type=dtype,
         )
-        return y if self.bias is None else y + in_use(self.bias, x.dtype)
+        return y if self.bias is None else y + in_use(self.bias, dtype)
+
+    def _folded(self, x: jax.Array, carry: Carry, fold: int) -> jax.Array:
+        """As a convolution of whole folds: its kernel has this one's, at every place of the output within its fold."""
+        taps, inputs, outputs = self.kernel.shape
+        dtype, x = x.dtype, as_multiplied(x)
+        before = -(-self.context // fold)  # folds that an output sees besides its own
+        if self.context:
+            memory = carry.take(self._outside(x[:, :1, :inputs], self.context).astype(dtype)).astype(x.dtype)
+            memory = jnp.pad(memory, ((0, 0), (before * fold - self.context, 0), (0, 0)))
+            x = jnp.concatenate([memory.reshape(len(x), before, -1), x], axis=1)
+            last = x[:, x.shape[1] - before :].reshape(len(x), before * fold, inputs)
+            carry.put(last[:, before * fold - self.context :].astype(dtype))
+        # input at place p of fold m reaches the output at place r of the last fold through this tap, or through none
+        m, p, r = (jnp.arange(n) for n in (before + 1, fold, fold))
+        tap, between = jnp.divmod((m[:, None, None] - before) * fold + p[:, None] - r + self.context, self.dilation)
+        tap = jnp.where((tap >= 0) & (tap < taps) & (between == 0), tap, taps)
+        kernel = jnp.pad(in_use(self.kernel, x.dtype), ((0, 1), (0, 0), (0, 0)))[tap]
+        kernel = kernel.transpose(0, 1, 3, 2, 4).reshape(before + 1, fold * inputs, fold * outputs)
+        y = jax.lax.conv_general_dilated(
+            x, kernel, (1,), "VALID", dimension_numbers=("NWC", "WIO", "NWC"), preferred_element_type=dtype
+        )
+        return y if self.bias is None else y + jnp.tile(in_use(self.bias, dtype), fold)
 
     def _cut(self, x: jax.Array, length: jax.Array) -> jax.Array:
         """The padding from each row's end on. length: int32 [B]."""
@@ -141,8 +172,19 @@ class ConvTranspose(nnx.Module):
         self.kernel = weight(rngs, dims, normal(fan_in**-0.5))
         self.bias = weight(rngs, {"channels": outputs}, zeros) if bias == "bias" else None
 
+    @property
+    def fold(self) -> int:
+        """How the outputs go on: on TPU, where they are narrow, all that one input makes beside each other."""
+        return self.stride if self._in_halves and self.kernel.shape[2] < LANES else 1
+
+    @property
+    def _in_halves(self) -> bool:
+        return on_tpu() and self.groups == 1 and self.kernel.shape[1] == 2 * self.stride
+
     def __call__(self, x: jax.Array, carry: Carry) -> jax.Array:
-        """x: [B, S, in]. Returns [B, S · stride, out]."""
+        """x: [B, S, in]. Returns [B, S · stride, out], or that folded by ``fold``."""
+        if self._in_halves:
+            return self._of_halves(x, carry)
         batch, length, inputs = x.shape
         kernel = in_use(self.kernel, x.dtype)
         taps, per_group = kernel.shape[1:]
@@ -168,3 +210,24 @@ class ConvTranspose(nnx.Module):
             carry.put(y[:, length * self.stride :])
         y = y[:, : length * self.stride]
         return y if self.bias is None else y + in_use(self.bias, x.dtype)
+
+    def _of_halves(self, x: jax.Array, carry: Carry) -> jax.Array:
+        """What each input makes of its own outputs, and the input before of them: nothing is laid over each other, which TPU
+        would do by copies."""
+        dtype, x = x.dtype, as_multiplied(x)
+        kernel = in_use(self.kernel, x.dtype)
+        own, later = kernel[:, : self.stride], kernel[:, self.stride :]
+        if self.fold > 1:
+            own, later = (k.reshape(len(k), 1, -1) for k in (own, later))
+        add = lambda x, k: jnp.einsum("BTI,IKO->BTKO", x, k, preferred_element_type=dtype)
+        memory = carry.take(jnp.zeros((len(x), self.stride, kernel.shape[2]), dtype))
+        carry.put(add(x[:, -1:], later).reshape(memory.shape))
+        before = jnp.pad(x[:, :-1], ((0, 0), (1, 0), (0, 0)))
+        if x.size > kernel.size:  # one product, for which the kernel's halves are laid above each other
+            y = add(jnp.concatenate([x, before], axis=2), jnp.concatenate([own, later]))
+        else:
+            y = add(x, own) + add(before, later)
+        y = y + jnp.pad(memory.reshape(len(x), 1, *y.shape[2:]), ((0, 0), (0, x.shape[1] - 1), (0, 0), (0, 0)))
+        if self.bias is not None:
+            y = y + jnp.tile(in_use(self.bias, dtype), self.fold)
+        return y.reshape(len(x), -1, y.shape[3])

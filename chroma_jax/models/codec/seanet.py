@@ -49,7 +49,7 @@ class SeanetConfig:
 
 
 class ResidualLayer(nnx.Module):
-    """shortcut(x) + conv2(elu(conv1(elu(x))))."""
+    """shortcut(x) + conv2(elu(conv1(elu(x)))), of a signal that may be folded."""
 
     def __init__(self, rngs: nnx.Rngs, config: SeanetConfig, width: int, dilation: int):
         inner = width // config.compress
@@ -57,10 +57,10 @@ class ResidualLayer(nnx.Module):
         self.conv2 = Conv(rngs, inner, width, 1)
         self.shortcut = Conv(rngs, width, width, 1) if config.shortcut == "conv" else None
 
-    def __call__(self, x: jax.Array, carry: Carry) -> jax.Array:
-        y = self.conv1(jax.nn.elu(x), carry)
-        y = self.conv2(jax.nn.elu(y), carry)
-        return y + (x if self.shortcut is None else self.shortcut(x, carry))
+    def __call__(self, x: jax.Array, carry: Carry, fold: int = 1) -> jax.Array:
+        y = self.conv1(jax.nn.elu(x), carry, fold)
+        y = self.conv2(jax.nn.elu(y), carry, fold)
+        return y + (x if self.shortcut is None else self.shortcut(x, carry, fold))
 
 
 def residual_layers(rngs: nnx.Rngs, config: SeanetConfig, width: int) -> nnx.List:
@@ -82,16 +82,20 @@ class EncoderStage(nnx.Module):
 
 
 class DecoderStage(nnx.Module):
-    """A transposed convolution to half the channels, then residual layers."""
+    """A transposed convolution to half the channels, then residual layers; what comes out is folded by ``fold``."""
 
     def __init__(self, rngs: nnx.Rngs, config: SeanetConfig, width: int, ratio: int):
         self.up = ConvTranspose(rngs, width, width // 2, 2 * ratio, stride=ratio)
         self.residuals = residual_layers(rngs, config, width // 2)
 
+    @property
+    def fold(self) -> int:
+        return self.up.fold
+
     def __call__(self, x: jax.Array, carry: Carry) -> jax.Array:
         x = self.up(jax.nn.elu(x), carry)
         for layer in self.residuals:
-            x = layer(x, carry)
+            x = layer(x, carry, self.fold)
         return x
 
 
@@ -129,8 +133,13 @@ class SeanetDecoder(nnx.Module):
         self.last = Conv(rngs, filters, 1, config.last_kernel_size, gain=0.1)  # about the level of speech at the start
 
     def __call__(self, x: jax.Array, carry: Carry) -> jax.Array:
-        x = self.first(x, carry)
+        x, fold = self.first(x, carry), 1
         for i, stage in enumerate(self.stages):
             with jax.named_scope(f"stage{i}"):
-                x = stage(x, carry)
-        return self.last(jax.nn.elu(x), carry)
+                x, fold = stage(unfolded(x, fold), carry), stage.fold
+        return unfolded(self.last(jax.nn.elu(x), carry, fold), fold)
+
+
+def unfolded(x: jax.Array, fold: int) -> jax.Array:
+    """[B, S / fold, fold · C] → [B, S, C]."""
+    return x.reshape(len(x), x.shape[1] * fold, x.shape[2] // fold)

@@ -1,0 +1,93 @@
+"""The kernel that attends over caches computes what the plain way does: types, rings, rows of which little is there."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from chroma_jax.layers import decoding
+from chroma_jax.layers.attention import KVCache, Past, attend_cached, cached_mask
+
+
+def random_cache(rng, layers, rows, heads, beside, capacity, width, dtype) -> KVCache:
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    shape = (layers, rows, heads // beside, capacity, beside * width)
+    keys, values = draw(*shape), draw(*shape)
+    if dtype != jnp.int8:
+        return KVCache(keys.astype(dtype), values.astype(dtype))
+    scale = lambda: jnp.abs(draw(layers, rows, heads, capacity)) / 50
+    return KVCache(jnp.round(keys * 40).astype(jnp.int8), jnp.round(values * 40).astype(jnp.int8), scale(), scale())
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int8])
+@pytest.mark.parametrize(
+    "positions, heads, beside, group, capacity",
+    [(1, 2, 1, 8, 2048), (3, 8, 2, 4, 1024), (2, 8, 2, 1, 272), (8, 2, 1, 3, 384)],
+    ids=["reasoner", "backbone", "codec", "others"],
+)
+def test_it_computes_what_the_plain_way_does(positions, heads, beside, group, capacity, dtype):
+    rng = np.random.default_rng(positions)
+    rows, width = 3, 128 // beside
+    cache = random_cache(rng, 2, rows, heads, beside, capacity, width, dtype)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
+    q = draw(rows, positions, heads, group, width)
+    k, v = draw(rows, positions, heads, width), draw(rows, positions, heads, width)
+    # one row that has just begun, one in the midst, one that is full: its last positions are not kept
+    slots = jnp.array([0, capacity // 2, capacity - 1])[:, None] + jnp.arange(positions)
+    past = Past.of(cached_mask(slots, capacity), slots)
+    assert past.end.tolist() == [0, capacity // 2, capacity - 1]
+    old = cache.of_layer(1, None)
+    found = decoding.attend(q, k, v, old, past, interpret=True)
+    expected = attend_cached(*(x.astype(jnp.float32) for x in (q, k, v)), old, past)
+    assert found.dtype == jnp.bfloat16 and decoding.serves(positions, cache.keys)
+    # weights and results are rounded to bfloat16, a 256th of up to 4
+    np.testing.assert_allclose(found.astype(jnp.float32), expected, atol=3e-2)
+
+
+def test_a_ring_is_read_wherever_its_entries_are():
+    rng = np.random.default_rng(5)
+    capacity = 256
+    cache = random_cache(rng, 1, 2, 2, 2, capacity, 64, jnp.bfloat16)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, 1, 2, *shape, 64)), jnp.bfloat16) for shape in ((1,), (), ()))
+    mask = jnp.asarray(rng.random((2, 1, capacity)) < 0.3).at[:, :, [0, 1]].set(True)
+    slots = jnp.array([[0], [1]])
+    past = Past.of(mask, slots)
+    found = decoding.attend(q, k, v, cache.of_layer(0, None), past, interpret=True)
+    expected = attend_cached(*(x.astype(jnp.float32) for x in (q, k, v)), cache.of_layer(0, None), past)
+    np.testing.assert_allclose(found.astype(jnp.float32), expected, atol=3e-2)  # as above
+
+
+def test_one_row_of_several_is_read():
+    rng = np.random.default_rng(6)
+    cache = random_cache(rng, 2, 4, 2, 1, 128, 128, jnp.bfloat16)
+    q, k, v = (jnp.asarray(rng.normal(size=(1, 2, 2, *shape, 128)), jnp.bfloat16) for shape in ((2,), (), ()))
+    at = jnp.array([[60, 61]])
+    past = Past.of(cached_mask(at, 128), at)
+    there = cache.of_layer(1, jnp.int32(2))
+    alone = jax.tree.map(lambda x: x[:, 2:3], cache).of_layer(1, None)
+    found = [decoding.attend(q, k, v, old, past, interpret=True) for old in (there, alone)]
+    np.testing.assert_array_equal(*(x.astype(jnp.float32) for x in found))
+
+
+def test_what_lies_behind_the_last_entry_seen_is_not_read():
+    """A block of which nothing is seen may hold anything, as it is skipped."""
+    rng = np.random.default_rng(7)
+    cache = random_cache(rng, 1, 1, 4, 1, 2048, 128, jnp.bfloat16)
+    size = decoding.block(cache.keys)
+    assert size < 2048
+    q, k, v = (jnp.asarray(rng.normal(size=(1, 1, 4, *shape, 128)), jnp.bfloat16) for shape in ((2,), (), ()))
+    at = jnp.array([[size - 5]])
+    past = Past.of(cached_mask(at, 2048), at)
+    spoilt = cache._replace(values=cache.values.at[:, :, :, size:].set(jnp.nan))
+    found = [decoding.attend(q, k, v, c.of_layer(0, None), past, interpret=True) for c in (cache, spoilt)]
+    np.testing.assert_array_equal(*(x.astype(jnp.float32) for x in found))
+
+
+def test_which_caches_it_serves():
+    keys = lambda capacity, width=128, dtype=jnp.bfloat16: jax.ShapeDtypeStruct((4, 2, 4, capacity, width), dtype)
+    assert decoding.serves(1, keys(2048)) and decoding.block(keys(2048)) == 512
+    assert decoding.serves(8, keys(272)) and decoding.block(keys(272)) == 272
+    assert not decoding.serves(9, keys(2048))  # positions that are read ahead
+    assert not decoding.serves(1, keys(8))  # the Decoder's
+    assert not decoding.serves(1, keys(2048, dtype=jnp.float32)) and not decoding.serves(1, keys(2048, width=64))
+    assert not decoding.serves(1, keys(2050))  # no block divides it
