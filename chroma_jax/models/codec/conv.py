@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from chroma_jax.layers.linear import as_multiplied, in_use, normal, weight, zeros
-from chroma_jax.layers.sharding import on_tpu
+from chroma_jax.layers.sharding import on_tpu, reshape_rows
 from chroma_jax.layers.splash import LANES
 
 Padding = Literal["zeros", "replicate"]
@@ -118,8 +118,8 @@ class Conv(nnx.Module):
         if self.context:
             memory = carry.take(self._outside(x[:, :1, :inputs], self.context).astype(dtype)).astype(x.dtype)
             memory = jnp.pad(memory, ((0, 0), (before * fold - self.context, 0), (0, 0)))
-            x = jnp.concatenate([memory.reshape(len(x), before, -1), x], axis=1)
-            last = x[:, x.shape[1] - before :].reshape(len(x), before * fold, inputs)
+            x = jnp.concatenate([reshape_rows(memory, len(x), before, fold * inputs), x], axis=1)
+            last = reshape_rows(x[:, x.shape[1] - before :], len(x), before * fold, inputs)
             carry.put(last[:, before * fold - self.context :].astype(dtype))
         # input at place p of fold m reaches the output at place r of the last fold through this tap, or through none
         m, p, r = (jnp.arange(n) for n in (before + 1, fold, fold))
@@ -220,14 +220,17 @@ class ConvTranspose(nnx.Module):
         if self.fold > 1:
             own, later = (k.reshape(len(k), 1, -1) for k in (own, later))
         add = lambda x, k: jnp.einsum("BTI,IKO->BTKO", x, k, preferred_element_type=dtype)
-        memory = carry.take(jnp.zeros((len(x), self.stride, kernel.shape[2]), dtype))
-        carry.put(add(x[:, -1:], later).reshape(memory.shape))
+        batch, length, outputs = len(x), x.shape[1], kernel.shape[2]
+        held = reshape_rows(add(x[:, -1:], later), batch, self.stride, outputs)
+        memory = carry.take(jnp.zeros_like(held))
+        carry.put(held)
         before = jnp.pad(x[:, :-1], ((0, 0), (1, 0), (0, 0)))
         if x.size > kernel.size:  # one product, for which the kernel's halves are laid above each other
             y = add(jnp.concatenate([x, before], axis=2), jnp.concatenate([own, later]))
         else:
             y = add(x, own) + add(before, later)
-        y = y + jnp.pad(memory.reshape(len(x), 1, *y.shape[2:]), ((0, 0), (0, x.shape[1] - 1), (0, 0), (0, 0)))
+        memory = reshape_rows(memory, batch, 1, *y.shape[2:])
+        y = y + jnp.pad(memory, ((0, 0), (0, length - 1), (0, 0), (0, 0)))
         if self.bias is not None:
             y = y + jnp.tile(in_use(self.bias, dtype), self.fold)
-        return y.reshape(len(x), -1, y.shape[3])
+        return reshape_rows(y, batch, length * y.shape[2], y.shape[3])

@@ -7,6 +7,7 @@ from typing import Literal
 import jax
 from flax import nnx
 
+from chroma_jax.layers.sharding import reshape_rows
 from chroma_jax.models.codec.conv import Carry, Conv, ConvTranspose
 
 
@@ -142,4 +143,4 @@ class SeanetDecoder(nnx.Module):
 
 def unfolded(x: jax.Array, fold: int) -> jax.Array:
     """[B, S / fold, fold · C] → [B, S, C]."""
-    return x.reshape(len(x), x.shape[1] * fold, x.shape[2] // fold)
+    return reshape_rows(x, len(x), x.shape[1] * fold, x.shape[2] // fold)
