@@ -1,5 +1,6 @@
-"""A laptop-sized Chroma of the same architecture, trained from scratch in three stages: `nano_reasoner` hears and answers in
-text; here Backbone and Decoder learn to speak behind it, as in the report's first stage; `nano_decoder` is its second."""
+"""A laptop-sized Chroma of the same architecture, trained from scratch in stages: `nano_reasoner` hears and answers in text, and
+`nano_hearing`, `nano_facts` and `nano_answers` go on. Here Backbone and Decoder learn to speak behind it, as in the report's
+first stage; `nano_decoder` is its second."""
 
 import dataclasses
 
@@ -48,7 +49,7 @@ def model() -> ChromaConfig:
 
 
 def config() -> Config:
-    """The stage of speaking. Start it from a run of nano_reasoner (``train --start``)."""
+    """The stage of speaking. Start it from a run of nano_answers (``train --start``)."""
     steps = 3000
     return Config(
         model=model(),

@@ -1,4 +1,5 @@
-"""The first stage of nano: the Reasoner alone learns to hear and to answer in text, without Backbone and Decoder."""
+"""The first stage of nano: the Reasoner alone learns to hear and to answer in text, without Backbone and Decoder. It goes on with
+`nano_hearing`, `nano_facts` and `nano_answers`, each from a run of the one before."""
 
 import dataclasses
 
@@ -22,8 +23,6 @@ def config() -> Config:
                 listen=1.0,
                 write=0.5,
                 answer=0.5,
-                facts=3000,
-                imagined=0.6,
                 speeds=(0.8, 0.87, 0.93, 1.0, 1.07, 1.15, 1.25),
             ),
         ),

@@ -1,12 +1,16 @@
 """The kernel that attends over caches computes what the plain way does: types, rings, rows of which little is there."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
-from chroma_jax.layers import decoding
+from chroma_jax.layers import attention, decoding
 from chroma_jax.layers.attention import KVCache, Past, attend_cached, cached_mask
+from chroma_jax.layers.sharding import MeshConfig, make_mesh
 
 
 def random_cache(rng, layers, rows, heads, beside, capacity, width, dtype) -> KVCache:
@@ -81,6 +85,23 @@ def test_what_lies_behind_the_last_entry_seen_is_not_read():
     spoilt = cache._replace(values=cache.values.at[:, :, :, size:].set(jnp.nan))
     found = [decoding.attend(q, k, v, c.of_layer(0, None), past, interpret=True) for c in (cache, spoilt)]
     np.testing.assert_array_equal(*(x.astype(jnp.float32) for x in found))
+
+
+def test_heads_may_lie_on_several_devices(monkeypatch):
+    rng = np.random.default_rng(8)
+    cache = random_cache(rng, 1, 2, 8, 2, 256, 64, jnp.bfloat16)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, 1, 8, *shape, 64)), jnp.bfloat16) for shape in ((2,), (), ()))
+    at = jnp.array([[7], [200]])
+    past = Past.of(cached_mask(at, 256), at)
+    alone = decoding.attend(q, k, v, cache.of_layer(0, None), past, interpret=True)
+    monkeypatch.setattr(attention, "on_tpu", lambda: True)
+    monkeypatch.setattr(decoding, "attend", functools.partial(decoding.attend, interpret=True))
+    with jax.set_mesh(make_mesh(MeshConfig(tensor=2), jax.devices()[:2])):
+        by_heads = lambda x: jax.device_put(x, P(None, None, "tensor"))
+        old = by_heads(cache).of_layer(0, None)
+        found = jax.jit(lambda q, k, v, old, past: attend_cached(q, k, v, old, past))(*map(by_heads, (q, k, v)), old, past)
+    assert found.sharding.spec[2] == "tensor"
+    np.testing.assert_array_equal(*(np.asarray(x, np.float32) for x in (found, alone)))
 
 
 def test_which_caches_it_serves():

@@ -1,0 +1,22 @@
+"""Hearing and knowing together: the text model answers what the audio encoder, now frozen, makes of real recordings, facts in
+text going on beside them. Start it from a run of nano_facts (``train --start``); what it leaves is the Reasoner of `nano`."""
+
+import dataclasses
+
+from chroma_jax.config import Config
+from configs.nano_facts import config as nano_facts
+from configs.nano_hearing import SPEEDS
+from data_pipelines.curriculum import CurriculumConfig
+
+
+def config() -> Config:
+    facts, steps = nano_facts(), 2500
+    row = dataclasses.replace(facts.data.row, blocks=4, text=640, answers=200)
+    curriculum = CurriculumConfig(dialogue=0.0, listen=1.0, answer=0.3, facts=2400, imagined=0.85, speeds=SPEEDS)
+    return dataclasses.replace(
+        facts,
+        data=dataclasses.replace(facts.data, row=row, prompts_per_dialogue=10, curriculum=curriculum),
+        training=dataclasses.replace(facts.training, steps=steps),
+        augment=dataclasses.replace(facts.augment, warp=0.15, time_masks=2, time_mask=12, bin_masks=2, bin_mask=16),
+        optimizer=dataclasses.replace(facts.optimizer, learning_rate=1.5e-3, decay_steps=steps - 50),
+    )
