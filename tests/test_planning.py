@@ -449,11 +449,19 @@ def test_the_streaming_ticks_are_planned_for_one_device(tmp_path, capsys):
 
 @needs_compiler
 def test_the_streaming_ticks_are_planned_for_devices_that_share_a_model(tmp_path, capsys):
-    plan = ["plan", "nano", "--topology", "v5e:2x2", "--step", "stream", "--positions", "64", "--effort", "quick", "--rows", "2"]
-    assert main([*plan, "--out", str(tmp_path / "plan.json")]) == 0
+    plan = ["plan", "nano", "--step", "stream", "--positions", "64", "--effort", "quick", "--rows", "2"]
+    for topology in ("v5e:1x1", "v5e:2x2"):
+        assert main([*plan, "--topology", topology, "--out", str(tmp_path / topology)]) == 0
     assert "each of 4 chips that share the model" in capsys.readouterr().out
-    (found,) = json.loads((tmp_path / "plan.json").read_text())
-    assert found["chips"] == 4 and found["pair"]["link_seconds"] > 0
+    alone, shared = (json.loads((tmp_path / topology).read_text())[0] for topology in ("v5e:1x1", "v5e:2x2"))
+    c = read_python("nano").model
+    text, audio = c.reasoner.text, c.reasoner.audio
+    mlps = 3 * sum(stack.num_layers * stack.width * stack.mlp_width for stack in (text, c.backbone, c.decoder))
+    heard = audio.num_layers * (2 * audio.width * (2 * audio.width + audio.mlp_width + 1) + audio.mlp_width)
+    # all else is whole on each: the Codec, and what two heads of keys do not divide by four
+    in_quarters = 2 * (mlps + heard + 2 * c.reasoner.vocab_size * text.width)
+    assert shared["chips"] == 4 and alone["weights"] - shared["weights"] == 3 / 4 * in_quarters
+    assert shared["pair"]["link_seconds"] > 0 == alone["pair"]["link_seconds"]
 
 
 def test_candidates_use_every_device():

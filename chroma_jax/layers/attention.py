@@ -12,7 +12,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec as P
 
 from chroma_jax.layers import blocks, decoding, rope, splash
-from chroma_jax.layers.linear import Linear, as_multiplied, zeros
+from chroma_jax.layers.linear import Linear, multiplied_type, zeros
 from chroma_jax.layers.sharding import RULES, AxisRules, active, constrain, divided, leading_spec, on_tpu, parts, reshard
 
 # How packed rows are computed. "plain": all positions with all. "blocks": queries in blocks, which leaves out most of what comes
@@ -43,7 +43,7 @@ class KVCache(NamedTuple):
 
     @classmethod
     def zeros(cls, layers: int, batch: int, capacity: int, heads: int, head_dim: int, dtype, rules=RULES) -> "KVCache":
-        dtype = as_multiplied(jnp.zeros((), dtype)).dtype
+        dtype = multiplied_type(dtype)
         beside = math.gcd(heads // parts(rules.heads), max(1, LANES // head_dim)) if on_tpu() else 1
         shape = (layers, batch, heads // beside, capacity, beside * head_dim)
 

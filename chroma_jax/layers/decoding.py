@@ -11,7 +11,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-SUBLANES, LANES = 8, 128
+from chroma_jax.layers.splash import LANES
+
+SUBLANES = 8
 POSITIONS = 8  # new ones of a row, at most
 BLOCK = 2**19  # bytes of keys that are read together; as many of values, and the next ones meanwhile
 HIDDEN = -1e30  # added to the score of what is not seen

@@ -52,10 +52,15 @@ def in_use(param: nnx.Param, dtype, rules: AxisRules = RULES) -> jax.Array:
     return reshard(value, rules.in_use(axes))
 
 
+def multiplied_type(dtype) -> jnp.dtype:
+    """The type that products take a type in: TPU's take float32 as bfloat16, unless they are told to be exact."""
+    rounds = on_tpu() and dtype == jnp.float32 and jax.config.jax_default_matmul_precision is None
+    return jnp.dtype(jnp.bfloat16 if rounds else dtype)
+
+
 def as_multiplied(x: jax.Array) -> jax.Array:
-    """float32 as TPU's products take it, unless they are told to be exact: bfloat16. What is written so takes half the memory."""
-    rounds = on_tpu() and x.dtype == jnp.float32 and jax.config.jax_default_matmul_precision is None
-    return x.astype(jnp.bfloat16) if rounds else x
+    """An array of any shape in its `multiplied_type`; what is written so takes half the memory."""
+    return x.astype(multiplied_type(x.dtype))
 
 
 class Linear(nnx.Module):
