@@ -5,20 +5,27 @@ import asyncio
 import dataclasses
 import threading
 import time
+from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 from tiny_speaker import CONFIG, drawn, edited, encode, written
 
 from chroma_jax.errors import ChromaError
+from chroma_jax.layers.linear import linears
 from chroma_jax.models.chroma import Chroma
 from chroma_jax.models.codec import Codec
+from chroma_jax.models.quantized import quantized
+from chroma_jax.streaming import placing
 from chroma_jax.streaming.engine import Engine, EngineConfig
 from chroma_jax.streaming.prompt import make_prompt, stack
-from chroma_jax.streaming.rounds import beginning
+from chroma_jax.streaming.rounds import CallCosts, beginning
 from chroma_jax.streaming.session import SamplingSettings
+from chroma_jax.streaming.slots import frames
+from chroma_jax.streaming.state import Capacity, idle
 from chroma_jax.streaming.stream import Speaker, settings
 
 MAX_FRAMES, SLOTS = 16, 4
@@ -200,6 +207,44 @@ def test_frames_asked_for_together_are_those_asked_for_one_by_one(modules, engin
     with made(modules, frames_per_call=frames_per_call) as other:
         for one, two in zip(perform(other, script(1)), expected, strict=True):
             same(one, two)
+
+
+@pytest.mark.parametrize("slots", [1, 4])
+@pytest.mark.parametrize("weights", ["as_dtype", "int8"])
+def test_a_model_taken_apart_says_the_same(modules, weights, slots, monkeypatch):
+    """With layers and heads in arrays of their own, and every kernel turned; sums come in another order."""
+    monkeypatch.setattr(placing, "LARGE", 1)
+    model, codec = edited(modules[0], {}), modules[1]
+    model = quantized(model) if weights == "int8" else model
+    state = idle(CONFIG, codec, slots, Capacity(64, 64, 16), jnp.float32)
+    state = state._replace(
+        text_hidden=jax.random.normal(jax.random.key(0), state.text_hidden.shape),
+        **{name: jnp.ones(slots, bool) for name in ("text_open", "speaking")},
+    )
+    apart = placing.taken_apart(model, codec, slots)
+    turned = [x for _, x in linears(apart[0].backbone.model.blocks[0]) if "turned" in x.kernel.get_metadata()]
+    assert bool(turned) == (weights == "as_dtype") and apart[0].decoder.apart and not model.decoder.apart
+    (_, one), (_, two) = (jax.jit(partial(frames, *m, count=8, pairs="all"))(state) for m in ((model, codec), apart))
+    np.testing.assert_array_equal(one.token, two.token)
+    np.testing.assert_allclose(one.samples, two.samples, atol=2e-5 * float(jnp.abs(one.samples).max()))
+
+
+@pytest.mark.parametrize(
+    ("costs", "seconds", "most", "count"),
+    [
+        ({1: 0.02, 2: 0.03, 4: 0.04, 8: 0.06}, 0.05, 8, 4),
+        ({1: 0.02, 2: 0.03, 4: 0.04, 8: 0.06}, 0.08, 8, 8),
+        ({1: 0.02, 2: 0.03, 4: 0.04, 8: 0.06}, 0.08, 3, 2),
+        ({1: 0.02, 2: 0.03, 4: 0.09, 8: 0.2}, 0.08, 8, 4),  # as two of two would take 0.06
+        ({1: 0.1}, 0.08, 8, 1),
+        ({}, 0.1, 8, 1),
+    ],
+)
+def test_so_many_frames_are_asked_for_as_come_in_time(costs, seconds, most, count):
+    found = CallCosts(0.08)
+    for number, taken in costs.items():
+        found.took(number, taken)
+    assert found.most_frames(most, seconds) == count
 
 
 # Interrupting, and going on

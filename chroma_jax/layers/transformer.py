@@ -39,10 +39,10 @@ def rematerialise(body, policy: Remat):
 
 
 def over_layers(body, carry, layers):
-    """`jax.lax.scan` over a stack of blocks, or a tuple that begins with one; `unstacked` blocks are gone through in
-    turn."""
+    """`jax.lax.scan` over a stack of blocks, or a tuple that begins with one; `unstacked` blocks, and a range, are gone through
+    in turn."""
     blocks = layers[0] if isinstance(layers, tuple) else layers
-    if not isinstance(blocks, nnx.List):
+    if not isinstance(blocks, (nnx.List, range)):
         return jax.lax.scan(body, carry, layers)
     made = []
     for layer in zip(*layers) if isinstance(layers, tuple) else layers:
@@ -51,9 +51,9 @@ def over_layers(body, carry, layers):
     return carry, jax.tree.map(lambda *y: jnp.stack(y), *made)
 
 
-def unstacked(blocks: nnx.Module) -> nnx.List:
-    """Stacked blocks, each with arrays of its own. Processors copy a layer's weights out of a stack before they multiply with
-    them, which takes as long as the products of a row or two."""
+def unstacked(blocks: nnx.Module | nnx.Param) -> nnx.List:
+    """Stacked blocks, or stacked weights, each with arrays of its own. Processors copy a layer's weights out of a stack before
+    they multiply with them, which takes as long as the products of a row or two."""
     graph, state = nnx.split(blocks)
     leaves, tree = jax.tree.flatten(jax.device_get(state))
     layers = ([jnp.asarray(x) for x in layer] for layer in zip(*leaves))

@@ -37,9 +37,18 @@ class Decoder(nnx.Module):
         """Continues a frame. inputs: [B, T, input width]; positions, slots: int32 [B, T]. Returns ([B, T, D], cache)."""
         return self.model.cached(self.projection(inputs), positions, cache, slots=slots)
 
-    def level_logits(self, x: jax.Array, level: jax.Array) -> jax.Array:
-        """x: [B, D] after the stack at slot ``level`` (1 … Q−1). Returns the logits of that level, [B, audio_vocab]."""
-        of_level = lambda x: (
-            None if x is None else jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, level - 1, 0, False), x)
-        )
+    @property
+    def apart(self) -> bool:
+        """Whether each level's head is an array of its own, as `chroma_jax.streaming.placing.taken_apart` makes them."""
+        return isinstance(self.heads, nnx.List)
+
+    def level_logits(self, x: jax.Array, level: jax.Array | int) -> jax.Array:
+        """x: [B, D] after the stack at slot ``level`` (1 … Q−1), an int where the heads are apart. Returns the logits of that
+        level, [B, audio_vocab]."""
+
+        def of_level(heads):
+            if heads is None or self.apart:
+                return heads and heads[level - 1]
+            return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, level - 1, 0, False), heads)
+
         return scaled(x @ in_use(of_level(self.heads), x.dtype, self.config.rules), of_level(self.heads_scale))

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from chroma_jax.layers.transformer import over_layers
 from chroma_jax.models.chroma import Chroma
 from chroma_jax.streaming.compatibility import Positions
 
@@ -35,7 +36,8 @@ def residual_codes(
     x, cache = run(jnp.stack([hidden, embed(c0, 0)], axis=1), 0, cache)
     logits1 = decoder.level_logits(x, 1)
     c1 = choose(logits1, jnp.int32(1))
-    _, (codes, logits) = jax.lax.scan(level_step, (c1, cache), jnp.arange(2, q))
+    levels = range(2, q) if decoder.apart else jnp.arange(2, q)
+    _, (codes, logits) = over_layers(level_step, (c1, cache), levels)
     codes = jnp.concatenate([c0[None], c1[None], codes]).T
     return codes, jnp.moveaxis(jnp.concatenate([logits1[None], logits]), 0, 1)
 

@@ -7,6 +7,7 @@ axis ``tensor``: heads, columns of the MLPs, the vocabulary, each where the mesh
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 
 import jax
@@ -16,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from chroma_jax.errors import ChromaError
-from chroma_jax.layers.linear import as_multiplied
+from chroma_jax.layers.linear import as_multiplied, linears, turned
 from chroma_jax.layers.sharding import RULES, AxisRules, MeshConfig, make_mesh, state_shardings
 from chroma_jax.layers.transformer import unstacked
 from chroma_jax.models.chroma import Chroma, ChromaConfig
@@ -28,6 +29,7 @@ Place = jax.Device | NamedSharding  # one device; or a mesh, whole on each of it
 
 # Products of one row stay on the matrix units: as sums of products on the vector units they take 1.8 times as long.
 TPU_OPTIONS = {"xla_tpu_enable_dot_strength_reduction": "false"}
+LARGE = 2**20  # numbers in a kernel that does not fit into a processor's own cache
 WHOLE = AxisRules(heads=(), mlp=(), vocab=())
 
 
@@ -50,11 +52,26 @@ def laid_out(tick: Callable, weights, state):
     return jax.device_put(weights, choosing(tick, weights).lower(*abstract).compile().input_formats[0][0])
 
 
-def taken_apart(model: Chroma, codec: Codec) -> tuple[Chroma, Codec]:
-    """Copies whose layers are not stacked, as processors want them for steps of a few positions; see `unstacked`."""
+def taken_apart(model: Chroma, codec: Codec, slots: int) -> tuple[Chroma, Codec]:
+    """Copies as processors want them for steps of a few positions: what is stacked has arrays of its own, see `unstacked`, and
+    kernels are `turned` where that is faster: large ones that are multiplied with several rows, and those with more inputs than
+    outputs."""
     model, codec = (nnx.merge(*nnx.split(module)) for module in (model, codec))
-    for stack in (model.reasoner.text, model.backbone.model, model.decoder.model, codec.decoder_transformer):
+    reasoner, backbone, decoder = model.reasoner, model.backbone, model.decoder
+    for stack in (reasoner.text, backbone.model, decoder.model, codec.decoder_transformer):
         stack.blocks = unstacked(stack.blocks)
+    decoder.heads = unstacked(decoder.heads)
+    decoder.heads_scale = None if decoder.heads_scale is None else unstacked(decoder.heads_scale)
+    of_one_row = [reasoner.head, *reasoner.text.blocks, backbone.head, decoder.projection, *decoder.model.blocks]
+    of_more = [*backbone.model.blocks, *codec.decoder_transformer.blocks]
+    for rows, modules in ((slots, of_one_row), (2 * slots, of_more)):
+        for _, linear in (found for module in modules for found in linears(module)):
+            inputs, size = math.prod(linear.kernel.shape[: linear.num_inputs]), linear.kernel.size
+            if linear.scale is None and ((size >= LARGE and rows > 1) or inputs > size // inputs):
+                linear.kernel = turned(linear.kernel, linear.num_inputs)
+    for stage in codec.decoder.stages:
+        if stage.up.kernel.size >= LARGE:
+            stage.up.kernel = turned(stage.up.kernel, 1)
     return model, codec
 
 

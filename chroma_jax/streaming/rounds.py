@@ -3,8 +3,8 @@
     orders → read a little → begin replies → tick k → frames of tick k − 1 → clients
 
 Text pairs fall due in every other tick, the same ones for all slots: replies begin before such a tick. Several frames are asked
-for in one call once every listener has as many waiting, never while somebody waits for a first frame or may soon, and never more
-than are computed in the time of one.
+for in one call once every listener has twice the time of it waiting, never while somebody waits for a first frame or may soon,
+and never more than are computed in the time of one.
 """
 
 import collections
@@ -37,6 +37,29 @@ class Flight(NamedTuple):
     owners: list[tuple[Session, Reply]]
 
 
+class CallCosts:
+    """Seconds that ticks take, of late, by their number of frames. frame: seconds of sound of one, which it takes until more is
+    known."""
+
+    def __init__(self, frame: float):
+        self._frame, self._known = frame, {}
+
+    def took(self, count: int, seconds: float) -> None:
+        before = self._known.get(count, seconds)
+        self._known[count] = before + (seconds - before) / 8
+
+    def of(self, count: int) -> float:
+        """A tick takes no longer than two of half as many frames."""
+        if count == 1:
+            return self._known.get(1, self._frame)
+        most = 2 * self.of(count // 2)
+        return min(self._known.get(count, most), most)
+
+    def most_frames(self, most: float, seconds: float) -> int:
+        """Of ticks of at most so many frames, the largest that takes at most so long; 1 if none does."""
+        return max((n for n in FRAMES_PER_CALL if n <= most and self.of(n) <= seconds), default=1)
+
+
 class Rounds:
     """decode: token ids → text. reserved: positions that a turn needs beside what the user says. frames_per_call, lead_seconds:
     as of `EngineConfig`.
@@ -65,7 +88,8 @@ class Rounds:
         self._opens_pair = True  # whether the next tick does
         self._flight: Flight | None = None  # the tick whose frames were not fetched yet
         self._fetched = 0.0  # when the last one was
-        self._costs = {"frame": 0.0, "unit": self._frame_seconds}  # seconds, of late: of a frame, and of reading a unit
+        self.costs = CallCosts(self._frame_seconds)
+        self._unit_cost = self._frame_seconds  # seconds that it takes, of late, to read a unit
 
     def advance(self) -> float | None:
         """One round. Returns after how many seconds the next one is due: 0 for at once, None when only news bring work."""
@@ -109,8 +133,8 @@ class Rounds:
 
     def _affordable(self, lead: float) -> int:
         """Units that may be read before the next tick: in what a frame leaves of its time, and in half of listeners' lead."""
-        spare = self._frame_seconds - self._costs["frame"] + lead / 2
-        return int(min(max(spare / max(self._costs["unit"], 1e-6), 1), MOST_UNITS))
+        spare = self._frame_seconds - self.costs.of(1) + lead / 2
+        return int(min(max(spare / max(self._unit_cost, 1e-6), 1), MOST_UNITS))
 
     @staticmethod
     def _urgency(session: Session) -> tuple:
@@ -171,9 +195,10 @@ class Rounds:
         count = 1
         if self._opens_pair and not self._somebody_may_wait(speaking):
             room = min(s.max_frames - s.current.frames for s in speaking)
-            in_time = self._frame_seconds / max(self._costs["frame"], 1e-6)  # whoever wants something waits for a call's end
-            most = min(self._frames_per_call, room, lead / self._frame_seconds, in_time)
-            count = max((n for n in FRAMES_PER_CALL if n <= most), default=1)
+            paced = room if self._lead_seconds is None else lead / self._frame_seconds  # no more than double the lead
+            most = min(self._frames_per_call, room, paced)
+            seconds = min(lead / 2, self._frame_seconds)  # whoever wants something waits for a call's end
+            count = self.costs.most_frames(most, seconds)
         out = self._slots.tick(count, "all" if self._opens_pair else "none")
         if count == 1:
             self._opens_pair = not self._opens_pair
@@ -192,8 +217,10 @@ class Rounds:
         now = time.perf_counter()
         seconds, self._fetched = now - max(began, self._fetched), now
         self._meter.tick(seconds, count, len(owners))
-        name, cost = ("unit", max(0.0, seconds - count * self._costs["frame"]) / units) if units else ("frame", seconds / count)
-        self._costs[name] += (cost - self._costs[name]) / 8
+        if units:
+            self._unit_cost += (max(0.0, seconds - self.costs.of(count)) / units - self._unit_cost) / 8
+        else:
+            self.costs.took(count, seconds)
         for session in self._joining:
             self._meter.add("join", now - session.opened)
         self._joining.clear()

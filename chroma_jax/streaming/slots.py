@@ -217,7 +217,7 @@ class Slots:
         self._place = place_of(jax.tree.leaves(nnx.state(model))[0])
         platform = platform_of(self._place)
         if platform == "cpu" and not on_many(self._place):
-            model, codec = taken_apart(model, codec)
+            model, codec = taken_apart(model, codec, slots)
         (model_graph, model_state), (codec_graph, codec_state) = nnx.split(model), nnx.split(codec)
         self._programs = programs((model_graph, codec_graph), dtype, platform)
         made = partial(jax.jit, out_shardings=None if on_many(self._place) else SingleDeviceSharding(self._place))

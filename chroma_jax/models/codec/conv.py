@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from chroma_jax.layers.linear import as_multiplied, in_use, normal, weight, zeros
-from chroma_jax.layers.sharding import on_tpu, reshape_rows
+from chroma_jax.layers.linear import as_multiplied, in_use, normal, product, weight, zeros
+from chroma_jax.layers.sharding import RULES, on_tpu, reshape_rows
 from chroma_jax.layers.splash import LANES
 
 Padding = Literal["zeros", "replicate"]
@@ -165,7 +165,7 @@ class ConvTranspose(nnx.Module):
             raise ValueError(f"kernel {kernel} does not cover stride {stride}")
         if inputs % groups or outputs % groups:
             raise ValueError(f"groups {groups} divides not both {inputs} inputs and {outputs} outputs")
-        self.stride, self.groups = stride, groups
+        self.stride, self.groups, self.taps = stride, groups, kernel
         # Each output is a sum over this many inputs.
         fan_in = inputs // groups * kernel / stride
         dims = (("channels", inputs), ("kernel", kernel), ("channels", outputs // groups))
@@ -179,23 +179,23 @@ class ConvTranspose(nnx.Module):
 
     @property
     def _in_halves(self) -> bool:
-        return on_tpu() and self.groups == 1 and self.kernel.shape[1] == 2 * self.stride
+        return on_tpu() and self.groups == 1 and self.taps == 2 * self.stride
 
     def __call__(self, x: jax.Array, carry: Carry) -> jax.Array:
         """x: [B, S, in]. Returns [B, S · stride, out], or that folded by ``fold``."""
         if self._in_halves:
             return self._of_halves(x, carry)
         batch, length, inputs = x.shape
-        kernel = in_use(self.kernel, x.dtype)
-        taps, per_group = kernel.shape[1:]
+        taps = self.taps
         # One product gives what every input adds to the outputs it reaches; then blocks of one stride are laid over
         # each other. Zero-stuffing the input instead would multiply stride times more.
         if self.groups == 1:  # as a product of groups, processors would turn the whole kernel round first
-            z = jnp.einsum("BTI,IKO->BTKO", x, kernel)
+            z = product(x, self.kernel, 1, RULES)
         else:
-            kernel = kernel.reshape(self.groups, inputs // self.groups, taps, per_group)
+            kernel = in_use(self.kernel, x.dtype)
+            kernel = kernel.reshape(self.groups, inputs // self.groups, *kernel.shape[1:])
             z = jnp.einsum("BTGI,GIKO->BTKGO", x.reshape(batch, length, self.groups, -1), kernel)
-            z = z.reshape(batch, length, taps, self.groups * per_group)
+            z = z.reshape(batch, length, taps, -1)
         blocks = -(-taps // self.stride)
         held = (blocks - 1) * self.stride
         z = jnp.pad(z, ((0, 0), (0, 0), (0, blocks * self.stride - taps), (0, 0)))
