@@ -119,8 +119,8 @@ def _matrix_product(x: jax.Array, kernel: jax.Array, num_inputs: int, out: P | N
 
 
 def turned(weight: nnx.Param, num_inputs: int) -> nnx.Param:
-    """The weight as [outputs, inputs], for processors: a large one is then multiplied with a few rows in two thirds of the time.
-    The other way round, all of it would be copied for every product, into the order that the instructions want."""
+    """[inputs…, outputs…] → [outputs…, inputs…], for processors: a large kernel is then multiplied with a few rows in two thirds
+    of the time. As it was, all of it is copied for every product, into the order that the instructions want."""
     order = (*range(num_inputs, weight.ndim), *range(num_inputs))
     axes = weight.get_metadata()["axes"][-weight.ndim :]
     return nnx.Param(jnp.transpose(weight[...], order), axes=tuple(axes[i] for i in order), turned=True)
