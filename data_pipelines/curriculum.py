@@ -31,11 +31,13 @@ class CurriculumConfig:
     each recording, heard and written down; each dialogue in text alone; each recording, read aloud. Below 1, that share of them
     is drawn. proceed: the same of recordings that are continued from somewhere within; those below the folders ``unwritten``,
     which have no transcript, are so once a pass. facts: how many exchanges of `data_pipelines.facts` a pass has, in text alone;
-    none has the words of a question or answer that is held out. imagined: the share of what is asked in text alone that is laid
-    out as speech is, with tokens where the audio encoder's outputs would be, so that what is learnt from text is known when
-    heard. prompts: "references" are the voice's own; "any" are one or more recordings of the voice, up to prompt_seconds.
-    no_prompt: the share of spoken replies that have none. speeds: at which a voice is played, drawn for each example: for the
-    user, and for a reply together with its prompt. piece_seconds: the longest piece of a recording that is continued.
+    none has the words of a question or answer that is held out. withhold: the share of their answers that is left out in the same
+    way, to choose a recipe by; `chroma_jax.evaluation.knowledge` asks them. imagined: the share of what is asked in text alone
+    that is laid out as speech is, with tokens where the audio encoder's outputs would be, so that what is learnt from text is
+    known when heard. prompts: "references" are the voice's own; "any" are one or more recordings of the voice, up to
+    prompt_seconds. no_prompt: the share of spoken replies that have none. speeds: at which a voice is played, drawn for each
+    example: for the user, and for a reply together with its prompt. piece_seconds: the longest piece of a recording that is
+    continued.
     """
 
     dialogue: float = 1.0
@@ -46,6 +48,7 @@ class CurriculumConfig:
     proceed: float = 0.0
     unwritten: tuple[str, ...] = ()
     facts: int = 0
+    withhold: float = 0.0
     imagined: float = 0.0
     prompts: Literal["references", "any"] = "references"
     prompt_seconds: float = 8.0
@@ -54,11 +57,12 @@ class CurriculumConfig:
     piece_seconds: float = 9.0
 
     def __post_init__(self):
-        for name in ("dialogue", "listen", "write", "answer", "read", "proceed", "facts", "imagined", "no_prompt"):
+        for name in ("dialogue", "listen", "write", "answer", "read", "proceed", "facts", "no_prompt"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        if self.imagined > 1:
-            raise ValueError(f"imagined is a share of 1 at most, got {self.imagined}")
+        for name in ("imagined", "withhold"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is a share of 1, got {getattr(self, name)}")
         if not self.speeds or min(self.speeds) < 0.5 or max(self.speeds) > 2:
             raise ValueError(f"speeds must lie in 0.5 … 2, got {self.speeds}")
         for name in ("prompt_seconds", "piece_seconds"):
@@ -124,7 +128,7 @@ class Drawing:
     ):
         self.config, self.rng, self.seconds = config, rng, seconds
         of_split = [d for d in corpus.dialogues if d.split == split]
-        self.exchanges = exchanges(held_out(corpus, split)) if config.facts else {}
+        self.exchanges = exchanges(held_out(corpus, split), config.withhold) if config.facts else {}
         self.dialogues = [d for d in of_split if {d.question_audio, d.answer_audio} <= seconds.keys()]
         said = {d.question_audio: (d.user_voice, d.question) for d in of_split}
         said |= {d.answer_audio: (d.assistant_voice, d.answer) for d in of_split}
@@ -231,6 +235,6 @@ def unwritten(config: CurriculumConfig) -> list[Path]:
 
 def written(corpus: Corpus, config: CurriculumConfig) -> list[str]:
     """What is there in text alone, for a tokenizer to learn."""
-    facts = exchanges(held_out(corpus, "train")) if config.facts else {}
+    facts = exchanges(held_out(corpus, "train"), config.withhold) if config.facts else {}
     said = ([WRITE_DOWN] if config.write else []) + ([READ_ALOUD] if config.read else [])
     return said + [text for of in facts.values() for e in of for text in e]

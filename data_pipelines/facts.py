@@ -4,10 +4,13 @@ domain by its rules: sums in both orders, capitals and opposites both ways, days
 What is held out stays so: `exchanges` leaves out whatever has the words of a held-out question or of its answer. The fact itself
 may be there in other words, as it would be in what a language model has read; so a right answer shows that a question that was
 never seen is understood and answered in the form that was learnt, not that its fact was found out.
+
+To choose a recipe by, a share of them can be withheld from training in just that way: see `withheld`.
 """
 
 import re
 import tomllib
+import zlib
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -36,7 +39,26 @@ def normalised(text: str) -> str:
     return " ".join(re.findall(r"[a-z0-9]+", text.lower()))
 
 
-def exchanges(held_out: Iterable[Exchange] = ()) -> dict[str, list[Exchange]]:
+def exchanges(held_out: Iterable[Exchange] = (), withhold: float = 0.0) -> dict[str, list[Exchange]]:
+    """Every exchange by its kind, without those whose question or answer is one of ``held_out``, and without the share
+    ``withhold`` of all answers, the same ones whatever is held out."""
+    return {kind: [e for e in found if not of_share(e, withhold)] for kind, found in everything(held_out).items()}
+
+
+def withheld(share: float, held_out: Iterable[Exchange] = (), known: Iterable[Exchange] = ()) -> dict[str, list[Exchange]]:
+    """What ``exchanges`` leaves out for ``withhold = share``, by kind, without what has the words of one of ``known``."""
+    known = list(known)
+    questions, answers = ({normalised(e[i]) for e in known} for i in (0, 1))
+    kinds = everything(held_out).items()
+    return {kind: without((e for e in found if of_share(e, share)), questions, answers) for kind, found in kinds}
+
+
+def of_share(exchange: Exchange, share: float) -> bool:
+    """Whether an exchange's answer is one of a share of all answers that is drawn by their words alone."""
+    return zlib.crc32(normalised(exchange.answer).encode()) < share * 2**32
+
+
+def everything(held_out: Iterable[Exchange]) -> dict[str, list[Exchange]]:
     """Every exchange by its kind, without those whose question or answer is one of ``held_out``."""
     held_out = list(held_out)
     questions, answers = ({normalised(e[i]) for e in held_out} for i in (0, 1))

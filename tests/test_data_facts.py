@@ -10,7 +10,7 @@ from tiny_corpus import MODEL
 from data_pipelines import curriculum
 from data_pipelines.curriculum import CurriculumConfig
 from data_pipelines.dialogues import read_corpus
-from data_pipelines.facts import Exchange, exchanges, normalised, number
+from data_pipelines.facts import Exchange, exchanges, normalised, number, withheld
 from data_pipelines.pack import conversation, pack_config, spread
 from data_pipelines.prepare import feature_config
 
@@ -50,6 +50,25 @@ def test_case_and_punctuation_do_not_hide_what_is_held_out():
     questions = {e.question for of in found.values() for e in of}
     assert "What number comes after forty-five?" not in questions and "What is seven plus one?" not in questions
     assert "What is one plus seven?" in questions and "What number comes after forty-six?" in questions
+
+
+def test_what_is_withheld_is_not_taught_and_is_the_same_whatever_is_held_out(corpus, held_out):
+    config = CurriculumConfig(dialogue=0.0, facts=4000, imagined=0.5, withhold=0.1)
+    kept = withheld(0.1, held_out)
+    asked = {normalised(e.question) for of in kept.values() for e in of}
+    answered = {normalised(e.answer) for of in kept.values() for e in of}
+    examples = curriculum.drawn(corpus, "train", config, 3, 0, {})
+    assert not {normalised(e.said or e.imagined) for e in examples} & asked
+    assert not ({normalised(e.answer) for e in examples} | {normalised(t) for t in curriculum.written(corpus, config)}) & answered
+    everything, taught = ({k: set(v) for k, v in exchanges(held_out, share).items()} for share in (0.0, 0.1))
+    assert all(everything[kind] == taught[kind] | set(kept[kind]) for kind in everything)
+    assert 0.05 < sum(map(len, kept.values())) / sum(map(len, everything.values())) < 0.2
+    # it does not depend on what is held out, grows with the share, and can be without what the corpus has
+    flat = lambda found: {e for of in found.values() for e in of}
+    assert flat(kept) <= flat(withheld(0.1)) <= flat(withheld(0.3)) and not flat(withheld(0.0))
+    said = {normalised(text) for d in corpus.dialogues for text in (d.question, d.answer)}
+    unknown = flat(withheld(0.1, held_out, [Exchange(d.question, d.answer) for d in corpus.dialogues]))
+    assert unknown < flat(kept) and not {normalised(text) for e in unknown for text in e} & said
 
 
 def test_they_answer_as_the_corpus_does(corpus):

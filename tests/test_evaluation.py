@@ -10,15 +10,20 @@ from tiny import replace
 
 from chroma_jax import cli, pretrained
 from chroma_jax import config as configs
+from chroma_jax.chat import question
 from chroma_jax.errors import ChromaError
 from chroma_jax.evaluation import judges as real_judges
 from chroma_jax.evaluation import report
 from chroma_jax.evaluation.evaluate import evaluate
 from chroma_jax.evaluation.judges import Judges, equal_error_rate
+from chroma_jax.evaluation.knowledge import would_write
 from chroma_jax.evaluation.speaking import ABLATIONS, MAIN, Condition, summary, voice_prompt
 from chroma_jax.evaluation.suite import read_suite
 from chroma_jax.evaluation.words import error_rate, normalised, same, word_errors
+from chroma_jax.schedule import NOTHING
+from chroma_jax.streaming.load import load_run
 from data_pipelines import audio
+from data_pipelines.tokenizer import encoder
 
 RATE = 24_000
 
@@ -154,6 +159,29 @@ def test_the_report_is_complete(judged):
     page = (out / "index.html").read_text()
     files = re.findall(r'src="(sounds/[^"]+)"', page)
     assert len(files) == 2 * (8 + 2 * 7) and all((out / file).is_file() for file in files)
+
+
+def test_knowledge_is_what_would_be_written(tiny_run, corpus, tmp_path):
+    config = configs.load(tiny_run)
+    model, _, tokenizer = load_run(tiny_run, config)
+    reasoner, encode = model.reasoner, encoder(tokenizer)
+    width, rows = model.config.reasoner.text.width, []
+    for asked in ("What?", "How many days are in a week?"):
+        given, written = question(encode, model.config.tokens, said=asked), []
+        for _ in range(5):  # the likeliest token after all before it, one at a time
+            tokens = np.array([*given, *written])[None]
+            at = (np.zeros((1, 1, width), np.float32), tokens, np.arange(tokens.size)[None], np.ones_like(tokens))
+            hidden = reasoner.read(*at, np.full_like(tokens, NOTHING))
+            written.append(int(reasoner.logits(hidden)[0, -1].argmax()))
+        rows += [(given, written), (given, [*written[:4], written[4] ^ 1]), (given, [written[0] ^ 1, *written[1:]])]
+    assert would_write(model, rows * 7) == [True, False, False] * 14
+    found = evaluate(tiny_run, config, tmp_path / "out", corpus=corpus, parts=("knowledge",), judges=STAND_INS)["knowledge"]
+    assert found["test split"]["questions"] == 2 and 0 <= found["test split"]["typed"] <= 1 and len(found) == 1
+    withholding = replace(config, "data.curriculum.withhold", 0.05)
+    found = evaluate(tiny_run, withholding, tmp_path / "more", corpus=corpus, parts=("knowledge",), judges=STAND_INS)
+    kinds = [values for name, values in found["knowledge"].items() if name.startswith("withheld: ")]
+    assert len(kinds) > 5 and sum(v["questions"] for v in kinds) == found["knowledge"]["withheld"]["questions"] > 50
+    assert "imagined as heard" in report.text(found)
 
 
 def test_a_codec_run_is_judged_without_answers(tmp_path, corpus):

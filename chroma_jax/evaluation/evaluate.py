@@ -11,13 +11,17 @@ from chroma_jax.convert.codec import trained_codec, with_codec
 from chroma_jax.evaluation import report
 from chroma_jax.evaluation.codec import evaluate_codec
 from chroma_jax.evaluation.judges import Judges, appointed
+from chroma_jax.evaluation.knowledge import evaluate_knowledge
 from chroma_jax.evaluation.speaking import ABLATIONS, MAIN, evaluate_speaking
-from chroma_jax.evaluation.suite import read_suite, recordings
+from chroma_jax.evaluation.suite import SUITES, Suite, read_suite, recordings
 from chroma_jax.files import check_new, written_aside
 from chroma_jax.streaming.load import load_run
 from chroma_jax.streaming.stream import Speaker
+from data_pipelines.curriculum import held_out
+from data_pipelines.dialogues import Corpus, read_corpus
+from data_pipelines.facts import Exchange, withheld
 
-Part = Literal["codec", "answers", "ablations"]
+Part = Literal["codec", "answers", "ablations", "knowledge"]
 
 
 def evaluate(
@@ -57,6 +61,9 @@ def evaluate(
         "judges": judges.origins,
         "device": jax.devices()[0].device_kind,
     }
+    if speaker is not None and "knowledge" in parts:
+        given = asked_in_text(config, asked, read_corpus(corpus or SUITES[suite]))
+        found["knowledge"] = evaluate_knowledge(model, tokenizer, given, config.data.system)
     sounds = report.Sounds(rate)
     if "codec" in parts:
         spoken = recordings(asked, rate)
@@ -72,3 +79,12 @@ def evaluate(
     with written_aside(out) as folder:
         report.write(folder, found, sounds)
     return found
+
+
+def asked_in_text(config: Config, suite: Suite, corpus: Corpus) -> dict[str, list[Exchange]]:
+    """The suite's questions, and of general knowledge what the run's training had not, in all and by kind."""
+    found = {f"{suite.split} split": [Exchange(d.question, d.answer) for d in suite.dialogues]}
+    known = [Exchange(d.question, d.answer) for d in corpus.dialogues]
+    facts = withheld(config.data.curriculum.withhold, held_out(corpus, "train"), known)
+    found["withheld"] = [e for of in facts.values() for e in of]
+    return found | {f"withheld: {kind}": of for kind, of in facts.items()}

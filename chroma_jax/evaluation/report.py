@@ -98,6 +98,14 @@ def tables(report: dict) -> list[tuple[str, list[str], list[list[str]]]]:
     if "conditions" in report:
         rows = [[name, *(number(c, values[c]) for c in COLUMNS)] for name, values in report["conditions"].items()]
         found.append((f"Answers: {report['suite']['dialogues']} questions", ["voice prompt", *COLUMNS.values()], rows))
+    if "knowledge" in report:
+        rows = [
+            [name, str(v["questions"]), number("right", v["typed"]), number("right", v["imagined"])]
+            for name, v in report["knowledge"].items()
+        ]
+        found.append(
+            ("Knowledge: right to the letter, asked in text", ["questions", "number", "typed", "imagined as heard"], rows)
+        )
     if "speed" in report:
         speed = report["speed"]
         shown = [number(name, speed[name]) for name in ("first_audio_ms", "rtf", "rtf_steady")]
