@@ -189,7 +189,7 @@ def test_the_words_of_a_kernel_s_parts_are_counted_from_its_schedule():
 @pytest.mark.slow
 @needs_compiler
 def test_schedules_of_the_kernels_are_those_of_the_compiler():
-    found = dict(schedules.of_chip("v6e", 64))
+    found = dict(schedules.of_chip("v6e", "splash", 64))
     assert found and all(kernels.SCHEDULES[key] == schedule for key, schedule in found.items())
 
 

@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec as P
 
-from chroma_jax.layers import blocks, decoding, rope, splash
+from chroma_jax.layers import blocks, decoding, rope, short, splash
 from chroma_jax.layers.linear import Linear, multiplied_type, zeros
 from chroma_jax.layers.sharding import RULES, AxisRules, active, constrain, divided, leading_spec, on_tpu, parts, reshard
 
@@ -185,7 +185,13 @@ class Blocks(NamedTuple):
     ids: jax.Array
 
 
-Mask = jax.Array | Segments | Blocks
+class Lengths(NamedTuple):
+    """All positions see the first so many of their row, and `chroma_jax.layers.short` may compute it. count: int32 [B]."""
+
+    count: jax.Array
+
+
+Mask = jax.Array | Segments | Blocks | Lengths
 
 
 def packed(segments: jax.Array, kernel: Kernel) -> Mask:
@@ -201,7 +207,7 @@ def cached_mask(positions: jax.Array, capacity: int) -> jax.Array:
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
     """softmax(q kᵀ / √H) v, softmax in float32.
 
-    q: [B, T, K, G, H]; k, v: [B, S, K, H]; mask: bool [B, T, S], or `Segments`, or `Blocks`. Returns [B, T, K, G, H].
+    q: [B, T, K, G, H]; k, v: [B, S, K, H]; mask: bool [B, T, S], or `Segments`, `Blocks` or `Lengths`. Returns [B, T, K, G, H].
     """
     if isinstance(mask, Segments):
         return splash.attend(q, k, v, mask.ids)
@@ -209,6 +215,8 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
         return blocks.attend(q, k, v, mask.ids)
     if isinstance(mask, Blocks):
         mask = causal_mask(mask.ids)
+    if isinstance(mask, Lengths):
+        mask = short.mask(mask.count, q.shape[1])
     if active():  # with the sequence divided, every device needs all keys
         k, v = (reshard(x, P(leading_spec(x, 1)[0], None, leading_spec(x, 3)[2])) for x in (k, v))
     q, k, v = (checkpoint_name(x, "products") for x in (q, k, v))
@@ -328,7 +336,18 @@ class Attention(nnx.Module):
         return q, k, v
 
     def __call__(self, x: jax.Array, rotation: Rotation | None, mask: Mask) -> jax.Array:
+        if isinstance(mask, Lengths) and rotation is None and self.may_be_short(x):
+            q, k, v = (checkpoint_name(linear.merged(x), "products") for linear in (self.q, self.k, self.v))
+            found = short.attend(q, k, v, mask.count, self.k.kernel.shape[-1])
+            return self.o.merged(checkpoint_name(found, splash.SAVED))
         return self.o(attend(*self.project(x, rotation), mask))
+
+    def may_be_short(self, x: jax.Array) -> bool:
+        """Whether TPU's kernel for short rows computes such ones, [B, T, D]."""
+        heads, group, width = self.q.kernel.shape[-3:]
+        alone = group == 1 and all(linear.lora is None for linear in (self.q, self.k, self.v, self.o))
+        heads //= parts(self.q.rules.heads)
+        return alone and on_tpu() and not divided(x, 1) and short.serves(x.shape[1], heads, width, x.dtype)
 
     def cached(self, x: jax.Array, rotation: Rotation | None, past: Past, old: Old):
         """As ``__call__``, after what is cached of this layer. Returns (y [B, T, D], (new keys, values [B, T, K, H]))."""

@@ -91,6 +91,22 @@ class Linear(nnx.Module):
         y = y if self.bias is None else y + in_use(self.bias, x.dtype, self.rules)
         return y if self.lora is None else y + self.lora(x, self.num_inputs, self.rules)
 
+    def merged(self, x: jax.Array) -> jax.Array:
+        """The same, without what `Lora` adds, with all inputs on x's last axis and all outputs on the result's. Heads that are
+        narrower than TPU's lanes are then no axis of their own, which would have them turned around."""
+        y = product(x, one_axis(self.kernel, self.num_inputs), 1, self.rules)
+        y = scaled(y, None if self.scale is None else one_axis(self.scale), self.rules)
+        return y if self.bias is None else y + in_use(one_axis(self.bias), x.dtype, self.rules)
+
+
+def one_axis(param: nnx.Param, num_inputs: int = 0) -> nnx.Param:
+    """A weight with its first axes as one, if it has inputs, and its others as one; each is divided as the first of them."""
+    value, groups = param[...], ([slice(num_inputs)] if num_inputs else []) + [slice(num_inputs, None)]
+    axes = param.get_metadata()["axes"][-value.ndim :]
+    spec = P(*(leading_spec(value, value.ndim)[group][0] for group in groups)) if active() else None
+    value = jax.lax.reshape(value, [math.prod(value.shape[group]) for group in groups], out_sharding=spec)
+    return nnx.Param(value, axes=tuple(axes[group][0] for group in groups))
+
 
 def product(x: jax.Array, weight: nnx.Param, num_inputs: int, rules: AxisRules) -> jax.Array:
     """x's last axes times a weight's first ones, or the last ones of a weight that is `turned`."""

@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from chroma_jax.layers import rope
 from chroma_jax.layers.attention import Attention, Kernel, KVCache, Mask, Past, Rotation, cached_mask
 from chroma_jax.layers.fusion import computed_once, gradient_once
+from chroma_jax.layers.gelu import gelu
 from chroma_jax.layers.linear import LayerNorm, Linear, RMSNorm, in_use, weight, zeros
 from chroma_jax.layers.rope import RopeConfig
 from chroma_jax.layers.sharding import RULES, AxisRules
@@ -234,9 +235,9 @@ class EncoderBlock(nnx.Module):
         return x + (y if scale is None else scale(y))
 
     def mlp(self, x: jax.Array) -> jax.Array:
-        return self._add(x, self.fc2(computed_once(jax.nn.gelu(self.fc1(self.mlp_norm(x)), approximate=False))), self.mlp_scale)
+        return self._add(x, self.fc2(computed_once(gelu(self.fc1(self.mlp_norm(x))))), self.mlp_scale)
 
-    def __call__(self, x: jax.Array, rotation: Rotation | None, mask: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, rotation: Rotation | None, mask: Mask) -> jax.Array:
         return self.mlp(self._add(x, self.attention(self.attention_norm(x), rotation, mask), self.attention_scale))
 
     def cached(self, x, rotation, past, old):
@@ -251,8 +252,8 @@ class Encoder(nnx.Module):
         self.config = config
         self.blocks = EncoderBlock(rngs, config)
 
-    def __call__(self, x: jax.Array, positions: jax.Array, mask: jax.Array) -> jax.Array:
-        """x: [B, T, D]; positions: int32 [B, T]; mask: bool [B, T, T]. Returns [B, T, D]."""
+    def __call__(self, x: jax.Array, positions: jax.Array, mask: Mask) -> jax.Array:
+        """x: [B, T, D]; positions: int32 [B, T]; mask: bool [B, T, T], or `Lengths`. Returns [B, T, D]."""
         rotation = self._rotation(positions)
         body = rematerialise(lambda x, block: (block(x, rotation, mask), None), self.config.remat)
         return over_layers(body, x, self.blocks)[0]

@@ -14,8 +14,10 @@ import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from chroma_jax.layers.attention import Lengths
+from chroma_jax.layers.gelu import gelu
 from chroma_jax.layers.linear import LayerNorm, Linear, in_use, normal, weight, zeros
-from chroma_jax.layers.sharding import RULES, AxisRules, active, leading_spec, reshape_rows, reshard
+from chroma_jax.layers.sharding import RULES, AxisRules, active, leading_spec, reshape_rows
 from chroma_jax.layers.transformer import Encoder, EncoderConfig, Remat
 
 
@@ -140,17 +142,13 @@ class AudioEncoder(nnx.Module):
         A = block_frames / 2; frames at or past a block's length count as zeros, as they would if they were not there."""
         valid = jnp.arange(mel.shape[1])[None, :] < lengths[:, None]
         x = jnp.where(valid[..., None], mel.astype(dtype), 0)
-        x = jnp.where(valid[..., None], jax.nn.gelu(self.conv1(x), approximate=False), 0)
-        x = jax.nn.gelu(self.conv2(x), approximate=False)
+        x = jnp.where(valid[..., None], gelu(self.conv1(x)), 0)
+        x = gelu(self.conv2(x))
         return x + sinusoids(x.shape[1], x.shape[2]).astype(dtype)
 
     def attend(self, x: jax.Array, lengths: jax.Array) -> jax.Array:
         """The encoder stack on blocks. x: [R, A, D]; lengths: int32 [R] in mel frames. Returns [R, A, D]."""
-        a = x.shape[1]
-        valid = jnp.arange(a)[None, :] < num_positions(lengths)[:, None]
-        mask = jnp.broadcast_to(valid[:, None, :], (x.shape[0], a, a))
-        mask = reshard(mask, P(*leading_spec(x, 1), None, None))
-        return self.encoder(x, jnp.zeros(x.shape[:2], jnp.int32), mask)
+        return self.encoder(x, jnp.zeros(x.shape[:2], jnp.int32), Lengths(num_positions(lengths)))
 
     def pool(self, x: jax.Array) -> jax.Array:
         """Averages pairs over a recording's whole sequence. x: [B, blocks · A, D]. Returns [B, blocks · A / 2, output]."""

@@ -31,8 +31,8 @@ class Schedule(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """One kernel as a program has it. name: "forward" or "backward". rows: times key/value heads; group: query heads of each;
-    queries, keys: positions; width: of a head."""
+    """One kernel as a program has it. name: "forward" or "backward" of splash attention, or "short". rows: times key/value heads;
+    group: query heads of each; queries, keys: positions; width: of a head."""
 
     name: str
     rows: int
@@ -43,35 +43,40 @@ class Kernel(NamedTuple):
     blocks: Blocks
 
 
-# By chip, kernel, width of a head and blocks, as ``python -m chroma_jax.planning.schedules`` prints them (libtpu 0.0.42).
+# By chip, kernel, width of a head and blocks, as ``python -m chroma_jax.planning.schedules`` prints them (libtpu 0.0.42). A step
+# of short rows is a head of one.
 WORDS = {
     ("v5e", "forward", 64, (1024, 1024, 512)): (350, 4634, 390, 1005),
     ("v5e", "backward", 64, (512, 2048, 1024)): (352, 9145, 518, 1096),
     ("v5e", "forward", 128, (1024, 1024, 512)): (6194, 0, 0, 0),
     ("v5e", "backward", 128, (512, 1024, 1024)): (298, 4645, 262, 392),
+    ("v5e", "short", 64, (100, 100, 100)): (110, 0, 0, 0),
     ("v5p", "forward", 64, (1024, 1024, 512)): (416, 4661, 390, 1012),
     ("v5p", "backward", 64, (512, 2048, 1024)): (578, 9469, 518, 1096),
     ("v5p", "forward", 128, (1024, 1024, 512)): (6159, 0, 0, 0),
     ("v5p", "backward", 128, (512, 1024, 1024)): (503, 4649, 262, 392),
+    ("v5p", "short", 64, (100, 100, 100)): (115, 0, 0, 0),
     ("v6e", "forward", 64, (1024, 1024, 512)): (325, 3514, 198, 512),
     ("v6e", "backward", 64, (512, 2048, 1024)): (301, 5938, 262, 829),
     ("v6e", "forward", 128, (1024, 1024, 512)): (4303, 0, 0, 0),
     ("v6e", "backward", 128, (512, 1024, 1024)): (258, 2986, 134, 199),
+    ("v6e", "short", 64, (100, 100, 100)): (88, 0, 0, 0),
     ("tpu7x", "forward", 64, (1024, 1024, 512)): (360, 3557, 186, 505),
     ("tpu7x", "backward", 64, (512, 2048, 1024)): (415, 6279, 254, 825),
     ("tpu7x", "forward", 128, (1024, 1024, 512)): (4398, 0, 0, 0),
     ("tpu7x", "backward", 128, (512, 1024, 1024)): (310, 3142, 128, 193),
+    ("tpu7x", "short", 64, (100, 100, 100)): (88, 0, 0, 0),
 }
 SCHEDULES = {(*key[:3], Blocks(*key[3])): Schedule(*words) for key, words in WORDS.items()}
 
 # The rougher rule. For every pair of a query and a key: two products make the output; five the gradients, the scores being made
 # again. Of the vector unit, per pair: compare and choose by segments, largest, difference, exponential in five, sum, scale, cast.
-PRODUCTS = {"forward": 2, "backward": 5}
+PRODUCTS = {"forward": 2, "backward": 5, "short": 2}
 VECTOR_OPERATIONS = 12
 
 
 def seconds(i: Instruction, chip: Chip) -> float | None:
-    """Of one run on one device of a splash attention kernel; None for any other instruction."""
+    """Of one run on one device of an attention kernel; None for any other instruction."""
     kernel = read(i)
     if kernel is None:
         return None
@@ -87,7 +92,7 @@ def words(kernel: Kernel, schedule: Schedule) -> float:
     heads = kernel.rows * kernel.group
     q, k = kernel.queries // kernel.blocks.queries, kernel.keys // kernel.blocks.keys
     # forward: a block of queries is an output; backward: a block of keys, for all heads of the group
-    outputs = heads * q if kernel.name == "forward" else kernel.rows * k
+    outputs = kernel.rows * k if kernel.name == "backward" else heads * q
     return heads * (steps * schedule.step + of_which * schedule.block) + outputs * (schedule.first + schedule.last)
 
 
@@ -108,8 +113,14 @@ def blocks(kernel: Kernel) -> tuple[int, int]:
 
 
 def read(i: Instruction) -> Kernel | None:
-    """From a kernel's operands and metadata; None where the instruction is no splash attention kernel."""
-    if 'custom_call_target="tpu_custom_call"' not in i.rest or "splash" not in i.name:
+    """From a kernel's operands and metadata; None where the instruction is no attention kernel that is known."""
+    if 'custom_call_target="tpu_custom_call"' not in i.rest:
+        return None
+    if short := re.match(r"short_attention_(\d+)", i.name):
+        rows, positions, width = map(int, re.search(r"\[(\d+),(\d+),(\d+)\]", i.shape).groups())
+        head = int(short[1])
+        return Kernel("short", rows * width // head, 1, positions, positions, head, Blocks(positions, positions, positions))
+    if "splash" not in i.name:
         return None
     forward = "fwd" in i.name
     of = "" if forward else "_dkv"

@@ -6,6 +6,7 @@ prints the table that `chroma_jax.planning.kernels` holds. Every kernel is compi
 settings once.
 """
 
+import functools
 import os
 import re
 import subprocess
@@ -18,18 +19,19 @@ from chroma_jax.errors import ChromaError
 from chroma_jax.planning import hlo, kernels
 from chroma_jax.planning.chips import CHIPS, compile_only_devices, parse_topology
 
-WIDTHS = {64: (2048, 4), 128: (1024, 8)}  # of a head: positions, query heads of a key/value head, as the released sizes have them
+# Sizes of the released model. By width of a head: positions, query heads of a key/value head; of short rows: positions, heads.
+SPLASH, SHORT = {64: (2048, 4), 128: (1024, 8)}, {64: (100, 20)}
 SETTINGS = "--xla_jf_dump_llo_text=true --xla_jf_dump_hlo_text=false --xla_jf_dump_llo_pass_label_regex=^final_bundles$"
 
 
-def of_chip(chip: str, width: int) -> Iterator[tuple[tuple, kernels.Schedule]]:
-    """Both kernels for heads of a width: (key of `kernels.SCHEDULES`, schedule).
+def of_chip(chip: str, name: str, width: int) -> Iterator[tuple[tuple, kernels.Schedule]]:
+    """A module's kernels, "splash" or "short", for heads of a width: (key of `kernels.SCHEDULES`, schedule).
 
     Raises: ChromaError when the compiler fails or shows nothing.
     """
     with tempfile.TemporaryDirectory() as aside:
         settings = {"LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={aside} {SETTINGS}", "JAX_ENABLE_COMPILATION_CACHE": "false"}
-        command = [sys.executable, "-m", "chroma_jax.planning.schedules", "--compile", chip, str(width), aside]
+        command = [sys.executable, "-m", "chroma_jax.planning.schedules", "--compile", chip, name, str(width), aside]
         done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True)
         if done.returncode:
             raise ChromaError(f"attention kernels for {chip}: {done.stderr.strip()[-300:]}")
@@ -42,7 +44,10 @@ def of_chip(chip: str, width: int) -> Iterator[tuple[tuple, kernels.Schedule]]:
             shown = [path for path in shown if "schedule-analysis" not in path.name]
             if not shown:
                 raise ChromaError(f"attention kernels for {chip}: the compiler shows no schedule of {e.instruction.name}")
-            yield (chip, kernel.name, kernel.width, kernel.blocks), parts(shown[0].read_text())
+            found = parts(shown[0].read_text())
+            if kernel.name == "short":  # all heads of a row are one step
+                found = kernels.Schedule(-(-found.step // SHORT[width][1]), 0, 0, 0)
+            yield (chip, kernel.name, kernel.width, kernel.blocks), found
 
 
 def parts(printed: str) -> kernels.Schedule:
@@ -75,41 +80,47 @@ def parts(printed: str) -> kernels.Schedule:
     return kernels.Schedule(whole - first - block - last, block, first, last)
 
 
-def compile_kernels(chip: str, width: int, out: Path) -> None:
-    """Compiles attention and its gradient for one chip and writes the program to ``out``."""
+def compile_kernels(chip: str, name: str, width: int, out: Path) -> None:
+    """Compiles attention, and its gradient where that is a kernel, too, for one chip and writes the program to ``out``."""
     import jax
     import jax.numpy as jnp
     from jax.sharding import NamedSharding
     from jax.sharding import PartitionSpec as P
 
-    from chroma_jax.layers import splash
+    from chroma_jax.layers import short, splash
     from chroma_jax.layers.sharding import MeshConfig, make_mesh
     from chroma_jax.planning.plan import without_tpu
 
     without_tpu()
     devices = compile_only_devices(parse_topology(f"{chip}:{'x'.join('1' * len(CHIPS[chip].torus))}"))
-    positions, group = WIDTHS[width]
     mesh = make_mesh(MeshConfig(fsdp=len(devices)), devices)
     with jax.set_mesh(mesh):
         rows = NamedSharding(mesh, P("fsdp"))
 
         def array(*shape, dtype=jnp.bfloat16):
-            return jax.ShapeDtypeStruct((2 * len(devices), *shape), dtype, sharding=rows)
+            return jax.ShapeDtypeStruct((8 * len(devices), *shape), dtype, sharding=rows)  # a loop on each core
 
         def total(q, k, v, segments):
             return jnp.sum(jnp.square(splash.attend(q, k, v, segments).astype(jnp.float32)))
 
-        q, k = array(positions, 2, group, width), array(positions, 2, width)
-        step = jax.jit(jax.grad(total, argnums=(0, 1, 2)))
-        out.write_text(step.lower(q, k, k, array(positions, dtype=jnp.int32)).compile().as_text())
+        if name == "short":
+            positions, heads = SHORT[width]
+            step = jax.jit(functools.partial(short.attend, head=width))
+            arrays = [array(positions, heads * width)] * 3 + [array(dtype=jnp.int32)]
+        else:
+            positions, group = SPLASH[width]
+            step = jax.jit(jax.grad(total, argnums=(0, 1, 2)))
+            k = array(positions, 2, width)
+            arrays = [array(positions, 2, group, width), k, k, array(positions, dtype=jnp.int32)]
+        out.write_text(step.lower(*arrays).compile().as_text())
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--compile"]:
-        compile_kernels(sys.argv[2], int(sys.argv[3]), Path(sys.argv[4]) / "program")
+        compile_kernels(*sys.argv[2:4], int(sys.argv[4]), Path(sys.argv[5]) / "program")
     else:
-        for name in sys.argv[1:] or CHIPS:
-            for width in WIDTHS:
-                for key, found in of_chip(name, width):
+        for of in sys.argv[1:] or CHIPS:
+            for module, width in [("splash", width) for width in SPLASH] + [("short", width) for width in SHORT]:
+                for key, found in of_chip(of, module, width):
                     chip, kernel, size, blocks = key
                     print(f'    ("{chip}", "{kernel}", {size}, {tuple(blocks)}): {tuple(found)},', flush=True)
