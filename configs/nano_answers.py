@@ -4,6 +4,7 @@ text going on beside them. Start it from a run of nano_facts (``train --start``)
 import dataclasses
 
 from chroma_jax.config import Config
+from configs.nano_facts import WITHHOLD
 from configs.nano_facts import config as nano_facts
 from configs.nano_hearing import SPEEDS
 from data_pipelines.curriculum import CurriculumConfig
@@ -12,7 +13,9 @@ from data_pipelines.curriculum import CurriculumConfig
 def config() -> Config:
     facts, steps = nano_facts(), 2500
     row = dataclasses.replace(facts.data.row, blocks=4, text=640, answers=200)
-    curriculum = CurriculumConfig(dialogue=0.0, listen=1.0, answer=0.3, facts=2400, imagined=0.85, speeds=SPEEDS)
+    curriculum = CurriculumConfig(
+        dialogue=0.0, listen=1.0, answer=0.3, facts=2400, withhold=WITHHOLD, imagined=0.85, speeds=SPEEDS
+    )
     return dataclasses.replace(
         facts,
         data=dataclasses.replace(facts.data, row=row, prompts_per_dialogue=10, curriculum=curriculum),

@@ -10,11 +10,13 @@ from configs.nano_hearing import FREEZE
 from configs.nano_reasoner import config as nano_reasoner
 from data_pipelines.curriculum import CurriculumConfig
 
+WITHHOLD = 0.08  # of the facts, to choose by: `evaluate --parts knowledge` asks them
+
 
 def config() -> Config:
     first, steps = nano_reasoner(), 8000
     row = dataclasses.replace(first.data.row, blocks=3, text=512, answers=220)
-    curriculum = CurriculumConfig(dialogue=0.0, answer=0.6, facts=3000, imagined=0.8)
+    curriculum = CurriculumConfig(dialogue=0.0, answer=0.6, facts=3000, withhold=WITHHOLD, imagined=0.8)
     return dataclasses.replace(
         first,
         data=dataclasses.replace(first.data, row=row, prompts_per_dialogue=14, curriculum=curriculum),

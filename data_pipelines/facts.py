@@ -101,7 +101,6 @@ def sums() -> Iterable[Exchange]:
             a, b, c = number(x), number(y), number(x + y)
             yield Exchange(f"What is {a} plus {b}?", f"{a} plus {b} is {c}.")
             yield Exchange(f"Add {b} to {a}.", f"{a} and {b} make {c}.")
-            yield Exchange(f"How much are {a} and {b}?", f"They are {c}.")
 
 
 def differences() -> Iterable[Exchange]:
@@ -110,7 +109,6 @@ def differences() -> Iterable[Exchange]:
             a, b, c = number(x), number(y), number(x - y)
             yield Exchange(f"What is {a} minus {b}?", f"{a} minus {b} is {c}.")
             yield Exchange(f"Take {b} from {a}.", f"{b} from {a} leaves {c}.")
-            yield Exchange(f"How much is {a} without {b}?", f"It is {c}.")
 
 
 def successors() -> Iterable[Exchange]:

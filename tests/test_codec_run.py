@@ -177,6 +177,7 @@ def test_an_interrupted_run_ends_where_a_straight_one_does(corpus, prepared, fin
     assert said == whole
 
 
+@pytest.mark.slow
 def test_a_mesh_trains_the_same_codec(corpus, prepared, finished, tmp_path):
     """Through all phases: the quantizer is fitted, the discriminator joins."""
     config = config_for(corpus, mesh=MeshConfig(data=2, fsdp=2, tensor=2))

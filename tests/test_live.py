@@ -62,9 +62,18 @@ def test_recordings_are_answered_and_the_replies_kept(speaker, recordings, tmp_p
     assert main([*common, "--voice", kept, "--out", str(tmp_path / "second")]) == 0
     for i, wave in enumerate(replies, 1):
         np.testing.assert_array_equal(soundfile.read(tmp_path / "second" / f"reply-{i}.wav")[0], wave)
-    assert main([*common, "--voice", kept, "--reply.tensor", "2", "--out", str(tmp_path / "divided")]) == 0
-    for i, wave in enumerate(replies, 1):  # 16 bits, of sums in another order
-        np.testing.assert_allclose(soundfile.read(tmp_path / "divided" / f"reply-{i}.wav")[0], wave, atol=2 / 2**15)
+
+
+@pytest.mark.slow
+def test_a_divided_model_replies_the_same(speaker, recordings, tmp_path):
+    replies = []
+    for devices in ("1", "2"):
+        out = tmp_path / devices
+        asked = ["chat", str(speaker), "--questions", str(recordings / "one.wav"), "--pace", "at once", "--out", str(out)]
+        voice = ["--voice", str(recordings / "voice.wav"), "--transcript", "it is"]
+        assert main([*asked, *voice, "--reply.tensor", devices, "--reply.max_seconds", str(SECONDS)]) == 0
+        replies.append(soundfile.read(out / "reply-1.wav")[0])
+    np.testing.assert_allclose(*replies, atol=2 / 2**15)  # 16 bits, of sums in another order
 
 
 def test_a_voice_without_its_transcript_is_refused(speaker, recordings, capsys):
