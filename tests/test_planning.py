@@ -161,6 +161,21 @@ def test_a_kernel_whose_schedule_is_known_takes_its_instruction_words(monkeypatc
     assert kernels.seconds(work, chip) == pytest.approx(words / 2 / chip.clock)
 
 
+def test_short_rows_take_the_words_of_all_their_heads():
+    call = 'bf16[256,100,1280]{2,1,0} custom-call(%n, %q, %k, %v), custom_call_target="tpu_custom_call"'
+    work = next(
+        hlo.executed(
+            hlo.parse("ENTRY %main (n: s32[256]) -> bf16[256,100,1280] {\n  ROOT %short_attention_64.3 = " + call + "\n}\n")
+        )
+    )
+    kernel = kernels.read(work.instruction)
+    assert kernel == kernels.Kernel("short", 256 * 20, 1, 100, 100, 64, kernels.Blocks(100, 100, 100))
+    chip = CHIPS["v5p"]
+    words = kernels.SCHEDULES["v5p", "short", 64, kernel.blocks].step
+    assert kernels.seconds(work.instruction, chip) == pytest.approx(256 * 20 * words / 2 / chip.clock)
+    assert kernels.rough(kernel, chip) > 0.2 * kernels.seconds(work.instruction, chip)
+
+
 SCHEDULE = """
      0   :  { %s1 = inlined_call_operand.vmem }
   0x10 LB: > { %s2 = sadd.s32 1, %s1 }
@@ -189,8 +204,8 @@ def test_the_words_of_a_kernel_s_parts_are_counted_from_its_schedule():
 @pytest.mark.slow
 @needs_compiler
 def test_schedules_of_the_kernels_are_those_of_the_compiler():
-    found = dict(schedules.of_chip("v6e", "splash", 64))
-    assert found and all(kernels.SCHEDULES[key] == schedule for key, schedule in found.items())
+    found = dict([*schedules.of_chip("v6e", "splash", 64), *schedules.of_chip("v6e", "short", 64)])
+    assert len(found) == 3 and all(kernels.SCHEDULES[key] == schedule for key, schedule in found.items())
 
 
 PIECES = """HloModule jit_step

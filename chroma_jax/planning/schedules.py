@@ -98,7 +98,8 @@ def compile_kernels(chip: str, name: str, width: int, out: Path) -> None:
         rows = NamedSharding(mesh, P("fsdp"))
 
         def array(*shape, dtype=jnp.bfloat16):
-            return jax.ShapeDtypeStruct((8 * len(devices), *shape), dtype, sharding=rows)  # a loop on each core
+            many = 8 if name == "short" else 2  # so many that there is a loop over them
+            return jax.ShapeDtypeStruct((many * len(devices), *shape), dtype, sharding=rows)
 
         def total(q, k, v, segments):
             return jnp.sum(jnp.square(splash.attend(q, k, v, segments).astype(jnp.float32)))
