@@ -1,6 +1,6 @@
-"""Attention within short rows that see all of themselves, as the audio encoder's blocks do, by a kernel for TPU (Pallas): scores
-stay in the chip's vector memory, and heads stay beside each other, as products leave them, where the compiler would turn queries,
-keys, values and results around. `chroma_jax.layers.attention` computes the same plainly, and the kernel's gradient.
+"""Attention within short rows that see all of themselves, as the audio encoder's blocks do, by a kernel for TPU (Pallas). Scores
+stay in the chip's vector memory, and heads stay beside each other, as products leave them: the compiler would turn queries, keys,
+values and results around, which takes longer. `chroma_jax.layers.attention` computes the same plainly.
 """
 
 import functools
