@@ -1,5 +1,5 @@
-"""About 50M parameters: large enough to measure, small enough for one accelerator or a patient CPU, for which attention and
-rematerialisation are chosen: to keep more would take longer than to compute it again."""
+"""About 50M parameters: large enough to measure, small enough for one accelerator or a patient CPU, for which attention,
+rematerialisation and the Decoder's chunks are chosen: to keep more would take longer than to compute it again."""
 
 import dataclasses
 
@@ -60,7 +60,7 @@ def config() -> Config:
         data=DataConfig(row=RowShape(blocks=16, text=1024, answers=192, positions=1536, frames=640), prompts_per_dialogue=4),
         mesh=MeshConfig(),
         training=TrainingConfig(steps=20_000, global_batch=16, eval_every=500),
-        loss=LossConfig(text_weight=1.0),
+        loss=LossConfig(text_weight=1.0, decoder_chunk=64),
         optimizer=OptimizerConfig(learning_rate=6e-4, warmup_steps=500, schedule="cosine", decay_steps=19_500, weight_decay=0.05),
         checkpoint=CheckpointConfig(every=1000),
     )

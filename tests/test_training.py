@@ -118,6 +118,39 @@ def test_the_decoder_leaves_the_backbone_alone_when_detached(tiny_prepared):
     assert np.any(jax.grad(residual)(hidden, "attached"))
 
 
+def test_the_decoder_in_chunks_gives_the_same_loss_and_gradient(tiny_prepared, batch):
+    """Five frames of a row at a time, which does not divide them."""
+    config, _ = tiny_prepared
+    graph, weights = nnx.split(jax.jit(lambda: Chroma(nnx.Rngs(0), config.model))())
+    codes = jnp.asarray(batch.target_codes)
+    hidden = jax.random.normal(jax.random.key(0), (*codes.shape[:2], config.model.backbone.width))
+
+    def total(weights, hidden, chunk):
+        losses = LossConfig(decoder_chunk=chunk, decoder_hidden="attached")
+        c0, residual, accuracy = frame_losses(nnx.merge(graph, weights), hidden, codes, losses, jax.random.key(0))
+        return c0 + 3 * residual, accuracy
+
+    run = jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True), static_argnums=2)
+    (loss, accuracy), gradients = run(weights, hidden, 5)
+    (expected, same), wanted = run(weights, hidden, 0)
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)  # float32 sums in another order, here and below
+    np.testing.assert_allclose(accuracy, same, rtol=1e-6)
+    np.testing.assert_allclose(jax.jit(total, static_argnums=2)(weights, hidden, 5)[0], expected, rtol=1e-6)  # no gradient
+    for (path, x), y in zip(jax.tree.leaves_with_path(gradients), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-6, err_msg=jax.tree_util.keystr(path))
+
+
+def test_the_decoder_in_chunks_may_be_divided(tiny_prepared, batch):
+    metrics = []
+    for chunk, shape in ((0, MeshConfig()), (5, MeshConfig(data=2, fsdp=2, tensor=2))):
+        mesh = make_mesh(shape)
+        with jax.set_mesh(mesh):
+            trainer = trainer_of(replace(tiny_prepared[0], "loss.decoder_chunk", chunk), mesh)
+            metrics.append(jax.device_get(trainer.train_step(trainer.init(), place(batch, trainer))[1]))
+    for name in ("residual_loss", "gradient_norm"):
+        np.testing.assert_allclose(metrics[1][name], metrics[0][name], rtol=1e-5)
+
+
 def test_a_fixed_number_of_frames_is_drawn_without_replacement():
     present = np.arange(40)[None, :] < np.array([[40], [25], [2], [0]])
     index, chosen = jax.jit(choose_frames, static_argnums=1)(present, 3, jax.random.key(1))

@@ -90,5 +90,10 @@ class Chroma(nnx.Module):
         hidden: [N, D], the Backbone's h at the position that predicts each frame; codes: int32 [N, Q] of that frame.
         Returns [N, Q−1, audio_vocab].
         """
-        levels = jnp.arange(self.config.codebooks - 1)
-        return self.decoder(hidden, self.audio_embedding(codes[:, :-1], levels, hidden.dtype))
+        return frame_logits(self.decoder, self.audio_embedding, hidden, codes)
+
+
+def frame_logits(decoder: Decoder, embedding: AudioEmbedding, hidden: jax.Array, codes: jax.Array) -> jax.Array:
+    """`Chroma.frame_logits` of the two parts that compute them."""
+    levels = jnp.arange(decoder.codebooks - 1)
+    return decoder(hidden, embedding(codes[:, :-1], levels, hidden.dtype))

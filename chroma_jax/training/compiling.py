@@ -12,8 +12,14 @@ TPU = {
     "xla_tpu_overlap_compute_collective_tc": True,
     "xla_enable_async_all_gather": True,
 }
-# By how ``device_kind`` begins. v6e has 128 MiB of vector memory, of which a fusion may use 32 unless it is told more.
-BY_KIND = {"TPU v6": {"xla_tpu_scoped_vmem_limit_kib": 98_304}}
+# By how ``device_kind`` begins. v6e has 128 MiB of vector memory, of which a fusion may use 32 unless it is told more. Of giving
+# Ironwood's collectives to its sparse cores the compiler dies (libtpu 0.0.42, offload_collective_strategies.cc).
+BY_KIND = {
+    "TPU v6": {"xla_tpu_scoped_vmem_limit_kib": 98_304},
+    "TPU7": {
+        f"xla_tpu_enable_sparse_core_collective_offload_{kind}": False for kind in ("all_gather", "all_reduce", "reduce_scatter")
+    },
+}
 
 
 def options(device: jax.Device) -> dict[str, str | int | bool]:

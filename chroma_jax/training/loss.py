@@ -1,17 +1,20 @@
 """The training objective: (1 − λ) · CE(c0) + λ · CE(c1 … c7), plus the text and hearing losses of a trained Reasoner."""
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from chroma_jax.layers.sharding import active, leading_spec, reshape_rows, reshard, take_rows
 from chroma_jax.models.audio_encoder import num_positions
-from chroma_jax.models.chroma import Chroma
+from chroma_jax.models.chroma import Chroma, frame_logits
 from chroma_jax.models.reasoner import Reasoner
 from chroma_jax.rows import Batch, is_present
 
@@ -28,6 +31,10 @@ class LossConfig:
     reasoner: where its hidden states come from, "computed" in every step, or "stored" beside the data (``prepare
     --cache_reasoner``), which needs a Reasoner that is not trained.
 
+    decoder_chunk: target frames of a row that the Decoder computes at a time, forth and back at once; 0 for all together. What it
+    makes of them then stays in a processor's caches, and takes no memory for longer. Of several devices, each chunk's gradient is
+    summed over them by itself, so it is for one.
+
     decoder_frames: the share of target frames per row that the Decoder is trained on; below 1, that share of the row's
     capacity is drawn anew at every step, in a fixed number, as CSM does with 1/16. decoder_hidden: whether the Decoder's
     loss reaches the Backbone through h.
@@ -39,6 +46,7 @@ class LossConfig:
     text_weight: float = 0.0
     text_chunk: int = 0
     hearing_weight: float = 0.0
+    decoder_chunk: int = 0
     decoder_frames: float = 1.0
     decoder_hidden: Literal["detached", "attached"] = "detached"
 
@@ -49,8 +57,9 @@ class LossConfig:
             raise ValueError(f"loss.decoder_weight {self.decoder_weight} is not in [0, 1]")
         if self.reasoner == "stored" and (self.text_weight or self.hearing_weight or not self.speech_weight):
             raise ValueError("loss.reasoner 'stored' leaves no loss but that of speech; set text_weight and hearing_weight to 0")
-        if self.text_chunk < 0:
-            raise ValueError(f"loss.text_chunk is {self.text_chunk}, must not be negative")
+        for name in ("text_chunk", "decoder_chunk"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"loss.{name} is {getattr(self, name)}, must not be negative")
 
 
 class Counts(NamedTuple):
@@ -122,15 +131,59 @@ def frame_losses(
         hidden, codes = take_rows(hidden, index), jnp.where(chosen[..., None], take_rows(codes, index), -1)
     if config.decoder_hidden == "detached":
         hidden = jax.lax.stop_gradient(hidden)
-    frames_in_all = codes.shape[0] * codes.shape[1]
-    flat = reshape_rows(codes, frames_in_all, codes.shape[2])
-    residual_logits = model.frame_logits(reshape_rows(hidden, frames_in_all, hidden.shape[2]), flat)
-    residual_nll, residual_hit = cross_entropy(residual_logits, flat[:, 1:])
-    count = jnp.sum(is_present(flat[:, 1:]), axis=0)
+    nll, hits = residual_losses(model, hidden, codes, config.decoder_chunk)
+    count = jnp.sum(is_present(codes[..., 1:]), axis=(0, 1))
     count = count if whole is None else jnp.broadcast_to(whole.residual, count.shape)
-    residual_loss = mean(jnp.sum(residual_nll), jnp.sum(count))
-    accuracy = jnp.concatenate([c0_accuracy[None], mean(jnp.sum(residual_hit, axis=0), count)])
+    residual_loss = mean(nll, jnp.sum(count))
+    accuracy = jnp.concatenate([c0_accuracy[None], mean(hits, count)])
     return c0_loss, residual_loss, accuracy
+
+
+def residual_losses(model: Chroma, hidden: jax.Array, codes: jax.Array, chunk: int) -> tuple[jax.Array, jax.Array]:
+    """Sums over target frames: negative log likelihood of c1 … c(Q−1) in nats, and how many were the likeliest, [Q−1].
+
+    hidden: [B, F, D]; codes: int32 [B, F, Q]. chunk: see `LossConfig.decoder_chunk`.
+    """
+    graph, weights = nnx.split((model.decoder, model.audio_embedding))
+
+    def some(weights: nnx.State, hidden: jax.Array, codes: jax.Array) -> tuple[jax.Array, jax.Array]:
+        frames = codes.shape[0] * codes.shape[1]
+        codes = reshape_rows(codes, frames, codes.shape[2])
+        logits = frame_logits(*nnx.merge(graph, weights), reshape_rows(hidden, frames, hidden.shape[2]), codes)
+        nll, hit = cross_entropy(logits, codes[:, 1:])
+        return jnp.sum(nll), jnp.sum(hit, axis=0)
+
+    if not chunk or chunk >= codes.shape[1]:
+        return some(weights, hidden, codes)
+    pad = ((0, 0), (0, -codes.shape[1] % chunk), (0, 0))
+    hidden, codes = jnp.pad(hidden, pad), jnp.pad(codes, pad, constant_values=-1)
+    cut = lambda x: jnp.moveaxis(reshape_rows(x, len(x), x.shape[1] // chunk, chunk, x.shape[2]), 1, 0)
+    return chunked(some, weights, cut(hidden), cut(codes))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def chunked(some: Callable, weights: nnx.State, hidden: jax.Array, codes: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The sum over chunks, axis 0 of ``hidden`` and ``codes``, of ``some(weights, hidden, codes)``: a total, and counts without
+    a gradient. The total's is computed together with it, chunk by chunk, so that nothing is kept of them."""
+    sums = jax.lax.map(lambda x: some(weights, *x), (hidden, codes))
+    return jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
+
+
+def _chunked_forward(some, weights, hidden, codes):
+    def step(total, chunk):
+        sums, (of_weights, of_hidden) = jax.value_and_grad(some, argnums=(0, 1), has_aux=True)(weights, *chunk)
+        return jax.tree.map(jnp.add, total, of_weights), (sums, of_hidden)
+
+    of_weights, (sums, of_hidden) = jax.lax.scan(step, jax.tree.map(jnp.zeros_like, weights), (hidden, codes))
+    return jax.tree.map(lambda x: jnp.sum(x, axis=0), sums), (of_weights, of_hidden)
+
+
+def _chunked_backward(some, gradients, given):
+    of_weights, of_hidden = jax.tree.map(lambda x: x * given[0].astype(x.dtype), gradients)
+    return of_weights, of_hidden, None
+
+
+chunked.defvjp(_chunked_forward, _chunked_backward)
 
 
 def text_losses(reasoner: Reasoner, answers: jax.Array, tokens: jax.Array, chunk: int) -> tuple[jax.Array, jax.Array]:
