@@ -60,7 +60,7 @@ def config() -> Config:
         data=DataConfig(row=RowShape(blocks=16, text=1024, answers=192, positions=1536, frames=640), prompts_per_dialogue=4),
         mesh=MeshConfig(),
         training=TrainingConfig(steps=20_000, global_batch=16, eval_every=500),
-        loss=LossConfig(text_weight=1.0, decoder_chunk=64),
+        loss=LossConfig(text_weight=1.0, decoder_chunk=320),
         optimizer=OptimizerConfig(learning_rate=6e-4, warmup_steps=500, schedule="cosine", decay_steps=19_500, weight_decay=0.05),
         checkpoint=CheckpointConfig(every=1000),
     )

@@ -34,6 +34,7 @@ def measured(**changes) -> dict:
     return bench_stream(*random_models(config, ReplyConfig()), ReplyConfig(), TALK, **given)
 
 
+@pytest.mark.slow
 def test_conversations_at_once_are_measured_with_all_that_a_figure_depends_on():
     found = json.loads(json.dumps(measured()))
     assert (found["device"], found["dtype"], found["state"], found["peer"]) == ("cpu", "float32", "warm", None)

@@ -208,11 +208,16 @@ def test_the_quantizer_joins_with_little_harm(corpus, prepared):
     assert error["fitted"] < 0.3 and error["drawn"] > 0.9  # four codebooks of 58, latents of a random encoder
 
 
+@pytest.mark.slow
 def test_a_teacher_is_learnt_from(corpus, prepared, tmp_path):
     config = config_for(corpus, recipe__teacher="test_codec_run:loudness_teacher", training__steps=40, recipe__judge_from=100)
     train_codec(replace(config, "training.eval_every", 100), tmp_path / "run", prepared)
     losses = [line["train/distillation"] for line in read_lines(tmp_path / "run/metrics.jsonl") if "train/distillation" in line]
     assert len(losses) == 40 and np.mean(losses[-5:]) < 0.5 * losses[0]
+
+
+def test_a_teacher_that_is_none_is_named(corpus, prepared, tmp_path):
+    config = config_for(corpus, training__steps=40, recipe__judge_from=100)
     with pytest.raises(ChromaError, match="recipe.teacher.*no_such"):
         train_codec(replace(config, "recipe.teacher", "no_such:thing"), tmp_path / "other", prepared)
     with pytest.raises(ChromaError, match="expected.*features"):
@@ -231,6 +236,7 @@ def test_a_run_starts_from_another_one(corpus, prepared, finished, tmp_path, cap
         train_codec(wider, tmp_path / "wider", prepared, start=finished[0])
 
 
+@pytest.mark.slow
 def test_with_all_but_the_decoder_frozen_codes_stay_as_they_are(corpus, prepared, finished, tmp_path):
     freeze = ("encoder", "downsample", "quantizer")
     optimizer = OptimizerConfig(learning_rate=3e-3, b1=0.5, b2=0.9, freeze=freeze)

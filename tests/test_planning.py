@@ -462,6 +462,7 @@ def test_the_streaming_ticks_are_planned_for_one_device(tmp_path, capsys):
     assert main([*plan, "--rows", "2", "--reply.tensor", "2"]) == 2  # of one device
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_the_streaming_ticks_are_planned_for_devices_that_share_a_model(tmp_path, capsys):
     plan = ["plan", "nano", "--step", "stream", "--positions", "64", "--effort", "quick", "--rows", "2"]

@@ -140,6 +140,7 @@ def test_the_decoder_in_chunks_gives_the_same_loss_and_gradient(tiny_prepared, b
         np.testing.assert_allclose(x, y, atol=1e-6, err_msg=jax.tree_util.keystr(path))
 
 
+@pytest.mark.slow
 def test_the_decoder_in_chunks_may_be_divided(tiny_prepared, batch):
     metrics = []
     for chunk, shape in ((0, MeshConfig()), (5, MeshConfig(data=2, fsdp=2, tensor=2))):
@@ -228,7 +229,7 @@ def test_a_reasoner_is_trained_alone_without_computing_the_rest(tiny_prepared, b
     np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("pieces", [2, 4])
+@pytest.mark.parametrize("pieces", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_a_step_in_pieces_is_the_step_at_once(tiny_prepared, batch, pieces):
     """Rows have different numbers of targets, so that the mean of the pieces' means would be something else."""
     config = tiny_prepared[0]
