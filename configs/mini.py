@@ -1,5 +1,5 @@
 """About 50M parameters: large enough to measure, small enough for one accelerator or a patient CPU, for which attention,
-rematerialisation and the Decoder's chunks are chosen: to keep more would take longer than to compute it again."""
+rematerialisation and the Decoder's chunks are chosen: what is kept for long has to come from memory again."""
 
 import dataclasses
 
