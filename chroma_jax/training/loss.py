@@ -164,7 +164,7 @@ def residual_losses(model: Chroma, hidden: jax.Array, codes: jax.Array, chunk: i
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def chunked(some: Callable, weights: nnx.State, hidden: jax.Array, codes: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The sum over chunks, P of them, of ``some(weights, hidden, codes)``: a total, and counts without a gradient. The total's is
-    computed together with it, chunk by chunk, so that nothing is kept of them. hidden: [P, B, C, D]; codes: int32 [P, B, C, Q]."""
+    computed together with it, chunk by chunk, and nothing kept of them. hidden: [P, B, C, D]; codes: int32 [P, B, C, Q]."""
     sums = jax.lax.map(lambda x: some(weights, *x), (hidden, codes))
     return jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
 
