@@ -26,7 +26,7 @@ PODS = {
     "v5e:16x16": Pod(MeshConfig(data=16, fsdp=16), rows=2),
     "2xv5e:16x16": Pod(MeshConfig(data=32, fsdp=16), rows=2),
     "v5p:4x4x4": Pod(MeshConfig(data=4, fsdp=16), rows=16),
-    "v6e:16x16": Pod(MeshConfig(data=16, fsdp=16), rows=8, remat="attention"),
+    "v6e:16x16": Pod(MeshConfig(data=16, fsdp=16), rows=8),
     "tpu7x:4x4x4": Pod(MeshConfig(data=8, fsdp=16), rows=8),
 }
 

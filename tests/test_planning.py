@@ -176,6 +176,26 @@ def test_short_rows_take_the_words_of_all_their_heads():
     assert kernels.rough(kernel, chip) > 0.2 * kernels.seconds(work.instruction, chip)
 
 
+def test_long_rows_take_the_words_of_their_loops():
+    row = "bf16[3,2048,1024]{2,1,0}"
+    call = 'custom-call(%n), custom_call_target="tpu_custom_call", metadata={op_name="jit(step)/jvp(backbone)/pallas_call"}'
+    results = {
+        "forward": f"({row}, f32[3,2,8,2048]{{3,2,1,0}})",
+        "backward": f"({row}, bf16[3,2048,256]{{2,1,0}}, bf16[3,2048,256]{{2,1,0}})",
+    }
+    for name, shape in results.items():
+        program = f"ENTRY %main (n: s32[3]) -> bf16[3] {{\n  ROOT %flash_{name}_64_512.3 = {shape} {call}\n}}\n"
+        work = next(hlo.executed(hlo.parse(program))).instruction
+        # two registers of two key/value heads, with eight query heads each
+        assert kernels.read(work) == kernels.Kernel(f"flash_{name}", 6, 8, 2048, 2048, 64, kernels.Blocks(512, 512, 512))
+        chip = CHIPS["v5p"]
+        loops = kernels.LOOPS["v5p", f"flash_{name}", 64, 8, 512]
+        words = 6 * (loops.row + 4 * loops.queries + 6 * loops.keys)  # by two cores
+        assert kernels.seconds(work, chip) == pytest.approx(words / 2 / chip.clock)
+        rough = kernels.rough(kernels.read(work), chip)
+        assert 0.3 * rough < kernels.seconds(work, chip) < 3 * rough
+
+
 SCHEDULE = """
      0   :  { %s1 = inlined_call_operand.vmem }
   0x10 LB: > { %s2 = sadd.s32 1, %s1 }
@@ -201,11 +221,36 @@ def test_the_words_of_a_kernel_s_parts_are_counted_from_its_schedule():
         schedules.parts(SCHEDULE.replace("LB", "  "))
 
 
+LOOPS = """
+     0   :  { %s1 = inlined_call_operand.vmem }
+  0x10 LB: > { %s2 = sadd.s32 1, %s1 } /* Start region 2 */
+  0x11   : > { %s2 = sadd.s32 1, %s1 }
+  0x12 LB: >> { %3 = sadd.s32 1, %s1 }
+  0x13 LB: >>> { %4 = sbr.rel (%p1) target = $region8 }
+  0x14   : >>> {} /* Start region 7 */
+  0x15   : >>> {}
+  0x16 PF: >>> { %5 = sbr.rel (%p1) target = $region12 } /* Start/End empty region 8 */
+  0x17   : >>> {} /* Start region 11 */
+  0x18   : >>> {}
+  0x19   : >>> {}
+  0x1a PF: >>> { %s6 = sld } /* Start/End empty region 12 */
+  0x1b   : >> { %7 = sbr.rel (!%p2) target = $region99 }
+  0x1c   : > { %8 = sbr.rel (!%p3) target = $region98 }
+"""
+
+
+def test_the_words_of_a_kernel_s_loops_are_counted_without_the_piece_for_keys_that_are_hidden():
+    assert schedules.loops(LOOPS) == kernels.Loops(row=3, queries=2, keys=8 - 4)
+    with pytest.raises(ValueError, match="loops over queries and keys"):
+        schedules.loops(SCHEDULE)
+
+
 @pytest.mark.slow
 @needs_compiler
 def test_schedules_of_the_kernels_are_those_of_the_compiler():
-    found = dict([*schedules.of_chip("v6e", "splash", 64), *schedules.of_chip("v6e", "short", 64)])
-    assert len(found) == 3 and all(kernels.SCHEDULES[key] == schedule for key, schedule in found.items())
+    found = dict(pair for name in ("splash", "short", "flash") for pair in schedules.of_chip("v6e", name, 64))
+    known = kernels.SCHEDULES | kernels.LOOPS
+    assert len(found) == 5 and all(known[key] == schedule for key, schedule in found.items())
 
 
 PIECES = """HloModule jit_step

@@ -11,12 +11,12 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec as P
 
-from chroma_jax.layers import blocks, decoding, rope, short, splash
+from chroma_jax.layers import blocks, decoding, flash, rope, short, splash
 from chroma_jax.layers.linear import Linear, multiplied_type, zeros
 from chroma_jax.layers.sharding import RULES, AxisRules, active, constrain, divided, leading_spec, on_tpu, parts, reshard
 
 # How packed rows are computed. "plain": all positions with all. "blocks": queries in blocks, which leaves out most of what comes
-# later than they, for processors that have no kernel. "splash": TPU's kernel.
+# later than they, for processors that have no kernel. "splash": TPU's kernels, JAX's and, where it serves, `flash`.
 Kernel = Literal["plain", "blocks", "splash"]
 LANES = splash.LANES
 AT_ONCE = 2**25  # bytes of scores that a TPU keeps beside the products; of more it would compute some again
@@ -174,7 +174,8 @@ def causal_mask(segments: jax.Array) -> jax.Array:
 
 
 class Segments(NamedTuple):
-    """A causal mask within segments that is never spelled out: `chroma_jax.layers.splash` computes with it. ids: int32 [B, T]."""
+    """A causal mask within segments that is never spelled out: `chroma_jax.layers.flash` and `splash` compute with it. ids: int32
+    [B, T]."""
 
     ids: jax.Array
 
@@ -340,14 +341,29 @@ class Attention(nnx.Module):
             q, k, v = (checkpoint_name(linear.merged(x), "products") for linear in (self.q, self.k, self.v))
             found = short.attend(q, k, v, mask.count, self.k.kernel.shape[-1])
             return self.o.merged(checkpoint_name(found, splash.SAVED))
+        if isinstance(mask, Segments) and rotation is not None and self.may_be_flash(x):
+            q, k, v = (checkpoint_name(linear.merged(x), "products") for linear in (self.q, self.k, self.v))
+            head = self.k.kernel.shape[-1]
+            q, k = flash.rotated(q, *rotation, flash.scale(head)), flash.rotated(k, *rotation)
+            return self.o.merged(flash.attend(q, k, v, mask.ids, head))
         return self.o(attend(*self.project(x, rotation), mask))
 
     def may_be_short(self, x: jax.Array) -> bool:
         """Whether TPU's kernel for short rows computes such ones, [B, T, D]."""
         heads, group, width = self.q.kernel.shape[-3:]
-        alone = group == 1 and all(linear.lora is None for linear in (self.q, self.k, self.v, self.o))
         heads //= parts(self.q.rules.heads)
-        return alone and on_tpu() and not divided(x, 1) and short.serves(x.shape[1], heads, width, x.dtype)
+        return group == 1 and self.lies_beside(x) and short.serves(x.shape[1], heads, width, x.dtype)
+
+    def may_be_flash(self, x: jax.Array) -> bool:
+        """Whether TPU's kernels for long rows compute such ones, [B, T, D], with heads beside each other."""
+        heads, group, width = self.q.kernel.shape[-3:]
+        heads //= parts(self.q.rules.heads)
+        return self.lies_beside(x) and flash.serves(x.shape[1], heads, group, width, x.dtype)
+
+    def lies_beside(self, x: jax.Array) -> bool:
+        """Whether the products of x may leave heads beside each other for a kernel that has all positions of a row."""
+        alone = all(linear.lora is None for linear in (self.q, self.k, self.v, self.o))
+        return alone and on_tpu() and not divided(x, 1)
 
     def cached(self, x: jax.Array, rotation: Rotation | None, past: Past, old: Old):
         """As ``__call__``, after what is cached of this layer. Returns (y [B, T, D], (new keys, values [B, T, K, H]))."""

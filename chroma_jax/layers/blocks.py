@@ -75,7 +75,8 @@ def _forward_kept(q, k, v, segments):
 
 def _backward(kept, gradient):
     q, k, v, segments, out, log_sums = kept
-    common = jnp.sum(out.astype(jnp.float32) * gradient.astype(jnp.float32), axis=-1)
+    # as a product, as processors compute a sum of products ten times slower
+    common = jnp.einsum("BKGTH,BKGTH->BKGT", out, gradient, preferred_element_type=jnp.float32)
 
     def block(keys, values, seen):
         def piece(sums, of):

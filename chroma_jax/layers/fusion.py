@@ -1,14 +1,23 @@
 """What the compiler must not fuse: on TPU it makes cheap things anew in every product that takes them, which waits for them."""
 
 import jax
+from jax.experimental.layout import Layout, with_layout_constraint
 
-from chroma_jax.layers.sharding import on_tpu
+from chroma_jax.layers.sharding import active, on_tpu
 
 
 def computed_once(x: jax.Array) -> jax.Array:
     """``x``; on TPU kept from being computed anew for every tile of the product that takes it, which would wait for it where the
     matrix unit is much faster than the vector unit, as on v6e."""
-    return jax.lax.optimization_barrier(x) if on_tpu() else x
+    return _computed_once(x) if on_tpu() else x
+
+
+@jax.custom_vjp
+def _computed_once(x: jax.Array) -> jax.Array:
+    return jax.lax.optimization_barrier(x)
+
+
+_computed_once.defvjp(lambda x: (jax.lax.optimization_barrier(x), None), lambda _, gradient: (gradient,))
 
 
 def gradient_once(x: jax.Array) -> jax.Array:
@@ -23,3 +32,13 @@ def _gradient_once(x: jax.Array) -> jax.Array:
 
 
 _gradient_once.defvjp(lambda x: (x, None), lambda _, gradient: (jax.lax.optimization_barrier(gradient),))
+
+
+def in_order(x: jax.Array) -> jax.Array:
+    """``x``; on TPU, where it is kept for the gradient, with its axes in memory in their own order, as products leave them. v6e's
+    compiler would keep some with positions in the lanes, and turn them around for what takes them."""
+    if not on_tpu():
+        return x
+    keep = lambda x: with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+    # on each device for itself: the partitioner would gather all of x for it
+    return jax.shard_map(keep, out_specs=jax.typeof(x).sharding.spec, check_vma=False)(x) if active() else keep(x)

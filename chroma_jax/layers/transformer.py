@@ -14,15 +14,15 @@ from jax.ad_checkpoint import checkpoint_name
 
 from chroma_jax.layers import rope
 from chroma_jax.layers.attention import Attention, Kernel, KVCache, Mask, Past, Rotation, cached_mask
-from chroma_jax.layers.fusion import computed_once, gradient_once
-from chroma_jax.layers.gelu import gelu
+from chroma_jax.layers.fusion import computed_once, gradient_once, in_order
+from chroma_jax.layers.gelu import gated, gelu
 from chroma_jax.layers.linear import LayerNorm, Linear, RMSNorm, in_use, weight, zeros
 from chroma_jax.layers.rope import RopeConfig
 from chroma_jax.layers.sharding import RULES, AxisRules
 from chroma_jax.layers.splash import SAVED
 
 Remat = Literal["none", "products", "attention", "full"]
-PRODUCTS = ("products", SAVED)  # named where they are made: here, in `attention` and in `splash`
+PRODUCTS = ("products", SAVED)  # named where they are made: here, in `attention`, `flash` and `splash`
 
 
 def rematerialise(body, policy: Remat):
@@ -123,11 +123,12 @@ class LlamaBlock(nnx.Module):
 
     def mlp(self, x: jax.Array) -> jax.Array:
         y = gradient_once(self.mlp_norm(x))
-        gate, up = (gradient_once(checkpoint_name(part(y), "products")) for part in (self.gate, self.up))
-        return x + self.down(computed_once(jax.nn.silu(gate) * up))
+        gate, up = (checkpoint_name(part(y), "products") for part in (self.gate, self.up))
+        return x + self.down(gated(gate, up))
 
     def __call__(self, x: jax.Array, rotation: Rotation, mask: Mask) -> jax.Array:
-        return self.mlp(checkpoint_name(x + self.attention(gradient_once(self.attention_norm(x)), rotation, mask), "products"))
+        x = checkpoint_name(x + self.attention(gradient_once(self.attention_norm(x)), rotation, mask), "products")
+        return in_order(self.mlp(in_order(x)))
 
     def cached(self, x, rotation, past, old):
         y, new = self.attention.cached(self.attention_norm(x), rotation, past, old)

@@ -30,9 +30,20 @@ class Schedule(NamedTuple):
     last: int
 
 
+class Loops(NamedTuple):
+    """Instruction words of a kernel of `chroma_jax.layers.flash`. row: of a row's register of key/value heads, once; queries: of
+    each of its blocks of queries, with itself as keys; keys: of each earlier block of keys of such a block, where all are seen.
+    Blocks of several segments take a tenth more, those that share none are left out."""
+
+    row: int
+    queries: int
+    keys: int
+
+
 class Kernel(NamedTuple):
-    """One kernel as a program has it. name: "forward" or "backward" of splash attention, or "short". rows: times key/value heads;
-    group: query heads of each; queries, keys: positions; width: of a head."""
+    """One kernel as a program has it. name: "forward" or "backward" of splash attention, "short", "flash_forward" or
+    "flash_backward". rows: times key/value heads, of flash times registers of them; group: query heads of each; queries, keys:
+    positions; width: of a head."""
 
     name: str
     rows: int
@@ -67,11 +78,31 @@ WORDS = {
     ("tpu7x", "backward", 128, (512, 1024, 1024)): (310, 3142, 128, 193),
     ("tpu7x", "short", 64, (100, 100, 100)): (88, 0, 0, 0),
 }
+# By chip, kernel, width of a head, query heads of a register and block.
+LOOP_WORDS = {
+    ("v5e", "flash_forward", 64, 8, 512): (842, 8666, 8535),
+    ("v5e", "flash_backward", 64, 8, 512): (4466, 14291, 16402),
+    ("v5e", "flash_forward", 128, 8, 512): (832, 8897, 10370),
+    ("v5e", "flash_backward", 128, 8, 512): (2428, 16766, 17778),
+    ("v5p", "flash_forward", 64, 8, 512): (971, 8430, 8724),
+    ("v5p", "flash_backward", 64, 8, 512): (4664, 14038, 16983),
+    ("v5p", "flash_forward", 128, 8, 512): (424, 8895, 10140),
+    ("v5p", "flash_backward", 128, 8, 512): (2086, 16646, 19441),
+    ("v6e", "flash_forward", 64, 8, 512): (638, 7081, 6914),
+    ("v6e", "flash_backward", 64, 8, 512): (2874, 9017, 9222),
+    ("v6e", "flash_forward", 128, 8, 512): (269, 8019, 7238),
+    ("v6e", "flash_backward", 128, 8, 512): (1254, 10116, 9608),
+    ("tpu7x", "flash_forward", 64, 8, 512): (703, 6863, 5349),
+    ("tpu7x", "flash_backward", 64, 8, 512): (3014, 8706, 7966),
+    ("tpu7x", "flash_forward", 128, 8, 512): (382, 7755, 5624),
+    ("tpu7x", "flash_backward", 128, 8, 512): (1241, 9750, 8066),
+}
+LOOPS = {key: Loops(*words) for key, words in LOOP_WORDS.items()}
 SCHEDULES = {(*key[:3], Blocks(*key[3])): Schedule(*words) for key, words in WORDS.items()}
 
 # The rougher rule. For every pair of a query and a key: two products make the output; five the gradients, the scores being made
 # again. Of the vector unit, per pair: compare and choose by segments, largest, difference, exponential in five, sum, scale, cast.
-PRODUCTS = {"forward": 2, "backward": 5, "short": 2}
+PRODUCTS = {"forward": 2, "backward": 5, "short": 2, "flash_forward": 2, "flash_backward": 5}
 VECTOR_OPERATIONS = 12
 
 
@@ -80,6 +111,10 @@ def seconds(i: Instruction, chip: Chip) -> float | None:
     kernel = read(i)
     if kernel is None:
         return None
+    if loops := LOOPS.get((chip.name, kernel.name, kernel.width, kernel.group, kernel.blocks.queries)):
+        count = kernel.queries // kernel.blocks.queries
+        row = loops.row + count * loops.queries + count * (count - 1) // 2 * loops.keys
+        return kernel.rows * row / chip.cores / chip.clock
     schedule = SCHEDULES.get((chip.name, kernel.name, kernel.width, kernel.blocks))
     if schedule is None or (schedule.block == 0 and blocks(kernel)[0] > 1):
         return rough(kernel, chip)
@@ -120,6 +155,14 @@ def read(i: Instruction) -> Kernel | None:
         rows, positions, width = map(int, re.search(r"\[(\d+),(\d+),(\d+)\]", i.shape).groups())
         head = int(short[1])
         return Kernel("short", rows * width // head, 1, positions, positions, head, Blocks(positions, positions, positions))
+    if flash := re.match(r"(flash_(?:forward|backward))_(\d+)_(\d+)", i.name):
+        (rows, positions, wide), second = (
+            [int(n) for n in shape.split(",")] for shape in re.findall(r"\[([\d,]+)\]", i.shape)[:2]
+        )
+        width, block = int(flash[2]), int(flash[3])
+        registers = second[1] if flash[1] == "flash_forward" else second[2] // LANES
+        heads = wide // width // registers
+        return Kernel(flash[1], rows * registers, heads, positions, positions, width, Blocks(block, block, block))
     if "splash" not in i.name:
         return None
     forward = "fwd" in i.name

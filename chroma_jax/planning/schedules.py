@@ -7,6 +7,7 @@ settings once.
 """
 
 import functools
+import math
 import os
 import re
 import subprocess
@@ -14,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from chroma_jax.errors import ChromaError
 from chroma_jax.planning import hlo, kernels
@@ -24,8 +26,9 @@ SPLASH, SHORT = {64: (2048, 4), 128: (1024, 8)}, {64: (100, 20)}
 SETTINGS = "--xla_jf_dump_llo_text=true --xla_jf_dump_hlo_text=false --xla_jf_dump_llo_pass_label_regex=^final_bundles$"
 
 
-def of_chip(chip: str, name: str, width: int) -> Iterator[tuple[tuple, kernels.Schedule]]:
-    """A module's kernels, "splash" or "short", for heads of a width: (key of `kernels.SCHEDULES`, schedule).
+def of_chip(chip: str, name: str, width: int) -> Iterator[tuple[tuple, kernels.Schedule | kernels.Loops]]:
+    """A module's kernels, "splash", "short" or "flash", for heads of a width: (key of `kernels.SCHEDULES` or of `kernels.LOOPS`,
+    schedule).
 
     Raises: ChromaError when the compiler fails or shows nothing.
     """
@@ -44,6 +47,9 @@ def of_chip(chip: str, name: str, width: int) -> Iterator[tuple[tuple, kernels.S
             shown = [path for path in shown if "schedule-analysis" not in path.name]
             if not shown:
                 raise ChromaError(f"attention kernels for {chip}: the compiler shows no schedule of {e.instruction.name}")
+            if name == "flash":
+                yield (chip, kernel.name, kernel.width, kernel.group, kernel.blocks.queries), loops(shown[0].read_text())
+                continue
             found = parts(shown[0].read_text())
             if kernel.name == "short":  # all heads of a row are one step
                 found = kernels.Schedule(-(-found.step // SHORT[width][1]), 0, 0, 0)
@@ -56,19 +62,9 @@ def parts(printed: str) -> kernels.Schedule:
 
     Raises: ValueError for a text without a loop.
     """
-    address, begin, jumps = 0, None, []
-    for line in printed.splitlines():
-        head = re.match(r"\s*(0x[0-9a-f]+|0)\s+(\w\w)?\s*:", line)
-        if not head:
-            continue
-        address = int(head[1], 16)
-        begin = address if head[2] == "LB" and begin is None else begin
-        jumps += [[address, int(to), None] for to in re.findall(r"sbr\.rel \([^)]*\) target = \$region(\d+)", line)]
-        for region in map(int, re.findall(r"(?:Start|Start/End empty) region (\d+)", line)):
-            for jump in jumps:
-                if jump[1] == region and jump[2] is None:
-                    jump[2] = address
-    pieces = sorted((at, end) for at, _, end in jumps if end is not None)
+    lines = list(words(printed))
+    begin = next((word.address for word in lines if word.label == "LB"), None)
+    address, pieces = lines[-1].address if lines else 0, jumped(lines)
     inner = [p for p in pieces if not any(p[0] < q[0] and q[1] <= p[1] for q in pieces)]
     longest = max(range(len(inner)), key=lambda n: inner[n][1] - inner[n][0], default=0)
     if begin is None:
@@ -80,6 +76,48 @@ def parts(printed: str) -> kernels.Schedule:
     return kernels.Schedule(whole - first - block - last, block, first, last)
 
 
+def loops(printed: str) -> kernels.Loops:
+    """The words of the three loops of a kernel of `chroma_jax.layers.flash`, the innermost of which jumps over one of two pieces:
+    the first is for keys that are all seen.
+
+    Raises: ValueError for a text without such loops.
+    """
+    lines = list(words(printed))
+    at = {depth: [word for word in lines if word.depth == depth] for depth in (1, 2, 3)}
+    longest = sorted(jumped(at[3]), key=lambda piece: piece[0] - piece[1])[:2]
+    if len(longest) < 2:
+        raise ValueError("not the schedule of a kernel with loops over queries and keys")
+    masked = max(longest)
+    return kernels.Loops(len(at[1]), len(at[2]), len(at[3]) - (masked[1] - masked[0]))
+
+
+class Word(NamedTuple):
+    """An instruction word. depth: of the loops that it is in; label: of the compiler, or ''."""
+
+    address: int
+    depth: int
+    label: str
+    line: str
+
+
+def words(printed: str) -> Iterator[Word]:
+    for line in printed.splitlines():
+        if head := re.match(r"\s*(0x[0-9a-f]+|0)\s*(\w\w)?\s*:\s*(>*)", line):
+            yield Word(int(head[1], 16), len(head[3]), head[2] or "", line)
+
+
+def jumped(lines: list[Word]) -> list[tuple[int, int]]:
+    """The pieces that a jump forward may leave out: addresses of the jump and of what follows the piece, in order."""
+    jumps = []
+    for word in lines:
+        jumps += [[word.address, int(to), None] for to in re.findall(r"sbr\.rel \([^)]*\) target = \$region(\d+)", word.line)]
+        for region in map(int, re.findall(r"(?:Start|Start/End empty) region (\d+)", word.line)):
+            for jump in jumps:
+                if jump[1] == region and jump[2] is None:
+                    jump[2] = word.address
+    return sorted((at, end) for at, _, end in jumps if end is not None)
+
+
 def compile_kernels(chip: str, name: str, width: int, out: Path) -> None:
     """Compiles attention, and its gradient where that is a kernel, too, for one chip and writes the program to ``out``."""
     import jax
@@ -87,7 +125,7 @@ def compile_kernels(chip: str, name: str, width: int, out: Path) -> None:
     from jax.sharding import NamedSharding
     from jax.sharding import PartitionSpec as P
 
-    from chroma_jax.layers import short, splash
+    from chroma_jax.layers import flash, short, splash
     from chroma_jax.layers.sharding import MeshConfig, make_mesh
     from chroma_jax.planning.plan import without_tpu
 
@@ -98,11 +136,13 @@ def compile_kernels(chip: str, name: str, width: int, out: Path) -> None:
         rows = NamedSharding(mesh, P("fsdp"))
 
         def array(*shape, dtype=jnp.bfloat16):
-            many = 8 if name == "short" else 2  # so many that there is a loop over them
+            many = 2 if name == "splash" else 8  # so many that there is a loop over them
             return jax.ShapeDtypeStruct((many * len(devices), *shape), dtype, sharding=rows)
 
+        attend = splash.attend if name == "splash" else functools.partial(flash.attend, head=width)
+
         def total(q, k, v, segments):
-            return jnp.sum(jnp.square(splash.attend(q, k, v, segments).astype(jnp.float32)))
+            return jnp.sum(jnp.square(attend(q, k, v, segments).astype(jnp.float32)))
 
         if name == "short":
             positions, heads = SHORT[width]
@@ -111,8 +151,10 @@ def compile_kernels(chip: str, name: str, width: int, out: Path) -> None:
         else:
             positions, group = SPLASH[width]
             step = jax.jit(jax.grad(total, argnums=(0, 1, 2)))
-            k = array(positions, 2, width)
-            arrays = [array(positions, 2, group, width), k, k, array(positions, dtype=jnp.int32)]
+            k, q = (2, width), (2, group, width)
+            if name == "flash":
+                k, q = (math.prod(k),), (math.prod(q),)
+            arrays = [array(positions, *of) for of in (q, k, k)] + [array(positions, dtype=jnp.int32)]
         out.write_text(step.lower(*arrays).compile().as_text())
 
 
@@ -121,7 +163,8 @@ if __name__ == "__main__":
         compile_kernels(*sys.argv[2:4], int(sys.argv[4]), Path(sys.argv[5]) / "program")
     else:
         for of in sys.argv[1:] or CHIPS:
-            for module, width in [("splash", width) for width in SPLASH] + [("short", width) for width in SHORT]:
-                for key, found in of_chip(of, module, width):
-                    chip, kernel, size, blocks = key
-                    print(f'    ("{chip}", "{kernel}", {size}, {tuple(blocks)}): {tuple(found)},', flush=True)
+            for module, sizes in (("splash", SPLASH), ("short", SHORT), ("flash", SPLASH)):
+                for width in sizes:
+                    for key, found in of_chip(of, module, width):
+                        printed = (f'"{x}"' if isinstance(x, str) else str(tuple(x) if isinstance(x, tuple) else x) for x in key)
+                        print(f"    ({', '.join(printed)}): {tuple(found)},", flush=True)
