@@ -6,10 +6,10 @@ from chroma_jax.config import Config
 from configs import chroma_4b_stage1
 from configs.chroma_4b_stage1 import on_pod
 
-# what is trained has gradients and moments, and keeps its activations: half of the rows, and on v5e what products made is made
-# again
+# what is trained has gradients and moments, and keeps its activations: half of the rows, and on v5e and v6e what products made is
+# made again
 PODS = {
-    name: pod._replace(rows=max(1, pod.rows // 2), remat="attention" if "v5e" in name else pod.remat)
+    name: pod._replace(rows=max(1, pod.rows // 2), remat="attention" if "v5e" in name or "v6e" in name else pod.remat)
     for name, pod in chroma_4b_stage1.PODS.items()
 }
 

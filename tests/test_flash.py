@@ -130,13 +130,17 @@ def counted(calls: list, kernel, *refs, **given):
     return kernel(*refs, **given)
 
 
-def test_an_adapted_layer_is_computed_by_another_kernel(monkeypatch):
-    monkeypatch.setattr(attention, "on_tpu", lambda: True)
-    layer = Attention(nnx.Rngs(0), width=64, num_heads=4, num_kv_heads=2, head_dim=64)
-    x = drawn(0, 1, 128, 64)
-    assert layer.may_be_flash(x) and not layer.may_be_short(x)
-    layer.v.lora = nnx.data(linear.Lora(nnx.Rngs(1), layer.v.kernel, 4, 1.0))
-    assert not layer.may_be_flash(x)
+@pytest.mark.parametrize("part", ["q", "o"])
+def test_what_is_adapted_by_low_rank_is_so_with_merged_axes_too(part):
+    layer = Attention(nnx.Rngs(0), width=64, num_heads=4, num_kv_heads=2, head_dim=64, bias="qkvo")
+    product = getattr(layer, part)
+    x = drawn(0, 2, 16, *product.kernel.shape[: product.num_inputs], dtype=jnp.float32)
+    merged = lambda x: x.reshape(2, 16, -1)
+    before = product(x)
+    product.lora = nnx.data(linear.Lora(nnx.Rngs(1), product.kernel, 4, 0.5))
+    product.lora.up[...] = drawn(1, *product.lora.up.shape, dtype=jnp.float32)
+    assert jnp.abs(product(x) - before).max() > 1
+    np.testing.assert_allclose(product.merged(merged(x)), merged(product(x)), rtol=1e-4, atol=1e-4)  # sums in another order
 
 
 def test_what_tpu_computes_of_gated_units_and_norms_is_the_same(monkeypatch):

@@ -362,8 +362,7 @@ class Attention(nnx.Module):
 
     def lies_beside(self, x: jax.Array) -> bool:
         """Whether the products of x may leave heads beside each other for a kernel that has all positions of a row."""
-        alone = all(linear.lora is None for linear in (self.q, self.k, self.v, self.o))
-        return alone and on_tpu() and not divided(x, 1)
+        return on_tpu() and not divided(x, 1)
 
     def cached(self, x: jax.Array, rotation: Rotation | None, past: Past, old: Old):
         """As ``__call__``, after what is cached of this layer. Returns (y [B, T, D], (new keys, values [B, T, K, H]))."""

@@ -92,11 +92,12 @@ class Linear(nnx.Module):
         return y if self.lora is None else y + self.lora(x, self.num_inputs, self.rules)
 
     def merged(self, x: jax.Array) -> jax.Array:
-        """The same, without what `Lora` adds, with all inputs on x's last axis and all outputs on the result's. Heads that are
-        narrower than TPU's lanes are then no axis of their own, which would have them turned around."""
+        """The same, with all inputs on x's last axis and all outputs on the result's. Heads are then no axis of their own, which
+        TPU would turn around, and fill up if they are narrower than its lanes."""
         y = product(x, one_axis(self.kernel, self.num_inputs), 1, self.rules)
         y = scaled(y, None if self.scale is None else one_axis(self.scale), self.rules)
-        return y if self.bias is None else y + in_use(one_axis(self.bias), x.dtype, self.rules)
+        y = y if self.bias is None else y + in_use(one_axis(self.bias), x.dtype, self.rules)
+        return y if self.lora is None else y + self.lora.merged(x, self.num_inputs, self.rules)
 
 
 def one_axis(param: nnx.Param, num_inputs: int = 0) -> nnx.Param:
@@ -194,6 +195,10 @@ class Lora(nnx.Module):
 
     def __call__(self, x: jax.Array, num_inputs: int, rules: AxisRules) -> jax.Array:
         return product(product(x, self.down, num_inputs, rules), self.up, 1, rules) * self.scale
+
+    def merged(self, x: jax.Array, num_inputs: int, rules: AxisRules) -> jax.Array:
+        """For `Linear.merged`."""
+        return product(product(x, one_axis(self.down, num_inputs), 1, rules), one_axis(self.up, 1), 1, rules) * self.scale
 
 
 class Embedding(nnx.Module):
