@@ -78,12 +78,15 @@ def test_segments_do_not_see_each_other():
     assert (np.asarray(before)[~same] != np.asarray(changed)[~same]).mean() > 0.9
 
 
-def test_which_rows_they_serve():
+def test_which_rows_they_serve(monkeypatch):
     assert flash.serves(2048, 8, 4, 64, jnp.bfloat16) and flash.serves(1024, 2, 8, 128, jnp.bfloat16)
     assert not flash.serves(2048, 8, 4, 64, jnp.float32)  # which is to be exact
     assert not flash.serves(2048, 1, 4, 64, jnp.bfloat16)  # half a register over
     assert not flash.serves(2048, 8, 1, 64, jnp.bfloat16)  # a register with queries of two key heads
-    assert not flash.serves(100, 8, 4, 64, jnp.bfloat16) and not flash.serves(8192, 8, 4, 64, jnp.bfloat16)
+    assert not flash.serves(100, 8, 4, 64, jnp.bfloat16)
+    assert flash.serves(3200, 8, 4, 64, jnp.bfloat16) and not flash.serves(4096, 8, 4, 64, jnp.bfloat16)  # vector memory
+    monkeypatch.setattr(flash, "device_kind", lambda: "TPU v4")
+    assert flash.serves(1536, 8, 4, 64, jnp.bfloat16) and not flash.serves(2048, 8, 4, 64, jnp.bfloat16)
     assert not flash.serves(2048, 8, 4, 80, jnp.bfloat16) and not flash.serves(2048, 8, 4, 32, jnp.bfloat16)
 
 

@@ -17,10 +17,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec as P
 
-from chroma_jax.layers.sharding import active, leading_spec, on_tpu
+from chroma_jax.layers.sharding import active, device_kind, leading_spec, on_tpu
 from chroma_jax.layers.splash import LANES, SAVED
 
-LONGEST = 4096  # positions; a row's queries, keys, values and gradients lie in vector memory
+# Bytes of vector memory that a row may take: v5p and Ironwood have 64 MiB, v5e and v6e 128, v4 32.
+MEMORY, OF_V4 = 56 * 2**20, 28 * 2**20
 BLOCK = 512  # positions, of queries and of keys
 HIDDEN = -1e30  # the score of what is not seen
 
@@ -35,10 +36,12 @@ class Sizes(NamedTuple):
 
 
 def serves(positions: int, heads: int, group: int, width: int, dtype) -> bool:
-    """Whether the kernels compute such rows on a device. heads: of keys and values."""
+    """Whether the kernels compute such rows on a device. heads: of keys and values. A row lies whole in vector memory with a
+    register of such heads: queries, results and their gradients twice, to be moved beside the work, and what is summed up."""
     beside = LANES // width if width and LANES % width == 0 else 0
     whole = beside in (1, 2) and heads % beside == 0 and group % beside == 0
-    return whole and dtype == jnp.bfloat16 and positions % LANES == 0 and positions <= LONGEST
+    fits = positions * LANES * (20 * group + 48) <= (OF_V4 if device_kind().startswith("TPU v4") else MEMORY)
+    return whole and fits and dtype == jnp.bfloat16 and positions % LANES == 0
 
 
 def rotated(x: jax.Array, cos: jax.Array, sin: jax.Array, scale: float = 1.0) -> jax.Array:
@@ -202,7 +205,7 @@ class _Rows:
         self.across = of((1, self.positions), lambda b, c, *_: (b, 0, 0))
         self.down = of((self.positions, LANES), lambda b, c, *_: (b, 0, 0))
         self.sums_shape = jax.ShapeDtypeStruct((rows, registers, self.heads, self.positions), jnp.float32)
-        self.parameters = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=96 * 2**20)
+        self.parameters = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=MEMORY + 4 * 2**20)
 
     def cost(self, products: int, elements: int, dtype) -> pl.CostEstimate:
         """Of causal attention in which nothing is left out, by ``products``; elements: of all arrays."""

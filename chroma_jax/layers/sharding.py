@@ -138,8 +138,13 @@ def parts(axes: tuple[str, ...]) -> int:
 
 def on_tpu() -> bool:
     """Whether what is traced is for TPUs, be they here or only planned for."""
+    return device_kind().startswith("TPU")
+
+
+def device_kind() -> str:
+    """What the devices are that is traced for, as JAX names them: "TPU v6 lite"."""
     device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() == "tpu" if device is None else device.device_kind.startswith("TPU")
+    return jax.devices()[0].device_kind if device is None else device.device_kind
 
 
 def reshard(x: jax.Array, spec: P) -> jax.Array:
