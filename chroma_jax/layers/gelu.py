@@ -73,7 +73,7 @@ def _gated_backward(kept, gradient):
     own = gate * share
     found = gradient * up * (share + own * (1 - share)), gradient * own
     # both at once, and before anything is made of them
-    return jax.lax.optimization_barrier(tuple(x.astype(of.dtype) for x, of in zip(found, kept)))
+    return jax.lax.optimization_barrier(tuple(in_order(x.astype(of.dtype)) for x, of in zip(found, kept)))
 
 
 _gated.defvjp(_gated_kept, _gated_backward)
