@@ -68,7 +68,7 @@ def test_the_kernels_compute_what_the_plain_way_does(kv, group, head, block, mon
 
 
 def test_segments_do_not_see_each_other():
-    """What another segment holds, even if it is no number, counts for nothing, in blocks of its own and in shared ones."""
+    """What another segment holds, however large, counts for nothing, in blocks of its own and in shared ones."""
     q, k, v = (drawn(i, ROWS, POSITIONS, 128) for i in range(3))
     run = jax.jit(lambda v: flash.attend(q, k, v, segments(), 64))
     before = run(v)

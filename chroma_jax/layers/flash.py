@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec as P
 
-from chroma_jax.layers.sharding import active, device_kind, leading_spec, on_tpu
+from chroma_jax.layers.sharding import active, device_kind, leading_spec, on_tpu, reshard
 from chroma_jax.layers.splash import LANES, SAVED
 
 # Bytes of vector memory that a row may take: v5p and Ironwood have 64 MiB, v5e and v6e 128, v4 32.
@@ -116,9 +116,7 @@ def _over_devices(compute, x, *rest):
     if not active():
         return compute(x, *rest)
     rows = leading_spec(x, 1)
-    rest = tuple(
-        jax.sharding.reshard(y, P(*rows, None, jax.typeof(y).sharding.spec[2]) if y.ndim > 2 else P(*rows, None)) for y in rest
-    )
+    rest = tuple(reshard(y, P(*rows, None, jax.typeof(y).sharding.spec[2]) if y.ndim > 2 else P(*rows, None)) for y in rest)
     # without the check of what varies, which a kernel does not tell
     return jax.shard_map(compute, out_specs=jax.typeof(x).sharding.spec, check_vma=False)(x, *rest)
 

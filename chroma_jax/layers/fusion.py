@@ -1,4 +1,5 @@
-"""What the compiler must not fuse: on TPU it makes cheap things anew in every product that takes them, which waits for them."""
+"""What the compiler must not fuse, or turn around: on TPU it makes cheap things anew in every product that takes them, which
+waits for them, and keeps arrays for the gradient in an order that what takes them does not want."""
 
 import jax
 from jax.experimental.layout import Layout, with_layout_constraint
@@ -8,7 +9,7 @@ from chroma_jax.layers.sharding import active, on_tpu
 
 def computed_once(x: jax.Array) -> jax.Array:
     """``x``; on TPU kept from being computed anew for every tile of the product that takes it, which would wait for it where the
-    matrix unit is much faster than the vector unit, as on v6e."""
+    matrix unit is much faster than the vector unit, as on v6e. Its gradient may be fused with what makes it."""
     return _computed_once(x) if on_tpu() else x
 
 

@@ -1,4 +1,5 @@
-"""x Φ(x), the Gaussian error linear unit (Hendrycks and Gimpel, arXiv 1606.08415)."""
+"""x Φ(x), the Gaussian error linear unit (Hendrycks and Gimpel, arXiv 1606.08415), and gated units with silu (Shazeer, arXiv
+2002.05202)."""
 
 import jax
 import jax.numpy as jnp
@@ -46,8 +47,8 @@ def fast(x: jax.Array) -> jax.Array:
 
 
 def gated(gate: jax.Array, up: jax.Array) -> jax.Array:
-    """silu(gate) · up, silu(x) = x / (1 + exp(−x)). Of bfloat16 on TPU by tanh, in float32 for once, with a gradient that the
-    product before it makes as it goes, so that nothing between them is written."""
+    """silu(gate) · up, all […, M], with silu(x) = x / (1 + exp(−x)). Of bfloat16 on TPU by tanh, in float32 for once, with a
+    gradient that the product before it makes as it goes, so that nothing between them is written."""
     return _gated(gate, up) if on_tpu() and gate.dtype == jnp.bfloat16 else jax.nn.silu(gate) * up
 
 
