@@ -43,6 +43,9 @@ def test_a_report_has_both_times_and_what_was_computed(config):
     assert found["gflop_per_step"] == pytest.approx(work / 1e9) and found["ratio"] is None
     assert len(found["seconds"]["chroma_jax"]) == 2 and found["median_seconds"]["chroma_jax"] > 0
     assert found["losses"]["chroma_jax"][-1] < found["losses"]["chroma_jax"][0]
+    c = config.model.backbone
+    assert found["product"] == [2 * config.data.row.positions, c.width, c.mlp_width]
+    assert found["product_gflops"]["chroma_jax"] > 0
 
 
 @pytest.mark.slow
@@ -52,6 +55,7 @@ def test_the_peer_has_the_same_weights_and_learns():
     ours, theirs = (found["parameters"][name] for name in ("chroma_jax", "torch"))
     assert theirs == pytest.approx(ours, rel=0.01)
     assert found["losses"]["torch"][-1] < found["losses"]["torch"][0] and found["ratio"] > 0
+    assert found["product_gflops"].keys() == {"chroma_jax", "torch"}
 
 
 @pytest.mark.skipif(importlib.util.find_spec("transformers") is not None, reason="the peer is installed")

@@ -1,6 +1,8 @@
 """The peer of a training step: the same parts at the same sizes from transformers' Whisper, Qwen2 and Llama classes, in PyTorch's
 eager mode with its fused attention and optimizer, on the same rows."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -134,3 +136,7 @@ class TorchStep:
         nn.utils.clip_grad_norm_(self.trained, self.clip)
         self.optimizer.step()
         return loss.item()
+
+    def product(self, x: np.ndarray, y: np.ndarray) -> Callable[[], torch.Tensor]:
+        a, b = torch.from_numpy(x), torch.from_numpy(y)
+        return lambda: a @ b

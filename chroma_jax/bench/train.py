@@ -1,10 +1,11 @@
-"""How long a training step takes, beside a peer's and beside what products of matrices reach on this machine."""
+"""How long a training step takes, beside a peer's and beside what either side's products of matrices reach on this machine."""
 
 import dataclasses
 import os
 import statistics
 import time
 from collections.abc import Callable
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -22,14 +23,15 @@ from chroma_jax.training.train import step_flops, trainer_of
 def bench_train(config: Config, *, rows: int, rounds: int, peer: str) -> dict:
     """Takes ``rounds`` steps of either side in turn, on the same full rows, with as many threads as there are cores; the first
     step of each, which compiles, is not counted. Returns medians in seconds, and the ratio of the peer's to ours; the same of the
-    seconds that processors worked, which tell more than the clock where others use them too.
+    seconds that processors worked, which tell more than the clock where others use them too; and what either side reaches, in the
+    same rounds, in the product of the Backbone's MLP alone, in float32: what of the ratio is theirs.
 
     peer: "torch", or "none". Raises: ChromaError where the peer is not installed.
     """
     config = dataclasses.replace(config, training=dataclasses.replace(config.training, global_batch=rows))
     batch, threads = full_rows(config, rows), len(os.sched_getaffinity(0))
     ours = OurStep(config, batch)
-    sides: dict[str, Callable[[], float]] = {"chroma_jax": ours}
+    sides: dict[str, Step] = {"chroma_jax": ours}
     if peer == "torch":
         try:
             from chroma_jax.bench.torch_train import TorchStep
@@ -39,12 +41,17 @@ def bench_train(config: Config, *, rows: int, rounds: int, peer: str) -> dict:
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     worked: dict[str, list[float]] = {name: [] for name in sides}
     losses: dict[str, list[float]] = {name: [] for name in sides}
+    multiplied: dict[str, list[float]] = {name: [] for name in sides}
+    factors = mlp_product(config, rows)
+    products = {name: step.product(*factors) for name, step in sides.items()}
     for _ in tqdm(range(rounds + 1), desc="bench train", unit="round"):
         for name, step in sides.items():
             started, before = time.perf_counter(), time.process_time()
             losses[name].append(step())
             seconds[name].append(time.perf_counter() - started)
             worked[name].append(time.process_time() - before)
+        for name, product in products.items():
+            multiplied[name].append(seconds_of(product))
     medians, processors = ({name: statistics.median(x[1:]) for name, x in of.items()} for of in (seconds, worked))
     work = sum(step_flops(config, ours.trainer))
     return {
@@ -57,11 +64,24 @@ def bench_train(config: Config, *, rows: int, rounds: int, peer: str) -> dict:
         "losses": losses,
         "gflop_per_step": work / 1e9,
         "gflops": {name: work / 1e9 / taken for name, taken in medians.items()},
-        "matrix_gflops": matrix_flops() / 1e9,
+        "product": [*factors[0].shape, factors[1].shape[1]],
+        "product_gflops": {name: rate(factors, statistics.median(taken[1:])) for name, taken in multiplied.items()},
         "ratio": medians[peer] / medians["chroma_jax"] if peer in medians else None,
         "processor_seconds": processors,
         "processor_ratio": processors[peer] / processors["chroma_jax"] if peer in medians else None,
     }
+
+
+class Step(Protocol):
+    """A side of the comparison."""
+
+    parameters: int
+
+    def __call__(self) -> float:
+        """Takes a step; returns the loss."""
+
+    def product(self, x: np.ndarray, y: np.ndarray) -> Callable[[], object]:
+        """What computes x · y and waits for it."""
 
 
 class OurStep:
@@ -81,15 +101,26 @@ class OurStep:
             self.state, metrics = self.trainer.train_step(self.state, self.batch)
             return float(jax.block_until_ready(metrics["loss"]))
 
+    def product(self, x: np.ndarray, y: np.ndarray) -> Callable[[], object]:
+        x, y, multiply = jnp.asarray(x), jnp.asarray(y), jax.jit(jnp.dot)
+        return lambda: multiply(x, y).block_until_ready()
 
-def matrix_flops(size: int = 2048, repeats: int = 5) -> float:
-    """FLOP per second of a square product in float32."""
-    x = jnp.asarray(np.random.default_rng(0).standard_normal((size, size), np.float32))
-    product = jax.jit(jnp.dot)
-    product(x, x).block_until_ready()
-    taken = []
+
+def mlp_product(config: Config, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Factors as of the Backbone's MLP, float32 [rows · positions, D] and [D, M]."""
+    c, draw = config.model.backbone, np.random.default_rng(0)
+    shapes = (rows * config.data.row.positions, c.width), (c.width, c.mlp_width)
+    return tuple(draw.standard_normal(shape, np.float32) for shape in shapes)
+
+
+def seconds_of(compute: Callable[[], object], repeats: int = 10) -> float:
+    started = time.perf_counter()
     for _ in range(repeats):
-        started = time.perf_counter()
-        product(x, x).block_until_ready()
-        taken.append(time.perf_counter() - started)
-    return 2 * size**3 / statistics.median(taken)
+        compute()
+    return (time.perf_counter() - started) / repeats
+
+
+def rate(factors: tuple[np.ndarray, np.ndarray], seconds: float) -> float:
+    """GFLOP per second of a product."""
+    x, y = factors
+    return 2 * x.size * y.shape[1] / seconds / 1e9
