@@ -232,7 +232,8 @@ def test_two_processes_train_the_same_speaking_model_as_one(tiny_prepared, tmp_p
 
 @pytest.mark.slow
 def test_two_processes_train_the_same_codec_as_one(tmp_path):
-    """Through all phases: every process fits the quantizer for itself."""
+    """Through all phases: every process fits the quantizer for itself. Adam's first steps are as long where a gradient is nothing
+    but rounding as anywhere; they are short here, so that rounding stays rounding."""
     from test_codec_run import CODEC, config_for
     from tiny_corpus import write_corpus
 
@@ -240,15 +241,17 @@ def test_two_processes_train_the_same_codec_as_one(tmp_path):
     from data_pipelines.waves import prepare_waves
 
     corpus = write_corpus(tmp_path / "corpus")
-    config = config_for(corpus)
+    short = {"recipe__optimizer__learning_rate": 3e-4}
+    called = f"config_for({str(corpus)!r}, **{short})"
+    config = config_for(corpus, **short)
     prepare_waves(config.data, CODEC, tmp_path / "waves", progress="none")
     source, run = tmp_path / "source.py", tmp_path / "run"
-    source.write_text(f"from test_codec_run import config_for\ndef config():\n    return config_for({str(corpus)!r})\n")
+    source.write_text(f"from test_codec_run import config_for\ndef config():\n    return {called}\n")
     with commands(source, tmp_path / "waves", run, free_port(), {"data": 4, "fsdp": 2}, 6) as processes:
         assert processes.ended(within=400) == [0, 0], processes.said(0)
     config = dataclasses.replace(config, mesh=MeshConfig(data=4, fsdp=2))
     train_codec(config, tmp_path / "one", tmp_path / "waves")
-    compare(run, tmp_path / "one", rel=1e-5)  # the fit of the quantizer multiplies what rounding there is
+    compare(run, tmp_path / "one", rel=1e-6)  # what float32 sums in another order differ by, three times over
 
 
 def compare(run: Path, other: Path, rel: float) -> None:
