@@ -42,8 +42,8 @@ def bench_train(config: Config, *, rows: int, rounds: int, peer: str) -> dict:
     worked: dict[str, list[float]] = {name: [] for name in sides}
     losses: dict[str, list[float]] = {name: [] for name in sides}
     multiplied: dict[str, list[float]] = {name: [] for name in sides}
-    factors = mlp_product(config, rows)
-    products = {name: step.product(*factors) for name, step in sides.items()}
+    x, kernel = mlp_factors(config, rows)
+    products = {name: step.product(x, kernel) for name, step in sides.items()}
     for _ in tqdm(range(rounds + 1), desc="bench train", unit="round"):
         for name, step in sides.items():
             started, before = time.perf_counter(), time.process_time()
@@ -53,7 +53,7 @@ def bench_train(config: Config, *, rows: int, rounds: int, peer: str) -> dict:
         for name, product in products.items():
             multiplied[name].append(seconds_of(product))
     medians, processors = ({name: statistics.median(x[1:]) for name, x in of.items()} for of in (seconds, worked))
-    work = sum(step_flops(config, ours.trainer))
+    work, product_work = sum(step_flops(config, ours.trainer)), 2 * x.size * kernel.shape[1]
     return {
         "rows": rows,
         "device": jax.devices()[0].device_kind,
@@ -64,8 +64,8 @@ def bench_train(config: Config, *, rows: int, rounds: int, peer: str) -> dict:
         "losses": losses,
         "gflop_per_step": work / 1e9,
         "gflops": {name: work / 1e9 / taken for name, taken in medians.items()},
-        "product": [*factors[0].shape, factors[1].shape[1]],
-        "product_gflops": {name: rate(factors, statistics.median(taken[1:])) for name, taken in multiplied.items()},
+        "product": [*x.shape, kernel.shape[1]],
+        "product_gflops": {name: product_work / 1e9 / statistics.median(taken[1:]) for name, taken in multiplied.items()},
         "ratio": medians[peer] / medians["chroma_jax"] if peer in medians else None,
         "processor_seconds": processors,
         "processor_ratio": processors[peer] / processors["chroma_jax"] if peer in medians else None,
@@ -106,7 +106,7 @@ class OurStep:
         return lambda: multiply(x, y).block_until_ready()
 
 
-def mlp_product(config: Config, rows: int) -> tuple[np.ndarray, np.ndarray]:
+def mlp_factors(config: Config, rows: int) -> tuple[np.ndarray, np.ndarray]:
     """Factors as of the Backbone's MLP, float32 [rows · positions, D] and [D, M]."""
     c, draw = config.model.backbone, np.random.default_rng(0)
     shapes = (rows * config.data.row.positions, c.width), (c.width, c.mlp_width)
@@ -114,13 +114,8 @@ def mlp_product(config: Config, rows: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def seconds_of(compute: Callable[[], object], repeats: int = 10) -> float:
+    """That one call takes, the mean of several."""
     started = time.perf_counter()
     for _ in range(repeats):
         compute()
     return (time.perf_counter() - started) / repeats
-
-
-def rate(factors: tuple[np.ndarray, np.ndarray], seconds: float) -> float:
-    """GFLOP per second of a product."""
-    x, y = factors
-    return 2 * x.size * y.shape[1] / seconds / 1e9
