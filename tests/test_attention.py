@@ -134,3 +134,23 @@ def test_what_tpu_computes_by_other_ways_has_the_same_gradient():
     plain = jax.grad(lambda x: jnp.sum(weights * rope.halves_turned(x) ** 2))(x)
     assert jnp.array_equal(jax.grad(lambda x: jnp.sum(weights * rope._turned(x) ** 2))(x), plain)
     assert jnp.array_equal(jax.grad(lambda x: jnp.sum(weights * fusion._gradient_once(x) ** 2))(x), 2 * weights * x)
+
+
+def test_the_kernel_of_gpus_is_for_gpus():
+    x = jnp.zeros((1, 8, 1, 1, 8), jnp.bfloat16)
+    with pytest.raises(ChromaError, match="'cudnn' is for NVIDIA GPUs, this is cpu: set 'blocks'"):
+        attention.attend(x, x[:, :, :, 0], x[:, :, :, 0], attention.packed(jnp.ones((1, 8), jnp.int32), "cudnn"))
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("with_mesh", [False, True])
+def test_the_kernel_of_gpus(with_mesh, given, plain):
+    laid = [jnp.asarray(x, jnp.bfloat16 if x.dtype == np.float32 else None) for x in given]
+    if with_mesh:
+        with jax.set_mesh(make_mesh(MeshConfig())):
+            found = jax.jit(value_and_gradients, static_argnums=0)("cudnn", *laid)
+    else:
+        found = jax.jit(value_and_gradients, static_argnums=0)("cudnn", *laid)
+    for name, a, b in zip(("values", "queries", "keys", "values' gradient"), found, plain, strict=True):
+        # factors and weights are rounded to 8 bits
+        np.testing.assert_allclose(np.asarray(a, np.float32), b, rtol=2e-2, atol=2e-2 * np.abs(b).max(), err_msg=name)

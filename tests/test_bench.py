@@ -1,5 +1,6 @@
 """Measurements: rows that are full, and a report that says what it compares."""
 
+import dataclasses
 import importlib.util
 
 import jax
@@ -13,6 +14,7 @@ from chroma_jax.cli import main
 from chroma_jax.errors import ChromaError
 from chroma_jax.layers.sharding import make_mesh
 from chroma_jax.training.loss import count
+from chroma_jax.training.state import PrecisionConfig
 from chroma_jax.training.train import abstract_batch, step_flops, trainer_of
 
 
@@ -49,12 +51,15 @@ def test_a_report_has_both_times_and_what_was_computed(config):
 
 
 @pytest.mark.slow
-def test_the_peer_has_the_same_weights_and_learns():
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+def test_the_peer_has_the_same_weights_and_learns(compute):
     config = tiny.replace(tiny.config(), "training.global_batch", 2)
+    config = dataclasses.replace(config, precision=PrecisionConfig(compute=compute, frozen=compute))
     found = bench_train(config, rows=2, rounds=2, peer="torch")
     ours, theirs = (found["parameters"][name] for name in ("chroma_jax", "torch"))
     assert theirs == pytest.approx(ours, rel=0.01)
     assert found["losses"]["torch"][-1] < found["losses"]["torch"][0] and found["ratio"] > 0
+    assert found["compute"] == compute
     assert found["product_gflops"].keys() == {"chroma_jax", "torch"}
 
 

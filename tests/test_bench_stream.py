@@ -137,7 +137,7 @@ def test_the_peer_says_all_its_frames_however_it_decodes():
     from chroma_jax.bench.torch_stream import TorchPeer
 
     config = model()
-    peer = TorchPeer(config, "float32", 1)
+    peer = TorchPeer(config, "float32", 1, "cpu")
     text = EngineSizes(*random_models(config, ReplyConfig()), ReplyConfig(), TALK, 128, 64).text()
     said = (TALK.question(), np.array(text), np.arange(5))
     for every in (1, 3, 8):

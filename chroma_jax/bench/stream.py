@@ -19,6 +19,7 @@ from flax import nnx
 from tqdm import tqdm
 
 from chroma_jax.bench.memory import bandwidth
+from chroma_jax.bench.peer import torch_device
 from chroma_jax.bench.talk import VOICE, Talk, ask, enter, interrupt, words
 from chroma_jax.chat import question, voice_prompt
 from chroma_jax.config import ReplyConfig
@@ -245,7 +246,7 @@ def compare(sizes: EngineSizes, rounds: int, threads: int) -> dict:
     except ModuleNotFoundError as e:
         raise ChromaError(f"the peer 'torch' needs {e.name}: install the extra 'dev', or give --peer none") from e
     talk, config = sizes.talk, sizes.model.config
-    peer = TorchPeer(config, sizes.reply.dtype, threads)
+    peer = TorchPeer(config, sizes.reply.dtype, threads, torch_device())
     said = (talk.question(), np.array(sizes.text()), np.array(voice_prompt(words, config.tokens, talk.transcript())))
     ways = sorted({1, min(4, talk.frames), talk.frames})
     ours, theirs = [], {way: [] for way in ways}

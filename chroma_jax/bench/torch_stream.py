@@ -50,13 +50,13 @@ class TorchReply:
 class TorchPeer(nn.Module):
     """The reference's parts, to answer one question at a time."""
 
-    def __init__(self, config: ChromaConfig, dtype: str, threads: int):
-        """On the first CUDA device, if there is one. dtype: of all but the Codec, which is in float32."""
+    def __init__(self, config: ChromaConfig, dtype: str, threads: int, device: str):
+        """dtype: of all but the Codec, which is in float32. device: PyTorch's name of it, "cpu" or "cuda"."""
         super().__init__()
         torch.set_num_threads(threads)
         said, attention = to_hf(config), {"attn_implementation": "sdpa"}
         thinker, backbone, decoder = said["thinker_config"], said["backbone_config"], said["decoder_config"]
-        self.config, self.device = config, "cuda" if torch.cuda.is_available() else "cpu"
+        self.config, self.device = config, device
         torch.manual_seed(0)
         before = torch.get_default_dtype()
         torch.set_default_dtype(getattr(torch, dtype))

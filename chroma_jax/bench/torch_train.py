@@ -1,5 +1,5 @@
 """The peer of a training step: the same parts at the same sizes from transformers' Whisper, Qwen2 and Llama classes, in PyTorch's
-eager mode with its fused attention and optimizer, on the same rows."""
+eager mode with its fused attention and optimizer, on the same rows, on the same device, in the same types."""
 
 from collections.abc import Callable
 
@@ -67,35 +67,35 @@ class Peer(nn.Module):
 
     def embedded(self, codes: torch.Tensor) -> torch.Tensor:
         """[…, Q'] codes of the first Q' codebooks → […, Q', D]."""
-        return self.codes(codes + self.config.model.audio_vocab * torch.arange(codes.shape[-1]))
+        return self.codes(codes + self.config.model.audio_vocab * torch.arange(codes.shape[-1], device=codes.device))
 
     def forward(self, b: dict[str, torch.Tensor]) -> torch.Tensor:
         config, c = self.config, self.config.model
-        rows = len(b["mel"])
+        row = torch.arange(len(b["mel"]), device=b["mel"].device)[:, None]
         heard = self.audio(b["mel"].flatten(0, 1).transpose(1, 2)).last_hidden_state
-        heard = self.project(heard.unflatten(1, (-1, 2)).mean(2)).reshape(rows, -1, c.reasoner.text.width)
+        heard = self.project(heard.unflatten(1, (-1, 2)).mean(2)).reshape(len(row), -1, c.reasoner.text.width)
         spoken = b["audio_index"] >= 0
         taken = heard.gather(1, b["audio_index"].clamp(min=0)[..., None].expand(-1, -1, heard.shape[-1]))
         x = torch.where(spoken[..., None], taken, self.text.embed_tokens(b["text"]))
         x = self.text(inputs_embeds=x).last_hidden_state
-        answers = x[torch.arange(rows)[:, None], b["answer_position"]]
+        answers = x[row, b["answer_position"]]
         total = x.new_zeros(())
         if config.loss.text_weight:
             logits = self.words(answers)
             total = total + config.loss.text_weight * F.cross_entropy(logits.flatten(0, 1), b["answer_token"].flatten())
         token, hidden_index, codes = b["token"], b["hidden_index"], b["codes"]
         x = torch.where((token >= 0)[..., None], self.text.embed_tokens(token.clamp(min=0)), 0.0)
-        picked = answers[torch.arange(rows)[:, None], hidden_index.clamp(min=0)]
+        picked = answers[row, hidden_index.clamp(min=0)]
         x = x + torch.where((hidden_index >= 0)[..., None], picked, 0.0)
         frames = self.embedded(codes.clamp(min=0)).sum(-2)
         x = x + torch.where((codes[..., :1] >= 0), frames, 0.0)
         x = self.backbone(inputs_embeds=x).last_hidden_state
-        hidden = x[torch.arange(rows)[:, None], b["target_position"].clamp(min=0)].flatten(0, 1)
+        hidden = x[row, b["target_position"].clamp(min=0)].flatten(0, 1)
         target = b["target_codes"].flatten(0, 1)
         c0 = F.cross_entropy(self.first(hidden), target[:, 0], ignore_index=-1)
         hidden, part = hidden.detach(), target
         if config.loss.decoder_frames < 1:
-            chosen = torch.randperm(len(hidden))[: int(np.ceil(len(hidden) * config.loss.decoder_frames))]
+            chosen = torch.randperm(len(hidden), device=hidden.device)[: int(np.ceil(len(hidden) * config.loss.decoder_frames))]
             hidden, part = hidden[chosen], target[chosen]
         x = self.narrow(torch.cat([hidden[:, None], self.embedded(part[:, :-1].clamp(min=0))], 1))
         x = self.decoder(inputs_embeds=x).last_hidden_state[:, 1:]
@@ -106,22 +106,27 @@ class Peer(nn.Module):
 
 
 class TorchStep:
-    """Forward, backward, clipping and AdamW."""
+    """Forward, backward, clipping and AdamW. Trained weights and their moments are float32; products are in the type computed in, by
+    autocast, and frozen parts in theirs."""
 
-    def __init__(self, config: Config, batch: Batch, threads: int):
+    def __init__(self, config: Config, batch: Batch, threads: int, device: str):
+        """device: PyTorch's name of it, "cpu" or "cuda"."""
         torch.set_num_threads(threads)
         torch.manual_seed(0)
-        self.model = Peer(config).train()
+        self.device, self.dtype = device, getattr(torch, config.precision.compute)
+        with torch.device(device):
+            self.model = Peer(config).train()
         o = config.optimizer
-        for parts in (self.model.audio, self.model.text, self.model.words, self.model.project):
+        for part in (self.model.audio, self.model.text, self.model.words, self.model.project):
             if any(pattern.startswith("reasoner") for pattern in o.freeze):
-                parts.requires_grad_(False)
+                part.requires_grad_(False).to(getattr(torch, config.precision.frozen))
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         options = {"lr": o.learning_rate, "betas": (o.b1, o.b2), "eps": o.eps, "weight_decay": o.weight_decay}
         self.optimizer = torch.optim.AdamW(self.trained, fused=True, **options)
         self.clip = o.clip
         arrays = {name: np.array(x) for name, x in batch._asdict().items() if name not in ("hidden", "heard_token")}
-        self.batch = {name: torch.from_numpy(x if x.dtype == np.float32 else x.astype(np.int64)) for name, x in arrays.items()}
+        arrays = {name: x if x.dtype == np.float32 else x.astype(np.int64) for name, x in arrays.items()}
+        self.batch = {name: torch.from_numpy(x).to(device) for name, x in arrays.items()}
 
     @property
     def parameters(self) -> int:
@@ -131,12 +136,19 @@ class TorchStep:
     def __call__(self) -> float:
         """Takes a step; returns the loss."""
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self.model(self.batch)
+        with torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32):
+            loss = self.model(self.batch)
         loss.backward()
         nn.utils.clip_grad_norm_(self.trained, self.clip)
         self.optimizer.step()
         return loss.item()
 
-    def product(self, x: np.ndarray, y: np.ndarray) -> Callable[[], torch.Tensor]:
-        a, b = torch.from_numpy(x), torch.from_numpy(y)
-        return lambda: a @ b
+    def product(self, x: np.ndarray, y: np.ndarray) -> Callable[[], object]:
+        a, b = (torch.from_numpy(factor).to(self.device, self.dtype) for factor in (x, y))
+
+        def multiply():
+            a @ b
+            if self.device != "cpu":
+                torch.cuda.synchronize()
+
+        return multiply

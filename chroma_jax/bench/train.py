@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from chroma_jax.bench.peer import torch_device
 from chroma_jax.bench.rows import full_rows
 from chroma_jax.config import Config
 from chroma_jax.errors import ChromaError
@@ -24,7 +25,7 @@ def bench_train(config: Config, *, rows: int, rounds: int, peer: str) -> dict:
     """Takes ``rounds`` steps of either side in turn, on the same full rows, with as many threads as there are cores; the first
     step of each, which compiles, is not counted. Returns medians in seconds, and the ratio of the peer's to ours; the same of the
     seconds that processors worked, which tell more than the clock where others use them too; and what either side reaches, in the
-    same rounds, in the product of the Backbone's MLP alone, in float32: what of the ratio is theirs.
+    same rounds, in the product of the Backbone's MLP alone, in the type computed in: what of the ratio is theirs.
 
     peer: "torch", or "none". Raises: ChromaError where the peer is not installed.
     """
@@ -37,7 +38,7 @@ def bench_train(config: Config, *, rows: int, rounds: int, peer: str) -> dict:
             from chroma_jax.bench.torch_train import TorchStep
         except ModuleNotFoundError as e:
             raise ChromaError(f"the peer 'torch' needs {e.name}: install the extra 'dev', or give --peer none") from e
-        sides["torch"] = TorchStep(config, batch, threads)
+        sides["torch"] = TorchStep(config, batch, threads, torch_device())
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     worked: dict[str, list[float]] = {name: [] for name in sides}
     losses: dict[str, list[float]] = {name: [] for name in sides}
@@ -58,6 +59,7 @@ def bench_train(config: Config, *, rows: int, rounds: int, peer: str) -> dict:
         "rows": rows,
         "device": jax.devices()[0].device_kind,
         "threads": threads,
+        "compute": config.precision.compute,
         "parameters": {name: step.parameters for name, step in sides.items()},
         "seconds": {name: taken[1:] for name, taken in seconds.items()},
         "median_seconds": medians,
@@ -88,7 +90,7 @@ class OurStep:
     """The step that `train` takes."""
 
     def __init__(self, config: Config, batch):
-        mesh = make_mesh(config.mesh)
+        mesh, self.dtype = make_mesh(config.mesh), jnp.dtype(config.precision.compute)
         with jax.set_mesh(mesh):
             self.mesh, self.trainer = mesh, trainer_of(config, mesh)
             self.state = self.trainer.init()
@@ -102,7 +104,7 @@ class OurStep:
             return float(jax.block_until_ready(metrics["loss"]))
 
     def product(self, x: np.ndarray, y: np.ndarray) -> Callable[[], object]:
-        x, y, multiply = jnp.asarray(x), jnp.asarray(y), jax.jit(jnp.dot)
+        x, y, multiply = jnp.asarray(x, self.dtype), jnp.asarray(y, self.dtype), jax.jit(jnp.dot)
         return lambda: multiply(x, y).block_until_ready()
 
 

@@ -11,13 +11,14 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec as P
 
-from chroma_jax.layers import blocks, decoding, flash, rope, short, splash
+from chroma_jax.layers import blocks, cudnn, decoding, flash, rope, short, splash
 from chroma_jax.layers.linear import Linear, multiplied_type, zeros
 from chroma_jax.layers.sharding import RULES, AxisRules, active, constrain, divided, leading_spec, on_tpu, parts, reshard
 
 # How packed rows are computed. "plain": all positions with all. "blocks": queries in blocks, which leaves out most of what comes
-# later than they, for processors that have no kernel. "splash": TPU's kernels, JAX's and, where it serves, `flash`.
-Kernel = Literal["plain", "blocks", "splash"]
+# later than they, for processors that have no kernel. "splash": TPU's kernels, JAX's and, where it serves, `flash`. "cudnn": the
+# kernel of NVIDIA's GPUs.
+Kernel = Literal["plain", "blocks", "splash", "cudnn"]
 LANES = splash.LANES
 AT_ONCE = 2**25  # bytes of scores that a TPU keeps beside the products; of more it would compute some again
 
@@ -186,18 +187,24 @@ class Blocks(NamedTuple):
     ids: jax.Array
 
 
+class Fused(NamedTuple):
+    """The same for `chroma_jax.layers.cudnn`. ids: int32 [B, T]."""
+
+    ids: jax.Array
+
+
 class Lengths(NamedTuple):
     """All positions see the first so many of their row, and `chroma_jax.layers.short` may compute it. count: int32 [B]."""
 
     count: jax.Array
 
 
-Mask = jax.Array | Segments | Blocks | Lengths
+Mask = jax.Array | Segments | Blocks | Fused | Lengths
 
 
 def packed(segments: jax.Array, kernel: Kernel) -> Mask:
     """What the positions of packed rows see, for any way to compute it."""
-    return {"plain": causal_mask, "blocks": Blocks, "splash": Segments}[kernel](segments)
+    return {"plain": causal_mask, "blocks": Blocks, "splash": Segments, "cudnn": Fused}[kernel](segments)
 
 
 def cached_mask(positions: jax.Array, capacity: int) -> jax.Array:
@@ -208,13 +215,13 @@ def cached_mask(positions: jax.Array, capacity: int) -> jax.Array:
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
     """softmax(q kᵀ / √H) v, softmax in float32.
 
-    q: [B, T, K, G, H]; k, v: [B, S, K, H]; mask: bool [B, T, S], or `Segments`, `Blocks` or `Lengths`. Returns [B, T, K, G, H].
+    q: [B, T, K, G, H]; k, v: [B, S, K, H]; mask: bool [B, T, S], or `Segments`, `Blocks`, `Fused` or `Lengths`. Returns [B, T, K, G, H].
     """
     if isinstance(mask, Segments):
         return splash.attend(q, k, v, mask.ids)
-    if isinstance(mask, Blocks) and not divided(q, 1):
-        return blocks.attend(q, k, v, mask.ids)
-    if isinstance(mask, Blocks):
+    if isinstance(mask, Blocks | Fused) and not divided(q, 1):
+        return (blocks if isinstance(mask, Blocks) else cudnn).attend(q, k, v, mask.ids)
+    if isinstance(mask, Blocks | Fused):
         mask = causal_mask(mask.ids)
     if isinstance(mask, Lengths):
         mask = short.mask(mask.count, q.shape[1])

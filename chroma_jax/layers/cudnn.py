@@ -1,0 +1,38 @@
+"""Causal attention within segments by cuDNN's fused kernel, for NVIDIA's GPUs. `chroma_jax.layers.attention.attend` computes the
+same plainly."""
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
+
+from chroma_jax.errors import ChromaError
+from chroma_jax.layers.sharding import active, device_kind, leading_spec
+from chroma_jax.layers.splash import SAVED
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
+    """softmax(q kᵀ / √H) v over earlier positions of the same segment, softmax in float32.
+
+    q: [B, T, K, G, H]; k, v: [B, T, K, H]; segments: int32 [B, T]. Returns [B, T, K, G, H]. Rows and heads may be divided among
+    devices, positions not. Raises: ChromaError on another device than an NVIDIA GPU, or for another type than 16-bit floats.
+    """
+    if not device_kind().startswith("NVIDIA"):
+        raise ChromaError(f"attention 'cudnn' is for NVIDIA GPUs, this is {device_kind()}: set 'blocks', on TPU 'splash'")
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        raise ChromaError(f"attention 'cudnn' computes in 16-bit floats, not {q.dtype}: set precision.compute bfloat16")
+    if not active():
+        return _attend(q, k, v, segments)
+    rows, _, heads = leading_spec(q, 3)
+    q, k, v = (jax.sharding.reshard(x, P(rows, None, heads)) for x in (q, k, v))
+    segments = jax.sharding.reshard(segments, P(rows, None))
+    # without the check of what varies, which cuDNN's calls do not tell
+    return jax.shard_map(_attend, out_specs=P(rows, None, heads), check_vma=False)(q, k, v, segments)
+
+
+def _attend(q, k, v, segments):
+    b, t, heads, group, width = q.shape
+    same = (segments[:, :, None] == segments[:, None])[:, None]
+    q, k, v = (checkpoint_name(x, "products") for x in (q.reshape(b, t, heads * group, width), k, v))
+    found = jax.nn.dot_product_attention(q, k, v, mask=same, is_causal=True, implementation="cudnn")
+    return checkpoint_name(found.reshape(b, t, heads, group, width), SAVED)
