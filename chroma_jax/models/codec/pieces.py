@@ -64,7 +64,7 @@ class PieceEncoder:
             return np.zeros((0, self._codebooks), np.int32)
         audio = np.zeros((1, self._step), np.float32)
         audio[0, :length] = self._pieces.joined()
-        return np.asarray(self._encode(audio, length))[0, : -(-length // self._frame)]
+        return jax.device_get(self._encode(audio, length))[0, : -(-length // self._frame)]
 
     def _encode(self, audio: np.ndarray, length: int) -> jax.Array:
         audio, length = jax.device_put((audio.astype(np.float32), np.full(1, length, np.int32)))
