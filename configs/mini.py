@@ -27,7 +27,7 @@ def model() -> ChromaConfig:
     )
     return ChromaConfig(
         reasoner=ReasonerConfig(
-            audio=AudioEncoderConfig(num_layers=4, width=384, num_heads=6, mlp_width=1152, output_width=448),
+            audio=AudioEncoderConfig(num_layers=4, width=384, num_heads=6, mlp_width=1152, output_width=448, remat="products"),
             text=dataclasses.replace(stack, norm_eps=1e-6, qkv_bias="qkv", rope=RopeConfig(theta=1e6)),
             vocab_size=VOCABULARY,
         ),

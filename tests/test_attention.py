@@ -113,6 +113,14 @@ def test_blocks_leave_out_what_is_later(given):
     assert not known["plain"].any()
 
 
+def test_blocks_in_16_bits(given, plain):
+    laid = [jnp.asarray(x, jnp.bfloat16 if x.dtype == np.float32 else None) for x in given]
+    found = jax.jit(value_and_gradients, static_argnums=0)("blocks", *laid)
+    for name, a, b in zip(("values", "queries", "keys", "values' gradient"), found, plain, strict=True):
+        # factors, weights and what pieces of queries give are rounded to 8 bits
+        np.testing.assert_allclose(np.asarray(a, np.float32), b, rtol=2e-2, atol=2e-2 * np.abs(b).max(), err_msg=name)
+
+
 @pytest.mark.parametrize("length", [8, 64, 100, 257, 300])
 def test_blocks_of_any_length(length, given):
     """Whole blocks, pieces of one, and what is left over."""

@@ -106,8 +106,8 @@ class Peer(nn.Module):
 
 
 class TorchStep:
-    """Forward, backward, clipping and AdamW. Trained weights and their moments are float32; products are in the type computed in, by
-    autocast, and frozen parts in theirs."""
+    """Forward, backward, clipping and AdamW. Trained weights and their moments are float32; products are in the type computed in,
+    by autocast, and frozen parts in theirs."""
 
     def __init__(self, config: Config, batch: Batch, threads: int, device: str):
         """device: PyTorch's name of it, "cpu" or "cuda"."""

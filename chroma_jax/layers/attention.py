@@ -215,7 +215,8 @@ def cached_mask(positions: jax.Array, capacity: int) -> jax.Array:
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
     """softmax(q kᵀ / √H) v, softmax in float32.
 
-    q: [B, T, K, G, H]; k, v: [B, S, K, H]; mask: bool [B, T, S], or `Segments`, `Blocks`, `Fused` or `Lengths`. Returns [B, T, K, G, H].
+    q: [B, T, K, G, H]; k, v: [B, S, K, H]; mask: bool [B, T, S], or `Segments`, `Blocks`, `Fused` or `Lengths`.
+    Returns [B, T, K, G, H].
     """
     if isinstance(mask, Segments):
         return splash.attend(q, k, v, mask.ids)

@@ -1,5 +1,6 @@
 """Causal attention within segments for processors that have no kernel: queries in blocks, each with the keys up to its end, no
-more scores than a cache holds at a time, and a gradient that computes them again (Dao et al., arXiv 2205.14135).
+more scores than a cache holds at a time, and a gradient that computes them again (Dao et al., arXiv 2205.14135). Scores are
+float32 also where all else is 16 bits wide; gradients are then summed in float32 over what pieces of queries give in 16 bits.
 `chroma_jax.layers.attention.attend` computes the same plainly.
 
 Products are written with the axis that they sum over last in both factors, or with the narrow factor first: XLA's products on
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
+from chroma_jax.layers import sums
 from chroma_jax.layers.sharding import active, leading_spec
 from chroma_jax.layers.splash import SAVED
 
@@ -51,9 +53,9 @@ def _forward(q, k, v, segments):
         def piece(_, of):
             q, mask = of
             scores = _masked(_scores(q, keys), mask, seen)
-            highest = jnp.max(scores, axis=-1)
+            highest = sums.over_last(jnp.maximum, scores)
             likely = jnp.exp(scores - highest[..., None])
-            total = jnp.sum(likely, axis=-1)
+            total = sums.over_last(jnp.add, likely)
             out = jnp.einsum("BKRS,BKSH->BKRH", _rows(likely.astype(values.dtype)), values).reshape(q.shape)
             return None, ((out / total[..., None]).astype(q.dtype), highest + jnp.log(total))
 
@@ -79,29 +81,25 @@ def _backward(kept, gradient):
     common = jnp.einsum("BKGTH,BKGTH->BKGT", out, gradient, preferred_element_type=jnp.float32)
 
     def block(keys, values, seen):
-        def piece(sums, of):
+        def piece(_, of):
             q, gradient, log_sums, common, mask = of
             likely = jnp.exp(_masked(_scores(q, keys), mask, seen) - log_sums[..., None])
-            towards = likely * (_scores(gradient, values) - common[..., None])
+            towards = likely * (_scores(gradient, values, q.dtype) - common[..., None])
             likely, towards = (_rows(x.astype(q.dtype)) for x in (likely, towards))
             to_query = jnp.einsum("BKRS,BKSH->BKRH", towards, keys).reshape(q.shape)
-            to_keys, to_values = (
-                jnp.einsum("BKRH,BKRS->BKHS", _rows(x), y, preferred_element_type=jnp.float32)
-                for x, y in ((q, towards), (gradient, likely))
-            )
-            return (sums[0] + to_keys, sums[1] + to_values), to_query
+            to_keys, to_values = (jnp.einsum("BKRH,BKRS->BKHS", _rows(x), y) for x, y in ((q, towards), (gradient, likely)))
+            return None, (to_query, to_keys, to_values)
 
         return piece
 
     to_queries = []
-    sums = [jnp.zeros(jnp.swapaxes(x, 2, 3).shape, jnp.float32) for x in (k, v)]
+    whole = [jnp.zeros(jnp.swapaxes(x, 2, 3).shape, jnp.float32) for x in (k, v)]
     for start, end in _blocks(q.shape[3]):
         of = *(_pieces(x, start, end) for x in (q, gradient, log_sums, common)), _queries(segments, start, end)
-        nothing = tuple(jnp.zeros_like(x[..., :end]) for x in sums)
-        found, pieces = jax.lax.scan(block(k[:, :, :end], v[:, :, :end], segments[:, :end]), nothing, of)
-        sums = [x.at[..., :end].add(y) for x, y in zip(sums, found)]
+        _, (pieces, *parts) = jax.lax.scan(block(k[:, :, :end], v[:, :, :end], segments[:, :end]), None, of)
+        whole = [x.at[..., :end].add(sum(y.astype(jnp.float32) for y in of_pieces)) for x, of_pieces in zip(whole, parts)]
         to_queries.append(_joined(pieces))
-    to_keys, to_values = (jnp.swapaxes(x, 2, 3).astype(k.dtype) for x in sums)
+    to_keys, to_values = (jnp.swapaxes(x, 2, 3).astype(k.dtype) for x in whole)
     return jnp.concatenate(to_queries, axis=3), to_keys, to_values, None
 
 
@@ -135,9 +133,9 @@ def _rows(x: jax.Array) -> jax.Array:
     return x.reshape(*x.shape[:2], -1, x.shape[-1])
 
 
-def _scores(x: jax.Array, y: jax.Array) -> jax.Array:
-    """x: [B, K, G, T, H]; y: [B, K, S, H]. Returns float32 [B, K, G, T, S]."""
-    found = jnp.einsum("BKRH,BKSH->BKRS", _rows(x), y, preferred_element_type=jnp.float32)
+def _scores(x: jax.Array, y: jax.Array, dtype=jnp.float32) -> jax.Array:
+    """x: [B, K, G, T, H]; y: [B, K, S, H]. Returns [B, K, G, T, S]."""
+    found = jnp.einsum("BKRH,BKSH->BKRS", _rows(x), y, preferred_element_type=dtype)
     return found.reshape(*x.shape[:4], y.shape[2])
 
 

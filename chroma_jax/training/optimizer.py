@@ -13,6 +13,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from chroma_jax.errors import ChromaError, near
+from chroma_jax.layers import sums
 from chroma_jax.layers.sharding import active, reshape_rows, reshard
 from chroma_jax.training.lora import MARK
 
@@ -83,7 +84,17 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
             optax.scale_by_learning_rate(rate),
         ),
     }
-    return optax.chain(optax.clip_by_global_norm(c.clip), kinds[c.kind])
+    return optax.chain(clipped(c.clip), kinds[c.kind])
+
+
+def clipped(norm: float) -> optax.GradientTransformation:
+    """Updates of a larger norm, all together, are scaled down to it, as by `optax.clip_by_global_norm`."""
+
+    def update(updates, state, params=None):
+        factor = jnp.minimum(1, norm / sums.norm(updates))
+        return jax.tree.map(lambda x: x * factor.astype(x.dtype), updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024

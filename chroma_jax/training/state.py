@@ -12,6 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from chroma_jax.layers import sums
 from chroma_jax.layers.sharding import RULES, reshape_rows, state_shardings
 from chroma_jax.models.chroma import Chroma, ChromaConfig
 from chroma_jax.paths import filled, flat, nested, values
@@ -143,7 +144,7 @@ def make_trainer(
         with jax.named_scope("optimizer"):
             updates, optimizer_state = tx.update(gradient, state.optimizer, state.trained)
             trained = optax.apply_updates(state.trained, updates)
-        norm = optax.global_norm(gradient)
+        norm = sums.norm(gradient)
         metrics |= {"gradient_norm": norm, "learning_rate": rate(state.step)}
         new = TrainState(state.step + 1, trained, state.frozen, optimizer_state)
         new, metrics["skipped"] = applied(new, state, metrics["loss"], norm, skip_norm)
@@ -156,7 +157,7 @@ def make_trainer(
         graph=graph,
         abstract=abstract,
         init=init,
-        train_step=jax.jit(train_step, donate_argnums=0, compiler_options=options(mesh.devices.flat[0])),
+        train_step=jax.jit(train_step, donate_argnums=0, compiler_options=options(mesh.devices.flat[0], compute)),
         eval_step=jax.jit(eval_step),
         batch_sharding=NamedSharding(mesh, RULES.at_rest(("batch",))),
     )

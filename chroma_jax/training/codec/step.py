@@ -279,7 +279,10 @@ def make_codec_trainer(
         abstract=_abstract(shapes, places, tx, judge_tx, rest),
         init=init,
         train_step=jax.jit(
-            train_step, static_argnames="phase", donate_argnums=0, compiler_options=compiler_options(mesh.devices.flat[0])
+            train_step,
+            static_argnames="phase",
+            donate_argnums=0,
+            compiler_options=compiler_options(mesh.devices.flat[0], jnp.dtype(jnp.float32)),
         ),
         hear=jax.jit(hear, static_argnames="phase", out_shardings=rest),
         latents=jax.jit(lambda state, wave: module(state).latents(wave), out_shardings=rest),
