@@ -59,6 +59,7 @@ def bench_train(config: Config, *, rows: int, rounds: int, peer: str) -> dict:
         "rows": rows,
         "device": jax.devices()[0].device_kind,
         "threads": threads,
+        "jax": jax.__version__,
         "compute": config.precision.compute,
         "parameters": {name: step.parameters for name, step in sides.items()},
         "seconds": {name: taken[1:] for name, taken in seconds.items()},
