@@ -10,10 +10,9 @@ processors are two to three times slower otherwise, or copy the scores transpose
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec as P
 
 from chroma_jax.layers import sums
-from chroma_jax.layers.sharding import active, leading_spec
+from chroma_jax.layers.sharding import on_rows_and_heads
 from chroma_jax.layers.splash import SAVED
 
 BLOCK, PIECE = 256, 64  # queries with the same keys, and of those how many at a time
@@ -25,13 +24,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax
     q: [B, T, K, G, H]; k, v: [B, T, K, H]; segments: int32 [B, T]. Returns [B, T, K, G, H]. Rows and heads may be divided among
     devices, positions not.
     """
-    if not active():
-        return _attend(q, k, v, segments)
-    rows, _, heads = leading_spec(q, 3)
-    q, k, v = (jax.sharding.reshard(x, P(rows, None, heads)) for x in (q, k, v))
-    segments = jax.sharding.reshard(segments, P(rows, None))
-    # without the check of what varies, which the loops' first values do not
-    return jax.shard_map(_attend, out_specs=P(rows, None, heads), check_vma=False)(q, k, v, segments)
+    return on_rows_and_heads(_attend, q, k, v, segments)
 
 
 def _attend(q, k, v, segments):

@@ -4,10 +4,9 @@ same plainly."""
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec as P
 
 from chroma_jax.errors import ChromaError
-from chroma_jax.layers.sharding import active, device_kind, leading_spec
+from chroma_jax.layers.sharding import device_kind, on_rows_and_heads
 from chroma_jax.layers.splash import SAVED
 
 
@@ -21,13 +20,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax
         raise ChromaError(f"attention 'cudnn' is for NVIDIA GPUs, this is {device_kind()}: set 'blocks', on TPU 'splash'")
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         raise ChromaError(f"attention 'cudnn' computes in 16-bit floats, not {q.dtype}: set precision.compute bfloat16")
-    if not active():
-        return _attend(q, k, v, segments)
-    rows, _, heads = leading_spec(q, 3)
-    q, k, v = (jax.sharding.reshard(x, P(rows, None, heads)) for x in (q, k, v))
-    segments = jax.sharding.reshard(segments, P(rows, None))
-    # without the check of what varies, which cuDNN's calls do not tell
-    return jax.shard_map(_attend, out_specs=P(rows, None, heads), check_vma=False)(q, k, v, segments)
+    return on_rows_and_heads(_attend, q, k, v, segments)
 
 
 def _attend(q, k, v, segments):

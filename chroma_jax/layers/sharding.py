@@ -170,6 +170,20 @@ def divided(x: jax.Array, axis: int) -> bool:
     return math.prod(shape[name] for name in ((names,) if isinstance(names, str) else names or ())) > 1
 
 
+def on_rows_and_heads(attend: Callable, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
+    """``attend`` on every device by itself, with the rows and heads that it has and all positions.
+
+    q: [B, T, K, G, H]; k, v: [B, T, K, H]; segments: int32 [B, T]. Returns [B, T, K, G, H].
+    """
+    if not active():
+        return attend(q, k, v, segments)
+    rows, _, heads = leading_spec(q, 3)
+    q, k, v = (reshard(x, P(rows, None, heads)) for x in (q, k, v))
+    segments = reshard(segments, P(rows, None))
+    # without the check of what varies, which neither loops' first values nor a library's kernels tell
+    return jax.shard_map(attend, out_specs=P(rows, None, heads), check_vma=False)(q, k, v, segments)
+
+
 def reshape_rows(x: jax.Array, *shape: int) -> jax.Array:
     """Reshapes, merging or splitting axis 0 with the axes after it; the rows stay on the devices they are on."""
     spec = P(*leading_spec(x, 1), *(None,) * (len(shape) - 1)) if active() else None
