@@ -1,5 +1,6 @@
 """Every way to compute attention over packed rows gives the same, on one device and divided among several."""
 
+import contextlib
 import dataclasses
 
 import jax
@@ -11,7 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from chroma_jax.errors import ChromaError
-from chroma_jax.layers import attention, blocks, fusion, rope
+from chroma_jax.layers import attention, blocks, cudnn, fusion, rope
 from chroma_jax.layers.sharding import MeshConfig, make_mesh
 from chroma_jax.layers.transformer import Llama, LlamaConfig
 
@@ -144,21 +145,27 @@ def test_what_tpu_computes_by_other_ways_has_the_same_gradient():
     assert jnp.array_equal(jax.grad(lambda x: jnp.sum(weights * fusion._gradient_once(x) ** 2))(x), 2 * weights * x)
 
 
-@pytest.mark.skipif(jax.default_backend() == "gpu", reason="is about where there is none")
-def test_the_kernel_of_gpus_is_for_gpus():
-    x = jnp.zeros((1, 8, 1, 1, 8), jnp.bfloat16)
-    with pytest.raises(ChromaError, match="'cudnn' is for NVIDIA GPUs, this is cpu: set 'blocks'"):
+def test_the_kernel_of_gpus_is_for_gpus_and_16_bits(monkeypatch):
+    def attend(dtype):
+        x = jnp.zeros((1, 8, 1, 1, 8), dtype)
         attention.attend(x, x[:, :, :, 0], x[:, :, :, 0], attention.packed(jnp.ones((1, 8), jnp.int32), "cudnn"))
 
+    monkeypatch.setattr(cudnn, "device_kind", lambda: "TPU v4")
+    with pytest.raises(ChromaError, match="'cudnn' is for NVIDIA GPUs, this is TPU v4: set 'blocks'"):
+        attend(jnp.bfloat16)
+    monkeypatch.setattr(cudnn, "device_kind", lambda: "NVIDIA H200")
+    with pytest.raises(ChromaError, match="16-bit floats, not float32: set precision.compute bfloat16"):
+        attend(jnp.float32)
 
-@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
-@pytest.mark.parametrize("with_mesh", [False, True])
-def test_the_kernel_of_gpus(with_mesh, given, plain):
+
+@pytest.mark.parametrize("mesh", [None, MeshConfig()], ids=["no mesh", "mesh"])
+def test_the_kernel_of_gpus(mesh, given, plain, monkeypatch):
+    """Itself on a GPU; elsewhere what is around it, with XLA's attention in its place."""
+    if jax.default_backend() != "gpu":
+        monkeypatch.setattr(cudnn, "IMPLEMENTATION", "xla")
+        monkeypatch.setattr(cudnn, "device_kind", lambda: "NVIDIA H200")
     laid = [jnp.asarray(x, jnp.bfloat16 if x.dtype == np.float32 else None) for x in given]
-    if with_mesh:
-        with jax.set_mesh(make_mesh(MeshConfig())):
-            found = jax.jit(value_and_gradients, static_argnums=0)("cudnn", *laid)
-    else:
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(make_mesh(mesh)):
         found = jax.jit(value_and_gradients, static_argnums=0)("cudnn", *laid)
     for name, a, b in zip(("values", "queries", "keys", "values' gradient"), found, plain, strict=True):
         # factors and weights are rounded to 8 bits

@@ -13,6 +13,8 @@ def torch_device() -> str:
     import torch
 
     device = jax.devices()[0]
-    if device.platform == "cpu" or (device.platform == "gpu" and torch.cuda.is_available()):
-        return "cpu" if device.platform == "cpu" else "cuda"
+    if device.platform == "cpu":
+        return "cpu"
+    if device.platform == "gpu" and torch.cuda.is_available():
+        return "cuda"
     raise ChromaError(f"JAX computes on {device.device_kind}, which this PyTorch does not reach: give --peer none")

@@ -9,6 +9,8 @@ from chroma_jax.errors import ChromaError
 from chroma_jax.layers.sharding import device_kind, on_rows_and_heads
 from chroma_jax.layers.splash import SAVED
 
+IMPLEMENTATION = "cudnn"  # of `jax.nn.dot_product_attention`
+
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
     """softmax(q kᵀ / √H) v over earlier positions of the same segment, softmax in float32.
@@ -27,5 +29,5 @@ def _attend(q, k, v, segments):
     b, t, heads, group, width = q.shape
     same = (segments[:, :, None] == segments[:, None])[:, None]
     q, k, v = (checkpoint_name(x, "products") for x in (q.reshape(b, t, heads * group, width), k, v))
-    found = jax.nn.dot_product_attention(q, k, v, mask=same, is_causal=True, implementation="cudnn")
+    found = jax.nn.dot_product_attention(q, k, v, mask=same, is_causal=True, implementation=IMPLEMENTATION)
     return checkpoint_name(found.reshape(b, t, heads, group, width), SAVED)

@@ -8,7 +8,7 @@ axis ``tensor``: heads, columns of the MLPs, the vocabulary, each where the mesh
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 from flax import nnx
@@ -197,3 +197,10 @@ def guarded(place: Place) -> Iterator[None]:
     """The same, and nothing moves between host and device unasked."""
     with running(place), jax.transfer_guard("disallow"):
         yield
+
+
+def send_to_host(arrays: Iterable[jax.Array]) -> None:
+    """Begins to copy arrays, and waits for none. A guard of transfers would take that for an accident."""
+    with jax.transfer_guard_device_to_host("allow"):
+        for x in arrays:
+            x.copy_to_host_async()

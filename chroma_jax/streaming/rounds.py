@@ -20,6 +20,7 @@ from chroma_jax.models.audio_encoder import num_positions
 from chroma_jax.schedule import NOTHING
 from chroma_jax.streaming.listen import MelBlock
 from chroma_jax.streaming.meter import AUDIBLE, Meter
+from chroma_jax.streaming.placing import send_to_host
 from chroma_jax.streaming.session import Reply, Said, SamplingSettings, Session
 from chroma_jax.streaming.slots import FRAMES_PER_CALL, Beginning, Chunk, Frames, Slots
 from chroma_jax.streaming.voices import Voice
@@ -202,9 +203,7 @@ class Rounds:
         out = self._slots.tick(count, "all" if self._opens_pair else "none")
         if count == 1:
             self._opens_pair = not self._opens_pair
-        with jax.transfer_guard_device_to_host("allow"):  # asked for, but the guard takes it for an accident
-            for x in out:
-                x.copy_to_host_async()
+        send_to_host(out)
         return Flight(out, count, began, units, [(s, s.current) for s in speaking])
 
     def _somebody_may_wait(self, speaking: list[Session]) -> bool:

@@ -21,7 +21,7 @@ from chroma_jax.models.codec import Codec
 from chroma_jax.streaming import prefill as prefills
 from chroma_jax.streaming import step as steps
 from chroma_jax.streaming.compatibility import Compatibility, codec_used, is_reference
-from chroma_jax.streaming.placing import guarded, on_many, place_of
+from chroma_jax.streaming.placing import guarded, on_many, place_of, send_to_host
 from chroma_jax.streaming.prefill import Prompt
 from chroma_jax.streaming.prompt import rounded_up
 from chroma_jax.streaming.sampling import Sampling
@@ -120,9 +120,7 @@ class Speaker:
         for _ in range(max_frames):
             with guarded(self.place):
                 state, output = self.programs.step(self.weights, state)
-                with jax.transfer_guard_device_to_host("allow"):  # asked for, but the guard takes it for an accident
-                    for x in output:
-                        x.copy_to_host_async()
+                send_to_host(output)
                 fetched = None if waiting is None else jax.device_get(waiting)
                 waiting = output
             if fetched is not None:

@@ -23,6 +23,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from chroma_jax.layers import sums
 from chroma_jax.layers.linear import Linear
 from chroma_jax.layers.sharding import RULES, state_shardings
 from chroma_jax.models.codec import Codec, CodecConfig
@@ -239,7 +240,7 @@ def make_codec_trainer(
         with jax.named_scope("optimizer"):
             updates, optimizer = tx.update(codec_gradient, state.optimizer, trained)
             weights, head = optax.apply_updates(trained, updates)
-        norm = optax.global_norm(codec_gradient)
+        norm = sums.norm(codec_gradient)
         metrics |= losses | {"gradient_norm": norm, "learning_rate": rate(state.step)}
         state = state._replace(step=state.step + 1, codec=weights, head=head, optimizer=optimizer, balancer=balancer)
         if phase.quantized:
@@ -264,7 +265,7 @@ def make_codec_trainer(
         with jax.named_scope("optimizer"):
             updates, optimizer = judge_tx.update(gradient, state.discriminator_optimizer, state.discriminator)
             judge = optax.apply_updates(state.discriminator, updates)
-        return state._replace(discriminator=judge, discriminator_optimizer=optimizer), value, optax.global_norm(gradient)
+        return state._replace(discriminator=judge, discriminator_optimizer=optimizer), value, sums.norm(gradient)
 
     def module(state: CodecTrainState) -> Codec:
         return nnx.merge(graph, state.codec, state.frozen, state.codebooks)
