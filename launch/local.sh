@@ -19,7 +19,8 @@ COMMAND --help tells more. Each first installs this package into a virtual envir
 environment variables:
   CHROMA_VENV      the virtual environment (default: .venv in the repository)
   CHROMA_EXTRAS    further extras to install: tpu, cuda, cuda12, qwen, serve, eval (several with commas)
-  PYTHON           the Python to make it from, 3.11 or newer (default: python3 on PATH)
+  PYTHON           the Python to make it from, 3.11 or newer (default: python3 on PATH; if that is older than 3.12, for which there
+                   is no recent JAX, a newer one on PATH or of pyenv, if there is one)
   JAX_COMPILATION_CACHE_DIR   where compiled programs are kept (default: ~/.cache/chroma_jax/jax)
 TEXT
 }
@@ -77,20 +78,23 @@ elapsed() { printf '%d:%02d' $((SECONDS / 60)) $((SECONDS % 60)); }
 
 begin() { printf '\n[%s] %s\n' "$(elapsed)" "$*"; }
 
-is_recent() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
+# is_recent PYTHON [MINOR]: whether it is Python 3.MINOR (11) or newer, and complete enough to install something.
+is_recent() { "$1" -c "import ssl, sys; sys.exit(sys.version_info < (3, ${2:-11}))" 2>/dev/null; }
 
 find_python() {
-    local candidate
+    local candidate minor
     if [[ -n ${PYTHON:-} ]]; then
-        is_recent "$PYTHON" || die "PYTHON=$PYTHON is not a Python 3.11 or newer"
+        is_recent "$PYTHON" || die "PYTHON=$PYTHON is not a Python 3.11 or newer, with ssl"
         printf '%s\n' "$PYTHON"
         return
     fi
-    for candidate in python3 python3.13 python3.12 python3.11; do
-        if is_recent "$candidate"; then
-            command -v "$candidate"
-            return
-        fi
+    for minor in 12 11; do # JAX for 3.11 ended with 0.10
+        for candidate in python3 python3.13 python3.12 python3.11 "${PYENV_ROOT:-${HOME:-}/.pyenv}"/versions/3.*/bin/python3; do
+            if is_recent "$candidate" "$minor"; then
+                command -v "$candidate"
+                return
+            fi
+        done
     done
     die "needs Python 3.11 or newer, and $(python3 --version 2>/dev/null || echo 'no python3') is what PATH has; set PYTHON"
 }
@@ -119,7 +123,7 @@ environment() {
     fi
     if [[ ! -x $VENV/bin/python ]]; then
         python=$(find_python)
-        begin "making the virtual environment $VENV"
+        begin "making the virtual environment $VENV with $("$python" --version)"
         "$python" -m venv --clear --without-pip "$VENV"
     fi
     is_recent "$VENV/bin/python" || die "$VENV has a Python older than 3.11; remove it, or set CHROMA_VENV to another folder"

@@ -13,10 +13,13 @@ from chroma_jax.layers import attention, flash, fusion, gelu, linear, rope
 from chroma_jax.layers.attention import Attention, Rotation, packed
 from chroma_jax.layers.linear import LayerNorm
 from chroma_jax.layers.sharding import MeshConfig, make_mesh
+from chroma_jax.training.compiling import options
 
 ROWS, POSITIONS = 2, 512
 # of what there is most of: products of bfloat16, whose factors (weights, their gradients) are rounded to a 256th once more
 ROUNDED = 2.0**-7
+# as training is compiled; of interpreted kernels jaxlib 0.12 by itself makes products that it then refuses to compute
+jit = functools.partial(jax.jit, compiler_options=options(jax.devices("cpu")[0], jnp.bfloat16))
 
 
 def drawn(seed: int, *shape: int, dtype=jnp.bfloat16) -> jax.Array:
@@ -63,14 +66,14 @@ def test_the_kernels_compute_what_the_plain_way_does(kv, group, head, block, mon
     def plain(q, k, v):
         return attention.attend(rope.rotate(q, *angles), rope.rotate(k, *angles), v, attention.causal_mask(segments()))
 
-    run = lambda compute, *arrays: value_and_gradients(jax.jit(compute), *arrays, towards=towards)
+    run = lambda compute, *arrays: value_and_gradients(jit(compute), *arrays, towards=towards)
     assert_close(run(ours, q, k, v), run(plain, *(x.astype(jnp.float32) for x in (q, k, v))), run(plain, q, k, v))
 
 
 def test_segments_do_not_see_each_other():
     """What another segment holds, however large, counts for nothing, in blocks of its own and in shared ones."""
     q, k, v = (drawn(i, ROWS, POSITIONS, 128) for i in range(3))
-    run = jax.jit(lambda v: flash.attend(q, k, v, segments(), 64))
+    run = jit(lambda v: flash.attend(q, k, v, segments(), 64))
     before = run(v)
     changed = run(jnp.where((segments() == 3)[..., None], 99, v))
     same = np.asarray(segments() != 3)
@@ -108,13 +111,13 @@ def test_a_layer_computes_the_same_on_tpu(mesh, monkeypatch):
         out = run(state, x, segments, positions)
         return jnp.sum(jnp.where((segments > 0)[..., None], out * towards, 0).astype(jnp.float32)), out
 
-    step = jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))
+    step = jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))
     arrays = (x, segments(), positions, towards)
     (_, plain), of_plain = step(state, *arrays)
     calls = []
     monkeypatch.setattr(flash, "_forward_kernel", functools.partial(counted, calls, flash._forward_kernel))
     monkeypatch.setattr(attention, "on_tpu", lambda: True)
-    step = jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))
+    step = jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))
     if mesh is None:
         (_, found), of_found = step(state, *arrays)
     else:

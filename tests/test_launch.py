@@ -76,11 +76,43 @@ def test_a_folder_that_is_no_virtual_environment_is_left_alone(tmp_path):
     assert "photos" in refused(local("demo", "out", cwd=tmp_path, CHROMA_VENV="photos"))
 
 
+def pretended(python: Path, minor: int) -> Path:
+    """Something that says of itself that it is Python 3.minor, and that no environment can be made with."""
+    python.parent.mkdir(parents=True)
+    python.write_text(
+        f"""#!/bin/sh
+case $1 in
+-c) exec {sys.executable} -c "import sys; sys.version_info = (3, {minor}, 0)
+$2" ;;
+--version) echo Python 3.{minor}.0 ;;
+*) exit 5 ;;
+esac
+"""
+    )
+    python.chmod(0o755)
+    return python
+
+
 def test_an_old_python_is_named(tmp_path):
-    old = tmp_path / "python3"
-    old.write_text("#!/bin/sh\nexit 1\n")
-    old.chmod(0o755)
+    old = pretended(tmp_path / "old" / "python3", 10)
     assert "3.11" in refused(local("demo", "out", cwd=tmp_path, CHROMA_VENV="venv", PYTHON=str(old)))
+
+
+@pytest.mark.parametrize(
+    ("on_path", "of_pyenv", "taken"), [(11, 12, 12), (11, 10, 11), (12, 13, 12), (10, 13, 13)], ids=lambda minor: f"3.{minor}"
+)
+def test_a_python_that_recent_jax_is_made_for_is_preferred(on_path, of_pyenv, taken, tmp_path):
+    others = [tmp_path / "others" / f"python3.{minor}" for minor in (11, 12, 13)]
+    for place in (others[0].parent, tmp_path / "pyenv"):
+        place.mkdir()
+    for other in others:  # as pyenv's own names are, when they stand for nothing
+        other.write_text("#!/bin/sh\nexit 127\n")
+        other.chmod(0o755)
+    python = pretended(tmp_path / "bin" / "python3", on_path)
+    pretended(tmp_path / "pyenv" / "versions" / f"3.{of_pyenv}.1" / "bin" / "python3", of_pyenv)
+    places = os.pathsep.join(map(str, (python.parent, others[0].parent, os.environ["PATH"])))
+    result = local("demo", "out", cwd=tmp_path, CHROMA_VENV="venv", PYTHON="", PATH=places, PYENV_ROOT=str(tmp_path / "pyenv"))
+    assert result.returncode == 5 and f"with Python 3.{taken}.0" in result.stdout, result
 
 
 def test_the_script_works_in_a_repository_whose_path_has_spaces(tmp_path):

@@ -75,7 +75,8 @@ def test_slots_of_a_divided_model_say_what_they_say_on_one_device(modules, tmp_p
     assert one.live.all() and (one.token[::2] != NOTHING).all()  # else this would compare nothing
     np.testing.assert_array_equal(one.token, other.token)
     np.testing.assert_array_equal(one.live, other.live)
-    np.testing.assert_allclose(one.samples, other.samples, atol=1e-5)  # float32, sums in another order
+    # float32, sums in another order: random weights give samples of 100, of which one rounding is 8e-6 already
+    np.testing.assert_allclose(one.samples, other.samples, rtol=0, atol=1e-6 * np.abs(one.samples).max())
 
 
 def test_queries_are_divided_where_their_keys_are_not():

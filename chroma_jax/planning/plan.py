@@ -23,7 +23,7 @@ from chroma_jax.training.codec.step import Phase, make_codec_trainer
 from chroma_jax.training.codec.teacher import load_teacher
 from chroma_jax.training.train import abstract_batch, step_flops, trainer_of
 
-QUICK = {"exec_time_optimization_effort": -1.0}
+QUICK = {"optimization_level": 9}  # "O0" of XLA, as a number, which every version of JAX takes
 SCOPES = (
     *("reasoner", "text_loss", "hearing_loss", "backbone", "frames", "optimizer"),
     *("codec_encode", "codec_quantize", "codec_decode", "teacher", "mel_loss", "discriminator"),

@@ -22,6 +22,8 @@ import time
 from collections.abc import Callable
 from typing import Literal
 
+from tqdm import tqdm
+
 from chroma_jax.errors import PEER_LOST, ChromaError
 from chroma_jax.training.watch import Progress
 
@@ -198,6 +200,7 @@ class Peers:
         self.over.set()
         step = self.progress.step
         own = f"process {self.process} ends " + (f"after step {step}" if step >= 0 else "as well")
+        tqdm.get_lock().acquire(True, 1)  # these are the last words: no progress bar after them
         print(f"\nchroma-jax: error: {message}; {own}, exit code {PEER_LOST}", file=sys.stderr, flush=True)
         with contextlib.suppress(Exception):  # a folder that cannot be written must not keep the process alive
             self.progress.last_words(message)
