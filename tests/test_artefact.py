@@ -111,6 +111,7 @@ runpy.run_path(script, run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_the_example_gives_the_same_frames_without_the_model_code(run, artefact, tmp_path):
     save_prompt(artefact, tmp_path / "prompt.safetensors", prompts(), SAMPLING, keys())
     command = [sys.executable, "-c", WITHOUT, EXAMPLE, artefact, tmp_path / "prompt.safetensors", tmp_path / "out"]

@@ -165,6 +165,7 @@ def test_held_out_recordings_can_be_listened_to(finished):
     assert all(f"valid/{i}_made".encode() in events for i in range(3)) and b"valid/0_real" in events and b"RIFF" in events
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_where_a_straight_one_does(corpus, prepared, finished, tmp_path):
     train_codec(config_for(corpus, training__steps=3), tmp_path / "run", prepared)
     state = train_codec(config_for(corpus), tmp_path / "run", prepared)
@@ -225,6 +226,7 @@ def test_a_teacher_that_is_none_is_named(corpus, prepared, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_another_one(corpus, prepared, finished, tmp_path, capsys):
     config = config_for(corpus, training__steps=1, recipe__quantize_from=0, recipe__optimizer=OptimizerConfig(learning_rate=0.0))
     state = train_codec(config, tmp_path / "run", prepared, start=finished[0])

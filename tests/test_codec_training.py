@@ -295,6 +295,7 @@ def test_perplexities_are_reported_and_codebooks_do_not_collapse(run):
     assert 0 < history[-1]["least_perplexity_share"] <= 1
 
 
+@pytest.mark.slow
 def test_a_batch_gives_the_same_step_on_a_mesh(run, waves):
     _, _, history = run
     _, _, found = trained(MeshConfig(data=2, fsdp=2, tensor=2), waves, 2)

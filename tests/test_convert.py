@@ -158,7 +158,8 @@ def test_the_command_accounts_for_a_manifest_without_writing(tmp_path, capsys):
 ALONE, DIVIDED = ["--mesh.fsdp", "1"], ["--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2"]
 
 
-@pytest.mark.parametrize("mesh", [pytest.param(ALONE, marks=pytest.mark.slow, id="alone"), pytest.param(DIVIDED, id="divided")])
+@pytest.mark.parametrize("mesh", [ALONE, DIVIDED], ids=["alone", "divided"])
+@pytest.mark.slow
 def test_import_and_export_give_every_bit_back(source, onto, tmp_path, mesh):
     run, back = tmp_path / "run", tmp_path / "back"
     as_compiled_by_default("convert", "import", source, run, "--onto", onto, "--keep-unused", *mesh)

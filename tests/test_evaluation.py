@@ -161,6 +161,7 @@ def test_the_report_is_complete(judged):
     assert len(files) == 2 * (8 + 2 * 7) and all((out / file).is_file() for file in files)
 
 
+@pytest.mark.slow
 def test_knowledge_is_what_would_be_written(tiny_run, corpus, tmp_path):
     config = configs.load(tiny_run)
     model, _, tokenizer = load_run(tiny_run, config)
@@ -184,6 +185,7 @@ def test_knowledge_is_what_would_be_written(tiny_run, corpus, tmp_path):
     assert "imagined as heard" in report.text(found)
 
 
+@pytest.mark.slow
 def test_a_codec_run_is_judged_without_answers(tmp_path, corpus):
     from test_codec_run import config_for
 

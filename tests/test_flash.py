@@ -49,7 +49,9 @@ def assert_close(found, exact, rounded):
         np.testing.assert_allclose(a, b, atol=ROUNDED * np.abs(b).max(), err_msg=name)
 
 
-@pytest.mark.parametrize("block", [128, 256, 512], ids=["block 128", "block 256", "one block"])
+@pytest.mark.parametrize(
+    "block", [pytest.param(128, marks=pytest.mark.slow), 256, 512], ids=["block 128", "block 256", "one block"]
+)
 @pytest.mark.parametrize("kv, group, head", [(2, 4, 64), (1, 2, 128)], ids=["heads of 64", "heads of 128"])
 def test_the_kernels_compute_what_the_plain_way_does(kv, group, head, block, monkeypatch):
     """Also the rotation of heads that lie beside each other."""

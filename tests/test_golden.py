@@ -13,10 +13,11 @@ SUITE = Path(__file__).parent / "golden"
 COMPONENTS = ["features", "audio_encoder", "thinker", "backbone", "decoder", "codec", "train_grad"]
 GENERATIONS = ["b1", "b2", "b2_codec_eos", "b2_thinker_eos", "codec_eos_all", "codec_eos_first", "thinker_eos"]
 # Of other sizes throughout: fewer codebooks than the Codec has, other RoPE, heads, windows, mel bins; see their READMEs.
-OTHERS = ["other_a/gen_b2", "other_a/codec", "other_b/gen_b2"]
+OTHERS = ["other_a/codec", *(pytest.param(case, marks=pytest.mark.slow) for case in ("other_a/gen_b2", "other_b/gen_b2"))]
+CASES = COMPONENTS + [f"gen_{name}" for name in GENERATIONS] + OTHERS
 
 
-@pytest.mark.parametrize("case", COMPONENTS + [f"gen_{name}" for name in GENERATIONS] + OTHERS)
+@pytest.mark.parametrize("case", CASES)
 def test_case(case, record_property):
     (result,) = verify(SUITE / case)
     record_property("golden", table(result._replace(case=case), every=False).splitlines()[-1])

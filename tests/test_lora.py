@@ -63,6 +63,7 @@ def test_merged_weights_compute_the_same(config, batch):
     assert abs(adapted_loss - run(model)) > 1e-3
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_read_with_its_pairs_merged(config, tiny_prepared, tmp_path):
     run = tmp_path / "run"
     state = train(replace(config, "training.steps", 2), run, tiny_prepared[1])

@@ -49,7 +49,8 @@ def test_muons_updates_have_the_size_of_adams():
     assert 0.1 < size < 0.3
 
 
-@pytest.mark.parametrize("kind", ["muon", pytest.param("adafactor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["muon", "adafactor"])
+@pytest.mark.slow
 def test_an_optimizer_trains_the_same_on_every_mesh(tiny_prepared, batch, kind):
     config = replace(tiny_prepared[0], "optimizer", OptimizerConfig(kind=kind, learning_rate=3e-3))
     alone, losses, size = trained(config, MeshConfig(), batch, 4)

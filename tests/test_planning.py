@@ -376,6 +376,7 @@ def test_a_training_step_is_planned_for_chips_that_are_not_here():
     assert {"step_seconds", "utilisation", "memory", "traffic"} <= plan.json().keys()
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_the_training_step_of_a_codec_is_planned_by_the_same_command(tmp_path, capsys):
     flags = {"recipe.judge_from": 10, "recipe.discriminator.windows": 64, "recipe.discriminator.filters": 2}
@@ -418,6 +419,7 @@ def test_flops_of_a_program_are_those_of_its_products():
         counted(jax.make_jaxpr(lambda x: jax.lax.while_loop(lambda x: x[0, 0] < 1, lambda x: x @ x, x))(jnp.zeros((2, 2))), ())
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_splash_attention_compiles_where_no_tpu_is():
     _, program = planned(

@@ -85,7 +85,7 @@ def test_small_weights_say_what_float_weights_of_the_same_values_say(models):
         )  # float32 rounding, which these models amplify
 
 
-@pytest.mark.parametrize("cache", ["as_dtype", "int8"])
+@pytest.mark.parametrize("cache", [pytest.param("as_dtype", marks=pytest.mark.slow), "int8"])
 def test_with_small_weights_a_row_in_a_batch_says_what_it_says_alone(models, cache):
     speaker = Speaker(*models[1:], cache=cache)
     sampling, keys = settings(2, temperature=0.0, top_k=0, seed=1)
@@ -127,6 +127,7 @@ def test_heads_beside_each_other_attend_as_heads_apart():
     np.testing.assert_allclose(*found, atol=1e-6)  # float32; zeros are added in other places
 
 
+@pytest.mark.slow
 def test_forms_of_a_model_are_measured_beside_the_exact_one(tiny_prepared, tiny_run):
     config, prepared = tiny_prepared
     model, _, _ = load_run(tiny_run, config)

@@ -125,6 +125,7 @@ def test_more_devices_than_there_are(tiny_run):
             load_run(tiny_run, dataclasses.replace(config, reply=dataclasses.replace(config.reply, tensor=tensor)))
 
 
+@pytest.mark.slow
 def test_random_models_are_made_in_parts():
     (whole, _), (model, codec) = (random_models(CONFIG, ReplyConfig(tensor=tensor)) for tensor in (1, 2))
     assert jax.tree.map(lambda x: x.shape, nnx.state(model)) == jax.tree.map(lambda x: x.shape, nnx.state(whole))

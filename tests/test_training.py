@@ -59,8 +59,12 @@ def losses_on_one_device(tiny_prepared, batch):
 
 @pytest.mark.parametrize(
     "mesh",
-    [MeshConfig(data=8), MeshConfig(fsdp=8), MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(data=2, tensor=2, context=2)],
-    ids=["8x1x1", "1x8x1", "2x2x2", "2x1x2 context 2"],
+    [
+        pytest.param(MeshConfig(data=8), marks=pytest.mark.slow, id="8x1x1"),
+        pytest.param(MeshConfig(fsdp=8), marks=pytest.mark.slow, id="1x8x1"),
+        pytest.param(MeshConfig(data=2, fsdp=2, tensor=2), id="2x2x2"),
+        pytest.param(MeshConfig(data=2, tensor=2, context=2), id="2x1x2 context 2"),
+    ],
 )
 def test_a_batch_has_the_same_loss_on_every_mesh(tiny_prepared, batch, losses_on_one_device, mesh):
     got = evaluated(tiny_prepared[0], mesh, batch)
