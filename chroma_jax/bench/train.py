@@ -18,6 +18,7 @@ from chroma_jax.config import Config
 from chroma_jax.errors import ChromaError
 from chroma_jax.layers.sharding import make_mesh
 from chroma_jax.paths import values
+from chroma_jax.training.compiling import options
 from chroma_jax.training.train import step_flops, trainer_of
 
 
@@ -105,7 +106,8 @@ class OurStep:
             return float(jax.block_until_ready(metrics["loss"]))
 
     def product(self, x: np.ndarray, y: np.ndarray) -> Callable[[], object]:
-        x, y, multiply = jnp.asarray(x, self.dtype), jnp.asarray(y, self.dtype), jax.jit(jnp.dot)
+        multiply = jax.jit(jnp.dot, compiler_options=options(jax.devices()[0], self.dtype))  # as the step is compiled
+        x, y = (jnp.asarray(factor, self.dtype) for factor in (x, y))
         return lambda: multiply(x, y).block_until_ready()
 
 
