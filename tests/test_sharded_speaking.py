@@ -70,13 +70,15 @@ def in_slots(model: Chroma, codec: Codec, folder) -> Frames:
     return jax.tree.map(lambda *x: np.concatenate(x)[:, 1], *map(jax.device_get, frames))
 
 
-def test_slots_of_a_divided_model_say_what_they_say_on_one_device(modules, tmp_path):
+def test_slots_of_a_divided_model_say_what_they_say_on_one_device(modules, tmp_path, monkeypatch):
+    # from jaxlib 0.11 on products of float32 are rounded by their shape, unless another library computes them
+    plainly = {"xla_cpu_experimental_ynn_fusion_type": ""} if jax.__version_info__ >= (0, 11) else None
+    monkeypatch.setattr("chroma_jax.streaming.slots.compiler_options", lambda platform: plainly)
     one, other = (in_slots(*given, tmp_path) for given in (modules, on_mesh(*modules, make_mesh(MeshConfig(tensor=2)))))
     assert one.live.all() and (one.token[::2] != NOTHING).all()  # else this would compare nothing
     np.testing.assert_array_equal(one.token, other.token)
     np.testing.assert_array_equal(one.live, other.live)
-    # float32, sums in another order: random weights give samples of 100, of which one rounding is 8e-6 already
-    np.testing.assert_allclose(one.samples, other.samples, rtol=0, atol=1e-6 * np.abs(one.samples).max())
+    np.testing.assert_allclose(one.samples, other.samples, atol=1e-5)  # float32, sums in another order
 
 
 def test_queries_are_divided_where_their_keys_are_not():
