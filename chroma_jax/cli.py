@@ -7,6 +7,7 @@ import itertools
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
@@ -125,6 +126,8 @@ def keep_compiled_programs() -> None:
     if jax.config.jax_compilation_cache_dir is None:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(cache / "chroma_jax" / "jax"))
+    # jaxlib 0.12 cannot write programs with oneDNN's products down; they are compiled every time
+    warnings.filterwarnings("ignore", "Error writing persistent compilation cache entry.*std::bad_alloc")
 
 
 def flag(argv: list[str], name: str) -> str | None:

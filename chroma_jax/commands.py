@@ -76,11 +76,13 @@ def skipped(manifest: dict) -> str:
 def train(args: Train, config) -> int:
     from chroma_jax.config import CodecRun
     from chroma_jax.training.codec.train import train_codec
+    from chroma_jax.training.memory import run_by_caller
     from chroma_jax.training.multihost import joined
     from chroma_jax.training.train import train
 
     if args.program is not None and isinstance(config, CodecRun):
         raise ChromaError("--program is for the configuration of a speaking model")
+    run_by_caller()
     with joined(args.distributed, config.mesh) as progress:
         if isinstance(config, CodecRun):
             train_codec(config, args.run, args.prepared, args.start, progress)
@@ -191,12 +193,14 @@ def bench_small(args: BenchSmall, config) -> int:
 def bench_train(args: BenchTrain, config) -> int:
     from chroma_jax.bench.train import bench_train
     from chroma_jax.config import Config
+    from chroma_jax.training.memory import run_by_caller
 
     if not isinstance(config, Config):
         raise ChromaError("bench train wants the configuration of a speaking model")
     for name in ("rows", "rounds"):
         if getattr(args, name) < 1:
             raise ChromaError(f"--{name} is {getattr(args, name)}, must be at least 1")
+    run_by_caller()
     return measured(bench_train(config, rows=args.rows, rounds=args.rounds, peer=args.peer), args.out)
 
 

@@ -1,13 +1,23 @@
-"""Reductions written for processors give what XLA's own give."""
+"""Reductions written for processors give what XLA's own give; and a step's memory is kept for the next."""
+
+import contextlib
+import os
+import platform
+import resource
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from chroma_jax.layers import sums
-from chroma_jax.layers.sharding import MeshConfig, make_mesh
+from chroma_jax.layers.linear import LayerNorm, RMSNorm
+from chroma_jax.layers.sharding import MeshConfig, make_mesh, reshard
 from chroma_jax.training.optimizer import clipped
 
 
@@ -37,3 +47,54 @@ def test_norms_and_clipping_are_those_of_optax(mesh):
     for name in tree:
         np.testing.assert_allclose(smaller[name], wanted[name], rtol=1e-6, err_msg=name)
         np.testing.assert_array_equal(same[name], tree[name], err_msg=name)
+
+
+@pytest.mark.parametrize("mesh", [None, MeshConfig(fsdp=2, tensor=2)], ids=["none", "divided"])
+@pytest.mark.parametrize("width", [48, 131, 192, 448, 1152])
+def test_norms_and_their_gradients(width, mesh):
+    draw = np.random.default_rng(width)
+    x, towards = draw.standard_normal((2, 4, 6, width))
+
+    def found(norm, x, towards):
+        graph, weights = nnx.split(norm)
+        y, back = jax.vjp(lambda weights, x: nnx.merge(graph, weights)(x), weights, x)
+        of_weights, of_x = back(towards)
+        return y, of_x, of_weights["scale"][...]
+
+    scale, eps = draw.uniform(0.5, 2, width), 1e-5
+    for kind in (RMSNorm, LayerNorm):
+        middle = x.mean(-1, keepdims=True) * (kind is LayerNorm)
+        size = np.sqrt(((x - middle) ** 2).mean(-1, keepdims=True) + eps)
+        normed, weighted = (x - middle) / size, towards * scale
+        inner = weighted - normed * (weighted * normed).mean(-1, keepdims=True)
+        inner -= inner.mean(-1, keepdims=True) * (kind is LayerNorm)
+        wanted = normed * scale, inner / size, (towards * normed).sum((0, 1))
+        with jax.set_mesh(make_mesh(mesh)) if mesh else contextlib.nullcontext():
+            norm = kind(nnx.Rngs(0), width, eps)
+            norm.scale[...] = jnp.float32(scale)
+            made = jax.jit(found)(norm, *(reshard(jnp.float32(a), P("fsdp")) for a in (x, towards)))
+        for name, ours, theirs in zip(("y", "x", "scale"), made, wanted, strict=True):
+            # float32 beside float64
+            np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=2e-5, err_msg=f"{kind.__name__} {name}")
+
+
+FAULTS = """
+import resource, jax, jax.numpy as jnp
+from chroma_jax.training.memory import keep_freed, run_by_caller
+run_by_caller()
+keep_freed(jax.devices()[0])
+step = jax.jit(lambda x: jnp.sort(x) @ jnp.sort(x.T))  # keeps 128 MiB while it runs
+x = jnp.ones((4096, 4096))
+for turn in range(4):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    step(x).block_until_ready()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only this C library can be told to keep memory")
+def test_what_a_step_frees_is_kept_for_the_next():
+    settings = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_NUM_CPU_DEVICES": "1"}
+    run = subprocess.run([sys.executable, "-c", FAULTS], env=os.environ | settings, capture_output=True, text=True, check=True)
+    pages = 2 * 4096 * 4096 * 4 // resource.getpagesize()  # that a step uses, and would else get from the system each time
+    assert int(run.stdout) < pages // 10

@@ -19,6 +19,7 @@ from chroma_jax.errors import ChromaError
 from chroma_jax.layers.sharding import make_mesh
 from chroma_jax.paths import values
 from chroma_jax.training.compiling import options
+from chroma_jax.training.memory import keep_freed
 from chroma_jax.training.train import step_flops, trainer_of
 
 
@@ -93,6 +94,7 @@ class OurStep:
 
     def __init__(self, config: Config, batch):
         mesh, self.dtype = make_mesh(config.mesh), jnp.dtype(config.precision.compute)
+        keep_freed(mesh.devices.flat[0])  # as `train` does; it is the whole process's, so a peer's memory is kept as well
         with jax.set_mesh(mesh):
             self.mesh, self.trainer = mesh, trainer_of(config, mesh)
             self.state = self.trainer.init()

@@ -15,7 +15,7 @@ from chroma_jax.layers import sums
 from chroma_jax.layers.sharding import on_rows_and_heads
 from chroma_jax.layers.splash import SAVED
 
-BLOCK, PIECE = 256, 64  # queries with the same keys, and of those how many at a time
+BLOCK, PIECE = 256, 128  # queries with the same keys, and of those how many at a time
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from chroma_jax.layers import sums
 from chroma_jax.layers.sharding import RULES, AxisRules, active, divided, leading_spec, look_up, on_tpu, reshape_rows, reshard
 
 Dims = dict[str, int]  # logical axis → size, in order
@@ -225,7 +226,7 @@ class RMSNorm(nnx.Module):
 
     def _of_rows(self, x: jax.Array) -> jax.Array:
         y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+        y = y * sums.spread(jax.lax.rsqrt(sums.mean(jnp.square(y)) + self.eps), y)
         return in_use(self.scale, x.dtype) * y.astype(x.dtype)
 
 
@@ -242,11 +243,11 @@ class LayerNorm(nnx.Module):
 
     def _of_rows(self, x: jax.Array) -> jax.Array:
         y = x.astype(jnp.float32)
-        average = jnp.mean(y, axis=-1, keepdims=True)
+        average = sums.spread(sums.mean(y), y)
         if on_tpu() and x.dtype == jnp.bfloat16:  # both sums at once: TPU would read x three times, for an error below x's own
-            variance = jnp.maximum(jnp.mean(jnp.square(y), axis=-1, keepdims=True) - jnp.square(average), 0)
+            variance = jnp.maximum(sums.mean(jnp.square(y)) - jnp.square(average), 0)
         else:
-            variance = jnp.mean(jnp.square(y - average), axis=-1, keepdims=True)
-        y = (y - average) * jax.lax.rsqrt(variance + self.eps)
+            variance = sums.mean(jnp.square(y - average))
+        y = (y - average) * sums.spread(jax.lax.rsqrt(variance + self.eps), y)
         y = y * in_use(self.scale, jnp.float32) + in_use(self.bias, jnp.float32)
         return y.astype(x.dtype)

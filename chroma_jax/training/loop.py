@@ -16,6 +16,7 @@ from tqdm import tqdm
 from chroma_jax.errors import DIVERGED, STOPPED, ChromaError, Ended
 from chroma_jax.training.checkpoint import Checkpoints
 from chroma_jax.training.ledger import CompileClock, Ledger
+from chroma_jax.training.memory import keep_freed
 from chroma_jax.training.metrics import Meter, MetricsWriter, read_lines
 from chroma_jax.training.multihost import StopRequest, agreed, say
 from chroma_jax.training.watch import Progress, StallWatch
@@ -81,6 +82,7 @@ def train_on(task: Task, config, run: Path, abstract: Any, init: Callable[[], An
     """From the run folder's newest checkpoint that is whole, or from what ``init`` gives, to ``config.training.steps``. abstract:
     the state's shapes and shardings. Returns the last state. Raises: Ended when it stops before."""
     t, progress = config.training, progress or Progress()
+    keep_freed(jax.local_devices()[0])
     with CompileClock() as clock, Checkpoints(run, config.checkpoint) as checkpoints, StopRequest() as stop:
         state = checkpoints.newest(abstract)
         resumed = state is not None
