@@ -1,6 +1,7 @@
 """Eight virtual CPU devices, modules as plain pytrees, and quick compilation: the models are tiny, so that unoptimised
 machine code costs less than optimising it."""
 
+import gc
 import os
 import tempfile
 from importlib.metadata import version
@@ -8,6 +9,7 @@ from importlib.metadata import version
 # before jax; for children too. The older way to write loops takes a third of the time to compile; flags come and go, and one
 # that is not known ends the process
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] += " --xla_cpu_parallel_codegen_split_count=1"  # every core has a worker of its own already
 os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false" if version("jaxlib").startswith("0.10.") else ""
 # what is compiled once is compiled, for all workers and children; the user's own cache is left alone
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"chroma_jax_tests_{os.getuid()}"))
@@ -32,9 +34,12 @@ def pytest_terminal_summary(terminalreporter):
 
 @pytest.fixture(autouse=True, scope="module")
 def compiled_programs_are_let_go():
-    """After every module: each program takes several memory mappings, of which a process may have 65 530, and dies beyond."""
+    """After every module: each program takes several memory mappings, of which a process may have 65 530, and dies beyond.
+    Between, Python looks for no garbage in cycles, which would take a tenth of the time."""
+    gc.disable()
     yield
     jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")
