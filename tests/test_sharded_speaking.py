@@ -41,6 +41,7 @@ def said(model: Chroma, codec: Codec):
     return list(Speaker(model, codec).stream(stack([c.prompt for c in CASES]), sampling, keys, FRAMES))
 
 
+@pytest.mark.slow
 def test_queries_and_keys_of_a_row_may_be_divided_in_different_ways(modules):
     """The two heads of keys do not divide by 4, nor do the two queries that share one: only the MLPs and the vocabulary do."""
     alone, divided = said(*modules), said(*on_mesh(*modules, make_mesh(MeshConfig(tensor=4))))
