@@ -23,20 +23,17 @@ BY_KIND = {
 }
 
 
+# XLA's own loops use half of AVX-512's width by themselves; without AVX-512 this changes nothing.
+ON_CPU = {"xla_cpu_prefer_vector_width": 512}
 # oneDNN's products of 16-bit numbers, with AMX or AVX-512 on processors that have it, are up to three times as fast as XLA's own,
-# which would be asked first. jaxlib 0.10 has none of oneDNN's. XLA's own loops take a tenth less of a step with AVX-512's full
-# width, of which they would use half; without it the last option changes nothing.
-HALVES_ON_CPU = {
-    "xla_cpu_experimental_onednn_custom_call": True,
-    "xla_cpu_experimental_ynn_fusion_type": "",
-    "xla_cpu_prefer_vector_width": 512,
-}
+# which would be asked first. jaxlib 0.10 has none of oneDNN's.
+HALVES_ON_CPU = {"xla_cpu_experimental_onednn_custom_call": True, "xla_cpu_experimental_ynn_fusion_type": ""}
 
 
 def options(device: jax.Device, compute: jnp.dtype) -> dict[str, str | int | bool]:
     """Compiler options for a mesh of such devices and the type that products are in; none for GPUs."""
-    if device.platform == "cpu" and compute == jnp.bfloat16 and jax.__version_info__ >= (0, 11):
-        return HALVES_ON_CPU
+    if device.platform == "cpu":
+        return ON_CPU | (HALVES_ON_CPU if compute == jnp.bfloat16 and jax.__version_info__ >= (0, 11) else {})
     if device.platform != "tpu":
         return {}
     more = (found for kind, found in BY_KIND.items() if device.device_kind.startswith(kind))
