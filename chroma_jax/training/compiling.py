@@ -6,16 +6,19 @@ import jax.numpy as jnp
 TPU = {
     # windowed products turn gathers of weights into chains of permutes, which cost more than they hide
     "xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000,
-    # gathers are taken apart to run beside products, which v5p and v6e do not do by themselves
+    "xla_tpu_overlap_compute_collective_tc": True,
+    "xla_enable_async_all_gather": True,
+}
+# gathers are taken apart to run beside products; on chips other than v5e the compiler refuses that since libtpu 0.0.50
+FUSED_GATHERS = {
     "xla_tpu_enable_async_collective_fusion": True,
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
     "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
-    "xla_tpu_overlap_compute_collective_tc": True,
-    "xla_enable_async_all_gather": True,
 }
 # By how ``device_kind`` begins. v6e has 128 MiB of vector memory, of which a fusion may use 32 unless it is told more. Of giving
 # Ironwood's collectives to its sparse cores the compiler dies (libtpu 0.0.42, offload_collective_strategies.cc).
 BY_KIND = {
+    "TPU v5 lite": FUSED_GATHERS,
     "TPU v6": {"xla_tpu_scoped_vmem_limit_kib": 98_304},
     "TPU7": {
         f"xla_tpu_enable_sparse_core_collective_offload_{kind}": False for kind in ("all_gather", "all_reduce", "reduce_scatter")
