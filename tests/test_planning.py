@@ -496,7 +496,6 @@ def test_the_small_configuration_fits_on_one_chip():
     assert plan.memory.free >= ENOUGH
 
 
-@pytest.mark.slow
 @needs_compiler
 def test_the_streaming_ticks_are_planned_for_one_device(tmp_path, capsys):
     plan = ["plan", "nano", "--topology", "v5e:1x1", "--step", "stream", "--positions", "64", "--effort", "quick"]

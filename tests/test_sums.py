@@ -92,7 +92,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only this C library can be told to keep memory")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no mallopt")
 def test_what_a_step_frees_is_kept_for_the_next():
     settings = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_NUM_CPU_DEVICES": "1"}
     run = subprocess.run([sys.executable, "-c", FAULTS], env=os.environ | settings, capture_output=True, text=True, check=True)
