@@ -19,7 +19,7 @@ from chroma_jax.flops import counted
 from chroma_jax.layers.sharding import MeshConfig, make_mesh
 from chroma_jax.planning import hlo, kernels, report, schedules
 from chroma_jax.planning.chips import CHIPS, parse_topology, ring_bandwidth
-from chroma_jax.planning.plan import DoesNotFit, plan_step, plan_training, too_large, where, without_tpu
+from chroma_jax.planning.plan import DoesNotFit, compute, plan_step, plan_training, too_large, traffic, where, without_tpu
 from chroma_jax.planning.search import candidates
 
 needs_compiler = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler (extra 'tpu')")
@@ -278,7 +278,84 @@ ENTRY %main.1 (p0: bf16[8,1024]) -> bf16[64,1024] {
 def test_a_collective_in_pieces_counts_once():
     module = hlo.parse(PIECES)
     found = hlo.collectives(module, list(hlo.executed(module)))
-    assert [(c.hidden, c.times, c.bytes) for c in found] == [(True, 1, 64 * 1024 * 2 * 7 / 8), (False, 1, 64 * 1024 * 2 * 7 / 8)]
+    size = 64 * 1024 * 2 * 7 / 8
+    assert [(c.times, c.bytes, c.begins, c.ends) for c in found] == [(1, size, 0, 3), (1, size, 2, 2)]
+
+
+GROUPS = "channel_id=%d, replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}"
+BESIDE = f"""HloModule jit_step
+
+%gather.1 (p: bf16[8,1024]) -> bf16[64,1024] {{
+  %p = bf16[8,1024]{{1,0}} parameter(0)
+  ROOT %all-gather.1 = bf16[64,1024]{{1,0}} all-gather(%p), {GROUPS % 1}
+}}, execution_thread="sparsecore"
+
+%condition.1 (turn: s32[]) -> pred[] {{
+  %limit = s32[]{{:T(128)}} constant(4)
+  %turn = s32[]{{:T(128)}} parameter(0)
+  ROOT %less = pred[]{{:T(512)}} compare(%turn, %limit), direction=LT
+}}
+
+%body.1 (turn: s32[]) -> s32[] {{
+  %turn.1 = s32[]{{:T(128)}} parameter(0)
+  %shard = bf16[8,1024]{{1,0}} copy(%turn.1), {CYCLES % 100}
+  %ready = ((), (), s32[1]{{0:T(128)S(2)}}) call-start(), async_execution_thread="sparsecore", to_apply=%gather.1
+  %first = bf16[64,1024]{{1,0}} copy(%shard), {CYCLES % 1000}
+  %going = ((bf16[8,1024]{{1,0}}), bf16[64,1024]{{1,0}}) call-update(%ready, %shard)
+  %second = ((bf16[8,1024]{{1,0}}), bf16[64,1024]{{1,0}}) all-gather-start(%shard), {GROUPS % 2}
+  %short = bf16[64,1024]{{1,0}} copy(%shard), {CYCLES % 100}
+  %there = bf16[64,1024]{{1,0}} call-done(%going)
+  %long = bf16[64,1024]{{1,0}} copy(%there), {CYCLES % 400}
+  %done = bf16[64,1024]{{1,0}} all-gather-done(%second)
+  ROOT %next = s32[]{{:T(128)}} add(%turn.1, %turn.1)
+}}
+
+ENTRY %main (a: s32[]) -> s32[] {{
+  %a = s32[]{{:T(128)}} parameter(0)
+  ROOT %loop = s32[]{{:T(128)}} while(%a), condition=%condition.1, body=%body.1
+}}
+"""
+
+
+def test_what_runs_beside_a_collective_is_not_waited_for(monkeypatch):
+    module, topology = hlo.parse(BESIDE), parse_topology("v5e:2x4")
+    work, chip = list(hlo.executed(module)), topology.chip
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:8]).reshape(1, 8, 1, 1), ("data", "fsdp", "tensor", "context"))
+    size = 64 * 1024 * 2 * 7 / 8
+    # so that a gather takes 300 cycles
+    monkeypatch.setattr("chroma_jax.planning.plan.ring_bandwidth", lambda *_: size * chip.clock / 300)
+    assert sum(compute(module, work, chip).values()) == pytest.approx(4 * 1600 / chip.clock)
+    (found,) = traffic(module, work, topology, mesh)
+    assert (found.kind, found.axes, found.count, found.bytes) == ("all-gather", "fsdp", 8, 8 * size)
+    assert found.seconds == pytest.approx(8 * 300 / chip.clock)
+    # of the first the sparse core has 100 done when it is needed; the second begins after it and is done within the 400
+    assert found.waited == pytest.approx(4 * 200 / chip.clock)
+    shorter = hlo.parse(BESIDE.replace('"400"', '"50"'))
+    (found,) = traffic(shorter, list(hlo.executed(shorter)), topology, mesh)
+    assert found.waited == pytest.approx(4 * (200 + 250) / chip.clock)
+
+
+def test_other_slices_are_waited_for_where_their_sums_are_needed():
+    runtime = 'frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime"'
+    handler = runtime + ',_xla_host_transfer_rendezvous="sum_0"}'
+    text = f"""HloModule m
+
+ENTRY %main (a: f32[1024]) -> f32[1024] {{
+  %a = f32[1024]{{0}} parameter(0)
+  %token = token[] after-all()
+  %send = (f32[1024]{{0}}, u32[]{{:S(2)}}, token[]) send(%a, %token), channel_id=2, {handler}
+  %recv = (f32[1024]{{0}}, u32[]{{:S(2)}}, token[]) recv(%token), channel_id=1, {handler}
+  %meanwhile = f32[1024]{{0}} copy(%a), {CYCLES % 1000}
+  %sent = token[] send-done(%send), channel_id=2, {runtime}}}
+  ROOT %summed = (f32[1024]{{0}}, token[]) recv-done(%recv), channel_id=1, {runtime}}}
+}}
+"""
+    module, topology = hlo.parse(text), parse_topology("v5e:2x2", 2)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:8]).reshape(2, 4, 1, 1), ("data", "fsdp", "tensor", "context"))
+    (found,) = traffic(module, list(hlo.executed(module)), topology, mesh)
+    seconds = 4096 / topology.chip.dcn
+    assert (found.kind, found.axes, found.bytes, found.seconds) == (hlo.BETWEEN_SLICES, "data", 4096, seconds)
+    assert found.waited == pytest.approx(seconds - 1000 / topology.chip.clock)
 
 
 @pytest.mark.parametrize(

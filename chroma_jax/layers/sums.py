@@ -10,7 +10,8 @@ from jax.sharding import PartitionSpec as P
 
 from chroma_jax.layers.sharding import active, device_kind, divided, on_tpu, reshard
 
-PARTS = 32  # that are added before the rest is reduced
+PARTS = 32  # that are added before the rest is reduced,
+MANY = 2**16  # of as many squares and more: fewer are summed in no time, and every part takes its time to compile
 WIDE = 128  # from here on the last axis of norms is added by halves,
 ONE_BY_ONE = 64  # if no more than so many are left to be added one by one
 
@@ -58,7 +59,7 @@ def of_squares(x: jax.Array) -> jax.Array:
     """The sum of an array's squares, in its type."""
     whole = not active() or math.prod(jax.sharding.get_abstract_mesh().axis_sizes) == 1
     parts = math.gcd(x.size, PARTS)
-    if on_tpu() or not whole or parts == 1:
+    if on_tpu() or not whole or parts == 1 or x.size < MANY:
         return jnp.sum(jnp.square(x))
     rows = reshard(jnp.square(x), P()).reshape(parts, -1)
     return jnp.sum(functools.reduce(jnp.add, (rows[i] for i in range(parts))))

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -20,7 +20,7 @@ BITS |= {"s32": 32, "u32": 32, "f32": 32, "s64": 64, "u64": 64, "f64": 64, "c64"
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 # no work of their own: names for data, or the ends of asynchronous operations that were counted where they began
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id", "iota"}
-FREE |= {"add-dependency", "opt-barrier", "domain", "send-done", "recv", "recv-done", "infeed", "outfeed"}
+FREE |= {"add-dependency", "opt-barrier", "domain", "send-done", "recv", "infeed", "outfeed"}
 BETWEEN_SLICES = "send between slices"
 
 
@@ -209,53 +209,66 @@ def cycles(work: Iterable[Executed]) -> float:
 
 class Collective(NamedTuple):
     """kind: its opcode. bytes: that pass through a device, one way, in one run. group: positions in the mesh of one of the groups
-    that take part. hidden: whether it runs beside other work."""
+    that take part. begins, ends: places, among what is executed, of the instruction that sets it going and of the one that waits
+    for it; the same where nothing runs beside it."""
 
     kind: str
     bytes: float
     group: tuple[int, ...]
     times: float
-    hidden: bool
     source: str
+    begins: int
+    ends: int
 
 
-def collectives(module: Module, work: Iterable[Executed]) -> list[Collective]:
+def collectives(module: Module, work: Sequence[Executed]) -> list[Collective]:
     """All of a call. One that the compiler took apart, into a start, pieces fused with products that go on meanwhile, and an end,
-    has one channel in all of them and counts once."""
-    found: dict[object, Collective] = {}
-    for e in work:
-        i, inside = e.instruction, [e.instruction]
-        if i.opcode.endswith("-done"):
-            continue  # counted where it began
-        if i.opcode == "send":
-            if "megascale" in i.rest:  # what the runtime passes on to other slices, by way of the hosts
-                found[i.name, id(e.within)] = Collective(BETWEEN_SLICES, i.arrays[0].bytes, (), e.times, True, i.source)
+    has one channel in all of them and counts once; so does one that a sparse core runs, from the instruction that hands over its
+    operands to the one that waits."""
+    found: dict[tuple[str, int], Collective] = {}
+    for at, e in enumerate(work):
+        i, start = e.instruction, beginning(e)
+        if start.opcode in ("send", "recv") and "megascale" in start.rest:  # passed on to other slices, by way of the hosts
+            key = attribute_of(start.rest, "_xla_host_transfer_rendezvous"), id(e.within)
+            if i.opcode == "send":
+                found[key] = Collective(BETWEEN_SLICES, i.arrays[0].bytes, (), e.times, i.source, at, at)
+            elif key in found:
+                found[key] = found[key]._replace(ends=at)
             continue
-        if i.opcode in ("fusion", "async-start"):
-            inside = list(module.computations.get(i.attribute("calls"), {}).values())
-        for c in inside:
-            kind = c.opcode.removesuffix("-start")
-            if kind not in COLLECTIVES:
-                continue
-            channel = re.search(r"channel_id=(\d+)", c.rest)
-            key = (channel[1] if channel else c.name, id(e.within))
+        for c, body in communicating(module, start, e.within):
+            kind, channel = c.opcode.removesuffix("-start"), re.search(r"channel_id=(\d+)", c.rest)
+            key = channel[1] if channel else c.name, id(e.within)
             if key in found:
-                found[key] = found[key]._replace(hidden=True)
+                began = at if i.opcode.endswith("-update") else found[key].begins
+                found[key] = found[key]._replace(begins=began, ends=at)
                 continue
-            hidden = c.opcode.endswith("-start") or i.opcode == "async-start" or "async" in i.name
-            within = e.within if c is i else {x.name: x for x in inside}
-            sent = sum(a.bytes for name in c.operands if name in within for a in within[name].arrays)
+            sent = sum(a.bytes for name in c.operands if name in body for a in body[name].arrays)
             result = sum(a.bytes for a in c.arrays) - (sent if c.opcode.endswith("-start") and kind != "all-reduce" else 0)
             group = replica_group(c.rest)
             sends = passing(kind, sent, result, len(group))
-            found[key] = Collective(kind, sends, group, e.times, hidden, c.source or i.source)
+            found[key] = Collective(kind, sends, group, e.times, c.source or i.source, at, at)
     return list(found.values())
 
 
-def communicates(module: Module, i: Instruction) -> bool:
-    """Whether it is a collective, or has one in it."""
-    inside = module.computations.get(i.attribute("calls"), {}).values() if i.opcode in ("fusion", "async-start") else (i,)
-    return any(c.opcode.removesuffix("-start") in COLLECTIVES for c in inside)
+def beginning(e: Executed) -> Instruction:
+    """Of the later parts of an asynchronous operation its start; any other instruction itself."""
+    i = e.instruction
+    while i.opcode.endswith(("-update", "-done")) and i.operands and i.operands[0] in e.within:
+        i = e.within[i.operands[0]]
+    return i
+
+
+def communicating(module: Module, i: Instruction, within: Computation) -> list[tuple[Instruction, Computation]]:
+    """The collectives that an instruction is, or has in it, each with the computation that it stands in."""
+    called = {"fusion": "calls", "async-start": "calls", "call-start": "to_apply"}.get(i.opcode)
+    body = module.computations.get(i.attribute(called), {}) if called else within
+    return [(c, body) for c in (body.values() if called else (i,)) if c.opcode.removesuffix("-start") in COLLECTIVES]
+
+
+def attribute_of(rest: str, name: str) -> str:
+    """What stands in quotes behind ``name=``, or ''."""
+    found = re.search(rf'\b{name}="([^"]*)"', rest)
+    return found[1] if found else ""
 
 
 def passing(kind: str, sent: float, result: float, devices: int) -> float:
@@ -308,7 +321,7 @@ def hbm_bytes(module: Module, work: Iterable[Executed]) -> float:
 def traffic(module: Module, e: Executed) -> tuple[float, float]:
     """(read, written) by one run of an instruction."""
     i, within = e.instruction, e.within
-    if i.opcode.endswith("-start") or i.opcode == "send":
+    if i.opcode.endswith(("-start", "-update")) or i.opcode in ("send", "recv-done"):
         return 0.0, 0.0  # counted where it is done
     shape, opcode, operands = i.arrays, i.opcode, i.operands
     if opcode.endswith("-done"):

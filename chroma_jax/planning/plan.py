@@ -7,7 +7,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -54,14 +54,14 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """What collectives of one kind send over one combination of mesh axes in a step: bytes that pass through each device, and the
-    seconds that its links need for them. hidden: whether it runs beside other work."""
+    """What collectives of one kind send over one combination of mesh axes in a step: bytes that pass through each device, the
+    seconds that its links need for them, and those of which the program waits; the rest runs beside other work."""
 
     kind: str
     axes: str
-    hidden: bool
     bytes: float
     seconds: float
+    waited: float
     count: int
 
 
@@ -97,23 +97,21 @@ class Plan:
         return sum(self.compute.values())
 
     @property
-    def hidden_seconds(self) -> float:
-        return sum(t.seconds for t in self.traffic if t.hidden)
+    def link_seconds(self) -> float:
+        return sum(t.seconds for t in self.traffic)
 
     @property
-    def exposed_seconds(self) -> float:
-        return sum(t.seconds for t in self.traffic if not t.hidden)
+    def waited_seconds(self) -> float:
+        return sum(t.waited for t in self.traffic)
 
     @property
     def step_seconds(self) -> float:
-        """Collectives that run beside other work cost what they take longer than that; the others their whole time."""
-        return max(self.compute_seconds, self.hidden_seconds) + self.exposed_seconds
+        return self.compute_seconds + self.waited_seconds
 
     @property
     def roof_seconds(self) -> float:
         """No program can be faster: products at peak, HBM at full bandwidth, every link busy, each beside the others."""
-        links = self.hidden_seconds + self.exposed_seconds
-        return max(sum(self.flops.values()) / self.peak_flops, self.hbm_seconds, links)
+        return max(sum(self.flops.values()) / self.peak_flops, self.hbm_seconds, self.link_seconds)
 
     @property
     def utilisation(self) -> float:
@@ -121,7 +119,7 @@ class Plan:
 
     def json(self) -> dict:
         """All of it as plain values, with what follows from it."""
-        derived = ("compute_seconds", "hidden_seconds", "exposed_seconds", "step_seconds", "roof_seconds", "utilisation")
+        derived = ("compute_seconds", "link_seconds", "waited_seconds", "step_seconds", "roof_seconds", "utilisation")
         memory = {"total": self.memory.total, "free": self.memory.free}
         found = dataclasses.asdict(self) | {name: getattr(self, name) for name in derived}
         return found | {"memory": found["memory"] | memory}
@@ -252,7 +250,7 @@ def planned(
         memory=memory(arguments, compiled, chip.hbm / chip.devices),
         peak_flops=topology.num_chips * chip.flops,
         compute=compute(module, work, chip),
-        traffic=traffic(hlo.collectives(module, work), topology, mesh),
+        traffic=traffic(module, work, topology, mesh),
         hbm_seconds=hlo.hbm_bytes(module, work) / (chip.bandwidth / chip.devices),
         unestimated=unestimated(module, work, chip),
         unknown_loops=sum(not e.known for e in work),
@@ -285,13 +283,22 @@ def compute(module: hlo.Module, work: Iterable[hlo.Executed], chip: Chip) -> dic
     what the compiler has no cycles for, by the bytes that it moves."""
     found: dict[str, float] = collections.defaultdict(float)
     for e in work:
-        if e.instruction.cycles:
-            found[where(e.instruction.source)] += e.times * e.instruction.cycles / chip.clock
-        elif kernel := kernels.seconds(e.instruction, chip):
-            found[where(e.instruction.source) + ", attention kernel"] += e.times * kernel
-        elif without_estimate(module, e.instruction):
-            found["without an estimate"] += e.times * sum(hlo.traffic(module, e)) / (chip.bandwidth / chip.devices)
+        part, seconds = lasting(module, e, chip)
+        if seconds:
+            found[part] += seconds
     return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def lasting(module: hlo.Module, e: hlo.Executed, chip: Chip) -> tuple[str, float]:
+    """The part of `compute` that what is executed belongs to, and the seconds of all its runs."""
+    i, part = e.instruction, where(e.instruction.source)
+    if i.cycles:
+        return part, e.times * i.cycles / chip.clock
+    if kernel := kernels.seconds(i, chip):
+        return f"{part}, attention kernel", e.times * kernel
+    if without_estimate(module, e):
+        return "without an estimate", e.times * sum(hlo.traffic(module, e)) / (chip.bandwidth / chip.devices)
+    return part, 0.0
 
 
 def where(source: str) -> str:
@@ -301,19 +308,36 @@ def where(source: str) -> str:
     return f"{scope} backward" if "transpose(" in source else scope
 
 
-def traffic(found: list[hlo.Collective], topology: Topology, mesh: jax.sharding.Mesh) -> tuple[Traffic, ...]:
-    """Collectives by kind and by the axes that they cross."""
-    sums: dict[tuple, list[float]] = collections.defaultdict(lambda: [0.0, 0.0, 0])
+def traffic(module: hlo.Module, work: Sequence[hlo.Executed], topology: Topology, mesh: jax.sharding.Mesh) -> tuple[Traffic, ...]:
+    """Collectives by kind and by the axes that they cross.
+
+    How long each is waited for: the program goes by, in its order, all turns of a loop as one; the links of a slice, and the
+    network between slices, carry one collective after the other, each from when it is set going on; the instruction that needs
+    its result waits for what is left of it.
+    """
+    found, links = hlo.collectives(module, work), {}
     for c in found:
         if c.kind == hlo.BETWEEN_SLICES:
-            axes, bandwidth = "data", topology.chip.dcn / topology.chip.devices
+            links[c] = "data", topology.chip.dcn / topology.chip.devices
         elif len(c.group) > 1:
-            axes, bandwidth = axes_of(c.group, mesh), ring_bandwidth(topology, np.array(c.group), mesh.devices)
-        else:
-            continue
-        sums[c.kind, axes, c.hidden][0] += c.times * c.bytes
-        sums[c.kind, axes, c.hidden][1] += c.times * c.bytes / bandwidth
-        sums[c.kind, axes, c.hidden][2] += round(c.times)
+            links[c] = axes_of(c.group, mesh), ring_bandwidth(topology, np.array(c.group), mesh.devices)
+    begins, ends = collections.defaultdict(list), collections.defaultdict(list)
+    for c in links:
+        begins[c.begins].append(c)
+        ends[c.ends].append(c)
+    now, free, arrives = 0.0, {True: 0.0, False: 0.0}, {}
+    sums: dict[tuple[str, str], list] = collections.defaultdict(lambda: [0.0, 0.0, 0.0, 0])
+    for at, e in enumerate(work):
+        now += lasting(module, e, topology.chip)[1]
+        for c in begins[at]:
+            (axes, bandwidth), network = links[c], c.kind == hlo.BETWEEN_SLICES
+            seconds = c.times * c.bytes / bandwidth
+            free[network] = arrives[c] = max(now, free[network]) + seconds
+            of = sums[c.kind, axes]
+            of[:] = of[0] + c.times * c.bytes, of[1] + seconds, of[2], of[3] + round(c.times)
+        for c in ends[at]:
+            sums[c.kind, links[c][0]][2] += max(0.0, arrives[c] - now)
+            now = max(now, arrives[c])
     everything = (Traffic(*key, *values) for key, values in sums.items())
     return tuple(sorted(everything, key=lambda t: -t.seconds))
 
@@ -324,9 +348,12 @@ def axes_of(group: tuple[int, ...], mesh: jax.sharding.Mesh) -> str:
     return " ".join(axis for axis, at in zip(mesh.axis_names, places) if len(set(at.tolist())) > 1)
 
 
-def without_estimate(module: hlo.Module, i: hlo.Instruction) -> bool:
-    """Whether the compiler gives no cycles for it, beside what takes none and what links do."""
-    if i.cycles is not None or i.opcode.endswith(("-start", "-done", "send")) or hlo.communicates(module, i):
+def without_estimate(module: hlo.Module, e: hlo.Executed) -> bool:
+    """Whether the compiler gives no cycles for it, beside what takes none and what links do. What runs on a sparse core counts
+    where it is done."""
+    i = e.instruction
+    elsewhere = i.opcode.endswith(("-start", "-update", "-done", "send")) and i.opcode != "call-done"
+    if i.cycles is not None or elsewhere or hlo.communicating(module, hlo.beginning(e), e.within):
         return False
     return "AllocateBuffer" not in i.rest and sum(a.bytes for a in i.arrays) >= 4096
 
@@ -336,7 +363,7 @@ def unestimated(module: hlo.Module, work: Iterable[hlo.Executed], chip: Chip) ->
     found: collections.Counter = collections.Counter()
     for e in work:
         i = e.instruction
-        if without_estimate(module, i) and not kernels.seconds(i, chip):
+        if without_estimate(module, e) and not kernels.seconds(i, chip):
             target = re.search(r'custom_call_target="([^"]*)"', i.rest)
             found[target[1] if target else i.opcode] += round(e.times)
     return dict(found.most_common())

@@ -42,17 +42,15 @@ def page(plan: Plan, dollars_per_chip_hour: float | None = None) -> str:
     rest = sum(list(plan.compute.values())[12:])
     lines += [f"  {'everything else':<28}{rest * 1e3:>9.1f}"] if rest else []
     lines += [f"  {'computing in all':<28}{plan.compute_seconds * 1e3:>9.1f}"]
-    lines += ["Collectives, ms on their links (beside other work, or waited for)"]
+    lines += ["Collectives, ms on their links, and of these waited for"]
     for t in plan.traffic[:10]:
         name = f"{t.kind} over {t.axes}"
-        how = "beside" if t.hidden else "waited for"
-        lines += [f"  {name:<28}{t.seconds * 1e3:>9.1f}  {how}, {t.bytes / 1e9:.2f} GB in {t.count}"]
-    lines += [f"  {'beside other work':<28}{plan.hidden_seconds * 1e3:>9.1f}"]
-    lines += [f"  {'waited for':<28}{plan.exposed_seconds * 1e3:>9.1f}", ""]
+        lines += [f"  {name:<28}{t.seconds * 1e3:>9.1f}{t.waited * 1e3:>9.1f}  {t.bytes / 1e9:.2f} GB in {t.count}"]
+    lines += [f"  {'all':<28}{plan.link_seconds * 1e3:>9.1f}{plan.waited_seconds * 1e3:>9.1f}", ""]
     lines += [
         f"predicted step      {plan.step_seconds * 1e3:9.1f} ms",
         f"bound by the roof   {plan.roof_seconds * 1e3:9.1f} ms (products {total_flops / plan.peak_flops * 1e3:.1f},"
-        f" HBM {plan.hbm_seconds * 1e3:.1f}, links {(plan.hidden_seconds + plan.exposed_seconds) * 1e3:.1f})",
+        f" HBM {plan.hbm_seconds * 1e3:.1f}, links {plan.link_seconds * 1e3:.1f})",
         f"utilisation         {plan.utilisation:9.1%} of {plan.peak_flops / 1e15:.2f} PFLOP/s",
     ]
     hours = 3600 / plan.step_seconds
