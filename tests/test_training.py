@@ -45,16 +45,30 @@ def trainer_on(config, mesh):
     return make_trainer(config.model, config.optimizer, config.loss, config.precision, config.training.seed, mesh)
 
 
-def evaluated(config, mesh_config, batch) -> dict:
+@pytest.fixture(scope="module")
+def weights(tiny_prepared) -> dict[str, np.ndarray]:
+    """As one device draws them: a program of its own for every mesh would take longer to compile than most tests."""
+    mesh = make_mesh(MeshConfig())
+    with jax.set_mesh(mesh):
+        state = trainer_on(tiny_prepared[0], mesh).init()
+    return jax.device_get(values(state.trained) | values(state.frozen))
+
+
+def started(trainer, weights):
+    wanted = values(trainer.abstract.trained) | values(trainer.abstract.frozen)
+    return trainer.init({path: jax.device_put(weights[path].astype(x.dtype), x.sharding) for path, x in wanted.items()})
+
+
+def evaluated(config, mesh_config, batch, weights) -> dict:
     mesh = make_mesh(mesh_config)
     with jax.set_mesh(mesh):
         trainer = trainer_on(config, mesh)
-        return jax.device_get(trainer.eval_step(trainer.init(), place(batch, trainer)))
+        return jax.device_get(trainer.eval_step(started(trainer, weights), place(batch, trainer)))
 
 
 @pytest.fixture(scope="module")
-def losses_on_one_device(tiny_prepared, batch):
-    return evaluated(tiny_prepared[0], MeshConfig(), batch)
+def losses_on_one_device(tiny_prepared, batch, weights):
+    return evaluated(tiny_prepared[0], MeshConfig(), batch, weights)
 
 
 @pytest.mark.parametrize(
@@ -66,16 +80,24 @@ def losses_on_one_device(tiny_prepared, batch):
         pytest.param(MeshConfig(data=2, tensor=2, context=2), id="2x1x2 context 2"),
     ],
 )
-def test_a_batch_has_the_same_loss_on_every_mesh(tiny_prepared, batch, losses_on_one_device, mesh):
-    got = evaluated(tiny_prepared[0], mesh, batch)
+def test_a_batch_has_the_same_loss_on_every_mesh(tiny_prepared, batch, weights, losses_on_one_device, mesh):
+    got = evaluated(tiny_prepared[0], mesh, batch, weights)
     for name in ("loss", "c0_loss", "residual_loss", "text_loss", "hearing_loss"):
         # float32 sums in another order
         np.testing.assert_allclose(got[name], losses_on_one_device[name], rtol=1e-5, err_msg=name)
 
 
-def test_bfloat16_computes_nearly_the_same_loss(tiny_prepared, batch, losses_on_one_device):
+def test_weights_are_drawn_the_same_on_every_mesh(tiny_prepared, weights):
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    with jax.set_mesh(mesh):
+        state = trainer_on(tiny_prepared[0], mesh).init()
+    for path, x in (values(state.trained) | values(state.frozen)).items():
+        np.testing.assert_allclose(x, weights[path], rtol=1e-6, err_msg=path)  # how a product is rounded differs
+
+
+def test_bfloat16_computes_nearly_the_same_loss(tiny_prepared, batch, weights, losses_on_one_device):
     config = replace(tiny_prepared[0], "precision.compute", "bfloat16")
-    got = evaluated(config, MeshConfig(), batch)
+    got = evaluated(config, MeshConfig(), batch, weights)
     # eight bits of mantissa in activations; the loss itself is summed in float32
     np.testing.assert_allclose(got["loss"], losses_on_one_device["loss"], rtol=1e-2)
     assert got["loss"] != losses_on_one_device["loss"] and got["loss"].dtype == np.float32
@@ -221,20 +243,20 @@ def test_the_hearing_loss_sums_over_all_ways_to_spell(tiny_prepared, batch):
     assert hearing_loss(reasoner, jnp.asarray(audio), crowded, blank) == 0
 
 
-def test_a_reasoner_is_trained_alone_without_computing_the_rest(tiny_prepared, batch):
+def test_a_reasoner_is_trained_alone_without_computing_the_rest(tiny_prepared, batch, weights):
     config = replace(tiny_prepared[0], "loss.speech_weight", 0.0)
     config = replace(config, "optimizer.freeze", ("backbone", "decoder", "audio_embedding"))
     mesh = make_mesh(MeshConfig())
     with jax.set_mesh(mesh):
         trainer = trainer_on(config, mesh)
-        _, metrics = trainer.train_step(trainer.init(), place(batch, trainer))
+        _, metrics = trainer.train_step(started(trainer, weights), place(batch, trainer))
     assert "c0_loss" not in metrics and metrics["text_loss"] > 0 and metrics["hearing_loss"] > 0
     expected = metrics["text_loss"] + 0.5 * metrics["hearing_loss"]
     np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("pieces", [pytest.param(2, marks=pytest.mark.slow), 4])
-def test_a_step_in_pieces_is_the_step_at_once(tiny_prepared, batch, pieces):
+def test_a_step_in_pieces_is_the_step_at_once(tiny_prepared, batch, weights, pieces):
     """Rows have different numbers of targets, so that the mean of the pieces' means would be something else."""
     config = tiny_prepared[0]
     mesh = make_mesh(MeshConfig(data=2))
@@ -242,7 +264,7 @@ def test_a_step_in_pieces_is_the_step_at_once(tiny_prepared, batch, pieces):
         found = []
         for accumulate in (1, pieces):
             trainer = trainer_of(replace(config, "training.accumulate", accumulate), mesh)
-            state, metrics = trainer.train_step(trainer.init(), place(batch, trainer))
+            state, metrics = trainer.train_step(started(trainer, weights), place(batch, trainer))
             found.append((jax.device_get(metrics), jax.device_get(state.trained)))
     (metrics, weights), (others, other_weights) = found
     for name, value in metrics.items():
@@ -252,13 +274,13 @@ def test_a_step_in_pieces_is_the_step_at_once(tiny_prepared, batch, pieces):
         assert np.mean(np.abs(a - b) > 1e-4) < 0.01
 
 
-def test_frozen_parts_have_no_gradient_and_no_moments(tiny_prepared, batch):
+def test_frozen_parts_have_no_gradient_and_no_moments(tiny_prepared, batch, weights):
     config, _ = tiny_prepared
     config = replace(config, "optimizer.freeze", ("reasoner/", "backbone/model/blocks/attention"))
     mesh = make_mesh(MeshConfig())
     with jax.set_mesh(mesh):
         trainer = trainer_on(config, mesh)
-        state = trainer.init()
+        state = started(trainer, weights)
         frozen, trained = jax.device_get((state.frozen, state.trained))
         size = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
         moments = [x for x in jax.tree.leaves(state.optimizer) if x.ndim]

@@ -244,4 +244,5 @@ def one_by_one(weights: Mapping[str, jax.Array | jax.ShapeDtypeStruct], *, parti
     context.memory.write_concurrent_bytes = context.memory.transfer_concurrent_bytes = limit
     context.memory.read_concurrent_bytes = limit
     context.array.saving.storage_options.chunk_byte_size = 2**27  # a chunk is copied whole while it is compressed
+    context.array.saving.min_slice_bytes_for_replica_parallel = 2**20  # replicas share larger ones only: each cut is compiled
     return context
