@@ -18,7 +18,7 @@ from data_pipelines.records import batches
 
 @pytest.fixture(scope="module")
 def saved(tiny_prepared, tmp_path_factory):
-    """(configuration, data, file with its step compiled for four devices)"""
+    """(configuration, data, its step compiled for four devices, the file with that)"""
     config, data = tiny_prepared
     config = dataclasses.replace(config, mesh=MeshConfig(fsdp=2, tensor=2))
     path = tmp_path_factory.mktemp("program") / "step.bin"
@@ -27,16 +27,17 @@ def saved(tiny_prepared, tmp_path_factory):
         trainer = trainer_of(config, mesh)
         compiled = trainer.train_step.lower(trainer.abstract, abstract_batch(config, trainer)).compile()
         save_program(compiled, config, "four CPU devices", path)
-    return config, data, path
+    return config, data, compiled, path
 
 
 def test_it_computes_what_the_configuration_says(saved):
-    config, data, path = saved
+    config, data, compiled, path = saved
     mesh, found = make_mesh(config.mesh), {}
     t = config.training
     with jax.set_mesh(mesh):
         ours = trainer_of(config, mesh)
-        for name, trainer in (("compiled", ours), ("loaded", with_program(ours, config, abstract_batch(config, ours), path))):
+        loaded = with_program(ours, config, abstract_batch(config, ours), path)
+        for name, trainer in (("compiled", ours._replace(train_step=compiled)), ("loaded", loaded)):
             state, reader = trainer.init(), batches(data, "train", config.model, global_batch=t.global_batch, seed=t.seed)
             losses = []
             for _ in range(3):
@@ -49,7 +50,7 @@ def test_it_computes_what_the_configuration_says(saved):
 
 
 def test_another_configuration_is_refused_and_what_differs_is_named(saved):
-    config, _, path = saved
+    config, _, _, path = saved
     other = replace(config, "optimizer.learning_rate", 0.5)
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
@@ -59,7 +60,7 @@ def test_another_configuration_is_refused_and_what_differs_is_named(saved):
 
 
 def test_what_a_step_does_not_depend_on_may_differ(saved):
-    config, _, path = saved
+    config, _, _, path = saved
     longer = replace(replace(config, "training.steps", 77), "checkpoint.every", 5)
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
@@ -69,7 +70,7 @@ def test_what_a_step_does_not_depend_on_may_differ(saved):
 
 @pytest.mark.parametrize("content", [b"", b"no program\n", b'{"jax": "0"}\nrest'])
 def test_a_file_that_is_none_is_named(saved, tmp_path, content):
-    config, _, _ = saved
+    config, *_ = saved
     path = tmp_path / "file"
     path.write_bytes(content)
     mesh = make_mesh(config.mesh)
