@@ -292,7 +292,7 @@ def test_rows_of_a_stream_end_where_their_recordings_end_and_have_the_latents_of
 CODES = np.random.default_rng(2).integers(0, 11, (2, MOST, 5)).astype(np.int32)
 
 
-@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("window", [6, pytest.param(250, marks=pytest.mark.slow), None])
 def test_codes_in_pieces_of_any_number_of_frames_decode_as_the_whole(window):
     @settings(deadline=None, max_examples=20)
     @drawn(long=st.sets(st.integers(0, MOST - 1)))

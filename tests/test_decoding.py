@@ -23,16 +23,22 @@ def random_cache(rng, layers, rows, heads, beside, capacity, width, dtype) -> KV
     return KVCache(jnp.round(keys * 40).astype(jnp.int8), jnp.round(values * 40).astype(jnp.int8), scale(), scale())
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int8])
+SHAPES = {"reasoner": (1, 2, 1, 8, 2048), "backbone": (3, 8, 2, 4, 1024), "codec": (2, 8, 2, 1, 272), "others": (8, 2, 1, 3, 384)}
+BY_DEFAULT = {"reasoner-bfloat16", "backbone-int8", "codec-int8", "others-bfloat16"}
+
+
 @pytest.mark.parametrize(
-    "positions, heads, beside, group, capacity",
-    [(1, 2, 1, 8, 2048), (3, 8, 2, 4, 1024), (2, 8, 2, 1, 272), (8, 2, 1, 3, 384)],
-    ids=["reasoner", "backbone", "codec", "others"],
+    "positions, heads, beside, group, capacity, dtype",
+    [
+        pytest.param(*shape, dtype, id=(name := f"{of}-{dtype}"), marks=() if name in BY_DEFAULT else pytest.mark.slow)
+        for of, shape in SHAPES.items()
+        for dtype in ("bfloat16", "int8")
+    ],
 )
 def test_it_computes_what_the_plain_way_does(positions, heads, beside, group, capacity, dtype):
     rng = np.random.default_rng(positions)
     rows, width = 3, 128 // beside
-    cache = random_cache(rng, 2, rows, heads, beside, capacity, width, dtype)
+    cache = random_cache(rng, 2, rows, heads, beside, capacity, width, jnp.dtype(dtype))
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
     q = draw(rows, positions, heads, group, width)
     k, v = draw(rows, positions, heads, width), draw(rows, positions, heads, width)

@@ -50,10 +50,17 @@ def assert_close(found, exact, rounded):
 
 
 @pytest.mark.parametrize(
-    "block", [pytest.param(128, marks=pytest.mark.slow), 256, 512], ids=["block 128", "block 256", "one block"]
+    "block, kv, group, head",
+    [
+        pytest.param(256, 2, 4, 64, id="heads of 64-block 256"),
+        pytest.param(512, 1, 2, 128, id="heads of 128-one block"),
+        pytest.param(128, 2, 4, 64, marks=pytest.mark.slow, id="heads of 64-block 128"),
+        pytest.param(512, 2, 4, 64, marks=pytest.mark.slow, id="heads of 64-one block"),
+        pytest.param(128, 1, 2, 128, marks=pytest.mark.slow, id="heads of 128-block 128"),
+        pytest.param(256, 1, 2, 128, marks=pytest.mark.slow, id="heads of 128-block 256"),
+    ],
 )
-@pytest.mark.parametrize("kv, group, head", [(2, 4, 64), (1, 2, 128)], ids=["heads of 64", "heads of 128"])
-def test_the_kernels_compute_what_the_plain_way_does(kv, group, head, block, monkeypatch):
+def test_the_kernels_compute_what_the_plain_way_does(block, kv, group, head, monkeypatch):
     """Also the rotation of heads that lie beside each other."""
     monkeypatch.setattr(flash, "BLOCK", block)
     q, k, v = drawn(0, ROWS, POSITIONS, kv, group, head), drawn(1, ROWS, POSITIONS, kv, head), drawn(2, ROWS, POSITIONS, kv, head)

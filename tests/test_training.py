@@ -76,8 +76,9 @@ def losses_on_one_device(tiny_prepared, batch, weights):
     [
         pytest.param(MeshConfig(data=8), marks=pytest.mark.slow, id="8x1x1"),
         pytest.param(MeshConfig(fsdp=8), marks=pytest.mark.slow, id="1x8x1"),
-        pytest.param(MeshConfig(data=2, fsdp=2, tensor=2), id="2x2x2"),
-        pytest.param(MeshConfig(data=2, tensor=2, context=2), id="2x1x2 context 2"),
+        pytest.param(MeshConfig(data=2, fsdp=2, tensor=2), marks=pytest.mark.slow, id="2x2x2"),
+        pytest.param(MeshConfig(data=2, tensor=2, context=2), marks=pytest.mark.slow, id="2x1x2 context 2"),
+        pytest.param(MeshConfig(fsdp=2, tensor=2, context=2), id="1x2x2 context 2"),
     ],
 )
 def test_a_batch_has_the_same_loss_on_every_mesh(tiny_prepared, batch, weights, losses_on_one_device, mesh):
@@ -124,8 +125,8 @@ def test_a_target_is_scored_at_its_own_position_only(tiny_prepared, batch):
     hidden = jax.random.normal(jax.random.key(0), (1, 6, config.model.backbone.width))
     codes = np.full((1, 6, config.model.codebooks), -1, np.int32)
     codes[0, 2] = 5
-    gradient = jax.grad(
-        lambda h: sum(frame_losses(model, h, codes, LossConfig(decoder_hidden="attached"), jax.random.key(0))[:2])
+    gradient = jax.jit(
+        jax.grad(lambda h: sum(frame_losses(model, h, codes, LossConfig(decoder_hidden="attached"), jax.random.key(0))[:2]))
     )
     moved = np.abs(np.asarray(gradient(hidden))).sum(-1)[0]
     assert moved[2] > 0 and not moved[[0, 1, 3, 4, 5]].any()
@@ -140,8 +141,8 @@ def test_the_decoder_leaves_the_backbone_alone_when_detached(tiny_prepared):
     def residual(h, kind):
         return frame_losses(model, h, codes, LossConfig(decoder_hidden=kind), jax.random.key(0))[1]
 
-    assert not np.any(jax.grad(residual)(hidden, "detached"))
-    assert np.any(jax.grad(residual)(hidden, "attached"))
+    gradient = jax.jit(jax.grad(residual), static_argnums=1)
+    assert not np.any(gradient(hidden, "detached")) and np.any(gradient(hidden, "attached"))
 
 
 def test_the_decoder_in_chunks_gives_the_same_loss_and_gradient(tiny_prepared, batch):
