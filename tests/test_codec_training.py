@@ -9,9 +9,10 @@ import optax
 import pytest
 import scipy.signal
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from tiny import model as tiny_model
 
-from chroma_jax.layers.sharding import MeshConfig, make_mesh
+from chroma_jax.layers.sharding import AxisRules, MeshConfig, make_mesh
 from chroma_jax.models.codec import Codec
 from chroma_jax.paths import values
 from chroma_jax.training.codec import quantize as q
@@ -241,6 +242,16 @@ TRAINING = CodecRecipe(
     optimizer=OptimizerConfig(learning_rate=3e-3, b1=0.5, b2=0.9),
     quantizer=q.QuantizerTraining(decay=0.9),
 )
+
+
+def test_a_codecs_transformers_may_lie_by_rules_of_their_own():
+    whole = dataclasses.replace(CODEC, transformer=dataclasses.replace(CODEC.transformer, rules=AxisRules(heads=(), mlp=())))
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    with jax.set_mesh(mesh):
+        divided, undivided = (values(make_codec_trainer(c, CodecRecipe(), 0, mesh).abstract.codec) for c in (CODEC, whole))
+    lie = {path: (divided[path].sharding.spec, x.sharding.spec) for path, x in undivided.items()}
+    assert lie["encoder_transformer/blocks/fc1/kernel"] == (P(None, "fsdp", "tensor"), P(None, "fsdp", None))
+    assert all(ours == theirs for path, (ours, theirs) in lie.items() if "transformer" not in path)
 
 
 def speechlike(rows: int, frames: int = 2) -> np.ndarray:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from tiny import replace
 
 from chroma_jax.config import dump
@@ -298,6 +299,28 @@ def test_a_freeze_pattern_that_fits_nothing_is_an_error(tiny_prepared):
         split_trainable(abstract, OptimizerConfig(freeze=("bakbone",)))
     with pytest.raises(ChromaError, match="nothing is left to train"):
         split_trainable(abstract, OptimizerConfig(freeze=("",)))
+
+
+def test_parts_may_lie_by_rules_of_their_own(tiny_prepared, batch, weights, losses_on_one_device):
+    """A Decoder with whole products, at rest divided among all devices of a copy; a text model with whole heads and positions."""
+    config, rest = tiny_prepared[0], ("fsdp", "tensor")
+    config = replace(config, "model.decoder.rules", AxisRules(embed=rest, heads=(), mlp=(), vocab=()))
+    config = replace(config, "model.reasoner.text.rules", AxisRules(sequence=(), heads=()))
+    mesh = make_mesh(MeshConfig(fsdp=2, tensor=2, context=2))
+    with jax.set_mesh(mesh):
+        trainer = trainer_on(config, mesh)
+        state = started(trainer, weights)
+        lie = {path: x.sharding.spec for path, x in values(state.trained).items()}
+        gate = "model/blocks/gate/kernel"
+        assert lie[f"decoder/{gate}"] == P(None, rest, None) and lie[f"backbone/{gate}"] == P(None, "fsdp", "tensor")
+        assert lie["reasoner/text/blocks/attention/q/kernel"] == P(None, "fsdp", None, None, None)
+        of_gate = values(state.trained)[f"decoder/{gate}"].shape  # and of "up"
+        moments = [x for x in jax.tree.leaves(state.optimizer) if x.shape == of_gate]
+        assert len(moments) == 4 and all(x.sharding.spec == P(None, rest, None) for x in moments)
+        _, metrics = trainer.train_step(state, place(batch, trainer))
+    for name in ("loss", "c0_loss", "residual_loss", "text_loss"):
+        # float32 sums in another order
+        np.testing.assert_allclose(metrics[name], losses_on_one_device[name], rtol=1e-5, err_msg=name)
 
 
 def test_every_weight_has_logical_axes_with_a_rule(tiny_prepared):

@@ -155,7 +155,7 @@ def place(plan: Plan) -> dict[str, jax.ShapeDtypeStruct]:
     """Shape, type and place of every weight of the speaking model that is read, by path. Weights lie as in training."""
     mesh = make_mesh(plan.config.mesh)
     state = nnx.state(nnx.eval_shape(lambda: Chroma(nnx.Rngs(0), plan.config.model)))
-    shardings, shapes = values(state_shardings(state, mesh)), values(state)
+    shardings, shapes = values(state_shardings(state, mesh, plan.config.model.rules_of)), values(state)
     kinds = {row.path: a.dtype(row) for a in plan.accounts for row in a.rows if row.part != "codec"}
     return {
         path: jax.ShapeDtypeStruct(shapes[path].shape, np.dtype(kind), sharding=shardings[path]) for path, kind in kinds.items()

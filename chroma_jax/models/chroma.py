@@ -8,7 +8,7 @@ from flax import nnx
 
 from chroma_jax.chat import SpecialTokens
 from chroma_jax.layers.rope import RopeConfig
-from chroma_jax.layers.sharding import constrain, take_rows
+from chroma_jax.layers.sharding import RULES, AxisRules, constrain, take_rows
 from chroma_jax.layers.transformer import LlamaConfig
 from chroma_jax.models.backbone import AudioEmbedding, Backbone
 from chroma_jax.models.codec import CodecConfig
@@ -52,6 +52,17 @@ class ChromaConfig:
         largest = max(dataclasses.asdict(self.tokens).values())
         if largest >= self.reasoner.vocab_size:
             raise ValueError(f"special token {largest} is outside reasoner.vocab_size {self.reasoner.vocab_size}")
+
+    def rules_of(self, path: str) -> AxisRules:
+        """Where the axes of a weight lie, by the part that it belongs to. path: "decoder/model/blocks/gate/kernel". The audio
+        embedding, which two parts share, follows the rules that hold by default."""
+        parts = {
+            "reasoner/audio/": self.reasoner.audio.rules,
+            "reasoner/": self.reasoner.text.rules,
+            "backbone/": self.backbone.rules,
+            "decoder/": self.decoder.rules,
+        }
+        return next((rules for part, rules in parts.items() if path.startswith(part)), RULES)
 
 
 class Chroma(nnx.Module):

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from chroma_jax.config import Config
 from chroma_jax.errors import ChromaError
-from chroma_jax.layers.sharding import MeshConfig, make_mesh
+from chroma_jax.layers.sharding import MeshConfig, make_mesh, state_shardings
 from chroma_jax.models.chroma import Chroma
 from chroma_jax.models.codec import Codec
 from chroma_jax.models.quantized import quantized
@@ -23,7 +23,7 @@ from chroma_jax.planning import hlo
 from chroma_jax.planning.chips import Topology, compile_only_devices, compiling_afresh
 from chroma_jax.planning.plan import QUICK, DoesNotFit, Traffic, compute, too_large, traffic, unestimated
 from chroma_jax.schedule import FRAMES_PER_PAIR
-from chroma_jax.streaming.placing import TPU_OPTIONS, as_streamed, choosing, divided, model_shardings
+from chroma_jax.streaming.placing import TPU_OPTIONS, as_streamed, choosing, divided
 from chroma_jax.streaming.slots import frames
 from chroma_jax.streaming.state import Capacity, StreamState, idle
 from chroma_jax.streaming.step import Pairs
@@ -203,7 +203,7 @@ def abstract_weights(config, dtype, weights: Bits, mesh):
 
     (model_graph, model), (codec_graph, codec) = map(nnx.split, nnx.eval_shape(made))
     lying = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
-    model = jax.tree.map(lying, model, model_shardings(config, model, mesh))
+    model = jax.tree.map(lying, model, state_shardings(model, mesh, config.rules_of))
     codec = jax.tree.map(lambda x: lying(x, jax.NamedSharding(mesh, P())), codec)
     return (model_graph, codec_graph), (model, codec)
 

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from chroma_jax.errors import ChromaError
 from chroma_jax.layers.linear import as_multiplied, linears, turned
-from chroma_jax.layers.sharding import RULES, AxisRules, MeshConfig, make_mesh, state_shardings
+from chroma_jax.layers.sharding import AxisRules, MeshConfig, make_mesh, state_shardings
 from chroma_jax.layers.transformer import unstacked
 from chroma_jax.models.chroma import Chroma, ChromaConfig
 from chroma_jax.models.codec import Codec
@@ -108,28 +108,12 @@ def place_for(tensor: int) -> Place:
 
 
 def abstract_model(config: ChromaConfig, dtype, place: Place) -> Chroma:
-    """A model without values, its weights in ``dtype`` at a place, divided there. Raises: ChromaError as `model_shardings`."""
+    """A model without values, its weights in ``dtype`` at a place, divided there. Raises: ChromaError as `state_shardings`."""
     config = divided(config, place.mesh.shape["tensor"]) if on_many(place) else config
     graph, state = nnx.split(nnx.eval_shape(lambda: Chroma(nnx.Rngs(0), config)))
     alone = None if on_many(place) else SingleDeviceSharding(place)
-    where = model_shardings(config, state, place.mesh) if alone is None else jax.tree.map(lambda _: alone, state)
+    where = state_shardings(state, place.mesh, config.rules_of) if alone is None else jax.tree.map(lambda _: alone, state)
     return nnx.merge(graph, jax.tree.map(lambda x, to: jax.ShapeDtypeStruct(x.shape, dtype, sharding=to), state, where))
-
-
-def model_shardings(config: ChromaConfig, model: nnx.State, mesh: Mesh) -> nnx.State:
-    """Where the weights of a model lie, by the rules in its configuration. Raises: ChromaError naming every weight that the mesh
-    does not divide."""
-    parts = {
-        "reasoner/audio": config.reasoner.audio.rules,
-        "reasoner": config.reasoner.text.rules,
-        "backbone": config.backbone.rules,
-        "decoder": config.decoder.rules,
-    }
-
-    def of(path: str) -> AxisRules:
-        return next((rules for part, rules in parts.items() if path.startswith(part)), RULES)
-
-    return state_shardings(model, mesh, of)
 
 
 def as_streamed(codec: Codec) -> Codec:
@@ -163,11 +147,11 @@ def on_first(codec: Codec) -> Codec:
 
 def on_mesh(model: Chroma, codec: Codec, mesh: Mesh) -> tuple[Chroma, Codec]:
     """Copies that are divided over a mesh's axis ``tensor``, for a `Speaker` or an engine. Raises: ChromaError as
-    `model_shardings` does."""
+    `state_shardings` does."""
     config, small = divided(model.config, mesh.shape["tensor"]), model.decoder.heads_scale is not None
     made = lambda: quantized(Chroma(nnx.Rngs(0), config)) if small else Chroma(nnx.Rngs(0), config)
     graph, state = nnx.split(nnx.eval_shape(made))[0], nnx.state(model)
-    placed = jax.device_put(jax.device_get(state), model_shardings(config, state, mesh))
+    placed = jax.device_put(jax.device_get(state), state_shardings(state, mesh, config.rules_of))
     return nnx.merge(graph, placed), codec_on(codec, NamedSharding(mesh, P()))
 
 

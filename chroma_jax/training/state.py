@@ -98,7 +98,7 @@ def make_trainer(
         return adapted(Chroma(nnx.Rngs(seed), model), lora, nnx.Rngs(seed + 1))
 
     graph, trained, frozen = split_trainable(nnx.eval_shape(build), optimizer)
-    shardings = [state_shardings(s, mesh, RULES) for s in (trained, frozen)]
+    shardings = [state_shardings(s, mesh, model.rules_of) for s in (trained, frozen)]
 
     abstract = _abstract_state(trained, frozen, shardings, tx, precision, mesh)
 

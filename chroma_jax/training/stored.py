@@ -78,7 +78,7 @@ def frozen_reasoner(run: Path, config: Config, mesh) -> tuple[nnx.GraphDef, nnx.
     """A Chroma of which the Reasoner alone has weights, those of the newest checkpoint in the type in which a training keeps
     frozen ones, and the weights' fingerprint."""
     graph, state = nnx.split(nnx.eval_shape(lambda: Chroma(nnx.Rngs(0), config.model)))
-    places = values(state_shardings(state, mesh, RULES))
+    places = values(state_shardings(state, mesh, config.model.rules_of))
     wanted = {
         path: jax.ShapeDtypeStruct(x.shape, jnp.dtype(config.precision.frozen), sharding=places[path])
         for path, x in values(state).items()

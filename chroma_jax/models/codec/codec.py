@@ -19,6 +19,7 @@ from flax import nnx
 from chroma_jax.errors import ChromaError
 from chroma_jax.layers.attention import KVCache
 from chroma_jax.layers.rope import RopeConfig
+from chroma_jax.layers.sharding import RULES, AxisRules
 from chroma_jax.layers.transformer import Encoder, EncoderConfig
 from chroma_jax.models.codec.conv import Carry, Conv, ConvTranspose
 from chroma_jax.models.codec.quantizer import QuantizerConfig, SplitQuantizer
@@ -91,6 +92,10 @@ class CodecConfig:
     def num_frames(self, num_samples: int) -> int:
         """Frames that ``encode`` makes of so many samples."""
         return -(-num_samples // self.samples_per_frame)
+
+    def rules_of(self, path: str) -> AxisRules:
+        """Where the axes of a weight lie: those of the transformers by their own rules."""
+        return self.transformer.rules if path.startswith(("encoder_transformer/", "decoder_transformer/")) else RULES
 
 
 class CodecState(NamedTuple):

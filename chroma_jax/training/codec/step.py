@@ -204,7 +204,7 @@ def make_codec_trainer(
         return (graph, head_graph, judge_graph), Parts(weights, frozen, head, codebooks, judge)
 
     (graph, head_graph, judge_graph), shapes = split(nnx.eval_shape(build))
-    places = Parts(*(state_shardings(state, mesh, RULES) for state in shapes))
+    places = Parts(*(state_shardings(state, mesh, codec.rules_of) for state in shapes))
     rest = NamedSharding(mesh, P())
     # run once: on CPU, optimising the random generator of every weight would take longer than all the rest of the start
     options = {"xla_backend_optimization_level": 0} if mesh.devices.flat[0].platform == "cpu" else None
