@@ -1,5 +1,7 @@
 """Stored hidden states: training behind them is training behind the Reasoner, and computing them can be interrupted."""
 
+import shutil
+
 import jax
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ from tiny import replace
 
 from chroma_jax.errors import ChromaError
 from chroma_jax.training import stored
+from chroma_jax.training.checkpoint import Checkpoints
 from chroma_jax.training.metrics import read_lines
 from chroma_jax.training.stored import store_hidden
 from chroma_jax.training.train import train
@@ -78,16 +81,26 @@ def test_an_interrupted_computation_goes_on(states, run, monkeypatch):
         assert len(reader[row]) == (RowReader(dataset, "train")[row].arrays["answer_position"] >= 0).sum()
 
 
-def test_misuse_is_an_error(config, tiny_prepared, states, run, tmp_path):
+def with_other_weights(run, config, folder):
+    """A run like another, but for one weight of its Reasoner."""
+    shutil.copytree(run, folder, ignore=shutil.ignore_patterns("checkpoints"))
+    first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    with Checkpoints(run, config.checkpoint, access="read") as held, Checkpoints(folder, config.checkpoint) as others:
+        there = {path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=first) for path, x in held.held().items()}
+        weights = held.restore_weights(there)
+        weights["reasoner/text/norm/scale"] = weights["reasoner/text/norm/scale"] + 1
+        others.save_weights(weights)
+    return folder
+
+
+def test_misuse_is_an_error(config, states, run, tmp_path):
     with pytest.raises(ValueError, match="set text_weight and hearing_weight to 0"):
         replace(replace(config, "loss.text_weight", 1.0), "loss.reasoner", "stored")
     trained = replace(replace(config, "loss.reasoner", "stored"), "optimizer.freeze", ())
     with pytest.raises(ChromaError, match="the Reasoner is trained; freeze it"):
         train(trained, tmp_path / "a", states)
-    other = tmp_path / "other"
-    train(replace(replace(config, "training.seed", 5), "training.steps", 1), other, tiny_prepared[1])
     with pytest.raises(ChromaError, match="the states of another Reasoner"):
-        store_hidden(states, other, rows_at_once=1)
+        store_hidden(states, with_other_weights(run, config, tmp_path / "other"), rows_at_once=1)
     (states / hidden.FOLDER / "valid-00000.array_record").unlink()
     with pytest.raises(ChromaError, match="cache_reasoner RUN"):
         hidden.HiddenReader(open_dataset(states), "valid", 32)

@@ -260,11 +260,10 @@ def test_a_reasoner_is_trained_alone_without_computing_the_rest(tiny_prepared, b
 @pytest.mark.parametrize("pieces", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_a_step_in_pieces_is_the_step_at_once(tiny_prepared, batch, weights, pieces):
     """Rows have different numbers of targets, so that the mean of the pieces' means would be something else."""
-    config = tiny_prepared[0]
-    mesh = make_mesh(MeshConfig(data=2))
-    with jax.set_mesh(mesh):
-        found = []
-        for accumulate in (1, pieces):
+    config, found = tiny_prepared[0], []
+    for accumulate, shape in ((1, MeshConfig()), (pieces, MeshConfig(data=2))):
+        mesh = make_mesh(shape)
+        with jax.set_mesh(mesh):
             trainer = trainer_of(replace(config, "training.accumulate", accumulate), mesh)
             state, metrics = trainer.train_step(started(trainer, weights), place(batch, trainer))
             found.append((jax.device_get(metrics), jax.device_get(state.trained)))
@@ -317,7 +316,7 @@ def test_parts_may_lie_by_rules_of_their_own(tiny_prepared, batch, weights, loss
         of_gate = values(state.trained)[f"decoder/{gate}"].shape  # and of "up"
         moments = [x for x in jax.tree.leaves(state.optimizer) if x.shape == of_gate]
         assert len(moments) == 4 and all(x.sharding.spec == P(None, rest, None) for x in moments)
-        _, metrics = trainer.train_step(state, place(batch, trainer))
+        metrics = trainer.eval_step(state, place(batch, trainer))
     for name in ("loss", "c0_loss", "residual_loss", "text_loss"):
         # float32 sums in another order
         np.testing.assert_allclose(metrics[name], losses_on_one_device[name], rtol=1e-5, err_msg=name)
