@@ -9,7 +9,7 @@ TPU = {
     "xla_tpu_overlap_compute_collective_tc": True,
     "xla_enable_async_all_gather": True,
 }
-# Gathers are taken apart to run beside products. On chips other than v5e the compiler refuses that since libtpu 0.0.50.
+# Gathers are taken apart to run beside products. On chips other than v5e newer compilers refuse that, as it may compute wrongly.
 FUSED_GATHERS = {
     "xla_tpu_enable_async_collective_fusion": True,
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
@@ -17,20 +17,18 @@ FUSED_GATHERS = {
 }
 
 
-def on_sparse_cores(given: bool) -> dict[str, bool]:
-    """Whether collectives are given to a chip's sparse cores, which run them beside whatever the others compute."""
-    return {
-        f"xla_tpu_enable_sparse_core_collective_offload_{kind}": given for kind in ("all_gather", "all_reduce", "reduce_scatter")
-    }
-
-
-# By how ``device_kind`` begins. v6e has 128 MiB of vector memory, of which a fusion may use 32 unless it is told more. Ironwood's
-# collectives go to its sparse cores by themselves; of that the compiler that JAX 0.10 comes with dies (libtpu 0.0.42,
-# offload_collective_strategies.cc).
+SPARSE_CORES = [
+    f"xla_tpu_enable_sparse_core_collective_offload_{kind}" for kind in ("all_gather", "all_reduce", "reduce_scatter")
+]
+# A chip's sparse cores run collectives beside whatever the others compute. Of larger programs the compilers that earlier versions
+# of JAX come with die then (libtpu 0.0.42 and 0.0.44, offload_collective_strategies.cc).
+OFFLOADS = jax.__version_info__ >= (0, 12)
+# By how ``device_kind`` begins. v6e has 128 MiB of vector memory, of which a fusion may use 32 unless it is told more, and takes
+# its collectives to its sparse cores when it is told to; Ironwood does by itself.
 BY_KIND = {
     "TPU v5 lite": FUSED_GATHERS,
-    "TPU v6": {"xla_tpu_scoped_vmem_limit_kib": 98_304} | on_sparse_cores(True),
-    "TPU7": on_sparse_cores(False) if jax.__version_info__ < (0, 12) else {},
+    "TPU v6": {"xla_tpu_scoped_vmem_limit_kib": 98_304} | (dict.fromkeys(SPARSE_CORES, True) if OFFLOADS else {}),
+    "TPU7": {} if OFFLOADS else dict.fromkeys(SPARSE_CORES, False),
 }
 
 
