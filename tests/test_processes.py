@@ -1,6 +1,5 @@
 """What a training of several processes promises: the same losses as one, and an end and a beginning whatever happens to one."""
 
-import dataclasses
 import os
 import re
 import shutil
@@ -12,6 +11,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from tiny import replace
@@ -231,14 +231,17 @@ def test_two_processes_train_the_same_speaking_model_as_one(tiny_prepared, tmp_p
 
 
 @pytest.mark.slow
-def test_two_processes_train_the_same_codec_as_one(tmp_path):
+def test_two_processes_train_the_same_codec_as_one(tmp_path, monkeypatch):
     """Through all phases: every process fits the quantizer for itself. Adam's first steps are as long where a gradient is nothing
-    but rounding as anywhere; they are short here, so that rounding stays rounding."""
+    but rounding as anywhere; they are short here, so that rounding stays rounding. From jaxlib 0.11 on a library (YNN) rounds
+    products of float32 by how they are shared among threads; what is compared does without it."""
     from test_codec_run import CODEC, config_for
     from tiny_corpus import write_corpus
 
-    from chroma_jax.training.codec.train import train_codec
     from data_pipelines.waves import prepare_waves
+
+    if jax.__version_info__ >= (0, 11):
+        monkeypatch.setenv("XLA_FLAGS", f"{os.environ['XLA_FLAGS']} --xla_cpu_experimental_ynn_fusion_type=")
 
     corpus = write_corpus(tmp_path / "corpus")
     short = {"recipe__optimizer__learning_rate": 3e-4}
@@ -249,8 +252,10 @@ def test_two_processes_train_the_same_codec_as_one(tmp_path):
     source.write_text(f"from test_codec_run import config_for\ndef config():\n    return {called}\n")
     with commands(source, tmp_path / "waves", run, free_port(), {"data": 4, "fsdp": 2}, 6) as processes:
         assert processes.ended(within=400) == [0, 0], processes.said(0)
-    config = dataclasses.replace(config, mesh=MeshConfig(data=4, fsdp=2))
-    train_codec(config, tmp_path / "one", tmp_path / "waves")
+    alone = [sys.executable, "-m", "chroma_jax", "train", source, tmp_path / "one", "--prepared", tmp_path / "waves"]
+    alone += ["--training.steps", "6", "--mesh.data", "4", "--mesh.fsdp", "2"]
+    settings = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8", "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}"}
+    subprocess.run(alone, env=os.environ | settings, check=True, capture_output=True)
     compare(run, tmp_path / "one", rel=1e-6)  # what float32 sums in another order differ by, three times over
 
 
