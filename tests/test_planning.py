@@ -1,7 +1,6 @@
 """Plans: what a compiled TPU program says is read right, topologies and meshes fit together, and real programs are planned."""
 
 import dataclasses
-import importlib.metadata
 import importlib.util
 import json
 
@@ -248,9 +247,8 @@ def test_the_words_of_a_kernel_s_loops_are_counted_without_the_piece_for_keys_th
 
 @pytest.mark.slow
 @needs_compiler
+@pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="the table is of the compiler that JAX 0.12 comes with, libtpu 0.0.50")
 def test_schedules_of_the_kernels_are_those_of_the_compiler():
-    if not (installed := importlib.metadata.version("libtpu")).startswith("0.0.50"):
-        pytest.skip(f"the table is of libtpu 0.0.50, this is {installed}")
     found = dict(pair for name in ("splash", "short", "flash") for pair in schedules.of_chip("v6e", name, 64))
     known = kernels.SCHEDULES | kernels.LOOPS
     assert len(found) == 5 and all(known[key] == schedule for key, schedule in found.items())

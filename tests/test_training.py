@@ -267,10 +267,10 @@ def test_a_step_in_pieces_is_the_step_at_once(tiny_prepared, batch, weights, pie
             trainer = trainer_of(replace(config, "training.accumulate", accumulate), mesh)
             state, metrics = trainer.train_step(started(trainer, weights), place(batch, trainer))
             found.append((jax.device_get(metrics), jax.device_get(state.trained)))
-    (metrics, weights), (others, other_weights) = found
+    (metrics, ours), (others, theirs) = found
     for name, value in metrics.items():
         np.testing.assert_allclose(others[name], value, rtol=1e-5, err_msg=name)  # float32 sums in another order
-    for a, b in zip(jax.tree.leaves(weights), jax.tree.leaves(other_weights), strict=True):
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         # Adam's first step is the sign of the gradient times the learning rate, whatever the gradient's size
         assert np.mean(np.abs(a - b) > 1e-4) < 0.01
 

@@ -65,8 +65,8 @@ class Instruction:
         return found[1] if found else ""
 
     def attribute(self, name: str) -> str:
-        """The computation or word that follows ``name=``, or ''."""
-        found = re.search(rf"\b{name}=%?([\w.\-]+)", self.rest)
+        """The computation or word, be it in quotes, that follows ``name=``, or ''."""
+        found = re.search(rf'\b{name}="?%?([\w.\-]+)', self.rest)
         return found[1] if found else ""
 
     def attributes(self, name: str) -> list[str]:
@@ -229,7 +229,7 @@ def collectives(module: Module, work: Sequence[Executed]) -> list[Collective]:
     for at, e in enumerate(work):
         i, start = e.instruction, beginning(e)
         if start.opcode in ("send", "recv") and "megascale" in start.rest:  # passed on to other slices, by way of the hosts
-            key = attribute_of(start.rest, "_xla_host_transfer_rendezvous"), id(e.within)
+            key = start.attribute("_xla_host_transfer_rendezvous"), id(e.within)
             if i.opcode == "send":
                 found[key] = Collective(BETWEEN_SLICES, i.arrays[0].bytes, (), e.times, i.source, at, at)
             elif key in found:
@@ -263,12 +263,6 @@ def communicating(module: Module, i: Instruction, within: Computation) -> list[t
     called = {"fusion": "calls", "async-start": "calls", "call-start": "to_apply"}.get(i.opcode)
     body = module.computations.get(i.attribute(called), {}) if called else within
     return [(c, body) for c in (body.values() if called else (i,)) if c.opcode.removesuffix("-start") in COLLECTIVES]
-
-
-def attribute_of(rest: str, name: str) -> str:
-    """What stands in quotes behind ``name=``, or ''."""
-    found = re.search(rf'\b{name}="([^"]*)"', rest)
-    return found[1] if found else ""
 
 
 def passing(kind: str, sent: float, result: float, devices: int) -> float:

@@ -315,30 +315,31 @@ def traffic(module: hlo.Module, work: Sequence[hlo.Executed], topology: Topology
     network between slices, carry one collective after the other, each from when it is set going on; the instruction that needs
     its result waits for what is left of it.
     """
-    found, links = hlo.collectives(module, work), {}
-    for c in found:
+    links: dict[hlo.Collective, tuple[str, float]] = {}  # (mesh axes, bytes per second)
+    begins, ends = collections.defaultdict(list), collections.defaultdict(list)
+    for c in hlo.collectives(module, work):
         if c.kind == hlo.BETWEEN_SLICES:
             links[c] = "data", topology.chip.dcn / topology.chip.devices
         elif len(c.group) > 1:
             links[c] = axes_of(c.group, mesh), ring_bandwidth(topology, np.array(c.group), mesh.devices)
-    begins, ends = collections.defaultdict(list), collections.defaultdict(list)
-    for c in links:
+        else:
+            continue
         begins[c.begins].append(c)
         ends[c.ends].append(c)
-    now, free, arrives = 0.0, {True: 0.0, False: 0.0}, {}
-    sums: dict[tuple[str, str], list] = collections.defaultdict(lambda: [0.0, 0.0, 0.0, 0])
+    lasts = {c: c.times * c.bytes / bandwidth for c, (_, bandwidth) in links.items()}
+    now, free, arrives, waited = 0.0, collections.Counter(), {}, {}
     for at, e in enumerate(work):
         now += lasting(module, e, topology.chip)[1]
         for c in begins[at]:
-            (axes, bandwidth), network = links[c], c.kind == hlo.BETWEEN_SLICES
-            seconds = c.times * c.bytes / bandwidth
-            free[network] = arrives[c] = max(now, free[network]) + seconds
-            of = sums[c.kind, axes]
-            of[:] = of[0] + c.times * c.bytes, of[1] + seconds, of[2], of[3] + round(c.times)
+            network = c.kind == hlo.BETWEEN_SLICES
+            free[network] = arrives[c] = max(now, free[network]) + lasts[c]
         for c in ends[at]:
-            sums[c.kind, links[c][0]][2] += max(0.0, arrives[c] - now)
-            now = max(now, arrives[c])
-    everything = (Traffic(*key, *values) for key, values in sums.items())
+            waited[c] = max(0.0, arrives[c] - now)
+            now += waited[c]
+    sums: dict[tuple[str, str], np.ndarray] = collections.defaultdict(lambda: np.zeros(4))
+    for c, (axes, _) in links.items():
+        sums[c.kind, axes] += c.times * c.bytes, lasts[c], waited[c], round(c.times)
+    everything = (Traffic(*key, *map(float, of[:3]), int(of[3])) for key, of in sums.items())
     return tuple(sorted(everything, key=lambda t: -t.seconds))
 
 

@@ -15,8 +15,6 @@ FUSED_GATHERS = {
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
     "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
 }
-
-
 SPARSE_CORES = [
     f"xla_tpu_enable_sparse_core_collective_offload_{kind}" for kind in ("all_gather", "all_reduce", "reduce_scatter")
 ]
@@ -30,8 +28,6 @@ BY_KIND = {
     "TPU v6": {"xla_tpu_scoped_vmem_limit_kib": 98_304} | (dict.fromkeys(SPARSE_CORES, True) if OFFLOADS else {}),
     "TPU7": {} if OFFLOADS else dict.fromkeys(SPARSE_CORES, False),
 }
-
-
 # XLA's own loops use half of AVX-512's width by themselves; without AVX-512 this changes nothing.
 ON_CPU = {"xla_cpu_prefer_vector_width": 512}
 # oneDNN's products of 16-bit numbers, with AMX or AVX-512 on processors that have it, are up to three times as fast as XLA's own,
