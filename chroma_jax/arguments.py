@@ -26,6 +26,25 @@ class Prepare:
 
 
 @dataclasses.dataclass(frozen=True)
+class Texts:
+    """Generates questions with answers, and sentences, for ``synthesize`` to speak.
+
+    Attributes:
+        out: JSON-lines file to write.
+        dialogues: Number of questions with answers in the train split.
+        sentences: Number of sentences in the train split.
+        withhold: Share of the answers to rules (sums, calendar …) that the train split lacks.
+        seed: Seed of the random choices.
+    """
+
+    out: Positional[Path]
+    dialogues: int = 3100
+    sentences: int = 8000
+    withhold: float = 0.08
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class Train:
     """Trains a speaking model or a codec; on an existing run folder, goes on from its newest checkpoint.
 

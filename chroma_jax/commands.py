@@ -25,6 +25,7 @@ from chroma_jax.arguments import (
     Prompt,
     Reply,
     Status,
+    Texts,
     Train,
     Verify,
 )
@@ -53,6 +54,17 @@ def prepare(args: Prepare, config) -> int:
         from chroma_jax.training.stored import store_hidden
 
         print(store_hidden(args.out, args.cache_reasoner))
+    return 0
+
+
+def texts(args: Texts) -> int:
+    from data_pipelines.dialogues import SPLITS
+    from data_pipelines.texts import TextsConfig, write_texts
+
+    counts = write_texts(TextsConfig(args.dialogues, args.sentences, withhold=args.withhold, seed=args.seed), args.out)
+    print(f"{'kind':<12}" + "".join(f"{split:>8}" for split in SPLITS))
+    for kind, of_split in counts.items():
+        print(f"{kind:<12}" + "".join(f"{of_split[split]:>8}" for split in SPLITS))
     return 0
 
 
