@@ -166,8 +166,10 @@ def comparisons() -> Iterable[Exchange]:
             first, second = (a, b) if (x + y) % 2 else (b, a)
             yield from asked(f"{b} is larger than {a}.", f"Which is larger, {first} or {second}?")
             yield from asked(f"{b} is larger than {a}.", f"Which number is bigger, {second} or {first}?")
+            yield from asked(f"{b} is larger than {a}.", f"Is {second} or {first} the larger number?")
             yield from asked(f"{a} is smaller than {b}.", f"Which is smaller, {second} or {first}?")
             yield from asked(f"{a} is smaller than {b}.", f"Which number is less, {first} or {second}?")
+            yield from asked(f"{a} is smaller than {b}.", f"Is {first} or {second} the smaller number?")
 
 
 def successors() -> Iterable[Exchange]:
@@ -229,11 +231,12 @@ def clock() -> Iterable[Exchange]:
                 "one hour" if ahead == 1 else f"{number(ahead)} hours",
             )
             after, before = f"{hours} after {a} o'clock is {b} o'clock.", f"{hours} before {b} o'clock is {a} o'clock."
-            yield from asked(
-                after, f"What time is it {hours} after {a} o'clock?", f"It is {a} o'clock. What time is it in {hours}?"
-            )
+            yield from asked(after, f"What time is it {hours} after {a} o'clock?")
+            yield from asked(after, f"It is {a} o'clock. What time is it in {hours}?")
+            yield from asked(after, f"How late is it {hours} after {a} o'clock?")
             yield from asked(before, f"What time is it {hours} before {b} o'clock?")
             yield from asked(before, f"It is {b} o'clock. What time was it {hours} ago?")
+            yield from asked(before, f"How late is it {hours} before {b} o'clock?")
 
 
 def capitals(table: dict[str, str]) -> Iterable[Exchange]:
@@ -314,10 +317,9 @@ def sounds(table: dict[str, str]) -> Iterable[Exchange]:
 
 def young(table: dict[str, str]) -> Iterable[Exchange]:
     for animal, child in table.items():
-        yield from asked(
-            f"A young {animal} is a {child}.", f"What is a young {animal} called?", f"What do you call a young {animal}?"
-        )
-        yield from asked(f"A young {animal} is a {child}.", f"What is the name for a young {animal}?")
+        answer = f"A young {animal} is {'an' if child[0] in 'aeio' else 'a'} {child}."
+        yield from asked(answer, f"What is a young {animal} called?", f"What do you call a young {animal}?")
+        yield from asked(answer, f"What is the name for a young {animal}?")
 
 
 def homes(table: dict[str, str]) -> Iterable[Exchange]:
@@ -336,7 +338,7 @@ def groups(table: dict[str, list[str]]) -> Iterable[Exchange]:
 def work(table: dict[str, str]) -> Iterable[Exchange]:
     for person, does in table.items():
         verb, rest = does.split(" ", 1)
-        base = verb.removesuffix("es") if verb in ("teaches", "catches", "fixes") else verb.removesuffix("s")
+        base = "fly" if verb == "flies" else verb[: -2 if verb.endswith(("ches", "xes")) else -1]
         yield from asked(f"{person} {does}.", f"Who {does}?", f"What does {person} do?", f"Who is it that {does}?")
         yield from asked(f"Yes, {person} {does}.", f"Does {person} {base} {rest}?", f"Is it true that {person} {does}?")
 

@@ -13,7 +13,7 @@ import dataclasses
 import json
 import random
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from chroma_jax.errors import ChromaError
@@ -114,7 +114,8 @@ def dialogues(config: TextsConfig, held_out: Iterable[Exchange]) -> dict[str, li
         train[kind] = rest
     asked = {normalised(e.question) for pairs in others.values() for _, _, e in pairs}
     train = {kind: [e for e in rest if normalised(e.question) not in asked] for kind, rest in train.items()}
-    return {"train": drawn(train, config.dialogues, config.seed), **others}
+    needed = {e.answer for pairs in others.values() for _, sort, e in pairs if sort == "wording"}
+    return {"train": drawn(train, config.dialogues, config.seed, needed), **others}
 
 
 def held_out_wordings(known: list[Exchange]) -> list[Exchange]:
@@ -158,13 +159,14 @@ def rank(exchange: Exchange) -> int:
     return zlib.crc32(b"rank " + normalised(exchange.question).encode())
 
 
-def drawn(known: Mapping[str, list[Exchange]], count: int, seed: int) -> list[tuple[str, str, Exchange]]:
+def drawn(known: Mapping[str, list[Exchange]], count: int, seed: int, needed: Collection[str]) -> list[tuple[str, str, Exchange]]:
     """Draws exchanges without repetition, in random order.
 
     Args:
         known: exchanges by kind; a kind's share is proportional to the square root of its size.
         count: number of exchanges to draw.
         seed: of the order of a kind's exchanges, within `turns`, and of the result.
+        needed: answers that each kind draws first.
 
     Returns:
         (kind, "", exchange) per draw.
@@ -173,7 +175,7 @@ def drawn(known: Mapping[str, list[Exchange]], count: int, seed: int) -> list[tu
     if count > total:
         raise ChromaError(f"--dialogues {count}: the generator has {total} for train; ask for fewer")
     rng = random.Random(f"dialogues {seed}")
-    orders = {kind: turns(rng.sample(found, len(found))) for kind, found in known.items()}
+    orders = {kind: turns(rng.sample(found, len(found)), needed) for kind, found in known.items()}
     taken = dict.fromkeys(orders, 0)
     for _ in range(count):  # the kind that is furthest behind its share is next
         open_kinds = [kind for kind in orders if taken[kind] < len(orders[kind])]
@@ -183,12 +185,16 @@ def drawn(known: Mapping[str, list[Exchange]], count: int, seed: int) -> list[tu
     return rng.sample(pairs, len(pairs))
 
 
-def turns(found: list[Exchange]) -> list[Exchange]:
-    """Reorders exchanges: a first wording of every answer, then a second one, and so on. Answers with one wording come second."""
+def turns(found: list[Exchange], needed: Collection[str]) -> list[Exchange]:
+    """Reorders exchanges so that facts come before wordings.
+
+    The order is a first wording of the needed answers, a first one of the others, a second one of each, and so on. An answer that
+    has one wording only restates a fact, so it counts as a second wording.
+    """
     wordings = collections.Counter(e.answer for e in found)
-    taken = collections.Counter({answer: 1 for answer, count in wordings.items() if count == 1})
+    taken = {answer: -1 if answer in needed else int(count == 1) for answer, count in wordings.items()}
     turn = []
     for e in found:
         turn.append(taken[e.answer])
-        taken[e.answer] += 1
+        taken[e.answer] = max(taken[e.answer], 0) + 1
     return [found[i] for i in sorted(range(len(found)), key=turn.__getitem__)]

@@ -119,10 +119,9 @@ def test_there_are_twenty_thousand_sentences():
     assert len({normalised(text) for text in found}) == 20_000
 
 
-def test_the_seed_decides(lines):
+def test_the_seed_decides():
     small = TextsConfig(dialogues=50, sentences=50)
     assert texts(small) == texts(small) != texts(TextsConfig(dialogues=50, sentences=50, seed=1))
-    assert texts(CONFIG) == lines
 
 
 def test_verbs_are_inflected():
