@@ -22,6 +22,7 @@ from chroma_jax.errors import EXIT_CODES, ChromaError, Ended, near
 # the file that --onto names, or none). A run may have to be that of a speaking model.
 COMMANDS: dict[str, tuple[type, Callable, Literal["file", "run", "speaking run", "file or run", "onto", "none"]]] = {
     "prepare": (arguments.Prepare, commands.prepare, "file"),
+    "synthesize": (arguments.Synthesize, commands.synthesize, "none"),
     "train": (arguments.Train, commands.train, "file"),
     "status": (arguments.Status, commands.status, "none"),
     "reply": (arguments.Reply, commands.reply, "speaking run"),
