@@ -12,7 +12,7 @@ import soundfile
 from data_pipelines.synthesis.engine import FRAME, SAMPLE_RATE, Engine, Phase, load_engine, waves
 from data_pipelines.synthesis.plan import Recording
 
-LEVEL_DB = -23.0  # RMS in dB of full scale. By RMS, since pulses in canonical phase are peaky and equal peaks would make them quiet
+LEVEL_DB = -23.0  # RMS in dB of full scale; at equal peaks, canonical phase would be quieter, since its pulses are peaky
 PEAK = 0.95  # a recording with a higher peak at that level is made softer
 REVISION = 1  # of this module, counted up when equal waves get other files
 

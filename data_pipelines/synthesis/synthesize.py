@@ -42,7 +42,7 @@ CHUNK = 16  # recordings given to a worker at a time
 
 README = """# Synthesized speech
 
-{entries} in {voices} voices; {hours:.2f} hours of English speech.
+{contents} in {voices} voices; {hours:.2f} hours of English speech.
 
 - `dialogues.jsonl`: `id, split, kind, question, answer, user_voice, assistant_voice, question_audio, answer_audio` and seconds.
 - `utterances.jsonl`: `id, split, kind, voice, text, audio, seconds`.
@@ -164,7 +164,9 @@ def claim(out: Path, settings: dict) -> None:
     write_whole(path, json.dumps({"settings": settings}, indent=2, ensure_ascii=False) + "\n")
 
 
-def recorded(recordings: Sequence[Recording], config: SynthesisConfig, out: Path, workers: int, progress: bool) -> Iterator[Result]:
+def recorded(
+    recordings: Sequence[Recording], config: SynthesisConfig, out: Path, workers: int, progress: bool
+) -> Iterator[Result]:
     """Makes recordings in several processes, and yields what became of each, in any order.
 
     Raises:
@@ -210,9 +212,8 @@ def failures(plan: Plan, results: dict[str, Result]) -> list[Problem]:
     for entry in plan.entries:
         errors = [results[r.key].error for r in entry.recordings if results[r.key].error]
         problems += [Problem("synthesis failed", entry.id, errors[0])] if errors else []
-    for r in plan.references:
-        problems += [Problem("synthesis failed", f"voice prompt of {r.voice}", results[r.key].error)] if results[r.key].error else []
-    return problems
+    failed = [(r.voice, results[r.key].error) for r in plan.references if results[r.key].error]
+    return problems + [Problem("synthesis failed", f"voice prompt of {voice}", error) for voice, error in failed]
 
 
 def write_manifests(
@@ -241,9 +242,8 @@ def write_manifests(
         raise ChromaError(f"{out}: nothing left; {len(problems)} problems, the first: {next(iter(problems), 'none')}")
     used = {r.voice for e in entries for r in e.recordings}
     references = [r for r in plan.references if results[r.key].samples and r.voice in used]
-    hours = {
-        split: round(sum(seconds(r) for e in entries if e.text.split == split for r in e.recordings) / 3600, 4) for split in SPLITS
-    }
+    by_split = {split: [r for e in entries if e.text.split == split for r in e.recordings] for split in SPLITS}
+    hours = {split: round(sum(map(seconds, recordings)) / 3600, 4) for split, recordings in by_split.items()}
     dialogues = [e for e in entries if e.text.is_dialogue]
     utterances = [e for e in entries if not e.text.is_dialogue]
     facts = {
@@ -253,11 +253,11 @@ def write_manifests(
         "counts": {
             "dialogues": {split: sum(e.text.split == split for e in dialogues) for split in SPLITS},
             "utterances": {split: sum(e.text.split == split for e in utterances) for split in SPLITS},
-            "voices": {split: len({r.voice for e in entries if e.text.split == split for r in e.recordings}) for split in SPLITS},
+            "voices": {split: len({r.voice for r in recordings}) for split, recordings in by_split.items()},
             "recordings": sum(1 for r in results.values() if r.samples),
         },
         "hours": hours,
-        "check": None if report is None else {name: report[name] for name in ("share", "word_error_rate", "similarity", "models")},
+        "check": report and {name: report[name] for name in ("share", "word_error_rate", "similarity", "models")},
         "problems": {"count": len(problems), "kinds": counted(problems), "entries": [str(p) for p in problems]},
     }
     with replaced_files(out) as aside:
@@ -265,7 +265,8 @@ def write_manifests(
         write_lines(aside / "utterances.jsonl", [utterance_line(e, seconds) for e in utterances])
         prompts = [{"voice": r.voice, "text": r.text, "audio": f"audio/{r.path}", "seconds": seconds(r)} for r in references]
         write_lines(aside / "references.jsonl", prompts)
-        write_origin(aside, settings, f"{len(dialogues)} dialogues and {len(utterances)} utterances", len(used), sum(hours.values()))
+        contents = f"{len(dialogues)} dialogues and {len(utterances)} utterances"
+        write_origin(aside, settings, contents, len(used), sum(hours.values()))
         if report is not None:
             write_json(aside / "check.json", report)
         write_json(aside / "synthesis.json", facts)
@@ -309,7 +310,7 @@ def write_lines(path: Path, lines: Sequence[dict]) -> None:
     path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
 
 
-def write_origin(folder: Path, settings: dict, entries: str, voices: int, hours: float) -> None:
+def write_origin(folder: Path, settings: dict, contents: str, voices: int, hours: float) -> None:
     """Writes README.md and LICENSE."""
     if settings["engine"] == "hibari":
         speech = f"The speech was synthesized with hibari-tts (Apache-2.0; {settings['engine_version']}).\n"
@@ -323,5 +324,5 @@ def write_origin(folder: Path, settings: dict, entries: str, voices: int, hours:
         twins = "- `canonical/`: the same recordings, sample by sample, in canonical phase, as targets of Codec training.\n"
     elif settings["phase"] == "canonical":
         twins = "- All recordings are in canonical phase.\n"
-    text = README.format(entries=entries, voices=voices, hours=hours, level=recorder.LEVEL_DB, twins=twins, speech=speech)
+    text = README.format(contents=contents, voices=voices, hours=hours, level=recorder.LEVEL_DB, twins=twins, speech=speech)
     (folder / "README.md").write_text(text, encoding="utf-8")

@@ -1,8 +1,8 @@
 """Virtual voices: the source-filter parameters that hibari-tts predicts, morphed into any number of voices.
 
-For every 12.5 ms hibari predicts the log magnitudes and phases of a harmonic and a residual branch, the log magnitudes of a noise
-branch, and F0. A `Voice` scales pitch and formants, and adds spectral tilt, breath and resonances. All of it follows from the name
-of the voice, so an utterance has no random rate or pitch of its own.
+For every 12.5 ms hibari predicts the log magnitudes and phases of a harmonic and a residual branch, the log magnitudes of a
+noise branch, and F0. A `Voice` scales pitch and formants, and adds spectral tilt, breath and resonances. All of it follows from
+the name of the voice, so an utterance has no random rate or pitch of its own.
 
 In free phase the pulses of a voice run on through the recording. In canonical phase they start anew, with a whole number of
 periods, in every Codec frame (see `canonical_phase`).
@@ -97,7 +97,7 @@ def version() -> str:
     try:
         return f"virtual voices {REVISION}, hibari-tts {importlib.metadata.version('hibari-tts')}"
     except importlib.metadata.PackageNotFoundError as error:
-        raise ChromaError("--engine hibari needs the package hibari-tts; install the extra: pip install 'chroma-jax[tts]'") from error
+        raise ChromaError("--engine hibari needs hibari-tts; install the extra: pip install 'chroma-jax[tts]'") from error
 
 
 @functools.cache
