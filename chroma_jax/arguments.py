@@ -44,6 +44,31 @@ class Texts:
     seed: int = 0
 
 
+class Synthesize:
+    """Synthesizes a corpus folder for ``prepare`` from texts, with a text-to-speech engine.
+
+    texts: JSON lines with id, split, kind and question, answer or text. out: corpus folder to write; a repeated command resumes.
+    engine: "hibari" (extra "tts"), or MODULE:FUNCTION. phase: "canonical" aligns pulses with Codec frames, "both" writes free
+    recordings with canonical twins. voices: number of voices of the train split. held_out_voices: number of voices of the valid
+    and test splits. hours: hours of the train split; texts are repeated in other voices, or cut. seed: seed of voices and noise.
+    workers: number of processes (default: one per CPU). check: share of the recordings whose word error rate is measured (extra
+    "eval"; default 0.02 if it is installed); 0 measures nothing, 1 also leaves out recordings above max_wer. max_wer: largest
+    word error rate of a recording that is kept with --check 1.
+    """
+
+    texts: Positional[Path]
+    out: Positional[Path]
+    engine: str = "hibari"
+    phase: Literal["free", "canonical", "both"] = "free"
+    voices: int = 64
+    held_out_voices: int = 16
+    hours: float | None = None
+    seed: int = 0
+    workers: int | None = None
+    check: float | None = None
+    max_wer: float = 0.5
+
+
 @dataclasses.dataclass(frozen=True)
 class Train:
     """Trains a speaking model or a codec; on an existing run folder, goes on from its newest checkpoint.

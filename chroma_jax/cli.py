@@ -23,6 +23,7 @@ from chroma_jax.errors import EXIT_CODES, ChromaError, Ended, near
 COMMANDS: dict[str, tuple[type, Callable, Literal["file", "run", "speaking run", "file or run", "onto", "none"]]] = {
     "prepare": (arguments.Prepare, commands.prepare, "file"),
     "texts": (arguments.Texts, commands.texts, "none"),
+    "synthesize": (arguments.Synthesize, commands.synthesize, "none"),
     "train": (arguments.Train, commands.train, "file"),
     "status": (arguments.Status, commands.status, "none"),
     "reply": (arguments.Reply, commands.reply, "speaking run"),

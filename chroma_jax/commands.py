@@ -3,8 +3,10 @@ the exit code. Each imports what it needs when it runs, so that the command line
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -25,6 +27,7 @@ from chroma_jax.arguments import (
     Prompt,
     Reply,
     Status,
+    Synthesize,
     Texts,
     Train,
     Verify,
@@ -66,6 +69,59 @@ def texts(args: Texts) -> int:
     for kind, of_split in counts.items():
         print(f"{kind:<12}" + "".join(f"{of_split[split]:>8}" for split in SPLITS))
     return 0
+
+
+def synthesize(args: Synthesize) -> int:
+    from data_pipelines.synthesis import check
+    from data_pipelines.synthesis.plan import SynthesisConfig
+    from data_pipelines.synthesis.synthesize import synthesize
+
+    share = 0.02 if args.check is None else args.check
+    if not 0 <= share <= 1 or args.max_wer < 0:
+        raise ChromaError(f"--check is {share:g} and --max-wer {args.max_wer:g}; expected a share of 0 to 1, and 0 or more")
+    config = SynthesisConfig(
+        **{name: getattr(args, name) for name in ("engine", "phase", "voices", "held_out_voices", "hours", "seed")}
+    )
+    skipped = ""
+    if args.check is None:
+        try:
+            metric_models()
+        except ChromaError as error:
+            share, skipped = 0.0, f"check skipped: {error}"
+    workers = len(os.sched_getaffinity(0)) if args.workers is None else args.workers
+    options = {"workers": workers, "check_share": share, "max_wer": args.max_wer, "models": metric_models}
+    done = synthesize(args.texts, args.out, config, **options)
+    counts, hours = done.facts["counts"], done.facts["hours"]
+    for split in hours:
+        print(
+            f"{args.out}: {split} {counts['dialogues'][split]} dialogues and {counts['utterances'][split]} utterances "
+            f"in {counts['voices'][split]} voices, {hours[split]:.2f} hours"
+        )
+    speed = done.made_seconds / done.wall_seconds / workers if done.made else 0.0
+    detail = f" ({done.made_seconds / 60:.1f} minutes of speech, {speed:.0f} × real time per worker)" if done.made else ""
+    print(f"{done.made} recordings synthesized{detail}, {done.kept} were there already{problem_counts(done.facts['problems'])}")
+    print(skipped or "check: off" if done.report is None else check.described(done.report))
+    return 0
+
+
+@functools.cache
+def metric_models():
+    """Whisper base and resemblyzer, to check synthesized speech with. Raises ChromaError if the extra "eval" is missing."""
+    from chroma_jax.evaluation.judges import Recogniser, Voices
+    from chroma_jax.evaluation.words import normalised, word_errors
+    from data_pipelines.synthesis.check import MetricModels
+
+    speech, speakers = Recogniser(), Voices()
+    normalised("one")  # its package is loaded when first used
+    return MetricModels(speech, speakers, word_errors, {"words": str(speech.origin), "voices": str(speakers.origin)})
+
+
+def problem_counts(problems: dict) -> str:
+    """Problems by kind, and the first of them, as the end of a sentence."""
+    if not problems["count"]:
+        return "; no problems"
+    kinds = ", ".join(f"{n} × {kind}" for kind, n in problems["kinds"].items())
+    return f"; {problems['count']} problems: {kinds}; the first: {problems['entries'][0]}"
 
 
 def summary(manifest: dict) -> str:

@@ -25,7 +25,8 @@ READ_ALOUD = "Say: "
 
 @dataclasses.dataclass(frozen=True)
 class CurriculumConfig:
-    """What is made of the train split in every pass over it; valid and test hold their dialogues alone.
+    """What is made of the train split in every pass over it. The valid and test splits hold their dialogues, and their utterances
+    to be read aloud.
 
     dialogue, listen, write, answer, read: how often a pass has each dialogue; each dialogue, heard but answered in text alone;
     each recording, heard and written down; each dialogue in text alone; each recording, read aloud. Below 1, that share of them
@@ -37,7 +38,8 @@ class CurriculumConfig:
     known when heard. prompts: "references" are the voice's own; "any" are one or more recordings of the voice, up to
     prompt_seconds. no_prompt: the share of spoken replies that have none. speeds: at which a voice is played, drawn for each
     example: for the user, and for a reply together with its prompt. piece_seconds: the longest piece of a recording that is
-    continued.
+    continued. max_voices: number of voices of the train split, in alphabetical order, that occur as voices of replies, whether
+    of dialogues, read aloud or continued; 0 for all.
     """
 
     dialogue: float = 1.0
@@ -55,9 +57,10 @@ class CurriculumConfig:
     no_prompt: float = 0.0
     speeds: tuple[float, ...] = (1.0,)
     piece_seconds: float = 9.0
+    max_voices: int = 0
 
     def __post_init__(self):
-        for name in ("dialogue", "listen", "write", "answer", "read", "proceed", "facts", "no_prompt"):
+        for name in ("dialogue", "listen", "write", "answer", "read", "proceed", "facts", "no_prompt", "max_voices"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("imagined", "withhold"):
@@ -120,6 +123,26 @@ def drawn(
     return found
 
 
+def held_out_examples(
+    corpus: Corpus, split: str, config: CurriculumConfig, seed: int, seconds: Mapping[Path, float]
+) -> list[Example]:
+    """The examples of the valid or test split: each dialogue once, then each utterance once, to be read aloud.
+
+    Args:
+        corpus: The corpus.
+        split: "valid" or "test".
+        config: Curriculum of the train split. It decides whether utterances have voice prompts, and of which kind; dialogues
+            always have references.
+        seed: Seed of the choice of prompts.
+        seconds: Length of every usable recording; others take no part.
+    """
+    dialogues = drawn(corpus, split, CurriculumConfig(), 1, seed, seconds)
+    prompts = CurriculumConfig(prompts=config.prompts, prompt_seconds=config.prompt_seconds, no_prompt=config.no_prompt)
+    drawing = Drawing(corpus, split, prompts, np.random.default_rng((seed, SPLITS.index(split), 1)), seconds)
+    utterances = [u for u in corpus.utterances if u.split == split and u.audio in seconds]
+    return dialogues + [drawing.read_aloud(u.voice, Spoken(u.audio, u.text, seconds[u.audio])) for u in utterances]
+
+
 class Drawing:
     """Draws the examples of a pass. From pass to pass, a reply goes through the references of its voice."""
 
@@ -132,19 +155,28 @@ class Drawing:
         self.dialogues = [d for d in of_split if {d.question_audio, d.answer_audio} <= seconds.keys()]
         said = {d.question_audio: (d.user_voice, d.question) for d in of_split}
         said |= {d.answer_audio: (d.assistant_voice, d.answer) for d in of_split}
+        said |= {u.audio: (u.voice, u.text) for u in corpus.utterances if u.split == split}
         voices = {voice for voice, _ in said.values()}
-        self.references = {r.audio for r in corpus.references if r.voice in voices}
+        self.speaking = set(sorted(voices)[: config.max_voices or None])
+        references = {r.audio for r in corpus.references if r.voice in voices}
         said |= {r.audio: (r.voice, r.text) for r in corpus.references if r.voice in voices}
         self.of_voice: dict[str, list[Spoken]] = collections.defaultdict(list)
+        self.references_of: dict[str, list[Spoken]] = collections.defaultdict(list)
+        self.place: dict[tuple[str, Path], int] = {}  # of a recording in `of_voice`
         for path, (voice, text) in said.items():
             if path in seconds:
-                self.of_voice[voice].append(Spoken(path, text, seconds[path]))
+                spoken = Spoken(path, text, seconds[path])
+                self.place[voice, path] = len(self.of_voice[voice])
+                self.of_voice[voice].append(spoken)
+                if path in references:
+                    self.references_of[voice].append(spoken)
         self.turn: dict[Path, int] = collections.defaultdict(lambda: int(rng.integers(1 << 30)))  # of each reply's references
 
     def examples(self) -> Iterator[Example]:
         c = self.config
         recordings = [(voice, spoken) for voice, of in self.of_voice.items() for spoken in of]
-        for d in self.some(self.dialogues, c.dialogue):
+        speaking = [(voice, spoken) for voice, spoken in recordings if voice in self.speaking]
+        for d in self.some([d for d in self.dialogues if d.assistant_voice in self.speaking], c.dialogue):
             speed = self.speed()
             prompt, transcript = self.prompt(d.assistant_voice, d.answer_audio, speed)
             heard, reply = Clip(d.question_audio, self.speed()), Clip(d.answer_audio, speed)
@@ -159,15 +191,19 @@ class Drawing:
         for kind, i in self.facts(c.facts):
             e = self.exchanges[kind][i]
             yield Example(f"fact {kind} {i}", **self.asked(e.question), answer=e.answer)
-        for voice, s in self.some(recordings, c.read):
-            speed = self.speed()
-            prompt, transcript = self.prompt(voice, s.path, speed)
-            said = {"said": READ_ALOUD + s.text, "answer": s.text}
-            yield Example(f"read {s.path.stem}", **said, prompt=prompt, transcript=transcript, reply=Clip(s.path, speed))
-        proceeding = [s.path for _, s in self.some(recordings, c.proceed)]
+        for voice, s in self.some(speaking, c.read):
+            yield self.read_aloud(voice, s)
+        proceeding = [s.path for _, s in self.some(speaking, c.proceed)]
         proceeding += [path for path in unwritten(c) if path in self.seconds]
         for path in proceeding:
             yield Example(f"proceed {path.stem}", reply=Clip(path, self.speed()), piece=self.piece(path))
+
+    def read_aloud(self, voice: str, spoken: Spoken) -> Example:
+        """A recording as the reply to a request to read its text aloud."""
+        speed = self.speed()
+        prompt, transcript = self.prompt(voice, spoken.path, speed)
+        said = {"said": READ_ALOUD + spoken.text, "answer": spoken.text}
+        return Example(f"read {spoken.path.stem}", **said, prompt=prompt, transcript=transcript, reply=Clip(spoken.path, speed))
 
     def facts(self, count: int) -> Iterator[tuple[str, int]]:
         """Kinds of exchanges and which of the kind. A kind is drawn the more often the more there are of it, by their root."""
@@ -194,19 +230,22 @@ class Drawing:
         """Recordings of a voice, and what is said in them."""
         if self.rng.random() < self.config.no_prompt:
             return (), ""
-        choices = [s for s in self.of_voice[voice] if s.path != but]
         if self.config.prompts == "references":
-            choices = [s for s in choices if s.path in self.references]
+            choices = [s for s in self.references_of[voice] if s.path != but]
             chosen = choices and [choices[self.turn[but] % len(choices)]]
             self.turn[but] += 1
         else:
+            # drawn among the others without copying them, since a voice may have many recordings
+            every, skipped = self.of_voice[voice], self.place.get((voice, but))
+            count = len(every) - (skipped is not None)
             wanted, chosen, total = self.rng.uniform(1.0, self.config.prompt_seconds), [], 0.0
-            for i in self.rng.permutation(len(choices)):
-                length = choices[i].seconds / speed
+            for i in self.rng.permutation(count):
+                choice = every[i if skipped is None or i < skipped else i + 1]
+                length = choice.seconds / speed
                 if total >= wanted:
                     break
                 if total + length <= self.config.prompt_seconds:
-                    chosen, total = [*chosen, choices[i]], total + length
+                    chosen, total = [*chosen, choice], total + length
         return tuple(Clip(s.path, speed) for s in chosen), " ".join(s.text for s in chosen)
 
     def piece(self, path: Path) -> tuple[float, float, float]:
@@ -234,7 +273,8 @@ def unwritten(config: CurriculumConfig) -> list[Path]:
 
 
 def written(corpus: Corpus, config: CurriculumConfig) -> list[str]:
-    """What is there in text alone, for a tokenizer to learn."""
+    """What the tokenizer learns besides dialogues and references: utterances, and what is there in text alone."""
     facts = exchanges(held_out(corpus, "train"), config.withhold) if config.facts else {}
     said = ([WRITE_DOWN] if config.write else []) + ([READ_ALOUD] if config.read else [])
-    return said + [text for of in facts.values() for e in of for text in e]
+    utterances = [u.text for u in corpus.utterances if u.split == "train"]
+    return utterances + said + [text for of in facts.values() for e in of for text in e]

@@ -3,6 +3,8 @@
     dialogues.jsonl    one JSON object a line: id, split, question, answer, user_voice, assistant_voice, question_audio,
                        answer_audio (paths inside the folder); other fields are ignored
     references.jsonl   voice, text, audio
+    utterances.jsonl   optional: id, split, voice, text, audio; single recordings, to be read aloud or written down. A corpus
+                       that has it may do without dialogues
 
 Recordings may be of any format that libsndfile reads. Every problem is found before anything is encoded.
 """
@@ -45,6 +47,17 @@ class Reference:
 
 
 @dataclasses.dataclass(frozen=True)
+class Utterance:
+    """A single recording of a voice, and what is said in it."""
+
+    id: str
+    split: str
+    voice: str
+    text: str
+    audio: Path
+
+
+@dataclasses.dataclass(frozen=True)
 class Problem:
     """Why an entry is left out. where: the line, recording or dialogue; kind: a short name to count by."""
 
@@ -64,6 +77,7 @@ class Corpus:
     dialogues: tuple[Dialogue, ...]
     references: tuple[Reference, ...]
     problems: tuple[Problem, ...]
+    utterances: tuple[Utterance, ...] = ()
 
     def references_of(self, voice: str) -> tuple[Reference, ...]:
         return tuple(r for r in self.references if r.voice == voice)
@@ -149,20 +163,49 @@ def read_dialogues(folder: Path) -> tuple[list[Dialogue], list[Problem]]:
     return found, problems
 
 
+def read_utterances(folder: Path) -> tuple[list[Utterance], list[Problem]]:
+    """Reads utterances.jsonl; a folder without it has none."""
+    if not (folder / "utterances.jsonl").is_file():
+        return [], []
+    names = tuple(f.name for f in dataclasses.fields(Utterance))
+    entries, problems = read_lines(folder / "utterances.jsonl", names)
+    found, seen = [], set()
+    for where, e in entries:
+        path = recording(folder, e["audio"])
+        if e["split"] not in SPLITS:
+            problems.append(Problem("unknown split", where, f"{e['split']!r}; known: {', '.join(SPLITS)}"))
+        elif path is None:
+            problems.append(Problem("missing audio", where, e["audio"]))
+        elif e["id"] in seen:
+            problems.append(Problem("duplicate", where, f"id {e['id']}"))
+        else:
+            seen.add(e["id"])
+            found.append(Utterance(**{**{n: e[n] for n in names}, "audio": path}))
+    return found, problems
+
+
+def manifests(folder: Path) -> list[Path]:
+    """The manifests that a corpus folder has, in a fixed order."""
+    names = ("dialogues.jsonl", "references.jsonl", "utterances.jsonl")
+    return [folder / name for name in names if (folder / name).is_file()]
+
+
 def read_corpus(source: str | Path = "embedded", *, on_problem: OnProblem = "skip") -> Corpus:
     """Reads a corpus folder, or the one that comes with the code for "embedded".
 
     An entry is left out, and named in ``problems``, when its line is not JSON, a field or transcript is missing or empty,
     its audio is not there, its split is unknown, its id was seen before, or no reference of the assistant's voice exists.
-    Raises ChromaError when the folder or a manifest is missing, when no dialogue is usable, and, with
+    Raises ChromaError when the folder or a manifest is missing, when no dialogue and no utterance is usable, and, with
     ``on_problem="strict"``, at any problem: the first ten are listed.
     """
     folder = EMBEDDED if str(source) == "embedded" else Path(source)
     if not folder.is_dir():
         raise ChromaError(f"{folder}: no such corpus folder")
     references, problems = read_references(folder)
-    dialogues, more = read_dialogues(folder)
-    problems += more
+    utterances, more = read_utterances(folder)
+    optional = utterances and not (folder / "dialogues.jsonl").is_file()
+    dialogues, problems_of_dialogues = ([], []) if optional else read_dialogues(folder)
+    problems += problems_of_dialogues + more
     voices = {r.voice for r in references}
     for d in dialogues:
         if d.assistant_voice not in voices:
@@ -170,9 +213,9 @@ def read_corpus(source: str | Path = "embedded", *, on_problem: OnProblem = "ski
     usable = tuple(d for d in dialogues if d.assistant_voice in voices)
     if on_problem == "strict":
         raise_problems(problems)
-    if not usable:
+    if not usable and not utterances:
         raise ChromaError(f"{folder}: no usable dialogue; {len(problems)} problems, the first: {next(iter(problems), 'empty')}")
-    return Corpus(folder, usable, tuple(references), tuple(problems))
+    return Corpus(folder, usable, tuple(references), tuple(problems), tuple(utterances))
 
 
 def licence(folder: Path) -> str:

@@ -37,7 +37,7 @@ from data_pipelines.codes import (
     loaded,
     seconds_in_header,
 )
-from data_pipelines.curriculum import CurriculumConfig, Example, drawn, unwritten, written
+from data_pipelines.curriculum import CurriculumConfig, Example, drawn, held_out_examples, unwritten, written
 from data_pipelines.dialogues import (
     SPLITS,
     Corpus,
@@ -45,6 +45,7 @@ from data_pipelines.dialogues import (
     Problem,
     counted,
     licence,
+    manifests,
     raise_problems,
     read_corpus,
 )
@@ -113,7 +114,7 @@ def prepare(
 
 def configuration(config: DataConfig, model: ChromaConfig, codec: CodecLike, corpus: Corpus) -> dict:
     """Everything the result depends on, as plain values: two datasets with equal ones are interchangeable."""
-    manifests = b"".join((corpus.folder / name).read_bytes() for name in ("dialogues.jsonl", "references.jsonl"))
+    contents = b"".join(path.read_bytes() for path in manifests(corpus.folder))
     data = dataclasses.asdict(config)
     if config.tokenizer not in ("train", "qwen"):
         data["tokenizer"] = str(Path(config.tokenizer).resolve())
@@ -123,7 +124,7 @@ def configuration(config: DataConfig, model: ChromaConfig, codec: CodecLike, cor
         "data": data,
         "model": model_facts(model),
         "codec": fingerprint(codec) if codec is not None else {"fitted": repr(model.codec)},
-        "corpus": hashlib.sha256(manifests).hexdigest()[:16],
+        "corpus": hashlib.sha256(contents).hexdigest()[:16],
     }
     return json.loads(json.dumps(facts))  # as they are read back
 
@@ -133,6 +134,8 @@ def fill(
 ) -> None:
     """Writes all files of a dataset into an empty folder."""
     problems = list(corpus.problems)
+    if not corpus.dialogues and config.curriculum.dialogue > 0:
+        raise ChromaError(f"{corpus.folder}: has utterances but no dialogues; set --data.curriculum.dialogue 0")
     if codec is None:
         codec = fitted_codec(config, model, corpus, progress)
     if isinstance(codec, Codec):
@@ -141,14 +144,8 @@ def fill(
     tokenizer.save(str(out / "tokenizer.json"))
 
     lengths = usable([*recordings(corpus), *unwritten(config.curriculum)], config.max_seconds, problems)
-    examples = {
-        split: drawn(corpus, split, *how, config.seed, lengths)
-        for split, how in {
-            "train": (config.curriculum, config.prompts_per_dialogue),
-            "valid": (CurriculumConfig(), 1),
-            "test": (CurriculumConfig(), 1),
-        }.items()
-    }
+    examples = {"train": drawn(corpus, "train", config.curriculum, config.prompts_per_dialogue, config.seed, lengths)}
+    examples |= {split: held_out_examples(corpus, split, config.curriculum, config.seed, lengths) for split in ("valid", "test")}
     everything = [e for split in SPLITS for e in examples[split]]
     codes = encode_recordings(
         [clip for e in everything for clip in e.spoken],
@@ -186,6 +183,7 @@ def fill(
 
 def recordings(corpus: Corpus) -> list[Path]:
     spoken = [path for d in corpus.dialogues for path in (d.question_audio, d.answer_audio)]
+    spoken += [u.audio for u in corpus.utterances]
     return list(dict.fromkeys(spoken + [r.audio for r in corpus.references]))
 
 
@@ -312,8 +310,9 @@ def fitted_codec(config: DataConfig, model: ChromaConfig, corpus: Corpus, progre
     """A Codec with random convolutions and codebooks fitted to training answers and references (see `fit_quantizer`)."""
     codec = jax.jit(lambda: Codec(nnx.Rngs(config.seed), model.codec))()
     train = [d for d in corpus.dialogues if d.split == "train"]
-    voices = {d.assistant_voice for d in train}
-    paths = [d.answer_audio for d in train] + [r.audio for r in corpus.references if r.voice in voices]
+    read = [u for u in corpus.utterances if u.split == "train"]
+    voices = {d.assistant_voice for d in train} | {u.voice for u in read}
+    paths = [d.answer_audio for d in train] + [u.audio for u in read] + [r.audio for r in corpus.references if r.voice in voices]
     # a code needs some tens of examples; one recording has about as many frames
     most = max(64, 2 * model.codec.codebook_size)
     chosen = np.random.default_rng(config.seed).permutation(len(paths))[:most]

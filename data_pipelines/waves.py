@@ -33,11 +33,11 @@ SPLITS = ("train", "valid")
 class CodecDataConfig:
     """What to prepare, and how it is cut.
 
-    corpora: folders, or "embedded" for the corpus that comes with the code. Of a folder with a dialogues.jsonl, the recordings
-    of its train split and the references of that split's voices are trained on, those of its valid split are held out; of any
-    other folder, all recordings below it are trained on. max_seconds: of a recording, longer ones are a problem. crop_frames:
-    length of a training crop. level_db: a crop is made louder or softer by up to so much. speeds: at one of which, drawn for each
-    crop, it is played. valid_seconds: held-out recordings are cut to this.
+    corpora: folders, or "embedded" for the corpus that comes with the code. Of a folder with a dialogues.jsonl or an
+    utterances.jsonl, the recordings of its train split and the references of that split's voices are trained on, those of its
+    valid split are held out; of any other folder, all recordings below it are trained on. max_seconds: of a recording, longer
+    ones are a problem. crop_frames: length of a training crop. level_db: a crop is made louder or softer by up to so much.
+    speeds: at one of which, drawn for each crop, it is played. valid_seconds: held-out recordings are cut to this.
     """
 
     corpora: tuple[str, ...] = ("embedded",)
@@ -123,14 +123,16 @@ def recordings(corpus: str) -> dict[str, list[Path]]:
     root = folder(corpus)
     if not root.is_dir():
         raise ChromaError(f"{root}: no such corpus folder")
-    if not (root / "dialogues.jsonl").is_file():
+    if not ((root / "dialogues.jsonl").is_file() or (root / "utterances.jsonl").is_file()):
         return {"train": sorted(p for p in root.rglob("*") if p.suffix.lower() in SOUNDS), "valid": []}
     spoken = read_corpus(corpus)
     found: dict[str, list[Path]] = {}
     for split in SPLITS:
         of = [d for d in spoken.dialogues if d.split == split]
         found[split] = [path for d in of for path in (d.question_audio, d.answer_audio)]
+        found[split] += [u.audio for u in spoken.utterances if u.split == split]
     voices = {d.assistant_voice for d in spoken.dialogues if d.split == "train"}
+    voices |= {u.voice for u in spoken.utterances if u.split == "train"}
     found["train"] += [r.audio for r in spoken.references if r.voice in voices]
     return {split: list(dict.fromkeys(paths)) for split, paths in found.items()}
 

@@ -1,0 +1,1 @@
+"""Synthetic speech: texts and a text-to-speech engine become a corpus folder; see README.md."""
