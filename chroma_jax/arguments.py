@@ -44,6 +44,7 @@ class Texts:
     seed: int = 0
 
 
+@dataclasses.dataclass(frozen=True)
 class Synthesize:
     """Synthesizes a corpus folder for ``prepare`` from texts, with a text-to-speech engine.
 
