@@ -101,7 +101,7 @@ class Peer(nn.Module):
         x = self.decoder(inputs_embeds=x).last_hidden_state[:, 1:]
         logits = torch.einsum("NQD,QDV->NQV", x, self.heads)
         residual = F.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), ignore_index=-1)
-        weight = config.loss.decoder_weight
+        weight = config.loss.residual_weight
         return total + (1 - weight) * c0 + weight * residual
 
 

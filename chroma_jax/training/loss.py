@@ -8,22 +8,28 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from chroma_jax.errors import ChromaError
 from chroma_jax.layers.sharding import active, leading_spec, reshape_rows, reshard, take_rows
 from chroma_jax.models.audio_encoder import num_positions
 from chroma_jax.models.chroma import Chroma, frame_logits
 from chroma_jax.models.reasoner import Reasoner
 from chroma_jax.rows import Batch, is_present
 
+DECODER_WEIGHT = 0.5  # the report's λ
+
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """decoder_weight: λ. speech_weight: of the loss of c0 … c7 (0 leaves Backbone and Decoder uncomputed). text_weight: of the
-    Reasoner's text loss (0 leaves its logits uncomputed). hearing_weight: of `hearing_loss`, for an audio encoder that is trained
-    from scratch.
+    """decoder_weight: λ. codebook_weights: one non-negative weight w_q per codebook, instead of λ. The speech loss is then
+    Σ_q w_q · CE(c_q) / Σ_q w_q. Q equal weights are λ = (Q − 1) / Q. Empty: λ applies.
+
+    speech_weight: of the loss of c0 … c7 (0 leaves Backbone and Decoder uncomputed). text_weight: of the Reasoner's text loss (0
+    leaves its logits uncomputed). hearing_weight: of `hearing_loss`, for an audio encoder that is trained from scratch.
 
     text_chunk: answers of a row whose text logits exist at a time; 0 for all at once. With a vocabulary of 152k, 192 answers of a
     row are 117 MB of logits, and as much again for their gradient.
@@ -40,7 +46,8 @@ class LossConfig:
     loss reaches the Backbone through h.
     """
 
-    decoder_weight: float = 0.5
+    decoder_weight: float = DECODER_WEIGHT
+    codebook_weights: tuple[float, ...] = ()
     speech_weight: float = 1.0
     reasoner: Literal["computed", "stored"] = "computed"
     text_weight: float = 0.0
@@ -55,11 +62,35 @@ class LossConfig:
             raise ValueError(f"loss.decoder_frames {self.decoder_frames} is not in (0, 1]")
         if not 0 <= self.decoder_weight <= 1:
             raise ValueError(f"loss.decoder_weight {self.decoder_weight} is not in [0, 1]")
+        if self.codebook_weights:
+            if min(self.codebook_weights) < 0 or not 0 < sum(self.codebook_weights) < math.inf:
+                raise ValueError(
+                    f"loss.codebook_weights {self.codebook_weights}: expected weights >= 0 with a positive, finite sum"
+                )
+            if self.decoder_weight != DECODER_WEIGHT:
+                raise ValueError(
+                    f"loss.codebook_weights and loss.decoder_weight {self.decoder_weight} are both set;"
+                    f" leave decoder_weight at {DECODER_WEIGHT} or remove codebook_weights"
+                )
         if self.reasoner == "stored" and (self.text_weight or self.hearing_weight or not self.speech_weight):
             raise ValueError("loss.reasoner 'stored' leaves no loss but that of speech; set text_weight and hearing_weight to 0")
         for name in ("text_chunk", "decoder_chunk"):
             if getattr(self, name) < 0:
                 raise ValueError(f"loss.{name} is {getattr(self, name)}, must not be negative")
+
+    @property
+    def residual_weight(self) -> float:
+        """The weight λ of the residual codebooks c1 … c(Q−1) together; that of c0 is 1 − λ."""
+        w = self.codebook_weights
+        return sum(w[1:]) / sum(w) if w else self.decoder_weight
+
+    def check_codebooks(self, codebooks: int) -> None:
+        """Raises ChromaError unless there is one weight for each of the model's codebooks."""
+        if self.codebook_weights and len(self.codebook_weights) != codebooks:
+            raise ChromaError(
+                f"loss.codebook_weights has {len(self.codebook_weights)} weights, model.codebooks is {codebooks};"
+                " give one weight per codebook"
+            )
 
 
 class Counts(NamedTuple):
@@ -114,13 +145,28 @@ def choose_frames(present: jax.Array, count: int, key: jax.Array) -> tuple[jax.A
     return index, value >= 0
 
 
+class FrameLosses(NamedTuple):
+    """Losses of target frames, float32.
+
+    Attributes:
+        c0: Mean negative log-likelihood of c0 in nats, [].
+        residual: Mean over c1 … c(Q−1) in nats, [], weighted by `LossConfig.codebook_weights` where these are set.
+        accuracy: Share of targets that are the most likely code, per codebook, [Q].
+        nll: Mean negative log-likelihood per codebook in nats, [Q], without a gradient.
+    """
+
+    c0: jax.Array
+    residual: jax.Array
+    accuracy: jax.Array
+    nll: jax.Array
+
+
 def frame_losses(
     model: Chroma, hidden: jax.Array, codes: jax.Array, config: LossConfig, key: jax.Array, whole: Counts | None = None
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> FrameLosses:
     """Losses of target frames, given the Backbone's h at the position that predicts each.
 
     hidden: [B, F, D]; codes: int32 [B, F, Q], negative = no target. whole: what the means are over, if not these targets alone.
-    Returns (mean nll of c0, mean nll of c1 … c(Q−1), accuracy [Q] per codebook).
     """
     nll, hit = cross_entropy(model.backbone.logits(hidden), codes[..., 0])
     present = is_present(codes[..., 0])
@@ -131,39 +177,53 @@ def frame_losses(
         hidden, codes = take_rows(hidden, index), jnp.where(chosen[..., None], take_rows(codes, index), -1)
     if config.decoder_hidden == "detached":
         hidden = jax.lax.stop_gradient(hidden)
-    nll, hits = residual_losses(model, hidden, codes, config.decoder_chunk)
+    total, (nlls, hits) = residual_losses(model, hidden, codes, config.decoder_chunk, config.codebook_weights[1:])
     count = jnp.sum(is_present(codes[..., 1:]), axis=(0, 1))
     count = count if whole is None else jnp.broadcast_to(whole.residual, count.shape)
-    residual_loss = mean(nll, jnp.sum(count))
+    residual_loss = mean(total, jnp.sum(count))
     accuracy = jnp.concatenate([c0_accuracy[None], mean(hits, count)])
-    return c0_loss, residual_loss, accuracy
+    per_codebook = jnp.concatenate([c0_loss[None], mean(nlls, count)])
+    return FrameLosses(c0_loss, residual_loss, accuracy, jax.lax.stop_gradient(per_codebook))
 
 
-def residual_losses(model: Chroma, hidden: jax.Array, codes: jax.Array, chunk: int) -> tuple[jax.Array, jax.Array]:
-    """Sums over target frames: negative log likelihood of c1 … c(Q−1) in nats, and how many were the likeliest, [Q−1].
+def residual_losses(
+    model: Chroma, hidden: jax.Array, codes: jax.Array, chunk: int, weights: tuple[float, ...] = ()
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """Losses of c1 … c(Q−1), summed over target frames.
 
-    hidden: [B, F, D]; codes: int32 [B, F, Q]. chunk: see `LossConfig.decoder_chunk`.
+    Args:
+        model: Its Decoder and audio embedding compute the logits.
+        hidden: [B, F, D].
+        codes: int32 [B, F, Q], negative = no target.
+        chunk: See `LossConfig.decoder_chunk`.
+        weights: One per residual codebook; scaled to a mean of 1. Empty: all are 1.
+
+    Returns:
+        (total, (nll [Q−1], hits [Q−1])), float32. The total is the weighted negative log-likelihood in nats over all residual
+        codebooks. Only it has a gradient. nll is not weighted; hits counts the targets that are the most likely code.
     """
-    graph, weights = nnx.split((model.decoder, model.audio_embedding))
+    graph, parts = nnx.split((model.decoder, model.audio_embedding))
+    scale = [w * len(weights) / (sum(weights) or 1) for w in weights]
 
-    def some(weights: nnx.State, hidden: jax.Array, codes: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def some(parts: nnx.State, hidden: jax.Array, codes: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         frames = codes.shape[0] * codes.shape[1]
         codes = reshape_rows(codes, frames, codes.shape[2])
-        logits = frame_logits(*nnx.merge(graph, weights), reshape_rows(hidden, frames, hidden.shape[2]), codes)
+        logits = frame_logits(*nnx.merge(graph, parts), reshape_rows(hidden, frames, hidden.shape[2]), codes)
         nll, hit = cross_entropy(logits, codes[:, 1:])
-        return jnp.sum(nll), jnp.sum(hit, axis=0)
+        total = jnp.sum(nll * np.array(scale, np.float32)) if scale else jnp.sum(nll)
+        return total, (jnp.sum(jax.lax.stop_gradient(nll), axis=0), jnp.sum(hit, axis=0))
 
     if not chunk or chunk >= codes.shape[1]:
-        return some(weights, hidden, codes)
+        return some(parts, hidden, codes)
     pad = ((0, 0), (0, -codes.shape[1] % chunk), (0, 0))
     hidden, codes = jnp.pad(hidden, pad), jnp.pad(codes, pad, constant_values=-1)
     cut = lambda x: jnp.moveaxis(reshape_rows(x, len(x), x.shape[1] // chunk, chunk, x.shape[2]), 1, 0)
-    return chunked(some, weights, cut(hidden), cut(codes))
+    return chunked(some, parts, cut(hidden), cut(codes))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def chunked(some: Callable, weights: nnx.State, hidden: jax.Array, codes: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The sum over chunks, P of them, of ``some(weights, hidden, codes)``: a total, and counts without a gradient. The total's is
+def chunked(some: Callable, weights: nnx.State, hidden: jax.Array, codes: jax.Array) -> tuple:
+    """The sum over chunks, P of them, of ``some(weights, hidden, codes)``: a total, and sums without a gradient. The total's is
     computed together with it, chunk by chunk, and nothing kept of them. hidden: [P, B, C, D]; codes: int32 [P, B, C, Q]."""
     sums = jax.lax.map(lambda x: some(weights, *x), (hidden, codes))
     return jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
@@ -243,7 +303,10 @@ def hearing_loss(reasoner: Reasoner, audio: jax.Array, batch: Batch, blank: int)
 def loss(
     model: Chroma, batch: Batch, config: LossConfig, key: jax.Array, dtype, whole: Counts | None = None
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The loss of a global batch and its parts, each a mean over the batch's targets (float32 scalars; accuracy [Q]).
+    """The loss of a global batch and its parts, each a mean over the batch's targets (float32 scalars; nll and accuracy [Q]).
+
+    Metric files name vectors by codebook: ``nll_0`` … ``nll_7`` are nats of c0 … c7, ``accuracy_0`` … the shares predicted
+    right. ``c0_loss`` and ``residual_loss`` are the unweighted means over c0 and over c1 … c7.
 
     whole: the targets of the whole batch, where ``batch`` is a piece of it; losses and metrics of all pieces then add up.
     """
@@ -272,8 +335,10 @@ def loss(
             hidden = model.backbone(model.interleaved(batch, answers), batch.position, batch.segment)
             hidden = take_rows(hidden, jnp.maximum(batch.target_position, 0))
         with jax.named_scope("frames"):
-            c0, residual, metrics["accuracy"] = frame_losses(model, hidden, batch.target_codes, config, key, over)
-        metrics |= {"c0_loss": c0, "residual_loss": residual}
-        total += config.speech_weight * ((1 - config.decoder_weight) * c0 + config.decoder_weight * residual)
-    metrics |= {"loss": total, "frames": own.frames, "tokens": own.tokens, "heard_tokens": own.heard_tokens}
+            c0, residual, accuracy, nll = frame_losses(model, hidden, batch.target_codes, config, key, over)
+        metrics |= {"c0_loss": c0, "residual_loss": jnp.mean(nll[1:]) if config.codebook_weights else residual}
+        metrics |= {"accuracy": accuracy, "nll": nll}
+        total += config.speech_weight * ((1 - config.residual_weight) * c0 + config.residual_weight * residual)
+    metrics |= {"loss": total, "frames": own.frames, "residual_frames": own.residual}
+    metrics |= {"tokens": own.tokens, "heard_tokens": own.heard_tokens}
     return total, metrics

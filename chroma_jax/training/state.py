@@ -91,6 +91,7 @@ def make_trainer(
     accumulate: in how many pieces a step computes its rows, one after the other; the gradient is that of all at once. skip_norm:
     see `applied`. Raises: ChromaError for weights that the mesh does not divide, or freeze or LoRA patterns that do not fit.
     """
+    losses.check_codebooks(model.codebooks)
     tx, compute = make_optimizer(optimizer), jnp.dtype(precision.compute)
     rate = learning_rate(optimizer)
 

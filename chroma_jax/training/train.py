@@ -156,12 +156,15 @@ def kept(prepared: Path, start: Path | None) -> list[Path]:
     return wanted
 
 
-COUNTS = ("frames", "tokens", "heard_tokens")  # metrics that say over how many targets the others are means
+COUNTS = ("frames", "residual_frames", "tokens", "heard_tokens")  # numbers of targets that the other metrics are means over
 
 
 def counted_by(name: str) -> str:
-    """Over what a metric is a mean."""
-    return {"text": "tokens", "hearing": "heard_tokens"}.get(name.split("_")[0], "frames")
+    """Name of the count that a metric is a mean over. name: as `flat` writes it, "nll_3"."""
+    kind, _, rest = name.partition("_")
+    if kind == "residual" or (kind in ("nll", "accuracy") and rest != "0"):  # the Decoder may see a share of the frames
+        return "residual_frames"
+    return {"text": "tokens", "hearing": "heard_tokens"}.get(kind, "frames")
 
 
 class Speaking:
@@ -203,11 +206,11 @@ class Speaking:
 
     def rates(self, metrics: dict[str, float], steps_per_second: float) -> dict[str, float]:
         t, row = self.config.training, self.config.data.row
-        frames, tokens, _ = (metrics.pop(name) for name in COUNTS)
+        counts = {name: metrics.pop(name) for name in COUNTS}
         rates = {
-            "reply_tokens_per_second": tokens * steps_per_second,
+            "reply_tokens_per_second": counts["tokens"] * steps_per_second,
             "positions_per_second": t.global_batch * (row.positions + row.text) * steps_per_second,
-            "reply_audio_seconds_per_second": frames / self.config.model.codec.frame_rate * steps_per_second,
+            "reply_audio_seconds_per_second": counts["frames"] / self.config.model.codec.frame_rate * steps_per_second,
             "flops_per_second": self.step_flops * steps_per_second,
         }
         if self.peak is not None:
