@@ -1,0 +1,73 @@
+"""First stage of the next nano: the text model learns facts and to repeat texts. Its vectors then enter Backbone and Decoder.
+
+    chroma-jax prepare nano2_text DATA --codec codec_nano --data.corpus CORPUS
+    chroma-jax train nano2_text RUN --prepared DATA
+"""
+
+import dataclasses
+
+from chroma_jax.config import Config, ReplyConfig, TrainingConfig
+from chroma_jax.layers.rope import RopeConfig
+from chroma_jax.layers.transformer import LlamaConfig
+from chroma_jax.models.audio_encoder import AudioEncoderConfig
+from chroma_jax.models.chroma import ChromaConfig
+from chroma_jax.models.reasoner import ReasonerConfig
+from chroma_jax.rows import RowShape
+from chroma_jax.training.checkpoint import CheckpointConfig
+from chroma_jax.training.loss import LossConfig
+from chroma_jax.training.optimizer import OptimizerConfig
+from chroma_jax.training.state import PrecisionConfig
+from configs.codec_nano import codec
+from configs.nano import VOCABULARY, special_tokens
+from data_pipelines.curriculum import CurriculumConfig
+from data_pipelines.prepare import DataConfig
+
+
+def model() -> ChromaConfig:
+    """15.3M parameters with the Codec; eight conversations run on two CPU cores."""
+    stack = LlamaConfig(num_layers=6, width=256, num_heads=4, num_kv_heads=2, head_dim=64, mlp_width=768, attention="blocks")
+    return ChromaConfig(
+        reasoner=ReasonerConfig(
+            audio=AudioEncoderConfig(num_layers=4, width=192, num_heads=6, mlp_width=576, output_width=256),
+            text=dataclasses.replace(stack, num_layers=4, norm_eps=1e-6, qkv_bias="qkv", rope=RopeConfig(theta=1e6)),
+            vocab_size=VOCABULARY,
+        ),
+        backbone=stack,
+        decoder=LlamaConfig(num_layers=4, width=192, num_heads=4, num_kv_heads=2, head_dim=48, mlp_width=576),
+        codec=codec(),
+        tokens=special_tokens(VOCABULARY),
+        codebooks=8,
+        audio_vocab=259,
+        codebook_pad=258,
+    )
+
+
+def data() -> DataConfig:
+    """Every text read aloud in its own voice without a prompt, and questions answered in text alone."""
+    return DataConfig(
+        row=RowShape(blocks=1, text=576, answers=192, positions=384, frames=224, heard=0),
+        prompts_per_dialogue=1,
+        curriculum=CurriculumConfig(dialogue=0.0, read=1.0, answer=1.0, facts=6000, no_prompt=1.0),
+    )
+
+
+def config() -> Config:
+    steps = 3000
+    return Config(
+        model=model(),
+        data=data(),
+        training=TrainingConfig(steps=steps, global_batch=8, eval_every=500, log_every=25),
+        loss=LossConfig(speech_weight=0.0, text_weight=1.0),
+        optimizer=OptimizerConfig(
+            learning_rate=2e-3,
+            warmup_steps=100,
+            schedule="cosine",
+            decay_steps=steps - 100,
+            final_factor=0.05,
+            weight_decay=0.5,
+            freeze=("backbone/", "decoder/", "audio_embedding/", "reasoner/audio/"),
+        ),
+        precision=PrecisionConfig(compute="float32"),
+        checkpoint=CheckpointConfig(every=500, keep=2),
+        reply=ReplyConfig(temperature=0.5, top_k=50),
+    )
