@@ -60,10 +60,10 @@ PLOT = "from pathlib import Path; from chroma_jax.training.curves import plot; p
 def setup(path: Path, args: argparse.Namespace) -> str:
     """Makes source, environment and data, each unless it exists."""
     if path.resolve().is_relative_to(ROOT):
-        raise ChromaError(f"{path}: lies in the repository; choose a folder outside of it")
+        raise ChromaError(f"{path}: is inside the repository; choose a folder outside of it")
     before = read_json(path / STATE)
-    given = read_description(args.description) if args.description else before["what"] if before else {}
-    what = from_dict(given | overrides(args), str(args.description or "flags"))
+    values = read_description(args.description) if args.description else before["what"] if before else {}
+    what = from_dict(values | overrides(args), str(args.description or "flags"))
     if before and before["what"]["tag"] != what.tag:
         raise ChromaError(f"{path}: is set up for {before['what']['tag']}; use retag {what.tag}")
     path.mkdir(parents=True, exist_ok=True)
@@ -103,9 +103,9 @@ def start(path: Path, args: argparse.Namespace) -> str:
     """Starts or resumes the current run; after a finished stage, the next one."""
     folder = Folder.read(path)
     processes.reconcile(path)
-    found = processes.running(path)
-    if found:
-        raise ChromaError(f"{path}: runs already (process {found['pid']}); stop or pause it first")
+    process = processes.running(path)
+    if process:
+        raise ChromaError(f"{path}: runs already (process {process['pid']}); stop or pause it first")
     if args.cores is not None:
         folder = dataclasses.replace(folder, what=dataclasses.replace(folder.what, cores=checked_cores(args.cores)))
     folder = prepare(next_stage(folder))
@@ -121,10 +121,10 @@ def start(path: Path, args: argparse.Namespace) -> str:
     ended = past()
     if ended and ended[0]["exit_code"] != 0:
         raise ChromaError(f"the training ended at once with exit code {ended[0]['exit_code']}; see {path / LOG}")
-    found = processes.running(path)
-    if not ended and not found:
+    process = processes.running(path)
+    if not ended and not process:
         raise ChromaError(f"the training did not start within {START_SECONDS:g} s; see {path / LOG}")
-    return f"{folder.run}: " + (f"runs as process {found['pid']}, log in {path / LOG}" if found else "had nothing left to do")
+    return f"{folder.run}: " + (f"runs as process {process['pid']}, log in {path / LOG}" if process else "had nothing left to do")
 
 
 def wait(reached: Callable[[], object], seconds: float) -> None:
@@ -147,37 +147,37 @@ def next_stage(folder: Folder) -> Folder:
 
 def needed(path: Path) -> dict:
     """The running training. Raises ChromaError when none runs."""
-    found = processes.running(path)
-    if found is None:
+    process = processes.running(path)
+    if process is None:
         raise ChromaError(f"{path}: no training runs; start it with start {path}")
-    return found
+    return process
 
 
 def pause(path: Path, args: argparse.Namespace) -> str:
     """Freezes the training and all its processes. A paused training keeps its memory."""
-    found = needed(path)
-    os.killpg(processes.group_of(found), signal.SIGSTOP)
-    return f"{path}: paused (process {found['pid']})"
+    process = needed(path)
+    os.killpg(processes.group_of(process), signal.SIGSTOP)
+    return f"{path}: paused (process {process['pid']})"
 
 
 def continue_(path: Path, args: argparse.Namespace) -> str:
     """Lets a paused training run again."""
-    found = needed(path)
-    os.killpg(processes.group_of(found), signal.SIGCONT)
-    return f"{path}: runs (process {found['pid']})"
+    process = needed(path)
+    os.killpg(processes.group_of(process), signal.SIGCONT)
+    return f"{path}: runs (process {process['pid']})"
 
 
 def cores(path: Path, args: argparse.Namespace) -> str:
     """Moves the running training to other cores, and keeps them for the next start."""
-    folder, wanted = Folder.read(path), checked_cores(args.cores)
-    dataclasses.replace(folder, what=dataclasses.replace(folder.what, cores=wanted)).write()
-    found = processes.running(path)
-    if found is None:
-        return f"{path}: cores {wanted} from the next start on"
+    folder, new = Folder.read(path), checked_cores(args.cores)
+    dataclasses.replace(folder, what=dataclasses.replace(folder.what, cores=new)).write()
+    process = processes.running(path)
+    if process is None:
+        return f"{path}: cores {new} from the next start on"
     if not LINUX:
-        return f"{path}: this system has no affinity; cores {wanted} are kept in {STATE} only"
-    processes.pin(processes.group_of(found), core_set(wanted))
-    return f"{path}: process {found['pid']} runs on cores {wanted}"
+        return f"{path}: this system has no affinity; cores {new} are recorded in {STATE} only"
+    processes.pin(processes.group_of(process), core_set(new))
+    return f"{path}: process {process['pid']} runs on cores {new}"
 
 
 def checked_cores(text: str) -> str:
@@ -192,15 +192,15 @@ def stop(path: Path, args: argparse.Namespace) -> str:
     """Sends SIGTERM and waits for the checkpoint. Nothing to do when no training runs."""
     folder = Folder.read(path)
     processes.reconcile(path)
-    found = processes.running(path)
-    if found is None:
+    process = processes.running(path)
+    if process is None:
         return f"{path}: no training runs"
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(processes.group_of(found), signal.SIGCONT)  # else a paused one would not react
-        os.kill(found["pid"], signal.SIGTERM)  # once: the second one would end it without a checkpoint
-    wait(lambda: not processes.is_alive(found), args.timeout)
-    if processes.is_alive(found):
-        raise ChromaError(f"{path}: process {found['pid']} still runs after --timeout {args.timeout:g} s; try stop again")
+        os.killpg(processes.group_of(process), signal.SIGCONT)  # else a paused one would not react
+        os.kill(process["pid"], signal.SIGTERM)  # once: the second one would end it without a checkpoint
+    wait(lambda: not processes.is_alive(process), args.timeout)
+    if processes.is_alive(process):
+        raise ChromaError(f"{path}: process {process['pid']} still runs after --timeout {args.timeout:g} s; try stop again")
     processes.reconcile(path)
     code = (read_json(path / processes.INVOCATIONS, []) or [{"exit_code": None}])[-1]["exit_code"]
     if code not in (0, STOPPED):
@@ -230,7 +230,7 @@ def export(path: Path, args: argparse.Namespace) -> str:
         dest.parent.mkdir(exist_ok=True)
         run(low_priority([str(folder.python), "-m", "chroma_jax", "export", str(folder.run), str(partial)]), "export", cwd=path)
         logits = [str(folder.python), "-m", "chroma_jax.convert.reference_logits", str(partial)]
-        if subprocess.run(low_priority(logits), cwd=path).returncode:
+        if subprocess.run(low_priority(logits), cwd=path, env=processes.own_environment()).returncode:
             print(f"background: {folder.what.tag} cannot compute reference logits; {dest.name} has none", file=sys.stderr)
         weights = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(partial.glob("*.safetensors"))}
         facts = {"tag": folder.what.tag, "commit": folder.commit, "run": folder.current["run"], "step": step}
@@ -250,22 +250,22 @@ def low_priority(command: list[str]) -> list[str]:
 
 def metrics(run_folder: Path) -> dict[str, float]:
     """The newest value of every metric of a run, and ``step``."""
-    found: dict[str, float] = {}
+    latest: dict[str, float] = {}
     lines = (run_folder / "metrics.jsonl").read_text().splitlines() if (run_folder / "metrics.jsonl").is_file() else []
     for line in lines:
         with contextlib.suppress(ValueError):
-            found |= json.loads(line)
-    return found
+            latest |= json.loads(line)
+    return latest
 
 
 def report(path: Path, args: argparse.Namespace) -> str:
     """One line on the training; plots the held-out loss to FOLDER/report.png."""
     folder = Folder.read(path)
     processes.reconcile(path)
-    found, values = processes.running(path), metrics(folder.run)
+    process, values = processes.running(path), metrics(folder.run)
     last = [x for x in read_json(path / processes.INVOCATIONS, []) if x["run"] == folder.current["run"]][-1:]
     ended = f"ended with exit code {last[0]['exit_code']}" if last else "never started"
-    state = ("paused" if processes.is_paused(found) else "running") if found else ended
+    state = ("paused" if processes.is_paused(process) else "running") if process else ended
     parts = [f"{folder.current['run']} ({folder.what.tag}) {state}", f"step {values.get('step', 0)}"]
     parts.append(f"{processes.core_seconds(path) / 3600:.2f} core-hours")
     if "progress/audio_hours" in values:
@@ -279,7 +279,13 @@ def report(path: Path, args: argparse.Namespace) -> str:
         parts.append("gates " + " ".join(f"{name}={value}" for name, value in last_gates.items()))
     if not args.no_plot and values:
         code = PLOT.format(run=str(folder.run), out=str(path / "report.png"))
-        result = subprocess.run(low_priority([str(folder.python), "-c", code]), cwd=path, capture_output=True, text=True)
+        result = subprocess.run(
+            low_priority([str(folder.python), "-c", code]),
+            cwd=path,
+            env=processes.own_environment(),
+            capture_output=True,
+            text=True,
+        )
         if result.returncode:
             reason = (result.stderr.strip().splitlines() or ["no message"])[-1]
             print(f"background: no plot from {folder.what.tag} ({reason})", file=sys.stderr)
@@ -291,17 +297,17 @@ def retag(path: Path, args: argparse.Namespace) -> str:
     folder = Folder.read(path)
     if args.tag == folder.what.tag:
         return f"{path}: is at {args.tag} already"
-    said = [stop(path, args)]
+    lines = [stop(path, args)]
     if newest(folder.run) is None:
         raise ChromaError(f"{folder.run}: has no checkpoint that a new run could be initialized from")
-    said.append(export(path, args))
+    lines.append(export(path, args))
     what = dataclasses.replace(folder.what, **overrides(args))
     stage = folder.current["stage"]
     base = what.stages[stage].name if what.stages else what.name
     name = f"{base}-{args.tag.replace('/', '-')}"
     new = new_run(what, stage, name, None if args.init_from else str(folder.run))
     prepare(Folder(path, what, (*folder.runs, new)))
-    return "\n".join([*said, f"{path}: run-{name} of {args.tag} begins with start {path}"])
+    return "\n".join([*lines, f"{path}: run-{name} of {args.tag} begins with start {path}"])
 
 
 COMMANDS: dict[str, tuple[Callable[[Path, argparse.Namespace], str], bool]] = {  # whether others have to wait for it

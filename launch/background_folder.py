@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from chroma_jax.errors import ChromaError, near
-from launch.background_process import read_json, write_json
+from launch.background_process import own_environment, read_json, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 STATE = "background.json"
@@ -257,8 +257,8 @@ def clone(folder: Folder) -> None:
 
 def make_environment(folder: Folder) -> None:
     """Makes env-TAG with the package of source-TAG installed (not editable), unless it is complete."""
-    wanted = {"commit": folder.commit, "extras": list(folder.what.extras), "install": folder.what.install}
-    if read_json(folder.environment / "complete.json") == wanted:
+    contents = {"commit": folder.commit, "extras": list(folder.what.extras), "install": folder.what.install}
+    if read_json(folder.environment / "complete.json") == contents:
         return
     uv, python = shutil.which("uv"), folder.what.python or sys.executable
     pip_needed = folder.what.install and uv is None
@@ -267,7 +267,7 @@ def make_environment(folder: Folder) -> None:
         package = str(folder.source) + (f"[{','.join(folder.what.extras)}]" if folder.what.extras else "")
         pip = [str(folder.python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         run([*([uv, "pip", "install", "--quiet", "--python", str(folder.python)] if uv else pip), package], "install")
-    write_json(folder.environment / "complete.json", wanted)
+    write_json(folder.environment / "complete.json", contents)
 
 
 def make_data(folder: Folder) -> None:
@@ -291,32 +291,30 @@ def make_data(folder: Folder) -> None:
     write_json(mark, {"command": command, "tag": folder.what.tag, "sha256": digest})
 
 
-def initial(folder: Folder, given: str) -> str:
+def initial(folder: Folder, name: str) -> str:
     """The run or import that ``init_from`` means; an export is imported into data/ first.
 
     Raises:
         ChromaError: there is no such folder.
     """
-    places = [folder.path / given, folder.source / given, folder.source / "chroma_jax" / "pretrained" / given]
-    found = next((place for place in places if place.is_dir()), None)
-    if found is None:
-        raise ChromaError(f"init_from is {given!r}: no such folder, neither in {folder.path} nor in {folder.source}")
-    if not (found / "config.json").is_file() or (found / "config.txt").is_file():
-        return str(found)
-    imported = folder.path / "data" / f"init-{found.name}"
+    places = [folder.path / name, folder.source / name, folder.source / "chroma_jax" / "pretrained" / name]
+    start = next((place for place in places if place.is_dir()), None)
+    if start is None:
+        raise ChromaError(f"init_from is {name!r}: no such folder, neither in {folder.path} nor in {folder.source}")
+    if not (start / "config.json").is_file() or (start / "config.txt").is_file():
+        return str(start)
+    imported = folder.path / "data" / f"init-{start.name}"
     if not imported.is_dir():
         imported.parent.mkdir(exist_ok=True)
-        onto = folder.filled(("{config}",))
-        run(
-            [str(folder.python), "-m", "chroma_jax", "convert", "import", str(found), str(imported), "--onto", *onto], "init_from"
-        )
+        command = ("{python}", "-m", "chroma_jax", "convert", "import", str(start), str(imported), "--onto", "{config}")
+        run(folder.filled(command), "init_from", cwd=folder.path)  # from the work tree, Python would import its modules
     return str(imported)
 
 
 def run(command: list[str], what: str, cwd: Path | None = None) -> None:
     """Runs a step. Raises ChromaError naming ``what`` when it fails; its own output is shown."""
     try:
-        code = subprocess.run(command, cwd=cwd, stdin=subprocess.DEVNULL).returncode
+        code = subprocess.run(command, cwd=cwd, env=own_environment(), stdin=subprocess.DEVNULL).returncode
     except OSError as e:
         raise ChromaError(f"{what}: {command[0]} cannot be run ({e.strerror})") from e
     if code:

@@ -78,14 +78,14 @@ def is_alive(process: dict | None) -> bool:
 
 def running(folder: Path) -> dict | None:
     """The process of the running training as `identity`; None when none runs."""
-    found = read_json(folder / PID_FILE) or {}
-    return found.get("training") if is_alive(found.get("training")) else None
+    record = read_json(folder / PID_FILE) or {}
+    return record.get("training") if is_alive(record.get("training")) else None
 
 
 def supervisor(folder: Path) -> dict | None:
     """The same for the supervisor."""
-    found = read_json(folder / PID_FILE) or {}
-    return found.get("supervisor") if is_alive(found.get("supervisor")) else None
+    record = read_json(folder / PID_FILE) or {}
+    return record.get("supervisor") if is_alive(record.get("supervisor")) else None
 
 
 def is_paused(process: dict) -> bool:
@@ -145,19 +145,24 @@ def core_seconds(folder: Path) -> float:
 
 def reconcile(folder: Path) -> None:
     """Records an invocation whose supervisor was killed: its exit code is unknown, its CPU time is that of the last sample."""
-    found = read_json(folder / PID_FILE)
-    if found is None or is_alive(found.get("training")):
+    record = read_json(folder / PID_FILE)
+    if record is None or is_alive(record.get("training")):
         return
     deadline = time.monotonic() + 10
-    while is_alive(found.get("supervisor")) and (folder / PID_FILE).exists() and time.monotonic() < deadline:
+    while is_alive(record.get("supervisor")) and (folder / PID_FILE).exists() and time.monotonic() < deadline:
         time.sleep(0.02)
-    if read_json(folder / PID_FILE) == found and not is_alive(found.get("supervisor")):
-        finish(folder, found, None, (read_json(folder / SAMPLE) or {}).get("cpu_seconds"))
+    if read_json(folder / PID_FILE) == record and not is_alive(record.get("supervisor")):
+        finish(folder, record, None, (read_json(folder / SAMPLE) or {}).get("cpu_seconds"))
 
 
-def finish(folder: Path, found: dict, code: int | None, seconds: float | None) -> None:
+def own_environment() -> dict[str, str]:
+    """The environment variables for the folder's own Python: nothing that makes it import other code."""
+    return {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+
+
+def finish(folder: Path, record: dict, code: int | None, seconds: float | None) -> None:
     """Moves an invocation from pid.json to invocations.json."""
-    line = {name: found.get(name) for name in ("run", "tag", "began")}
+    line = {name: record.get(name) for name in ("run", "tag", "began")}
     line |= {"ended": time.time(), "exit_code": code, "cpu_seconds": None if seconds is None else round(seconds, 2)}
     write_json(folder / INVOCATIONS, [*read_json(folder / INVOCATIONS, []), line])
     (folder / SAMPLE).unlink(missing_ok=True)
@@ -207,17 +212,17 @@ def supervise(folder: Path, job: dict) -> int:
     settings = {"NPROC": os.environ.get("NPROC", str(os.cpu_count() or 1)), "PYTHONUNBUFFERED": "1"}
     if LINUX:
         os.sched_setaffinity(0, job["cores"])
-    process = subprocess.Popen(job["command"], cwd=folder, env=os.environ | settings)
-    found = {"training": identity(process.pid), "supervisor": identity(os.getpid()), "began": time.time()}
-    found |= {"run": job["run"], "tag": job["tag"]}
-    write_json(folder / PID_FILE, found)
+    process = subprocess.Popen(job["command"], cwd=folder, env=own_environment() | settings)
+    record = {"training": identity(process.pid), "supervisor": identity(os.getpid()), "began": time.time()}
+    record |= {"run": job["run"], "tag": job["tag"]}
+    write_json(folder / PID_FILE, record)
     while (end := waited(process.pid, 0)) is None:
-        write_json(folder / SAMPLE, {"cpu_seconds": cpu_seconds(found["training"])})
+        write_json(folder / SAMPLE, {"cpu_seconds": cpu_seconds(record["training"])})
         if (end := waited(process.pid, SAMPLE_SECONDS)) is not None:
             break
     code, seconds = end
     print(f"--- {time.strftime('%Y-%m-%d %H:%M:%S %Z')} exit code {code}", flush=True)
-    finish(folder, found, code, seconds)
+    finish(folder, record, code, seconds)
     return code
 
 

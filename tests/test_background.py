@@ -85,10 +85,10 @@ def command(tmp_path, repository, capsys):
 
 def until(reached, seconds: float = 20):
     deadline = time.monotonic() + seconds
-    while not (found := reached()) and time.monotonic() < deadline:
+    while not (value := reached()) and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert found
-    return found
+    assert value
+    return value
 
 
 def steps(folder: Path) -> int:
@@ -228,7 +228,7 @@ def test_errors_name_the_file_and_the_field(command, tmp_path):
         from_dict({"tag": "v1", "nice": 20}, "file.toml")
     with pytest.raises(ChromaError, match="cores is '0;1'"):
         core_set("0;1")
-    with pytest.raises(ChromaError, match="lies in the repository"):
+    with pytest.raises(ChromaError, match="is inside the repository"):
         background.setup(Path(background.__file__).parent / "x", background.parser().parse_args(["setup", "x"]))
     (tmp_path / "broken.toml").write_text("tag = ")
     with pytest.raises(ChromaError, match="broken.toml: not TOML"):

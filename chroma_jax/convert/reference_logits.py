@@ -96,15 +96,15 @@ def make_inputs(config: ChromaConfig, seed: int = 0) -> dict[str, np.ndarray]:
     """One packed sequence of one conversation: a block of speech, some words, an answer, and frames after each answer token."""
     audio, rng = config.reasoner.audio, np.random.default_rng(seed)
     words = min(dataclasses.asdict(config.tokens).values())  # special tokens come after those of text
-    heard, entries = audio.block_frames // 4, config.codec.quantizer.codebook_size
-    length = heard + WORDS + ANSWERS
+    positions, entries = audio.block_frames // 4, config.codec.quantizer.codebook_size
+    length = positions + WORDS + ANSWERS
     place = np.arange(ANSWERS + FRAMES)
     is_frame = place % 3 > 0  # the schedule: one answer token, two frames
     codes = rng.integers(0, entries, (len(place), config.codebooks))
     made = {
         "mel": rng.integers(-MEL_SCALE, MEL_SCALE + 1, (audio.block_frames, audio.mel_bins)).astype(np.int8),
         "text": rng.integers(0, words, length),
-        "audio_index": np.where(np.arange(length) < heard, np.arange(length), -1),
+        "audio_index": np.where(np.arange(length) < positions, np.arange(length), -1),
         "answer_position": length - ANSWERS + np.arange(ANSWERS),
         "token": np.where(is_frame, -1, rng.integers(0, words, len(place))),
         "hidden_index": np.where(is_frame, -1, place // 3),
@@ -171,27 +171,27 @@ def environment() -> dict[str, str]:
 
 def write(source: Path, out: Path) -> dict[str, np.ndarray]:
     """Computes the reference logits of ``source`` and writes them to ``out``, whole or not at all."""
-    found = reference_logits(source)
+    result = reference_logits(source)
     aside = out.with_name(f".{out.name}.tmp")
     with aside.open("wb") as file:
-        np.savez_compressed(file, **found)
+        np.savez_compressed(file, **result)
     aside.replace(out)
-    return found
+    return result
 
 
 def read(file: Path) -> dict[str, np.ndarray]:
     """Reads a file of `write`. Raises ChromaError when it is damaged, or of a newer format."""
     try:
         with np.load(file) as stored:
-            found = {name: stored[name] for name in stored.files}
-        facts = json.loads(str(found["facts"]))
+            result = {name: stored[name] for name in stored.files}
+        facts = json.loads(str(result["facts"]))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
         raise ChromaError(
             f"{file}: not reference logits ({type(e).__name__}: {e}); write them again with the export's tag"
         ) from e
     if facts.get("format") != FORMAT:
         raise ChromaError(f"{file}: reference logits of format {facts.get('format')}, expected {FORMAT}")
-    return found
+    return result
 
 
 def compare(source: Path, file: Path) -> Comparison:
@@ -206,13 +206,13 @@ def compare(source: Path, file: Path) -> Comparison:
     """
     stored = read(file)
     inputs = {name: x for name, x in stored.items() if name.startswith("input_")}
-    found = reference_logits(source, inputs)
-    then, now = (json.loads(str(x["facts"])) for x in (stored, found))
+    result = reference_logits(source, inputs)
+    then, now = (json.loads(str(x["facts"])) for x in (stored, result))
     problems = differing_tensors(then["tensors"], now["tensors"])
     other = [name for name in ENVIRONMENT if then.get(name) != now[name]]
     equal, differences = True, {}
     for name in LOGITS:
-        ours, theirs = found[name], stored[name]
+        ours, theirs = result[name], stored[name]
         if ours.shape != theirs.shape:
             problems.append(f"{name}: logits are {list(ours.shape)}, the file has {list(theirs.shape)}")
             continue
