@@ -279,13 +279,8 @@ def report(path: Path, args: argparse.Namespace) -> str:
         parts.append("gates " + " ".join(f"{name}={value}" for name, value in last_gates.items()))
     if not args.no_plot and values:
         code = PLOT.format(run=str(folder.run), out=str(path / "report.png"))
-        result = subprocess.run(
-            low_priority([str(folder.python), "-c", code]),
-            cwd=path,
-            env=processes.own_environment(),
-            capture_output=True,
-            text=True,
-        )
+        command, settings = low_priority([str(folder.python), "-c", code]), processes.own_environment()
+        result = subprocess.run(command, cwd=path, env=settings, capture_output=True, text=True)
         if result.returncode:
             reason = (result.stderr.strip().splitlines() or ["no message"])[-1]
             print(f"background: no plot from {folder.what.tag} ({reason})", file=sys.stderr)
