@@ -203,7 +203,7 @@ def stop(path: Path, args: argparse.Namespace) -> str:
         raise ChromaError(f"{path}: process {process['pid']} still runs after --timeout {args.timeout:g} s; try stop again")
     processes.reconcile(path)
     code = (read_json(path / processes.INVOCATIONS, []) or [{"exit_code": None}])[-1]["exit_code"]
-    if code not in (0, STOPPED):
+    if code not in (0, STOPPED, None):  # None: the supervisor was killed before
         raise ChromaError(f"{path}: ended with exit code {code}, expected {STOPPED}; see {path / LOG}")
     step = newest(folder.run)
     if step is None:

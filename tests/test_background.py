@@ -159,6 +159,13 @@ def test_after_kill_9_of_everything_it_resumes_and_the_cpu_time_is_not_lost(comm
     until(lambda: len(invocations(command.folder)) == 2)
     assert invocations(command.folder)[-1]["exit_code"] == -signal.SIGKILL
 
+    command("start", "--settle", 0.1)
+    os.kill(background_process.supervisor(command.folder)["pid"], signal.SIGKILL)  # the supervisor alone: the training continues
+    until(lambda: background_process.supervisor(command.folder) is None)
+    with pytest.raises(ChromaError, match="runs already"):
+        command("start")
+    assert "exit code None" in command("stop", "--timeout", 20) and background_process.running(command.folder) is None
+
 
 def test_a_recycled_pid_is_not_taken_for_the_training(command):
     command.setup()
