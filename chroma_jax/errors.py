@@ -11,7 +11,7 @@ EXIT_CODES = {
     0: "done",
     1: "a check failed, or the program has a fault (then with a traceback)",
     2: "bad input",
-    STOPPED: "training was asked to stop (SIGTERM, as before a preemption, or Ctrl-C) and has saved; repeated, it goes on",
+    STOPPED: "training stopped on request (SIGTERM, Ctrl-C or training.max_minutes) after saving a checkpoint; rerun to resume",
     PEER_LOST: "another process of the training died, hung, failed or never came; repeated on all hosts, it goes on",
     DIVERGED: "too many training steps in a row had to be skipped; the last good checkpoint is named",
     130: "interrupted",

@@ -26,7 +26,7 @@ from chroma_jax.training import multihost
 from chroma_jax.training.ledger import read_ledger, when
 from chroma_jax.training.loop import TrainingConfig
 from chroma_jax.training.metrics import read_lines
-from chroma_jax.training.multihost import DistributedConfig, share_of_rows
+from chroma_jax.training.multihost import DistributedConfig, StopRequest, share_of_rows
 from chroma_jax.training.state import applied
 from chroma_jax.training.status import described, status
 from chroma_jax.training.train import place, train, trainer_of
@@ -226,6 +226,47 @@ def test_a_process_that_hangs_shows_its_stacks_and_the_second_sigterm_ends_it_at
     assert "STALL: process 0 finished step 3" in said and "is at 'step' since" in said
     assert "toy.py" in said and "in step" in said and "(stall watch)" not in said.split("STALL")[0]
     assert said.count("STALL") == 1
+
+
+def test_the_time_limit_stops_after_a_step_has_been_made_and_never_without_a_limit():
+    now = [100.0]
+    stop, unlimited = StopRequest(60, clock=lambda: now[0]), StopRequest(0, clock=lambda: now[0])
+    assert not stop.reached(7) and not stop.reached(8)
+    now[0] += 59.9
+    assert not stop.reached(9)
+    now[0] += 0.2
+    assert not StopRequest(-1, clock=lambda: now[0]).reached(9)  # expired, but no step was made
+    assert stop.reached(10) and stop.expired and stop.reached(11)
+    now[0] += 1e9
+    assert not unlimited.reached(7) and not unlimited.reached(8) and not unlimited.expired
+
+
+def test_a_signal_before_the_time_limit_is_the_reason():
+    stop = StopRequest(60, clock=lambda: 0.0)
+    stop.reached(0)
+    stop.handle(signal.SIGTERM, None)
+    stop.clock = lambda: 61.0
+    assert stop.reached(1) and not stop.expired
+
+
+def test_the_time_limit_saves_and_exits_with_75_and_the_run_resumes_bit_for_bit(straight, tmp_path):
+    run = tmp_path / "run"
+    limited = replace(CONFIG, "training.max_minutes", 1e-6)
+    said = r"time limit \(training.max_minutes 1e-06\) reached at step 1 of 8; .*checkpoints/1 is saved"
+    with pytest.raises(Ended, match=said) as end:
+        run_toy(limited, run)
+    assert end.value.code == STOPPED and "the same command resumes" in str(end.value)
+    with pytest.raises(Ended, match="reached at step 2 of 8"):
+        run_toy(limited, run)
+    state, read = run_toy(CONFIG, run)
+    assert read[0] == 2 and lines_of(run) == lines_of(straight[0])
+    assert_same(state, straight[1])
+    assert "time limit" in status_of(run)["restarts"][0]["why"]
+
+
+def test_a_negative_time_limit_is_named():
+    with pytest.raises(ValueError, match="training.max_minutes is -1"):
+        TrainingConfig(max_minutes=-1)
 
 
 # Stalls

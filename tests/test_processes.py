@@ -135,6 +135,15 @@ def test_killed_and_asked_to_stop_two_processes_go_on_bit_for_bit(straight, tmp_
     assert "process 1 is gone" in lost["why"] and "asked to stop" in asked["why"] and asked["lost_steps"] == 0
 
 
+@pytest.mark.slow
+def test_the_time_limit_stops_two_processes_at_the_same_step(tmp_path):
+    run = tmp_path / "run"
+    with toys(run, "--fault", "slow", 0, "--max-minutes", 0.01) as processes:
+        assert processes.ended() == [STOPPED, STOPPED]
+        steps = [re.search(r"time limit .* reached at step (\d+) of", processes.said(i))[1] for i in range(2)]
+    assert steps[0] == steps[1] and has_saved(run, steps[0])()
+
+
 def test_without_the_coordinator_the_other_process_ends_with_a_message(tmp_path):
     run = tmp_path / "run"
     with toys(run, "--fault", "slow", 0) as processes:

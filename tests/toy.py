@@ -139,12 +139,14 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--peer-seconds", type=float, default=10)
     parser.add_argument("--stall-seconds", type=float, default=600)
+    parser.add_argument("--max-minutes", type=float, default=0)
     parser.add_argument("--fault", nargs=2, action="append", default=[])
     given = parser.parse_args()
     port, processes, process = given.distributed or (0, 1, 0)
     distributed = DistributedConfig(f"localhost:{port}", int(processes), int(process), given.peer_seconds)
     config = ToyConfig()
-    training = dataclasses.replace(config.training, steps=given.steps, stall_seconds=given.stall_seconds)
+    limits = {"stall_seconds": given.stall_seconds, "max_minutes": given.max_minutes}
+    training = dataclasses.replace(config.training, steps=given.steps, **limits)
     config = dataclasses.replace(config, training=training)
     try:
         with joined(distributed if given.distributed else DistributedConfig(), config.mesh) as progress:

@@ -29,8 +29,9 @@ class TrainingConfig:
 
     skip_norm: a step whose gradient is longer is not applied, as one whose loss or gradient is not finite; 0 for any length,
     as ``optimizer.clip`` shortens what is long. max_skipped: so many such steps in a row end the training. stall_seconds: when a
-    step takes longer, every thread's stack is printed; 0 for never. profile_steps: (first, last), between which JAX's profiler
-    records to RUN/profile.
+    step takes longer, every thread's stack is printed; 0 for never. max_minutes: wall time after which this invocation saves a
+    checkpoint and exits with code 75, as after SIGTERM, but not before its first step; 0 for no limit. profile_steps: (first,
+    last), between which JAX's profiler records to RUN/profile.
     """
 
     steps: int = 100_000
@@ -42,13 +43,14 @@ class TrainingConfig:
     skip_norm: float = 0.0
     max_skipped: int = 10
     stall_seconds: float = 600.0
+    max_minutes: float = 0.0
     profile_steps: tuple[int, ...] = ()
 
     def __post_init__(self):
         for name in ("steps", "global_batch", "accumulate", "eval_every", "log_every", "max_skipped"):
             if getattr(self, name) < 1:
                 raise ValueError(f"training.{name} is {getattr(self, name)}, must be at least 1")
-        for name in ("skip_norm", "stall_seconds"):
+        for name in ("skip_norm", "stall_seconds", "max_minutes"):
             if getattr(self, name) < 0:
                 raise ValueError(f"training.{name} is {getattr(self, name)}, must not be negative")
         at = self.profile_steps
@@ -83,7 +85,8 @@ def train_on(task: Task, config, run: Path, abstract: Any, init: Callable[[], An
     the state's shapes and shardings. Returns the last state. Raises: Ended when it stops before."""
     t, progress = config.training, progress or Progress()
     keep_freed(jax.local_devices()[0])
-    with CompileClock() as clock, Checkpoints(run, config.checkpoint) as checkpoints, StopRequest() as stop:
+    stop = StopRequest(60 * t.max_minutes)
+    with CompileClock() as clock, Checkpoints(run, config.checkpoint) as checkpoints, stop:
         state = checkpoints.newest(abstract)
         resumed = state is not None
         state = state if resumed else init()
@@ -113,6 +116,9 @@ def run_steps(
                 log(writer, bar, task, step, meter, ledger)
                 save(checkpoints, step, state, ledger, last=True)
                 kept = f"{checkpoints.folder / str(step)} is saved"
+                if stop.expired:
+                    why = f"time limit (training.max_minutes {t.max_minutes:g}) reached at step {step} of {t.steps}"
+                    raise Ended(STOPPED, f"{why}; {kept}, the same command resumes from it")
                 raise Ended(STOPPED, f"asked to stop at step {step} of {t.steps}; {kept}, the same command goes on from it")
             if not evaluated and (step % t.eval_every == 0 or step == t.steps):
                 with ledger.time("evaluate", step):

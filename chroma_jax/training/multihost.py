@@ -10,14 +10,16 @@ import contextlib
 import dataclasses
 import glob
 import importlib.util
+import math
 import os
 import secrets
 import signal
 import socket
 import sys
 import threading
+import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -214,14 +216,28 @@ def share_of_rows(sharding: NamedSharding, rows: int) -> dict[str, int]:
 
 
 class StopRequest:
-    """While it is entered, SIGTERM and Ctrl-C ask for an orderly end instead of ending the process; the second one ends it.
+    """A request to stop after the running step, from a signal or from a time limit.
 
-    With several processes, JAX's preemption service tells all of them of a SIGTERM that any of them got, and `reached` holds at
-    the same step in each.
+    While it is entered, SIGTERM and Ctrl-C set the request instead of ending the process. The second signal ends it at once.
+    The time limit counts from construction. It never applies before the first step, so that every invocation makes progress.
+
+    With several processes, JAX's preemption service passes a SIGTERM that any of them received to all of them, and `reached`
+    is true at the same step in each. Process 0 alone watches the time limit, and requests the stop in the same way.
+
+    Attributes:
+        asked: Whether a stop was requested.
+        expired: Whether the time limit was the reason; the same on every process once `reached` is true.
     """
 
-    def __init__(self):
-        self.asked, self.before, self.several = False, {}, jax.distributed.is_initialized()
+    def __init__(self, limit_seconds: float = 0.0, *, clock: Callable[[], float] = time.monotonic):
+        """Args:
+        limit_seconds: Wall time after which to stop; 0 for no limit.
+        clock: Returns seconds from any fixed origin.
+        """
+        self.asked, self.expired, self.before = False, False, {}
+        self.several = jax.distributed.is_initialized()
+        self.clock, self.deadline = clock, clock() + limit_seconds if limit_seconds else math.inf
+        self.first_step: int | None = None
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():  # others may not set handlers
@@ -243,11 +259,16 @@ class StopRequest:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def reached(self, step: int) -> bool:
-        """Whether to stop now; to be called at every step, by every process."""
+        """Whether to stop now; every process calls it at every step."""
+        self.first_step = step if self.first_step is None else self.first_step
+        if not self.asked and step > self.first_step and self.clock() >= self.deadline and jax.process_index() == 0:
+            self.asked = self.expired = True
+            if self.several:
+                os.kill(os.getpid(), signal.SIGTERM)
         if not self.several:
             return self.asked
         if multihost_utils.reached_preemption_sync_point(step):
-            self.asked = True
+            self.asked, self.expired = True, bool(agreed(self.expired))
             if threading.current_thread() is threading.main_thread():
                 self.before[signal.SIGTERM] = signal.signal(signal.SIGTERM, self.handle) or signal.SIG_DFL
             return True
