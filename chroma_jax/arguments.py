@@ -35,6 +35,7 @@ class Texts:
         sentences: Number of sentences in the train split.
         withhold: Share of the answers to rules (sums, calendar …) that the train split lacks.
         seed: Seed of the random choices.
+        voice: Voice of every reply and sentence, such as v0000; by default ``synthesize`` draws voices.
     """
 
     out: Positional[Path]
@@ -42,6 +43,7 @@ class Texts:
     sentences: int = 8000
     withhold: float = 0.08
     seed: int = 0
+    voice: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

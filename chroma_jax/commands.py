@@ -64,7 +64,8 @@ def texts(args: Texts) -> int:
     from data_pipelines.dialogues import SPLITS
     from data_pipelines.texts import TextsConfig, write_texts
 
-    counts = write_texts(TextsConfig(args.dialogues, args.sentences, withhold=args.withhold, seed=args.seed), args.out)
+    config = TextsConfig(args.dialogues, args.sentences, withhold=args.withhold, seed=args.seed, voice=args.voice)
+    counts = write_texts(config, args.out)
     print(f"{'kind':<12}" + "".join(f"{split:>8}" for split in SPLITS))
     for kind, of_split in counts.items():
         print(f"{kind:<12}" + "".join(f"{of_split[split]:>8}" for split in SPLITS))

@@ -38,6 +38,7 @@ class TextsConfig:
         held_out_sentences: number of sentences in valid, and in test.
         withhold: share of the answers, drawn by their words, that is held out for kinds that follow a rule.
         seed: of every random choice except that share.
+        voice: of every reply and sentence, in all splits; empty lets ``synthesize`` draw voices.
     """
 
     dialogues: int = 3100
@@ -45,6 +46,7 @@ class TextsConfig:
     held_out_sentences: int = 120
     withhold: float = 0.08
     seed: int = 0
+    voice: str = ""
 
     def __post_init__(self):
         for name in ("dialogues", "sentences", "held_out_sentences"):
@@ -82,6 +84,8 @@ def texts(config: TextsConfig, held_out: Iterable[Exchange] | None = None) -> li
     for split, count in wanted.items():
         for i in range(count):
             lines.append({"id": f"{split}-sentence-{i:05d}", "split": split, "kind": "sentence", "text": next(spoken)})
+    if config.voice:
+        lines = [line | {"voice" if "text" in line else "assistant_voice": config.voice} for line in lines]
     return lines
 
 

@@ -168,3 +168,8 @@ def test_impossible_requests_are_named(tmp_path):
     with pytest.raises(ChromaError, match="--sentences must not be negative"):
         TextsConfig(sentences=-1)
     assert not (tmp_path / "a.jsonl").exists()
+
+
+def test_a_given_voice_speaks_every_reply_and_sentence():
+    lines = texts(TextsConfig(dialogues=200, sentences=20, held_out_sentences=5, voice="v0003"))
+    assert all(e["voice" if "text" in e else "assistant_voice"] == "v0003" and "user_voice" not in e for e in lines)
