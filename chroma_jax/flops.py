@@ -74,10 +74,11 @@ def forward_flops(model: ChromaConfig, row: RowShape, loss: LossConfig) -> PartF
         text += 2 * row.blocks * (c.reasoner.audio.block_frames // 4) * c.reasoner.text.width * c.reasoner.vocab_size
     if not loss.speech_weight:
         return PartFlops(row.blocks * audio_encoder(c.reasoner.audio), text, 0, 0)
-    backbone = llama(c.backbone, row.positions, row.positions / 2) + 2 * row.frames * c.backbone.width * c.audio_vocab
+    targets = row.frames + loss.prompt_slots
+    backbone = llama(c.backbone, row.positions, row.positions / 2) + 2 * targets * c.backbone.width * c.audio_vocab
     frame = llama(c.decoder, q, q / 2) + 2 * q * c.backbone.width * c.decoder.width
     frame += 2 * (q - 1) * c.decoder.width * c.audio_vocab
-    frames = math.ceil(row.frames * loss.decoder_frames)
+    frames = sum(math.ceil(slots * loss.decoder_frames) for slots in (row.frames, loss.prompt_slots))
     return PartFlops(row.blocks * audio_encoder(c.reasoner.audio), text, backbone, frames * frame)
 
 

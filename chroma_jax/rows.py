@@ -21,6 +21,9 @@ conversation. NOTHING (−1) marks an empty entry everywhere. Written once per r
 | target_position | int32 [frames] | Backbone position that predicts each target frame |
 | target_codes | int32 [frames, Q] | that frame (EOS: zeros) |
 
+With `chroma_jax.training.loss.LossConfig.prompt_weight`, the two target arrays have ``prompt_frames`` more entries at their end:
+the voice prompt's own frames as targets. They are derived when a row is read.
+
 At a Backbone position with no token, hidden state or frame, a zero vector is fed.
 """
 
@@ -70,9 +73,18 @@ class Batch(NamedTuple):
     hidden: jax.Array
 
 
-def empty_batch(shape: RowShape, *, rows: int, block_frames: int, mel_bins: int, codebooks: int, stored_width: int = 0) -> Batch:
+def empty_batch(
+    shape: RowShape,
+    *,
+    rows: int,
+    block_frames: int,
+    mel_bins: int,
+    codebooks: int,
+    stored_width: int = 0,
+    prompt_frames: int = 0,
+) -> Batch:
     """A batch of ``rows`` empty rows as ShapeDtypeStructs: the shapes that a training step is compiled for. stored_width: of
-    stored hidden states, with which no speech is read."""
+    stored hidden states, with which no speech is read. prompt_frames: target entries for the voice prompt's own frames."""
     s = shape
 
     def struct(*dims, dtype=jnp.int32):
@@ -92,8 +104,8 @@ def empty_batch(shape: RowShape, *, rows: int, block_frames: int, mel_bins: int,
         codes=struct(s.positions, codebooks),
         segment=struct(s.positions),
         position=struct(s.positions),
-        target_position=struct(s.frames),
-        target_codes=struct(s.frames, codebooks),
+        target_position=struct(s.frames + prompt_frames),
+        target_codes=struct(s.frames + prompt_frames, codebooks),
         heard_token=struct(s.heard),
         hidden=struct(s.answers, stored_width, dtype=jnp.bfloat16),
     )

@@ -248,3 +248,35 @@ def place(conversations: Sequence[Conversation], shape: RowShape, config: PackCo
             arrays[name][getattr(start, capacity) : getattr(end, capacity)] = value
         start = end
     return Row(tuple(c.id for c in conversations), tuple(c.wave for c in conversations), arrays)
+
+
+def with_prompt_targets(
+    arrays: dict[str, np.ndarray], capacity: int, rng: np.random.Generator | None = None
+) -> dict[str, np.ndarray]:
+    """Appends a voice prompt's own frames to a packed sequence's targets.
+
+    The text end predicts the first prompt frame, and each prompt frame predicts the next one. The last one predicts nothing: a
+    zero vector follows it. The prompt of a conversation is every frame that is fed before its first target is predicted.
+
+    Args:
+        arrays: By the names of `chroma_jax.rows.Batch`, with the codes as they were stored, before any augmentation.
+        capacity: Number of entries to append. When a sequence has more prompt frames, that many are chosen.
+        rng: Chooses them at random; None takes them evenly spaced.
+
+    Returns:
+        The arrays, where target_position is int32 [frames + capacity] and target_codes int32 [frames + capacity, Q].
+    """
+    codes, segment, targets = arrays["codes"], arrays["segment"], arrays["target_position"]
+    first = np.zeros(segment.max(initial=0) + 1, np.int64)  # by segment: where frame 0 of the reply is predicted
+    there = targets[targets >= 0][::-1]  # targets are in order, so that the last write is the first one of its segment
+    first[segment[there]] = there
+    frames = np.flatnonzero((codes[:, 0] >= 0) & (segment > 0) & (np.arange(len(segment)) < first[segment]))
+    if len(frames) > capacity:
+        every = np.linspace(0, len(frames) - 1, capacity).round().astype(int)
+        frames = frames[every] if rng is None else np.sort(rng.choice(frames, capacity, replace=False))
+    position = np.full(capacity, NOTHING, np.int32)
+    position[: len(frames)] = frames - 1
+    target = np.full((capacity, codes.shape[1]), NOTHING, np.int32)
+    target[: len(frames)] = codes[frames]
+    more = {"target_position": position, "target_codes": target}
+    return arrays | {name: np.concatenate([arrays[name], x]) for name, x in more.items()}

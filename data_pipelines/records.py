@@ -30,7 +30,7 @@ from chroma_jax.rows import Batch, RowShape
 from data_pipelines.audio import from_int16
 from data_pipelines.augment import AugmentConfig
 from data_pipelines.hidden import HiddenReader
-from data_pipelines.pack import FIELDS, Row, pack_config, place
+from data_pipelines.pack import FIELDS, Row, pack_config, place, with_prompt_targets
 
 VERSION = 1
 MAGIC = b"ChR1"
@@ -214,11 +214,13 @@ def to_example(
     augment: AugmentConfig = AugmentConfig(),
     rng: np.random.Generator | None = None,
     states: np.ndarray | None = None,
+    prompt_frames: int = 0,
 ) -> Batch:
     """A stored row as the model reads it (no leading axis): log-mel features are computed here, for each conversation alone.
 
     states: [N, D], the Reasoner's stored hidden states of the row's answers; speech is then not needed, and ``mel`` has no
-    frames. augment, rng: what happens to each user's speech and to the frames fed, and by which chance.
+    frames. augment, rng: what happens to each user's speech and to the frames fed, and by which chance. prompt_frames: capacity
+    of the targets that `data_pipelines.pack.with_prompt_targets` appends; 0 appends none.
     """
     lengths = row.arrays["mel_length"]
     answers = row.arrays["answer_position"]
@@ -238,6 +240,8 @@ def to_example(
         mel[block : block + len(cut)] = cut
         block += len(cut)
     arrays = {name: row.arrays[name] for name in FIELDS}
+    if prompt_frames:  # from the true codes, before frames are replaced
+        arrays = with_prompt_targets(arrays, prompt_frames, rng)
     return Batch(mel=mel, hidden=hidden, **arrays | {"codes": augment.codes(arrays["codes"], rng)})
 
 
@@ -287,6 +291,7 @@ def batches(
     prefetch: int = 4,
     augment: AugmentConfig = AugmentConfig(),
     reasoner: Literal["computed", "stored"] = "computed",
+    prompt_frames: int = 0,
 ) -> BatchIterator:
     """Endless shuffled batches for training: this host's rows of global batch ``position``, ``position`` + 1, …
 
@@ -294,7 +299,9 @@ def batches(
     and in which order, depends on the split, ``global_batch`` and ``seed`` alone; each pass over the split is shuffled anew.
     augment: of the users' speech; its chance depends on the seed and on the row's place in the stream alone, so that it too
     repeats after a resume. reasoner: "stored" reads the hidden states that were computed before instead of the speech, see
-    `data_pipelines.hidden`. Raises ChromaError: see `open_dataset` and `local_rows`; on damaged records while iterating.
+    `data_pipelines.hidden`. prompt_frames: see `to_example`.
+
+    Raises ChromaError: see `open_dataset` and `local_rows`; on damaged records while iterating.
     """
     dataset = open_dataset(folder, model)
     reader = RowReader(dataset, split)
@@ -308,7 +315,7 @@ def batches(
     def example(place_in_stream: int) -> Batch:
         rng, row = np.random.default_rng((seed, place_in_stream)), order[place_in_stream]
         states = None if hidden is None else hidden[row]
-        return to_example(reader[row], features, block_frames, augment, rng, states)
+        return to_example(reader[row], features, block_frames, augment, rng, states, prompt_frames)
 
     def load(step: int) -> Batch:
         return stack([example(step * global_batch + i) for i in range(mine.start, mine.stop)])
@@ -327,6 +334,7 @@ def evaluation_batches(
     threads: int = 4,
     prefetch: int = 4,
     reasoner: Literal["computed", "stored"] = "computed",
+    prompt_frames: int = 0,
 ) -> BatchIterator:
     """Each row of a split once, in stored order; the last global batch is filled up with empty rows.
 
@@ -343,7 +351,8 @@ def evaluation_batches(
     def example(i: int) -> Batch:
         there = i < len(reader)
         states = None if hidden is None else hidden[i] if there else np.zeros((0, width), ml_dtypes.bfloat16)
-        return to_example(reader[i] if there else empty, features, block_frames, states=states)
+        row = reader[i] if there else empty
+        return to_example(row, features, block_frames, states=states, prompt_frames=prompt_frames)
 
     def load(step: int) -> Batch:
         return stack([example(i) for i in range(step * global_batch + mine.start, step * global_batch + mine.stop)])

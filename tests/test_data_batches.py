@@ -114,6 +114,21 @@ def test_augmentation_is_the_same_after_a_resume(dataset):
         np.testing.assert_array_equal(getattr(whole[0], name), getattr(plain, name))
 
 
+def test_prompt_targets_are_the_true_codes_though_frames_are_exchanged(dataset):
+    plain = stream(dataset, 1)[0]
+    changed = stream(dataset, 1, augment=AugmentConfig(frames=1.0), prompt_frames=40)[0]
+    shapes = empty_batch(dataset.shape, rows=4, block_frames=200, mel_bins=128, codebooks=MODEL.codebooks, prompt_frames=40)
+    assert [x.shape for x in changed] == [x.shape for x in shapes]
+    frames = dataset.shape.frames
+    position, codes = changed.target_position[:, frames:], changed.target_codes[:, frames:]
+    row, slot = np.nonzero(position >= 0)
+    assert len(row) > 20 and not np.array_equal(changed.codes, plain.codes)
+    np.testing.assert_array_equal(codes[row, slot], plain.codes[row, position[row, slot] + 1])
+    np.testing.assert_array_equal(changed.target_codes[:, :frames], plain.target_codes)
+    held_out = next(records.evaluation_batches(dataset.folder, "valid", MODEL, global_batch=4, prompt_frames=40))
+    assert held_out.target_position.shape == (4, frames + 40) and np.any(held_out.target_position[:, frames:] >= 0)
+
+
 def test_exchanged_frames_are_frames_of_the_row_and_as_many_as_asked_for():
     rng = np.random.default_rng(0)
     codes = np.arange(8000, dtype=np.int32).reshape(2000, 4)

@@ -7,7 +7,7 @@ from tiny_corpus import TOKENS
 from chroma_jax.errors import ChromaError
 from chroma_jax.rows import RowShape
 from chroma_jax.schedule import NOTHING
-from data_pipelines.pack import FIELDS, PackConfig, conversation, excess, first_fit, place
+from data_pipelines.pack import FIELDS, PackConfig, conversation, excess, first_fit, place, with_prompt_targets
 
 CONFIG = PackConfig(TOKENS, block_frames=8, hop=160, codebooks=2, codebook_eos=0)
 SHAPE = RowShape(blocks=12, text=160, answers=24, positions=96, frames=32)
@@ -55,6 +55,36 @@ def test_a_conversation_written_out_by_hand():
     assert c.codes.tolist() == [no, no, no, [11, 12], [13, 14], no, no, no, [21, 31], [22, 32], no, no, [23, 33]]
     assert c.target_position.tolist() == [7, 8, 11, 12]
     assert c.target_codes.tolist() == [[21, 31], [22, 32], [23, 33], [0, 0]]
+
+
+def test_prompt_frames_are_predicted_by_the_position_before_each():
+    """Two conversations in a row, of which the second has a longer prompt, and one without frames in its prompt."""
+    some = [example("a", reference=2, transcript="k"), example("b", reference=0, frames=3), example("c", reference=3, seed=1)]
+    arrays = place(some, SHAPE, CONFIG).arrays
+    found = with_prompt_targets(arrays, 8)
+    # [ts] k [te] r0 r1 [0] h0 e0 …: [te], at 2, predicts r0, which is at 3; r1, at 4, predicts nothing
+    after = len(some[0].token) + len(some[1].token)  # [ts] o k [te] r0 r1 r2 [0]
+    positions = [2, 3, after + 3, after + 4, after + 5]
+    assert found["target_position"][SHAPE.frames :].tolist() == positions + [NO] * 3
+    true = [*some[0].codes[3:5], *some[2].codes[4:7]]
+    assert found["target_codes"][SHAPE.frames :].tolist() == [frame.tolist() for frame in true] + [[NO, NO]] * 3
+    assert len({tuple(frame) for frame in true}) == 5  # so that a shift by one would show
+    for name, before in arrays.items():  # the reply's own targets, EOS among them, are as they were
+        np.testing.assert_array_equal(found[name][: len(before)], before, err_msg=name)
+        assert len(found[name]) == len(before) + 8 * name.startswith("target")
+
+
+def test_more_prompt_frames_than_slots_are_a_choice_of_them():
+    row = place([example(reference=20, frames=3)], SHAPE, CONFIG).arrays
+    every = with_prompt_targets(row, 20)["target_position"][SHAPE.frames :]
+    assert every.tolist() == list(range(3, 23))
+    assert with_prompt_targets(row, 3)["target_position"][SHAPE.frames :].tolist() == [3, 13, 22]  # evenly spaced
+    for seed in range(3):
+        drawn = with_prompt_targets(row, 6, np.random.default_rng(seed))
+        position = drawn["target_position"][SHAPE.frames :]
+        assert len(set(position)) == 6 and set(position) <= set(every)
+        np.testing.assert_array_equal(drawn["target_codes"][SHAPE.frames :], row["codes"][position + 1])
+    np.testing.assert_array_equal(with_prompt_targets(place([], SHAPE, CONFIG).arrays, 4)["target_position"], NO)
 
 
 def take(row, segment, start):

@@ -1,5 +1,6 @@
 """The speech loss by codebook: weights, metrics per codebook, and what they are means over."""
 
+import dataclasses
 import math
 
 import jax
@@ -14,9 +15,10 @@ from chroma_jax.errors import ChromaError
 from chroma_jax.layers.sharding import MeshConfig, make_mesh
 from chroma_jax.models.chroma import Chroma
 from chroma_jax.rows import is_present
-from chroma_jax.training.loss import Counts, FrameLosses, LossConfig, frame_losses
+from chroma_jax.training.loss import Counts, FrameLosses, LossConfig, count, frame_losses, speech_losses
+from chroma_jax.training.metrics import read_lines
 from chroma_jax.training.state import make_trainer
-from chroma_jax.training.train import Speaking, counted_by
+from chroma_jax.training.train import Speaking, abstract_batch, counted_by, train, trainer_of
 
 MODEL = tiny.model()
 FRAMES = 7
@@ -146,7 +148,7 @@ def test_evaluation_weights_each_metric_by_its_own_targets(tiny_prepared, monkey
     )
     monkeypatch.setattr("chroma_jax.training.train.evaluation_batches", lambda *_, **__: [None, None])
     task = Speaking.__new__(Speaking)
-    task.config, task.prepared, task.share, task.place = config, prepared, {}, lambda batch: batch
+    task.config, task.prepared, task.share, task.reading, task.place = config, prepared, {}, {}, lambda batch: batch
     task.trainer = type("Trainer", (), {"eval_step": lambda self, state, batch: next(steps) | {"heard_tokens": 0.0}})()
     found = task.evaluate(0, None, None)
     assert found["valid/nll_0"] == pytest.approx((10 * 1 + 30 * 3) / 40) and found["valid/nll_1"] == pytest.approx((2 + 6) / 2)
@@ -154,3 +156,82 @@ def test_evaluation_weights_each_metric_by_its_own_targets(tiny_prepared, monkey
     assert found["valid/accuracy_1"] == pytest.approx((0.25 + 0.75) / 2)
     assert found["valid/residual_loss"] == pytest.approx(4) and found["valid/loss"] == pytest.approx((10 * 3 + 30 * 9) / 40)
     assert counted_by("nll_10") == counted_by("accuracy_1") == "residual_frames" and counted_by("c0_loss") == "frames"
+
+
+SLOTS = 3  # of the seven frames, the last three are the voice prompt's
+OVER = Counts(*map(jnp.float32, (6, 6, 0, 0, 5, 5)))  # reply and prompt frames of `with_prompt`
+
+
+@pytest.fixture(scope="module")
+def with_prompt(parts):
+    """Rows of four reply and three prompt targets, of which two and one are absent."""
+    graph, weights, hidden, _ = parts
+    codes = jax.random.randint(jax.random.key(1), (2, FRAMES, MODEL.codebooks), 0, 58)
+    return graph, weights, hidden, codes.at[1, 2:4].set(-1).at[0, 6].set(-1)
+
+
+def speech_of(parts, config: LossConfig, over: Counts, hidden=None):
+    graph, weights, h, codes = parts
+    total = lambda h: speech_losses(nnx.merge(graph, weights), h, codes, config, jax.random.key(2), over)
+    return jax.jit(jax.value_and_grad(total, has_aux=True))(h if hidden is None else hidden)
+
+
+def test_a_prompt_frame_counts_prompt_weight_of_a_reply_frame(with_prompt):
+    config = LossConfig(prompt_weight=0.5, prompt_frames=SLOTS, decoder_hidden="attached")
+    (value, metrics), gradient = speech_of(with_prompt, config, OVER)
+    reply, prompt = (float(jnp.mean(metrics[name][1:]) + metrics[name][0]) / 2 for name in ("nll", "prompt_nll"))
+    np.testing.assert_allclose(value, (6 * reply + 0.5 * 5 * prompt) / (6 + 0.5 * 5), rtol=1e-6)
+    graph, weights, hidden, codes = with_prompt
+    plain = speech_of((graph, weights, hidden[:, :-SLOTS], codes[:, :-SLOTS]), LossConfig(), OVER)[0][1]
+    assert set(metrics) == {*plain, "prompt_nll", "prompt_accuracy"}
+    for name, x in plain.items():  # the reply's metrics know nothing of the prompt
+        np.testing.assert_allclose(metrics[name], x, rtol=1e-6, err_msg=name)
+    there = np.asarray(codes[..., 0] >= 0)
+    np.testing.assert_array_equal(np.abs(np.asarray(gradient)).sum(-1) > 0, there)
+
+
+def test_with_weight_one_prompt_and_reply_are_one_pool_of_frames(with_prompt):
+    (value, _), gradient = speech_of(with_prompt, LossConfig(prompt_weight=1.0, prompt_frames=SLOTS), OVER)
+    pool = OVER._replace(frames=jnp.float32(11), residual=jnp.float32(11))
+    (expected, _), wanted = speech_of(with_prompt, LossConfig(), pool)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    np.testing.assert_allclose(gradient, wanted, atol=1e-6)
+
+
+def test_a_step_with_a_prompt_loss_has_its_metrics_and_counts():
+    """Shapes alone: nothing is compiled. The counts of reply and prompt are told apart by the slots."""
+    config = replace(replace(tiny.config(), "loss.prompt_weight", 0.5), "loss.prompt_frames", 20)
+    config = replace(config, "training.accumulate", 2)
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        trainer = trainer_of(config, mesh)
+        shapes = abstract_batch(config, trainer)
+        _, metrics = jax.eval_shape(trainer.train_step, trainer.abstract, shapes)
+    assert shapes.target_codes.shape == (8, 48 + 20, 4)
+    assert metrics["prompt_nll"].shape == metrics["nll"].shape == metrics["prompt_accuracy"].shape == (4,)
+    c0 = np.full((2, 68, 4), -1, np.int32)
+    c0[0, :40], c0[1, 48:53] = 1, 1
+    batch = jax.tree.map(lambda x: np.zeros((2, *x.shape[1:]), x.dtype), shapes)._replace(target_codes=c0)
+    counts = count(batch, dataclasses.replace(config.loss, decoder_frames=0.5))
+    assert (counts.frames, counts.residual, counts.prompt_frames, counts.prompt_residual) == (40, 24, 5, 5)
+    assert count(batch, LossConfig()).prompt_frames is None
+    assert counted_by("prompt_nll_0") == "prompt_frames" and counted_by("prompt_accuracy_2") == "prompt_residual_frames"
+
+
+@pytest.mark.slow
+def test_training_with_weights_and_a_prompt_loss_writes_every_metric(tiny_prepared, tmp_path):
+    config, prepared = tiny_prepared
+    config = replace(replace(config, "loss.prompt_weight", 0.5), "loss.codebook_weights", (1.0, 3.0, 2.0, 1.0))
+    config = replace(replace(config, "loss.prompt_frames", 40), "training.accumulate", 2)
+    state = train(replace(config, "augment.frames", 0.2), tmp_path / "run", prepared)
+    assert int(state.step) == config.training.steps
+    lines = read_lines(tmp_path / "run" / "metrics.jsonl")
+    trained, held_out = [x for x in lines if "train/loss" in x], [x for x in lines if "valid/loss" in x]
+    for prefix, line in (("train", trained[-1]), ("valid", held_out[-1])):
+        for name in ("nll", "accuracy", "prompt_nll", "prompt_accuracy"):
+            assert all(line[f"{prefix}/{name}_{q}"] is not None for q in range(4))
+        assert not any("frames" in name for name in line if name.startswith(f"{prefix}/"))
+    first = [trained[0][f"train/nll_{q}"] for q in range(4)]
+    last = [trained[-1][f"train/nll_{q}"] for q in range(4)]
+    assert all(b < a for a, b in zip(first, last)) and trained[-1]["train/prompt_nll_0"] < trained[0]["train/prompt_nll_0"]
+    assert held_out[-1]["valid/c0_loss"] == pytest.approx(held_out[-1]["valid/nll_0"])

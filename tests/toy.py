@@ -122,6 +122,9 @@ class Toy:
     def rates(self, metrics, steps_per_second) -> dict[str, float]:
         return {}
 
+    def audio_seconds(self, metrics) -> float:
+        return 36.0
+
 
 def run_toy(config: ToyConfig, run: Path, faults: dict[str, int] | None = None, progress: Progress | None = None):
     """Returns (the last state, the data positions of its steps)."""

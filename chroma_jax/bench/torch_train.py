@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaModel, Qwen2Config, Qwen2Model, Whisp
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from chroma_jax.config import Config
+from chroma_jax.errors import ChromaError
 from chroma_jax.layers.transformer import LlamaConfig as Sizes
 from chroma_jax.rows import Batch
 
@@ -101,7 +102,7 @@ class Peer(nn.Module):
         x = self.decoder(inputs_embeds=x).last_hidden_state[:, 1:]
         logits = torch.einsum("NQD,QDV->NQV", x, self.heads)
         residual = F.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), ignore_index=-1)
-        weight = config.loss.residual_weight
+        weight = config.loss.decoder_weight
         return total + (1 - weight) * c0 + weight * residual
 
 
@@ -111,6 +112,10 @@ class TorchStep:
 
     def __init__(self, config: Config, batch: Batch, threads: int, device: str):
         """device: PyTorch's name of it, "cpu" or "cuda"."""
+        if config.loss.codebook_weights or config.loss.prompt_weight:
+            raise ChromaError(
+                "the peer 'torch' has no codebook_weights and no prompt_weight: unset them in loss, or give --peer none"
+            )
         torch.set_num_threads(threads)
         torch.manual_seed(0)
         self.device, self.dtype = device, getattr(torch, config.precision.compute)

@@ -17,7 +17,7 @@ from chroma_jax.errors import DIVERGED, STOPPED, ChromaError, Ended
 from chroma_jax.training.checkpoint import Checkpoints
 from chroma_jax.training.ledger import CompileClock, Ledger
 from chroma_jax.training.memory import keep_freed
-from chroma_jax.training.metrics import Meter, MetricsWriter, read_lines
+from chroma_jax.training.metrics import Meter, MetricsWriter, audio_hours_at, read_lines
 from chroma_jax.training.multihost import StopRequest, agreed, say
 from chroma_jax.training.watch import Progress, StallWatch
 
@@ -64,7 +64,8 @@ class Task(Protocol):
     shown: losses for the progress bar. batches: from a position on, as this host reads them. place: a host's batch on the mesh.
     step: (how many went before, state, batch) → (state, metrics), the old state being given up; ``skipped`` among the metrics is
     1 when it was not applied. evaluate: metrics by name; the writer (None on all hosts but one) is for what is no number. rates:
-    from the mean metrics of some steps, what is done per second; it may take those out that only count.
+    from the mean metrics of some steps, what is done per second; it may take those out that only count. audio_seconds: of the
+    targets that a step trained on, from its metrics.
     """
 
     shown: Sequence[str]
@@ -78,6 +79,8 @@ class Task(Protocol):
     def evaluate(self, step: int, state: Any, writer: MetricsWriter | None) -> dict[str, float]: ...
 
     def rates(self, metrics: dict[str, float], steps_per_second: float) -> dict[str, float]: ...
+
+    def audio_seconds(self, metrics: dict[str, float]) -> float: ...
 
 
 def train_on(task: Task, config, run: Path, abstract: Any, init: Callable[[], Any], progress: Progress | None = None) -> Any:
@@ -105,7 +108,8 @@ def run_steps(
     task: Task, config, run: Path, checkpoints: Checkpoints, ledger: Ledger, stop: StopRequest, state: Any, step: int
 ) -> Any:
     """From ``step`` to the last, ``config.training.steps``. Returns the last state."""
-    t, meter, trace = config.training, Meter(task), Trace(run / "profile", config.training.profile_steps)
+    t, trace = config.training, Trace(run / "profile", config.training.profile_steps)
+    meter = Meter(task, audio_hours_at(run, step))
     evaluated = agreed(jax.process_index() == 0 and was_evaluated(run, step))
     writer = MetricsWriter(run, step) if jax.process_index() == 0 else None
     bar = tqdm(total=t.steps, initial=step, unit="step", desc="train", disable=jax.process_index() > 0)
@@ -125,6 +129,8 @@ def run_steps(
                     record(writer, bar, task, step, task.evaluate(step, state, writer))
             owed |= checkpoints.due(step, t.steps)
             if owed and (step == t.steps or not metrics.get("skipped")):  # so that bad steps do not push good checkpoints out
+                if step % t.log_every:  # so that a run that resumes here knows its progress
+                    record(writer, bar, task, step, meter.progress())
                 save(checkpoints, step, state, ledger, last=step == t.steps)
                 owed = False
             if step == t.steps:

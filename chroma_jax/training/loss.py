@@ -1,10 +1,9 @@
 """The training objective: (1 − λ) · CE(c0) + λ · CE(c1 … c7), plus the text and hearing losses of a trained Reasoner."""
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,102 +12,43 @@ import optax
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from chroma_jax.errors import ChromaError
 from chroma_jax.layers.sharding import active, leading_spec, reshape_rows, reshard, take_rows
 from chroma_jax.models.audio_encoder import num_positions
 from chroma_jax.models.chroma import Chroma, frame_logits
 from chroma_jax.models.reasoner import Reasoner
 from chroma_jax.rows import Batch, is_present
-
-DECODER_WEIGHT = 0.5  # the report's λ
-
-
-@dataclasses.dataclass(frozen=True)
-class LossConfig:
-    """decoder_weight: λ. codebook_weights: one non-negative weight w_q per codebook, instead of λ. The speech loss is then
-    Σ_q w_q · CE(c_q) / Σ_q w_q. Q equal weights are λ = (Q − 1) / Q. Empty: λ applies.
-
-    speech_weight: of the loss of c0 … c7 (0 leaves Backbone and Decoder uncomputed). text_weight: of the Reasoner's text loss (0
-    leaves its logits uncomputed). hearing_weight: of `hearing_loss`, for an audio encoder that is trained from scratch.
-
-    text_chunk: answers of a row whose text logits exist at a time; 0 for all at once. With a vocabulary of 152k, 192 answers of a
-    row are 117 MB of logits, and as much again for their gradient.
-
-    reasoner: where its hidden states come from, "computed" in every step, or "stored" beside the data (``prepare
-    --cache_reasoner``), which needs a Reasoner that is not trained.
-
-    decoder_chunk: target frames of a row that the Decoder computes at a time, forth and back at once; 0 for all together. What it
-    makes of them then stays in a processor's caches, and takes no memory for longer. Of several devices, each chunk's gradient is
-    summed over them by itself, so it is for one.
-
-    decoder_frames: the share of target frames per row that the Decoder is trained on; below 1, that share of the row's
-    capacity is drawn anew at every step, in a fixed number, as CSM does with 1/16. decoder_hidden: whether the Decoder's
-    loss reaches the Backbone through h.
-    """
-
-    decoder_weight: float = DECODER_WEIGHT
-    codebook_weights: tuple[float, ...] = ()
-    speech_weight: float = 1.0
-    reasoner: Literal["computed", "stored"] = "computed"
-    text_weight: float = 0.0
-    text_chunk: int = 0
-    hearing_weight: float = 0.0
-    decoder_chunk: int = 0
-    decoder_frames: float = 1.0
-    decoder_hidden: Literal["detached", "attached"] = "detached"
-
-    def __post_init__(self):
-        if not 0 < self.decoder_frames <= 1:
-            raise ValueError(f"loss.decoder_frames {self.decoder_frames} is not in (0, 1]")
-        if not 0 <= self.decoder_weight <= 1:
-            raise ValueError(f"loss.decoder_weight {self.decoder_weight} is not in [0, 1]")
-        if self.codebook_weights:
-            if min(self.codebook_weights) < 0 or not 0 < sum(self.codebook_weights) < math.inf:
-                raise ValueError(
-                    f"loss.codebook_weights {self.codebook_weights}: expected weights >= 0 with a positive, finite sum"
-                )
-            if self.decoder_weight != DECODER_WEIGHT:
-                raise ValueError(
-                    f"loss.codebook_weights and loss.decoder_weight {self.decoder_weight} are both set;"
-                    f" leave decoder_weight at {DECODER_WEIGHT} or remove codebook_weights"
-                )
-        if self.reasoner == "stored" and (self.text_weight or self.hearing_weight or not self.speech_weight):
-            raise ValueError("loss.reasoner 'stored' leaves no loss but that of speech; set text_weight and hearing_weight to 0")
-        for name in ("text_chunk", "decoder_chunk"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"loss.{name} is {getattr(self, name)}, must not be negative")
-
-    @property
-    def residual_weight(self) -> float:
-        """The weight λ of the residual codebooks c1 … c(Q−1) together; that of c0 is 1 − λ."""
-        w = self.codebook_weights
-        return sum(w[1:]) / sum(w) if w else self.decoder_weight
-
-    def check_codebooks(self, codebooks: int) -> None:
-        """Raises ChromaError unless there is one weight for each of the model's codebooks."""
-        if self.codebook_weights and len(self.codebook_weights) != codebooks:
-            raise ChromaError(
-                f"loss.codebook_weights has {len(self.codebook_weights)} weights, model.codebooks is {codebooks};"
-                " give one weight per codebook"
-            )
+from chroma_jax.training.loss_config import LossConfig
 
 
 class Counts(NamedTuple):
-    """How many targets each mean is over, float32: frames, residual (per codebook but the first), tokens, heard_tokens."""
+    """How many targets each mean is over, float32: frames, residual (per codebook but the first), tokens, heard_tokens; and those
+    of the voice prompt, with a loss on it: prompt_frames, prompt_residual."""
 
     frames: jax.Array
     residual: jax.Array
     tokens: jax.Array
     heard_tokens: jax.Array
+    prompt_frames: jax.Array | None = None
+    prompt_residual: jax.Array | None = None
+
+
+def split_targets(x: jax.Array, slots: int) -> tuple[jax.Array, jax.Array]:
+    """[B, F + slots, …] → ([B, F, …], [B, slots, …]): what belongs to the reply, and to the voice prompt."""
+    return x[:, : x.shape[1] - slots], x[:, x.shape[1] - slots :]
 
 
 def count(batch: Batch, config: LossConfig) -> Counts:
     """The targets of a batch: of the whole one, where its rows are computed in several pieces."""
-    targets = batch.target_codes[..., 0], batch.answer_token, batch.heard_token
-    frames, tokens, heard = (jnp.sum(is_present(x)).astype(jnp.float32) for x in targets)
-    drawn = math.ceil(batch.target_codes.shape[-2] * config.decoder_frames)
-    residual = jnp.sum(jnp.minimum(jnp.sum(is_present(targets[0]), axis=-1), drawn)).astype(jnp.float32)
-    return Counts(frames, residual, tokens, heard)
+    total = lambda index: jnp.sum(is_present(index)).astype(jnp.float32)
+
+    def of_frames(c0: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """c0: int32 [B, F]. Frames, and those that the Decoder sees."""
+        drawn = math.ceil(c0.shape[1] * config.decoder_frames)
+        return total(c0), jnp.sum(jnp.minimum(jnp.sum(is_present(c0), axis=-1), drawn)).astype(jnp.float32)
+
+    reply, prompt = split_targets(batch.target_codes[..., 0], config.prompt_slots)
+    counts = Counts(*of_frames(reply), total(batch.answer_token), total(batch.heard_token))
+    return Counts(*counts[:4], *of_frames(prompt)) if config.prompt_slots else counts
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -184,6 +124,41 @@ def frame_losses(
     accuracy = jnp.concatenate([c0_accuracy[None], mean(hits, count)])
     per_codebook = jnp.concatenate([c0_loss[None], mean(nlls, count)])
     return FrameLosses(c0_loss, residual_loss, accuracy, jax.lax.stop_gradient(per_codebook))
+
+
+def speech_losses(
+    model: Chroma, hidden: jax.Array, codes: jax.Array, config: LossConfig, key: jax.Array, over: Counts
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The loss of reply frames and, with ``config.prompt_weight``, of voice-prompt frames.
+
+    Args:
+        model: Its Backbone's head and Decoder are used.
+        hidden: [B, F + prompt slots, D], the Backbone's h at the position that predicts each frame.
+        codes: int32 [B, F + prompt slots, Q], negative = no target.
+        config: Weights; see `LossConfig`.
+        key: Draws the frames that the Decoder sees.
+        over: The number of targets that the means are over.
+
+    Returns:
+        (loss [], metrics by name), float32. Metrics of the prompt begin with ``prompt_``; the others are of the reply alone.
+    """
+
+    def of(hidden: jax.Array, codes: jax.Array, key: jax.Array, over: Counts) -> tuple[jax.Array, dict[str, jax.Array]]:
+        c0, residual, accuracy, nll = frame_losses(model, hidden, codes, config, key, over)
+        plain = jnp.mean(nll[1:]) if config.codebook_weights else residual
+        metrics = {"c0_loss": c0, "residual_loss": plain, "accuracy": accuracy, "nll": nll}
+        return (1 - config.residual_weight) * c0 + config.residual_weight * residual, metrics
+
+    if not config.prompt_slots:
+        return of(hidden, codes, key, over)
+    (reply_hidden, prompt_hidden), (reply, prompt) = (split_targets(x, config.prompt_slots) for x in (hidden, codes))
+    loss, metrics = of(reply_hidden, reply, key, over)
+    of_prompt = over._replace(frames=over.prompt_frames, residual=over.prompt_residual)
+    prompt_loss, prompt_metrics = of(prompt_hidden, prompt, jax.random.fold_in(key, 1), of_prompt)
+    weighted = config.prompt_weight * over.prompt_frames
+    share = weighted / jnp.maximum(over.frames + weighted, 1e-6)
+    metrics |= {f"prompt_{name}": prompt_metrics[name] for name in ("nll", "accuracy")}
+    return (1 - share) * loss + share * prompt_loss, metrics
 
 
 def residual_losses(
@@ -305,8 +280,9 @@ def loss(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The loss of a global batch and its parts, each a mean over the batch's targets (float32 scalars; nll and accuracy [Q]).
 
-    Metric files name vectors by codebook: ``nll_0`` … ``nll_7`` are nats of c0 … c7, ``accuracy_0`` … the shares predicted
-    right. ``c0_loss`` and ``residual_loss`` are the unweighted means over c0 and over c1 … c7.
+    metrics.jsonl and TensorBoard name vectors by codebook: ``nll_0`` … ``nll_7`` are the nats of c0 … c7, ``accuracy_0`` … the
+    shares predicted right; ``prompt_nll_0`` … and ``prompt_accuracy_0`` … are those of the voice prompt. ``c0_loss`` and
+    ``residual_loss`` are the unweighted means over c0 and over c1 … c7.
 
     whole: the targets of the whole batch, where ``batch`` is a piece of it; losses and metrics of all pieces then add up.
     """
@@ -335,10 +311,11 @@ def loss(
             hidden = model.backbone(model.interleaved(batch, answers), batch.position, batch.segment)
             hidden = take_rows(hidden, jnp.maximum(batch.target_position, 0))
         with jax.named_scope("frames"):
-            c0, residual, accuracy, nll = frame_losses(model, hidden, batch.target_codes, config, key, over)
-        metrics |= {"c0_loss": c0, "residual_loss": jnp.mean(nll[1:]) if config.codebook_weights else residual}
-        metrics |= {"accuracy": accuracy, "nll": nll}
-        total += config.speech_weight * ((1 - config.residual_weight) * c0 + config.residual_weight * residual)
+            speech, of_speech = speech_losses(model, hidden, batch.target_codes, config, key, over)
+        metrics |= of_speech
+        total += config.speech_weight * speech
     metrics |= {"loss": total, "frames": own.frames, "residual_frames": own.residual}
+    if config.prompt_slots:
+        metrics |= {"prompt_frames": own.prompt_frames, "prompt_residual_frames": own.prompt_residual}
     metrics |= {"tokens": own.tokens, "heard_tokens": own.heard_tokens}
     return total, metrics

@@ -1,4 +1,8 @@
-"""Metrics: what steps give, gathered, and written to JSON lines and TensorBoard."""
+"""Metrics: what steps give, gathered, and written to JSON lines and TensorBoard.
+
+Names begin with ``train/`` (means since the last line), ``valid/`` (means over the held-out split) or ``speed/``.
+``progress/audio_hours`` is the cumulative audio of all applied steps, see `AUDIO_HOURS`.
+"""
 
 import json
 import math
@@ -13,6 +17,9 @@ from chroma_jax.files import write_whole
 
 if TYPE_CHECKING:
     from chroma_jax.training.loop import Task
+
+
+AUDIO_HOURS = "progress/audio_hours"  # hours of target audio trained on since step 0, across resumes
 
 
 def flat(metrics: dict, prefix: str = "") -> dict[str, float]:
@@ -33,8 +40,9 @@ class Meter:
     Of the last `read`: skipped: the steps that were not applied; streak: how many such there were without another one after them.
     """
 
-    def __init__(self, task: "Task"):
-        self.task, self.streak = task, 0
+    def __init__(self, task: "Task", audio_hours: float | None = 0.0):
+        """audio_hours: those of earlier steps, see `audio_hours_at`; None leaves the metric out."""
+        self.task, self.streak, self.audio_hours = task, 0, audio_hours
         self.reset()
 
     def reset(self) -> None:
@@ -44,12 +52,25 @@ class Meter:
     def count(self, step: int, metrics: dict[str, jax.Array]) -> None:
         self.metrics.append((step, metrics))
 
+    def progress(self) -> dict[str, float]:
+        """Cumulative metrics up to the last step counted; waits for the device. The running means stay as they are."""
+        return self.advanced([flat(metrics) for _, metrics in jax.device_get(self.metrics)])
+
+    def advanced(self, steps: list[dict[str, float]]) -> dict[str, float]:
+        """Cumulative metrics after further steps, by their metrics. Skipped steps add nothing."""
+        if self.audio_hours is None:
+            return {}
+        seconds = sum(self.task.audio_seconds(m) for m in steps if not m.get("skipped"))
+        return {AUDIO_HOURS: self.audio_hours + seconds / 3600}
+
     def read(self, waited: float) -> dict[str, float]:
         """Means since the last call, and rates; waits for the device. A metric that only some steps have is averaged over
         these; of steps that were skipped, if others were not, only the number counts. waited: seconds, for data."""
         found = [(step, flat(metrics)) for step, metrics in jax.device_get(self.metrics)]
         seconds = time.perf_counter() - self.started
         self.reset()
+        progress = self.advanced([metrics for _, metrics in found])
+        self.audio_hours = progress.get(AUDIO_HOURS)
         self.skipped = []
         for step, metrics in found:
             bad = bool(metrics.pop("skipped", 0))
@@ -63,7 +84,8 @@ class Meter:
         rates = self.task.rates(means, len(found) / seconds)
         rates |= {"steps_per_second": len(found) / seconds, "data_wait": waited / seconds}
         means["skipped"] = float(len(self.skipped))
-        return {f"train/{name}": value for name, value in means.items()} | {f"speed/{n}": v for n, v in rates.items()}
+        lines = {f"train/{name}": value for name, value in means.items()} | {f"speed/{n}": v for n, v in rates.items()}
+        return lines | progress
 
 
 class MetricsWriter:
@@ -108,3 +130,12 @@ def read_lines(path: Path) -> list[dict]:
         except ValueError:
             break
     return lines
+
+
+def audio_hours_at(run: Path, step: int) -> float | None:
+    """`AUDIO_HOURS` at a step that a run resumes from: the last value in metrics.jsonl at or before it.
+
+    None when the run has none, because an older version of this code began it.
+    """
+    hours = [line[AUDIO_HOURS] for line in read_lines(run / "metrics.jsonl") if line["step"] <= step and AUDIO_HOURS in line]
+    return hours[-1] if hours else 0.0 if step == 0 else None

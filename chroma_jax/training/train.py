@@ -109,6 +109,7 @@ def abstract_batch(config: Config, trainer: Trainer):
         mel_bins=audio.mel_bins,
         codebooks=c.codebooks,
         stored_width=c.reasoner.text.width if config.loss.reasoner == "stored" else 0,
+        prompt_frames=config.loss.prompt_slots,
     )
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=trainer.batch_sharding), batch)
 
@@ -156,12 +157,15 @@ def kept(prepared: Path, start: Path | None) -> list[Path]:
     return wanted
 
 
-COUNTS = ("frames", "residual_frames", "tokens", "heard_tokens")  # numbers of targets that the other metrics are means over
+# Numbers of targets that the other metrics are means over; those of the voice prompt exist where it has a loss.
+COUNTS = ("frames", "residual_frames", "tokens", "heard_tokens", "prompt_frames", "prompt_residual_frames")
 
 
 def counted_by(name: str) -> str:
     """Name of the count that a metric is a mean over. name: as `flat` writes it, "nll_3"."""
     kind, _, rest = name.partition("_")
+    if kind == "prompt":
+        return f"prompt_{counted_by(rest)}"
     if kind == "residual" or (kind in ("nll", "accuracy") and rest != "0"):  # the Decoder may see a share of the frames
         return "residual_frames"
     return {"text": "tokens", "hearing": "heard_tokens"}.get(kind, "frames")
@@ -175,6 +179,7 @@ class Speaking:
     def __init__(self, config: Config, prepared: Path, trainer: Trainer):
         self.config, self.prepared, self.trainer = config, prepared, trainer
         self.share = share_of_rows(trainer.batch_sharding, config.training.global_batch)
+        self.reading = {"reasoner": config.loss.reasoner, "prompt_frames": config.loss.prompt_slots}
         self.step_flops = sum(step_flops(config, trainer))
         peak = flops.peak_flops(jax.devices()[0])
         self.peak = None if peak is None else peak * config.mesh.num_devices
@@ -182,7 +187,7 @@ class Speaking:
     def batches(self, position: int) -> Iterator[Batch]:
         t = self.config.training
         share = self.share | {"global_batch": t.global_batch, "seed": t.seed}
-        share |= {"augment": self.config.augment, "reasoner": self.config.loss.reasoner}
+        share |= {"augment": self.config.augment} | self.reading
         return batches(self.prepared, "train", self.config.model, position=position, **share)
 
     def place(self, batch: Batch) -> Batch:
@@ -195,18 +200,18 @@ class Speaking:
         """Means over the valid split, each loss weighted by its own number of targets."""
         totals: dict[str, float] = {}
         counts = dict.fromkeys(COUNTS, 0.0)
-        share = self.share | {"global_batch": self.config.training.global_batch, "reasoner": self.config.loss.reasoner}
+        share = self.share | {"global_batch": self.config.training.global_batch} | self.reading
         for batch in evaluation_batches(self.prepared, "valid", self.config.model, **share):
             metrics = flat(jax.device_get(self.trainer.eval_step(state, self.place(batch))))
-            for name in COUNTS:
-                counts[name] += metrics[name]
-            for name in metrics.keys() - COUNTS:
+            for name in counts:
+                counts[name] += metrics.get(name, 0.0)
+            for name in metrics.keys() - counts:
                 totals[name] = totals.get(name, 0.0) + metrics[counted_by(name)] * metrics[name]
         return {f"valid/{n}": v / counts[counted_by(n)] for n, v in sorted(totals.items()) if counts[counted_by(n)]}
 
     def rates(self, metrics: dict[str, float], steps_per_second: float) -> dict[str, float]:
         t, row = self.config.training, self.config.data.row
-        counts = {name: metrics.pop(name) for name in COUNTS}
+        counts = {name: metrics.pop(name) for name in COUNTS if name in metrics}
         rates = {
             "reply_tokens_per_second": counts["tokens"] * steps_per_second,
             "positions_per_second": t.global_batch * (row.positions + row.text) * steps_per_second,
@@ -216,6 +221,10 @@ class Speaking:
         if self.peak is not None:
             rates["utilisation"] = rates["flops_per_second"] / self.peak
         return rates
+
+    def audio_seconds(self, metrics: dict[str, float]) -> float:
+        """Seconds of the frames that have a loss, reply and voice prompt together."""
+        return (metrics["frames"] + metrics.get("prompt_frames", 0.0)) / self.config.model.codec.frame_rate
 
 
 def place(batch: Batch, trainer: Trainer) -> Batch:

@@ -170,5 +170,8 @@ class CodecTask:
         return np.asarray(self.whole(jax.make_array_from_process_local_data(where, mine)))
 
     def rates(self, metrics: dict[str, float], steps_per_second: float) -> dict[str, float]:
-        seconds = self.config.training.global_batch * self.config.data.crop_frames / self.config.model.frame_rate
-        return {"audio_seconds_per_second": seconds * steps_per_second}
+        return {"audio_seconds_per_second": self.audio_seconds(metrics) * steps_per_second}
+
+    def audio_seconds(self, metrics: dict[str, float]) -> float:
+        """Seconds of the crops of a step."""
+        return self.config.training.global_batch * self.config.data.crop_frames / self.config.model.frame_rate
