@@ -1,5 +1,6 @@
 """Synthesis: the corpus depends on texts and settings alone, failures are named, twins match, and the result can be prepared."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -28,38 +29,7 @@ from data_pipelines.synthesis.synthesize import synthesize
 from data_pipelines.synthesis.texts import read_texts, speakable, unspeakable
 
 RATE = 24_000
-CONFIG = SynthesisConfig(engine="test_synthesis:tone", voices=4, held_out_voices=2)
-
-
-def tone(texts, voices, seed):
-    """An engine: a tone whose pitch is that of the voice and whose length is that of the text."""
-    for text, voice in zip(texts, voices, strict=True):
-        if "explode" in text:
-            raise RuntimeError("cannot say\nthat")
-        hertz = 100 + sum(map(ord, voice)) % 200 + seed
-        yield (0.01 * np.sin(2 * np.pi * hertz / RATE * np.arange(800 * len(text)))).astype(np.float32)
-
-
-def faulty(texts, voices, seed):
-    """An engine that returns NaN, no samples, silence, or the wrong number of waves for some texts."""
-    waves = list(tone(texts, voices, seed))
-    for i, text in enumerate(texts):
-        waves[i] = waves[i] * {"nan": np.nan, "silent": 0.0}.get(text.split()[0], 1.0)
-        waves[i] = waves[i][:0] if text.startswith("nothing") else waves[i]
-    return [wave for wave, text in zip(waves, texts, strict=True) if not text.startswith("missing")]
-
-
-def twins(texts, voices, seed, *, phase="free"):
-    """An engine with canonical phase: a square wave is the twin of a tone."""
-    for wave in tone(texts, voices, seed):
-        yield {"free": wave, "canonical": np.sign(wave), "both": np.stack([wave, np.sign(wave)])}[phase]
-
-
-def slow(texts, voices, seed):
-    """The engine `tone`, slow enough to be killed in between."""
-    for wave in tone(texts, voices, seed):
-        time.sleep(0.05)
-        yield wave
+CONFIG = SynthesisConfig(engine="tone_engine:tone", voices=4, held_out_voices=2)
 
 
 def sentence(i: int, split: str = "train", **fields) -> dict:
@@ -96,7 +66,7 @@ def test_the_corpus_depends_on_texts_and_settings_alone_not_on_workers(tmp_path)
     made(tmp_path, MIXED, out="one")
     made(tmp_path, MIXED, out="two", workers=2)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
-    made(tmp_path, MIXED, SynthesisConfig(**{**vars(CONFIG), "seed": 1}), out="other")
+    made(tmp_path, MIXED, dataclasses.replace(CONFIG, seed=1), out="other")
     assert contents(tmp_path / "one").keys() != contents(tmp_path / "other").keys()
 
 
@@ -107,9 +77,10 @@ def test_a_recording_depends_on_no_other_text(tmp_path):
 
 
 def test_a_killed_command_resumes_and_ends_with_the_same_bytes(tmp_path):
-    config = SynthesisConfig(**{**vars(CONFIG), "engine": "test_synthesis:slow"})
+    config = dataclasses.replace(CONFIG, engine="tone_engine:slow")
     made(tmp_path, MIXED, config, out="whole")
-    code = "import sys; sys.path[:0] = sys.argv[3].split(':'); from test_synthesis import *; "
+    code = "import sys; sys.path[:0] = sys.argv[3].split(':'); from pathlib import Path; "
+    code += "from data_pipelines.synthesis.synthesize import SynthesisConfig, synthesize; "
     code += f"synthesize(Path(sys.argv[1]), Path(sys.argv[2]), {config!r}, progress=False)"
     path = f"{Path(__file__).parent}:{Path(__file__).parents[1]}"
     command = [sys.executable, "-c", code, str(tmp_path / "texts.jsonl"), str(tmp_path / "killed"), path]
@@ -119,7 +90,7 @@ def test_a_killed_command_resumes_and_ends_with_the_same_bytes(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     before = len(list((tmp_path / "killed").rglob("*.flac")))
-    assert 3 <= before and not (tmp_path / "killed" / "dialogues.jsonl").exists()
+    assert before >= 3 and not (tmp_path / "killed" / "dialogues.jsonl").exists()
     done = made(tmp_path, MIXED, config, out="killed")
     assert done.kept == before > 0 and done.made > 0
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
@@ -145,7 +116,7 @@ def test_a_failing_engine_is_named_and_the_others_are_done(tmp_path):
 
 def test_nan_empty_silent_and_missing_waves_are_named_and_the_others_are_done(tmp_path):
     texts = ["nan here.", "nothing here.", "silent here.", "missing here.", "good here.", "good too."]
-    config = SynthesisConfig(**{**vars(CONFIG), "engine": "test_synthesis:faulty"})
+    config = dataclasses.replace(CONFIG, engine="tone_engine:faulty")
     done = made(tmp_path, [sentence(i, text=t) for i, t in enumerate(texts)], config)
     assert [e["id"] for e in lines(tmp_path / "corpus" / "utterances.jsonl")] == ["s4", "s5"]
     for i, reason in enumerate(("not finite", "no sound", "no sound", "0 waves for 1 texts")):
@@ -170,7 +141,7 @@ def test_nan_empty_silent_and_missing_waves_are_named_and_the_others_are_done(tm
 )
 def test_a_bad_line_is_one_line_with_file_and_number(tmp_path, line, message, capsys):
     path = write(tmp_path / "texts.jsonl", [sentence(0), line])
-    assert main(["synthesize", str(path), str(tmp_path / "out"), "--engine", "test_synthesis:tone", "--check", "0"]) == 2
+    assert main(["synthesize", str(path), str(tmp_path / "out"), "--engine", "tone_engine:tone", "--check", "0"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and f"{path}:2: " in error and message in error
     assert not (tmp_path / "out").exists()
@@ -199,7 +170,7 @@ def test_text_that_cannot_be_spoken_is_a_named_problem(tmp_path):
 
 
 def test_twins_have_equal_length_and_rms_and_speech_begins_at_a_frame_boundary(tmp_path):
-    config = SynthesisConfig(**{**vars(CONFIG), "engine": "test_synthesis:twins", "phase": "both"})
+    config = dataclasses.replace(CONFIG, engine="tone_engine:twins", phase="both")
     made(tmp_path, MIXED[-4:], config)
     paths = sorted(p.relative_to(tmp_path / "corpus" / "audio") for p in (tmp_path / "corpus" / "audio").rglob("*.flac"))
     assert len(paths) > 6
@@ -242,7 +213,7 @@ def test_hours_repeat_texts_in_other_voices_or_cut_them(tmp_path):
     seconds = 25 / 14 + 0.3
 
     def planned(count: float):
-        config = SynthesisConfig(**{**vars(CONFIG), "hours": count * seconds / 3600})
+        config = dataclasses.replace(CONFIG, hours=count * seconds / 3600)
         return [e for e in make_plan(texts, config, "").entries if e.text.split == "train"]
 
     assert len(planned(10)) == pytest.approx(10, abs=2) and len({e.id for e in planned(10)}) == len(planned(10))
@@ -261,7 +232,7 @@ def test_a_folder_of_something_else_or_of_other_settings_is_refused(tmp_path):
         made(tmp_path, MIXED)
     made(tmp_path, MIXED[:2], out="other")
     with pytest.raises(ChromaError, match=r"seed: 0 there, 1 here"):
-        made(tmp_path, MIXED[:2], SynthesisConfig(**{**vars(CONFIG), "seed": 1}), out="other")
+        made(tmp_path, MIXED[:2], dataclasses.replace(CONFIG, seed=1), out="other")
     with pytest.raises(ChromaError, match=r"texts: "):
         made(tmp_path, MIXED, out="other")
 
@@ -271,7 +242,7 @@ def test_an_engine_that_is_not_there_is_one_line():
         with pytest.raises(ChromaError, match=words):
             load_engine(name)
     with pytest.raises(ChromaError, match="free phase only"):
-        load_engine("test_synthesis:tone", "both")
+        load_engine("tone_engine:tone", "both")
 
 
 def models(calls: list) -> MetricModels:
@@ -316,7 +287,7 @@ def test_an_explicit_check_without_metric_models_fails_before_synthesis(tmp_path
 
     monkeypatch.setattr(commands, "metric_models", missing)
     command = ["synthesize", str(write(tmp_path / "texts.jsonl", MIXED[:2])), str(tmp_path / "out"), "--workers", "1"]
-    command += ["--engine", "test_synthesis:tone"]
+    command += ["--engine", "tone_engine:tone"]
     assert main([*command, "--check", "0.1"]) == 2 and not (tmp_path / "out").exists()
     assert main(command) == 0 and "check skipped: evaluation needs faster-whisper" in capsys.readouterr().out
 
