@@ -1,4 +1,4 @@
-"""Fast stand-ins for text-to-speech engines, for tests of synthesis. Worker processes import this module, so it imports little."""
+"""Fast stand-ins for text-to-speech engines. Worker processes import this module, so it imports little."""
 
 import time
 
