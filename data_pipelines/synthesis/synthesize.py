@@ -146,8 +146,6 @@ def claim(out: Path, settings: dict) -> None:
     Raises:
         ChromaError: If the folder holds something else, or a synthesis with other texts or settings; it says what differs.
     """
-    from data_pipelines.records import differences
-
     path = out / "synthesis.json"
     if out.exists() and not out.is_dir():
         raise ChromaError(f"{out}: exists and is not a folder; choose another name")
@@ -156,7 +154,9 @@ def claim(out: Path, settings: dict) -> None:
             there = json.loads(path.read_text(encoding="utf-8"))["settings"]
         except (ValueError, KeyError, TypeError) as error:
             raise ChromaError(f"{path}: damaged ({type(error).__name__}: {error}); remove the folder and start again") from error
-        if different := differences(there, settings):
+        names = sorted({*there, *settings})
+        different = [f"{n}: {there.get(n)!r} there, {settings.get(n)!r} here" for n in names if there.get(n) != settings.get(n)]
+        if different:
             raise ChromaError(f"{out}: holds another synthesis: {'; '.join(different)}; choose another folder")
         return
     if out.exists() and any(p.name != "synthesis.json.tmp" for p in out.iterdir()):
