@@ -203,11 +203,21 @@ def waited(child: int, seconds: float) -> tuple[int, float] | None:
     return (os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime) if pid else None
 
 
+def lower_priority(nice: int) -> None:
+    """Sets the niceness of this process, its session and its future children.
+
+    Linux with autogroups shares the CPU between sessions first: a process's own niceness then only counts within its session.
+    """
+    os.nice(max(0, nice - os.nice(0)))
+    with contextlib.suppress(OSError):  # no Linux, or no autogroups
+        Path("/proc/self/autogroup").write_text(str(nice))
+
+
 def supervise(folder: Path, job: dict) -> int:
     """Runs a training to its end. Returns its exit code."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: None)  # not SIG_IGN, which the training would inherit
-    os.nice(max(0, job["nice"] - os.nice(0)))
+    lower_priority(job["nice"])
     # XLA sizes its thread pool once, by the cores that it finds; NPROC lets `cores` widen the affinity later.
     settings = {"NPROC": os.environ.get("NPROC", str(os.cpu_count() or 1)), "PYTHONUNBUFFERED": "1"}
     if LINUX:
