@@ -233,10 +233,10 @@ def clock() -> Iterable[Exchange]:
             after, before = f"{hours} after {a} o'clock is {b} o'clock.", f"{hours} before {b} o'clock is {a} o'clock."
             yield from asked(after, f"What time is it {hours} after {a} o'clock?")
             yield from asked(after, f"It is {a} o'clock. What time is it in {hours}?")
-            yield from asked(after, f"How late is it {hours} after {a} o'clock?")
+            yield from asked(after, f"Tell me the time {hours} after {a} o'clock.")
             yield from asked(before, f"What time is it {hours} before {b} o'clock?")
             yield from asked(before, f"It is {b} o'clock. What time was it {hours} ago?")
-            yield from asked(before, f"How late is it {hours} before {b} o'clock?")
+            yield from asked(before, f"Tell me the time {hours} before {b} o'clock.")
 
 
 def capitals(table: dict[str, str]) -> Iterable[Exchange]:
@@ -324,7 +324,7 @@ def young(table: dict[str, str]) -> Iterable[Exchange]:
 
 def homes(table: dict[str, str]) -> Iterable[Exchange]:
     for animal, home in table.items():
-        yield from asked(f"{animal} lives {home}.", f"Where does {animal} live?", f"In what place does {animal} live?")
+        yield from asked(f"{animal} lives {home}.", f"Where does {animal} live?", f"Tell me where {animal} lives.")
         yield from asked(f"{animal} lives {home}.", f"Where is the home of {animal}?")
 
 

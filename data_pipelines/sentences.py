@@ -22,6 +22,7 @@ TRIES = 40  # draws per sentence before the generator counts as exhausted
 SPEAKABLE = re.compile(r"[A-Z][A-Za-z]*(?:[-' ,.?!]+[A-Za-z]+)*[.?!]")
 SLOT = re.compile(r"\{(\w+?)(\d*)\}")
 VOWEL_SOUND = re.compile(r"\b([Aa]) (?=(?:[aeiou]|hour|honest)(?!ne\b))(?!uni[cfvq]|use|usu|one\b|euro)", re.IGNORECASE)
+INTENT = re.compile(r"base_|like to|wanted|promised|forgot|going to|must|Should|Could|can |had to|used to|\{how\}")
 DOUBLED = frozenset({"forget"})  # verbs of more than one syllable that double their last letter
 
 
@@ -42,7 +43,12 @@ class Subject:
 
 @dataclasses.dataclass(frozen=True)
 class Action:
-    """The five forms of a verb, and one of its objects. A tilde in the object stands for the subject's possessive."""
+    """The five forms of a verb, and one of its objects.
+
+    Attributes:
+        object: what follows the verb; a tilde stands for the subject's possessive.
+        accidental: whether nobody intends the action, such as losing a key.
+    """
 
     base: str
     present: str
@@ -50,6 +56,7 @@ class Action:
     participle: str
     gerund: str
     object: str
+    accidental: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,10 +97,10 @@ def read_grammar() -> Grammar:
 def actions(line: str) -> tuple[Action, ...]:
     """Parses "take/took/taken: a photograph; a nap": the irregular forms of a verb as far as needed, then its objects."""
     verb, objects = line.split(":")
-    base, *irregular = verb.split("/")
+    base, *irregular = verb.removeprefix("!").split("/")
     past, participle = irregular or [inflected(base, "ed")] * 2
     forms = (base, inflected(base, "s"), past, participle, inflected(base, "ing"))
-    return tuple(Action(*forms, o.strip()) for o in objects.split(";"))
+    return tuple(Action(*forms, o.strip(), verb.startswith("!")) for o in objects.split(";"))
 
 
 def inflected(verb: str, ending: str) -> str:
@@ -212,7 +219,10 @@ def sentences(count: int, seed: int, excluded: Collection[str] = ()) -> list[str
         patterns, weights = grammar.patterns[group]
         low, high = SHORT if group == "replies" else LONG
         for _ in range(TRIES):
-            text = Sentence(grammar, rng, numbers).fill(rng.choices(patterns, weights)[0])
+            pattern, sentence = rng.choices(patterns, weights)[0], Sentence(grammar, rng, numbers)
+            if INTENT.search(pattern) and any(action.accidental for action in sentence.actions):
+                continue
+            text = sentence.fill(pattern)
             key = normalised(text)
             if key not in seen and low <= len(text.split()) <= high:
                 break

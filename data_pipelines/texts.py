@@ -113,7 +113,7 @@ def dialogues(config: TextsConfig, held_out: Iterable[Exchange]) -> dict[str, li
         wordings = held_out_wordings(rest) if config.withhold else []
         for sort, candidates in (("fact", facts), ("wording", wordings)):
             for split in HELD_OUT:
-                ranked = sorted((e for e in candidates if split_of(e) == split), key=rank)
+                ranked = turns(sorted((e for e in candidates if split_of(e) == split), key=rank))
                 others[split] += [(kind, sort, e) for e in ranked[:MOST_PER_KIND]]
         train[kind] = rest
     asked = {normalised(e.question) for pairs in others.values() for _, _, e in pairs}
@@ -156,7 +156,7 @@ def write_texts(config: TextsConfig, out: Path) -> dict[str, dict[str, int]]:
     for line in lines:
         of_kind = counts.setdefault(line["kind"], dict.fromkeys(SPLITS, 0))
         of_kind[line["split"]] += 1
-    return counts
+    return dict(sorted(counts.items()))
 
 
 def rank(exchange: Exchange) -> int:
@@ -189,7 +189,7 @@ def drawn(known: Mapping[str, list[Exchange]], count: int, seed: int, needed: Co
     return rng.sample(pairs, len(pairs))
 
 
-def turns(found: list[Exchange], needed: Collection[str]) -> list[Exchange]:
+def turns(found: list[Exchange], needed: Collection[str] = ()) -> list[Exchange]:
     """Reorders exchanges so that facts come before wordings.
 
     The order is a first wording of the needed answers, a first one of the others, a second one of each, and so on. An answer that

@@ -79,6 +79,8 @@ def test_held_out_questions_are_new_and_held_out_facts_have_new_answers(dialogue
         assert set(sorts) == {"fact", "wording"} and min(sorts.values()) > 40
         by_kind = collections.Counter((e["kind"], e["id"].split("-")[2]) for e in dialogues[split])
         assert max(by_kind.values()) <= MOST_PER_KIND and len({kind for kind, _ in by_kind}) >= 20
+        facts = [e["answer"] for e in dialogues[split] if e["id"].startswith(f"{split}-sum-fact")]
+        assert len(facts) == MOST_PER_KIND and len(set(facts)) >= 4
         for e in dialogues[split]:
             assert split_of(Exchange(e["question"], e["answer"])) == split
             if "-fact-" in e["id"]:
@@ -141,6 +143,22 @@ def test_verbs_are_inflected():
     forms |= {"quit": "quits quitted quitting", "forget": "forgets forgetted forgetting", "swim": "swims swimmed swimming"}
     for verb, expected in forms.items():
         assert [inflected(verb, ending) for ending in ("s", "ed", "ing")][: len(expected.split())] == expected.split()
+
+
+def test_nobody_is_asked_to_do_what_happens_by_accident(lines):
+    text = " ".join(e["text"] for e in lines if e["kind"] == "sentence")
+    assert re.search(r" lost | losing | lose ", text)
+    assert not re.search(r"(?:Please|Remember to|Let us|Never|Do not|wanted to|promised to|like to) (?:lose|forget|drop) ", text)
+
+
+@pytest.mark.slow
+def test_sentences_have_every_english_phoneme():
+    """Phonemes in the notation of hibari, where A, I, O, W and Y are the diphthongs of bay, buy, bow, now and boy."""
+    hibari = pytest.importorskip("hibari")
+    model, seen = hibari.Hibari(threads=1), set()
+    for text in sentences(3000, seed=0):
+        seen.update(*model.phonemize(text))
+    assert seen >= set("pbtdkɡfvθðszʃʒhʧʤmnŋlɹwjiɪɛæɑɔʊuʌəɜAIOWY")
 
 
 def test_subject_and_verb_agree(lines):
