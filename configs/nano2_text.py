@@ -43,11 +43,11 @@ def model() -> ChromaConfig:
 
 
 def data() -> DataConfig:
-    """Every text read aloud in its own voice without a prompt, and questions answered in text alone."""
+    """Every text of one voice read aloud without a prompt, and questions answered in text alone."""
     return DataConfig(
         row=RowShape(blocks=1, text=576, answers=192, positions=384, frames=224, heard=0),
         prompts_per_dialogue=1,
-        curriculum=CurriculumConfig(dialogue=0.0, read=1.0, answer=1.0, facts=6000, no_prompt=1.0),
+        curriculum=CurriculumConfig(dialogue=0.0, read=1.0, answer=1.0, facts=6000, no_prompt=1.0, max_voices=1),
     )
 
 
