@@ -160,6 +160,7 @@ def test_the_phases_follow_each_other_and_are_reported(finished):
     assert "valid/perplexity_0" not in lines[0] and lines[6]["valid/perplexity_3"] > 1
     assert all(np.isfinite(lines[step]["valid/mel_loss"]) for step in (0, 3, 6))
     assert lines[6]["speed/audio_seconds_per_second"] > 0
+    assert all(0 <= lines[step]["valid/voiced_recall"] <= 1 for step in (0, 3, 6))
 
 
 def test_held_out_recordings_can_be_listened_to(finished):

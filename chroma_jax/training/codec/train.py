@@ -18,6 +18,7 @@ from chroma_jax.convert.codec import load_codec
 from chroma_jax.errors import ChromaError
 from chroma_jax.evaluation.judges import stoi
 from chroma_jax.layers.sharding import make_mesh
+from chroma_jax.metric_models.pitch import match_pitch, pitch, pitch_measures
 from chroma_jax.models.codec import CodecConfig, FitConfig, fit_quantizer
 from chroma_jax.paths import values
 from chroma_jax.training.checkpoint import Checkpoints
@@ -169,11 +170,14 @@ class CodecTask:
         return jax.jit(lambda x: x, out_shardings=self.trainer.abstract.step.sharding)(tree)
 
     def evaluate(self, step: int, state: CodecTrainState, writer: MetricsWriter | None) -> dict[str, float]:
-        """Of the held-out recordings: mel distance, STOI (with pystoi installed), perplexity of every codebook; and, for
-        TensorBoard, how the first ones sound."""
+        """Measures the held-out recordings, and writes the first ones to TensorBoard as audio.
+
+        The mel loss is measured against the targets, STOI (if pystoi is installed) and pitch against the inputs. In canonical
+        phase whole periods fit into each frame, so that pitch differs from the input's by up to 6 Hz.
+        """
         model, phase = self.config.model, self.phase(step)
         share = self.share | {"global_batch": self.config.training.global_batch}
-        distances, scores, first = [], [], []
+        distances, scores, first, matches = [], [], [], []
         counts = np.zeros((model.num_codebooks, model.codebook_size))
         for batch, samples in held_out(self.prepared, model, self.config.data, **share):
             heard = jax.device_get(self.trainer.hear(state, self.place(batch), phase))
@@ -183,6 +187,8 @@ class CodecTask:
                 distances.append(heard.distance[row])
                 if importlib.util.find_spec("pystoi") is not None:
                     scores.append(stoi(real[row, :n], heard.made[row, :n], model.sampling_rate))
+                original, made = (pitch(wave[row, :n], model.sampling_rate) for wave in (real, heard.made))
+                matches.append(match_pitch(original, made))
                 for level, codes in enumerate(heard.codes[row, : model.num_frames(n)].T):
                     counts[level] += np.bincount(codes, minlength=model.codebook_size)
                 if len(first) < 3:
@@ -194,6 +200,7 @@ class CodecTask:
         metrics = {"valid/mel_loss": float(np.mean(distances))}
         if scores := [s for s in scores if s is not None]:
             metrics["valid/stoi"] = float(np.mean(scores))
+        metrics |= {f"valid/{name}": x for name, x in pitch_measures(matches).items() if x is not None}
         if phase.quantized:
             found = np.asarray(perplexity(jnp.asarray(counts)))
             metrics |= {f"valid/perplexity_{level}": float(p) for level, p in enumerate(found)}
