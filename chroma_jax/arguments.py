@@ -76,15 +76,16 @@ class Synthesize:
 class Train:
     """Trains a speaking model or a codec; on an existing run folder, goes on from its newest checkpoint.
 
-    run: run folder. prepared: dataset folder that ``prepare`` wrote. start: another run folder, or one that ``convert import``
-    wrote, whose weights a new run begins with; what it does not have is drawn at random. program: compiled step that ``plan
-    --program`` wrote for this configuration and pod. distributed: of several processes, which one this is. SIGTERM and Ctrl-C end
-    it after the running step, with a checkpoint and exit code 75.
+    run: run folder. prepared: dataset folder that ``prepare`` wrote. init_from: weights that a new run begins with; those that it
+    does not have are drawn at random. It is another run folder or one that ``convert import`` wrote, for a codec also an exported
+    folder, safetensors or a shipped name. program: compiled step that ``plan --program`` wrote for this configuration and pod.
+    distributed: of several processes, which one this is. SIGTERM and Ctrl-C end it after the running step, with a checkpoint and
+    exit code 75.
     """
 
     run: Positional[Path]
     prepared: Path
-    start: Path | None = None
+    init_from: Path | None = None
     program: Path | None = None
     distributed: DistributedConfig = DistributedConfig()
 
@@ -267,7 +268,7 @@ class Import:
     """Reads other checkpoints: Chroma, or for a warm start Qwen2.5-Omni, CSM-1B and Mimi, in any combination.
 
     paths: SOURCE … DEST. A source is a safetensors file, a folder with some, or a manifest of names and shapes (JSON, with
-    --dry-run only); of a part that several have, the first source's is taken. DEST: folder to write, for ``train --start``,
+    --dry-run only); of a part that several have, the first source's is taken. DEST: folder to write, for ``train --init-from``,
     ``reply`` and ``convert export``. onto: configuration (file or shipped name) whose sizes the weights must have; without it,
     those of a source that is a whole Chroma with a config.json, else chroma_4b. keep_unused: also keeps what a speaking model
     does not need of a released checkpoint, vision, for a later export. dry_run: only accounts for every tensor.

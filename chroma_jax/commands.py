@@ -143,6 +143,7 @@ def skipped(manifest: dict) -> str:
 
 
 def train(args: Train, config) -> int:
+    from chroma_jax import pretrained
     from chroma_jax.config import CodecRun
     from chroma_jax.training.codec.train import train_codec
     from chroma_jax.training.memory import run_by_caller
@@ -154,9 +155,10 @@ def train(args: Train, config) -> int:
     run_by_caller()
     with joined(args.distributed, config.mesh) as progress:
         if isinstance(config, CodecRun):
-            train_codec(config, args.run, args.prepared, args.start, progress)
+            init_from = None if args.init_from is None else pretrained.found(args.init_from)
+            train_codec(config, args.run, args.prepared, init_from, progress)
         else:
-            train(config, args.run, args.prepared, args.start, progress, args.program)
+            train(config, args.run, args.prepared, args.init_from, progress, args.program)
     return 0
 
 
@@ -359,11 +361,19 @@ def prompt(args: Prompt, config) -> int:
 
 def import_(args: Import, config) -> int:
     from chroma_jax import pretrained
+    from chroma_jax.config import CodecRun
+    from chroma_jax.convert.codec import import_codec
     from chroma_jax.convert.importer import import_sources, plan_import
 
     *sources, dest = args.paths
     if not sources:
         raise ChromaError("convert import wants SOURCE … DEST, at least one checkpoint and the folder to write")
+    if isinstance(config, CodecRun):
+        if len(sources) > 1 or args.keep_unused:
+            raise ChromaError(f"--onto {args.onto} is a codec: give one SOURCE and no --keep-unused; got {len(sources)} sources")
+        lines = import_codec(pretrained.found(sources[0]), config, None if args.dry_run else dest)
+        print("\n".join([*lines, *(["dry run: nothing was written"] if args.dry_run else [])]))
+        return 0
     own = None if args.onto is None else config
     plan = plan_import([pretrained.found(source) for source in sources], own, lambda: config)
     print("\n".join(plan.lines()))

@@ -1,5 +1,5 @@
 """codec_nano further on, its first codebook taught what a Reasoner hears in speech. Start it from a run of codec_nano and name
-the teacher: ``train codec_nano_taught RUN --start CODEC --recipe.teacher REASONER``, a run of nano_reasoner."""
+the teacher: ``train codec_nano_taught RUN --init-from CODEC --recipe.teacher REASONER``, a run of nano_reasoner."""
 
 import dataclasses
 

@@ -49,7 +49,7 @@ def model() -> ChromaConfig:
 
 
 def config() -> Config:
-    """The stage of speaking. Start it from a run of nano_answers (``train --start``)."""
+    """The stage of speaking. Start it from a run of nano_answers (``train --init-from``)."""
     steps = 3000
     return Config(
         model=model(),

@@ -1,5 +1,5 @@
 """Hearing and knowing together: the text model answers what the audio encoder, now frozen, makes of real recordings, facts in
-text going on beside them. Start it from a run of nano_facts (``train --start``); what it leaves is the Reasoner of `nano`."""
+text going on beside them. Start it from a run of nano_facts (``train --init-from``); what it leaves is the Reasoner of `nano`."""
 
 import dataclasses
 

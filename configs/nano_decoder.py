@@ -1,4 +1,4 @@
-"""The last stage of nano: the Decoder alone, behind everything else frozen. Start it from a run of nano (``train --start``)."""
+"""The last stage of nano: the Decoder alone, with everything else frozen. Initialize it from a run of nano (``--init-from``)."""
 
 import dataclasses
 

@@ -1,6 +1,6 @@
 """Knowing alone: the text model learns arithmetic, calendar, capitals and the like from text, most of it laid out as if it had
 been heard (`data_pipelines.facts`). Weight decay is what makes it learn rules instead of sentences. Start it from a run of
-nano_hearing (``train --start``); the tokenizer stays that run's (``--data.tokenizer``)."""
+nano_hearing (``train --init-from``); the tokenizer stays that run's (``--data.tokenizer``)."""
 
 import dataclasses
 

@@ -1,5 +1,5 @@
 """Hearing alone: the audio encoder spells out what is said, in speech that is made much harder to hear than `nano_reasoner`'s, so
-that it does not keep to the voices and sentences of training. Start it from a run of nano_reasoner (``train --start``)."""
+that it does not keep to the voices and sentences of training. Start it from a run of nano_reasoner (``train --init-from``)."""
 
 import dataclasses
 

@@ -17,7 +17,7 @@ from chroma_jax.errors import ChromaError
 from data_pipelines.audio import Clip
 from data_pipelines.dialogues import SPLITS, Corpus
 from data_pipelines.facts import Exchange, exchanges, normalised
-from data_pipelines.waves import SOUNDS
+from data_pipelines.recordings import SOUNDS
 
 WRITE_DOWN = "Write down what I say."
 READ_ALOUD = "Say: "

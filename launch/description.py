@@ -34,7 +34,7 @@ class Description:
     """A training.
 
     config: a shipped configuration's name, or a file in the bucket (gs://… or PATH.py). run: the job's name; the run folder is
-    runs/NAME in the bucket. prepared, start: folders in the bucket. flags: further ones of ``chroma-jax train``.
+    runs/NAME in the bucket. prepared, init_from: folders in the bucket. flags: further ones of ``chroma-jax train``.
 
     topology: one slice, such as "v5e:4x4"; slices: so many of it. bucket: gs://NAME. image: as docker push takes it. extras:
     of the package in the image. image_user: whom it runs as, where the job does not say (xpk does not: there it must be 0).
@@ -50,7 +50,7 @@ class Description:
     config: str
     run: str
     prepared: str
-    start: str | None = None
+    init_from: str | None = None
     flags: tuple[str, ...] = ()
     topology: str | None = None
     slices: int = 1
@@ -90,7 +90,7 @@ class Description:
                 raise ChromaError(f"slurm.{name} is {getattr(self.slurm, name)}, must be at least 1")
         if self.topology is not None:
             slice_of(self.topology)
-        for name in ("config", "prepared", "start"):
+        for name in ("config", "prepared", "init_from"):
             self._inside("", name)
 
     @property
@@ -108,9 +108,9 @@ class Description:
 
     def train(self, root: str = BUCKET) -> list[str]:
         """The arguments of chroma-jax, the bucket (or what takes its place) being at ``root``."""
-        start = [] if self.start is None else ["--start", self._inside(root, "start")]
+        init_from = [] if self.init_from is None else ["--init-from", self._inside(root, "init_from")]
         config = self._inside(root, "config") if self.config.endswith(".py") else self.config
-        return ["train", config, f"{root}/runs/{self.run}", "--prepared", self._inside(root, "prepared"), *start, *self.flags]
+        return ["train", config, f"{root}/runs/{self.run}", "--prepared", self._inside(root, "prepared"), *init_from, *self.flags]
 
     def environment(self) -> dict[str, str]:
         """Variables of a training on TPU: without a TPU it is an error, and what was compiled once is there after a restart."""

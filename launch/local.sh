@@ -222,7 +222,7 @@ demo() {
     else
         less+=(--data.tokenizer "$ROOT/chroma_jax/pretrained/nano/tokenizer.json")
         [[ -d $out/start ]] || chroma convert import nano "$out/start" --onto nano
-        how+=(--start "$out/start" --optimizer.learning_rate 2e-4)
+        how+=(--init-from "$out/start" --optimizer.learning_rate 2e-4)
     fi
     begin "2/5 preparing the corpus → $out/data"
     chroma prepare nano "$out/data" --codec nano "${less[@]}"

@@ -94,8 +94,11 @@ BAD = {
     "import onto no configuration": ("convert import {run}/codec.safetensors {out} --onto nanno", ["nanno", "near: nano"]),
     "import onto other sizes": ("convert import {run}/codec.safetensors {out} --onto nano", ["misshapen: codec_model."]),
     "convert what": ("convert", ["unknown command 'convert'", "convert import"]),
-    "start from nothing": (TRAIN + " --start {tmp}/nowhere", ["nowhere", "not a run folder"]),
-    "start from another model": (TRAIN + " --start {run} --model.backbone.norm_eps 1e-4", ["--model.backbone.norm_eps 1e-05"]),
+    "start from nothing": (TRAIN + " --init-from {tmp}/nowhere", ["nowhere", "not a run folder"]),
+    "start from another model": (
+        TRAIN + " --init-from {run} --model.backbone.norm_eps 1e-4",
+        ["--model.backbone.norm_eps 1e-05"],
+    ),
     "export of no run": ("export {tmp}/full {out}", ["full", "not a run folder"]),
     "suite absent": ("verify {tmp}/nowhere", ["nowhere", "no such folder"]),
     "suite without cases": ("verify {tmp}/full", ["full", "no golden case"]),

@@ -29,6 +29,7 @@ from chroma_jax.training.codec.losses import (
 from chroma_jax.training.codec.spectra import stft
 from chroma_jax.training.codec.step import CodecRecipe, make_codec_trainer
 from chroma_jax.training.optimizer import OptimizerConfig
+from data_pipelines.waves import WaveBatch
 
 CODEC = tiny_model().codec
 LEVELS, SIZE = CODEC.num_codebooks, CODEC.quantizer.codebook_size
@@ -266,7 +267,7 @@ def trained(mesh_config: MeshConfig, waves: np.ndarray, steps: int):
         trainer = make_codec_trainer(CODEC, TRAINING, 0, mesh)
         state, history = trainer.init(), []
         for _ in range(steps):
-            state, metrics = trainer.train_step(state, jax.device_put(waves, trainer.wave_sharding))
+            state, metrics = trainer.train_step(state, jax.device_put(WaveBatch.of(waves), trainer.batch_sharding))
             history.append(jax.device_get(metrics))
         return trainer, state, history
 
@@ -320,7 +321,8 @@ def test_waves_with_nan_leave_all_that_is_trained_as_it_is(run, waves):
     """Weights, codebooks, the discriminator, all moments: a step is made as a whole or not at all."""
     trainer, state, history = run
     with jax.set_mesh(make_mesh(MeshConfig())):
-        broken = jax.device_put(np.where(np.arange(len(waves))[:, None] == 3, np.nan, waves), trainer.wave_sharding)
+        broken = WaveBatch.of(np.where(np.arange(len(waves))[:, None] == 3, np.nan, waves))
+        broken = jax.device_put(broken, trainer.batch_sharding)
         after, metrics = trainer.train_step(jax.tree.map(jnp.copy, state), broken)
     assert int(metrics["skipped"]) == 1 and not any(m["skipped"] for m in history)
     assert int(after.step) == int(state.step) + 1

@@ -413,8 +413,8 @@ def test_a_run_starts_from_an_import_and_leaves_it_alone(source, tiny_prepared, 
     start = imported(tmp_path / "imported", finite, config=config, unused="keep")
     before = {p: p.read_bytes() for p in start.rglob("*") if p.is_file()}
     flags = ["--prepared", str(prepared), "--data.corpus", config.data.corpus, "--training.steps", "1"]
-    assert main(["train", onto, str(tmp_path / "run"), *flags, "--start", str(start)]) == 0
-    assert "starting from" in capsys.readouterr().out
+    assert main(["train", onto, str(tmp_path / "run"), *flags, "--init-from", str(start)]) == 0
+    assert "initializing from" in capsys.readouterr().out
     assert {p: p.read_bytes() for p in start.rglob("*") if p.is_file()} == before
     embedding = weights_of(tmp_path / "run")["reasoner/embedding/table"]
     assert np.abs(embedding - 0.01).max() < 0.02  # one step of Adam at a learning rate of 0.01 away
@@ -423,13 +423,13 @@ def test_a_run_starts_from_an_import_and_leaves_it_alone(source, tiny_prepared, 
     back, given = all_in(tmp_path / "back"), all_in(finite)
     assert back.keys() == given.keys() and all(back[name].tobytes() == given[name].tobytes() for name in VISION)
     assert main(["train", onto, str(shutil.copytree(start, tmp_path / "copy")), *flags]) == 2
-    assert "weights alone, as an import leaves them; train another run folder with --start" in capsys.readouterr().err
+    assert "weights alone, as an import leaves them; train another run folder with --init-from" in capsys.readouterr().err
 
 
 def test_a_part_that_is_missing_is_named(checkpoints, tmp_path):
     run = imported(tmp_path / "run", checkpoints["Qwen2.5-Omni"][0], checkpoints["Mimi"][0])
     for use in (lambda: load_run(run, configs.load(run)), lambda: export(run, tmp_path / "back")):
-        with pytest.raises(ChromaError, match="no weights of backbone, decoder, audio_embedding.*--start"):
+        with pytest.raises(ChromaError, match="no weights of backbone, decoder, audio_embedding.*--init-from"):
             use()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
 

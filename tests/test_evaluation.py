@@ -146,6 +146,7 @@ def test_every_question_is_answered_under_every_condition(judged):
         assert all(row["seconds"] <= 0.8 and row["heard"] == "it is three of course" for row in rows if row["seconds"])
         assert all((row["similarity"] is None) == (name == "no prompt") for row in rows)
     assert found["codec"]["summary"]["recordings"] == 4 and found["codec"]["summary"]["stoi"] == 0.5
+    assert 0 <= found["codec"]["summary"]["voiced_recall"] <= 1
     assert found["speed"]["rtf"] > 0 and found["speed"]["first_audio_ms"] > 0
 
 

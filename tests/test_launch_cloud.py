@@ -111,7 +111,7 @@ SIZES = [
 ]
 EXTRAS = {
     "plain": {},
-    "spot": {"spot": True, "start": "imported", "flags": ("--mesh.fsdp", "16", "--optimizer.freeze", "")},
+    "spot": {"spot": True, "init_from": "imported", "flags": ("--mesh.fsdp", "16", "--optimizer.freeze", "")},
     "reserved": {"reservation": "ours", "queue": "tpus", "kubernetes_account": "trainer", "namespace": "speech"},
 }
 
@@ -426,10 +426,11 @@ def test_the_example_names_every_field_and_its_default():
 
 
 def test_what_lies_in_the_bucket_is_named_as_there_or_from_its_root():
-    whole = description(config="gs://my-bucket/mine.py", prepared="gs://my-bucket/data/x", start="gs://my-bucket/runs/a")
-    short = description(config="mine.py", prepared="data/x", start="runs/a")
+    whole = description(config="gs://my-bucket/mine.py", prepared="gs://my-bucket/data/x", init_from="gs://my-bucket/runs/a")
+    short = description(config="mine.py", prepared="data/x", init_from="runs/a")
     assert whole.train() == short.train()
-    expected = ["train", "/bucket/mine.py", "/bucket/runs/first-run", "--prepared", "/bucket/data/x", "--start", "/bucket/runs/a"]
+    expected = ["train", "/bucket/mine.py", "/bucket/runs/first-run", "--prepared", "/bucket/data/x"]
+    expected += ["--init-from", "/bucket/runs/a"]
     assert short.train() == expected
     assert short.train("/shared")[1] == "/shared/mine.py"
 

@@ -399,8 +399,8 @@ def test_a_run_goes_on_on_another_mesh(tiny_prepared, straight, tmp_path):
 def test_the_second_stage_starts_from_the_firsts_weights_with_more_of_them_frozen(tiny_prepared, straight, tmp_path, capsys):
     config, prepared = tiny_prepared
     second = replace(replace(config, "optimizer.freeze", ("reasoner/", "backbone/")), "training.steps", 1)
-    state = train(second, tmp_path / "run", prepared, start=straight[0])
-    assert "starting from" in capsys.readouterr().out and int(state.step) == 1
+    state = train(second, tmp_path / "run", prepared, init_from=straight[0])
+    assert "initializing from" in capsys.readouterr().out and int(state.step) == 1
     with Checkpoints(straight[0], config.checkpoint, access="read") as checkpoints:
         first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         held = {p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=first) for p, x in checkpoints.held().items()}
@@ -423,7 +423,7 @@ def test_weights_that_know_other_tokens_than_the_data_are_refused(tiny_prepared,
     vocab[first], vocab[second] = vocab[second], vocab[first]
     (start / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(ChromaError, match="its tokenizer is not that of .*--data.tokenizer"):
-        train(config, tmp_path / "run", prepared, start=start)
+        train(config, tmp_path / "run", prepared, init_from=start)
     assert not (tmp_path / "run").exists()
 
 

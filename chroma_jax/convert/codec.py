@@ -8,10 +8,11 @@ from flax import nnx
 
 from chroma_jax import config as configs
 from chroma_jax.config import CodecRun
-from chroma_jax.convert.hf_config import codec_to_hf
+from chroma_jax.convert.hf_config import codec_from_hf, codec_to_hf, from_hf
+from chroma_jax.convert.importer import CODEC
 from chroma_jax.convert.names import codec_rows
-from chroma_jax.convert.sources import read_codec
-from chroma_jax.convert.weights import abstract_codec, outputs, write_safetensors
+from chroma_jax.convert.sources import PARTS, adopt, read_codec, read_config, recognise
+from chroma_jax.convert.weights import abstract_codec, import_weights, outputs, problems, read_header, write_safetensors
 from chroma_jax.errors import ChromaError
 from chroma_jax.files import check_new, write_json, written_aside
 from chroma_jax.models.chroma import ChromaConfig
@@ -33,6 +34,83 @@ def trained_codec(source: Path, config: ChromaConfig) -> Codec:
     if apart := [line for line in apart if configs.concerns_weights(line.split()[0])]:
         raise ChromaError(f"{source}: trained a codec that the configuration describes otherwise: {'; '.join(apart)}")
     return stored_codec(source, run)
+
+
+def load_codec(source: Path, default: CodecConfig) -> Codec:
+    """A Codec from any of its homes, with its own configuration.
+
+    Args:
+        source: the run folder of a Codec, an import, or an exported model in the released layout or Mimi's; the folder of a
+            speaking model, whose Codec is taken; or a safetensors file. A shipped name is resolved by the caller, see
+            `chroma_jax.pretrained.found`.
+        default: the configuration of safetensors without a config.json.
+
+    Raises:
+        ChromaError: there is no Codec, or it does not fit its configuration.
+    """
+    source = Path(source)
+    if (source / "config.txt").is_file():
+        config = configs.load(source)
+        if isinstance(config, CodecRun):
+            return stored_codec(source, config)
+        return read_codec(source / CODEC, config.model)
+    if not source.exists():
+        raise ChromaError(f"{source}: no such file or folder, and no shipped weights of that name")
+    about = read_config(source)
+    if about is None:
+        return read_codec(source, with_codec(default))
+    whole = "thinker_config" in about
+    return read_codec(source, from_hf(about) if whole else with_codec(own_config(source, about)))
+
+
+def own_config(source: Path, about: dict) -> CodecConfig:
+    """The Codec's configuration in a config.json of Mimi, or of a model that has a ``codec_config``."""
+    section = about.get("codec_config", about)
+    try:
+        return codec_from_hf(section)
+    except (KeyError, ValueError) as e:
+        raise ChromaError(f"{source}: its config.json describes no Mimi codec ({type(e).__name__}: {e})") from e
+
+
+def import_codec(source: Path, config: CodecRun, dest: Path | None) -> list[str]:
+    """Imports a Codec: writes a folder that ``train --init-from``, ``prepare --codec`` and ``export`` read.
+
+    The folder holds config.txt and the weights as a checkpoint of step 0. What the weights were trained with (RoPE, norm epsilon,
+    attention window) is taken from the source's config.json.
+
+    Args:
+        source: safetensors, or a folder with some, of Mimi or of a model that contains a Codec.
+        config: whose sizes the weights must have.
+        dest: the folder to write; None only checks.
+
+    Returns:
+        Lines that describe what is imported.
+
+    Raises:
+        ChromaError: ``dest`` exists, or ``source`` has no Codec of these sizes.
+    """
+    source = Path(source)
+    header = read_header(source)
+    naming, prefix = recognise(source, header)
+    model, notes = adopt(with_codec(config.model), source, naming, frozenset(PARTS) - {"codec"})
+    rows = [row for row in naming.rows(model, prefix) if row.part == "codec"]
+    shapes = {path: x.shape for path, x in values(abstract_codec(model), "codec/").items()}
+    wrong = [problem for row in rows for problem in problems(row, header, shapes[row.path])]
+    if wrong or not rows:
+        raise ChromaError(f"{source}: {naming.title} has no Codec of these sizes: {'; '.join(wrong[:10]) or 'no tensors of one'}")
+    read = sum(len(list(row.foreign_names())) for row in rows)
+    lines = [f"{source}: {naming.title}, {len(header)} tensors", f"  read: {read} of the codec", *(f"  {note}" for note in notes)]
+    if dest is None:
+        return lines
+    if any(tensor.file is None for tensor in header.values()):
+        raise ChromaError(f"{source}: a manifest has no weights; it can be imported with --dry-run only")
+    check_new(Path(dest))
+    weights = values(import_weights(abstract_codec(model), rows, source, "codec/"), "codec/")
+    with written_aside(dest) as folder:
+        with Checkpoints(folder, config.checkpoint) as checkpoints:
+            checkpoints.save_weights(weights)
+        (folder / "config.txt").write_text(configs.dump(dataclasses.replace(config, model=model.codec)))
+    return [*lines, f"{dest}: {len(weights)} weights of a codec"]
 
 
 def codec_run(run: Path) -> CodecRun:

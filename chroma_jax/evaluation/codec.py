@@ -11,6 +11,7 @@ from tqdm import tqdm
 from chroma_jax.evaluation.judges import Judges
 from chroma_jax.evaluation.suite import Recording
 from chroma_jax.evaluation.words import error_rate, word_errors
+from chroma_jax.metric_models.pitch import match_pitch, pitch, pitch_measures
 from chroma_jax.models.codec import Codec
 from chroma_jax.streaming.prompt import rounded_up
 
@@ -44,8 +45,9 @@ def evaluate_codec(
     """Returns the report's part, and what was made of each recording."""
     rate = codec.config.sampling_rate
     made, seconds = resynthesised(codec, recordings, num_codebooks)
-    rows = []
+    rows, matches = [], []
     for recording, wave in zip(tqdm(recordings, "judging the codec", unit="recording"), made, strict=True):
+        matches.append(match_pitch(pitch(recording.wave, rate), pitch(wave, rate)))
         heard = {"original": judges.words(recording.wave, rate), "made": judges.words(wave, rate)}
         rows.append(
             {
@@ -58,6 +60,7 @@ def evaluate_codec(
                 "pesq": judges.pesq(recording.wave, wave, rate),
                 "dnsmos": judges.dnsmos(wave, rate),
                 "dnsmos_of_original": judges.dnsmos(recording.wave, rate),
+                **pitch_measures(matches[-1:]),
                 "similarity": float(judges.voices(recording.wave, rate) @ judges.voices(wave, rate)),
                 "word_errors": word_errors(recording.text, heard["made"]),
                 "word_errors_of_original": word_errors(recording.text, heard["original"]),
@@ -70,6 +73,7 @@ def evaluate_codec(
         "seconds": round(sum(len(r.wave) for r in recordings) / rate, 1),
         "bits_per_second": round(float(bits), 1),
         **{name: mean([row[name] for row in rows]) for name in ("stoi", "pesq", "similarity", "dnsmos", "dnsmos_of_original")},
+        **pitch_measures(matches),
         "wer": error_rate([row["word_errors"] for row in rows]),
         "wer_of_original": error_rate([row["word_errors_of_original"] for row in rows]),
         "rtf": seconds / (sum(len(r.wave) for r in recordings) / rate),

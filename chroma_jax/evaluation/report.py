@@ -23,6 +23,9 @@ LABELS = {
     "similarity": "similarity to the original voice",
     "dnsmos": "DNSMOS",
     "dnsmos_of_original": "DNSMOS of the originals",
+    "voiced_recall": "voiced frames that stay voiced",
+    "false_voicing": "unvoiced frames that become voiced",
+    "pitch_error_cents": "median pitch error, cents",
     "rtf": "real-time factor",
     "bits_per_second": "bits per second",
 }
@@ -38,7 +41,7 @@ COLUMNS = {
     "seconds": "seconds",
     "ended": "ended",
 }
-PERCENT = ("right", "right_as_heard", "wer", "wer_of_original", "eer", "ended")
+PERCENT = ("right", "right_as_heard", "wer", "wer_of_original", "eer", "ended", "voiced_recall", "false_voicing")
 
 
 def number(name: str, value: float | None) -> str:
@@ -48,7 +51,9 @@ def number(name: str, value: float | None) -> str:
         return f"{100 * value:.1f} %"
     if name.endswith("_ms"):
         return f"{value:.0f} ms"
-    return f"{value:.0f}" if name == "bits_per_second" else f"{value:.3f}" if name.startswith("rtf") else f"{value:.2f}"
+    if name in ("bits_per_second", "pitch_error_cents"):
+        return f"{value:.0f}"
+    return f"{value:.3f}" if name.startswith("rtf") else f"{value:.2f}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,6 +22,7 @@ from chroma_jax.planning.chips import Chip, Topology, compile_only_devices, comp
 from chroma_jax.training.codec.step import Phase, make_codec_trainer
 from chroma_jax.training.codec.teacher import load_teacher
 from chroma_jax.training.train import abstract_batch, step_flops, trainer_of
+from data_pipelines.waves import WaveBatch
 
 QUICK = {"optimization_level": 9}  # "O0" of XLA, as a number, which every version of JAX takes
 SCOPES = (
@@ -197,15 +198,16 @@ def plan_codec(config: CodecRun, topology: Topology, *, effort: str = "full") ->
     with jax.set_mesh(mesh):
         trainer = make_codec_trainer(model, recipe, config.training.seed, mesh, teacher, config.training.skip_norm)
         shape = (rows, frames * model.samples_per_frame)
-        wave, state = jax.ShapeDtypeStruct(shape, np.float32, sharding=trainer.wave_sharding), trainer.abstract
-        traced = trainer.train_step.trace(state, wave, phase)
+        shapes, state = WaveBatch(shape, shape, shape[:1]), trainer.abstract
+        batch = WaveBatch(*(jax.ShapeDtypeStruct(s, np.float32, sharding=x) for s, x in zip(shapes, trainer.batch_sharding)))
+        traced = trainer.train_step.trace(state, batch, phase)
         return planned(
             traced,
             {
                 "trained": (state.codec, state.head, state.codebooks, state.discriminator),
                 "frozen": state.frozen,
                 "optimizer": (state.step, state.optimizer, state.discriminator_optimizer, state.balancer),
-                "batch": wave,
+                "batch": batch,
             },
             topology,
             mesh,

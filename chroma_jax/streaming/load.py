@@ -108,4 +108,4 @@ def check_complete(run: Path, missing: set[str]) -> None:
     """Raises ChromaError when weights are missing, naming the parts that they belong to."""
     parts = sorted({path.split("/")[0] for path in missing}, key=lambda part: (*PARTS, part).index(part))
     if missing:
-        raise ChromaError(f"{run}: has no weights of {', '.join(parts)}; import them too, or train with --start {run}")
+        raise ChromaError(f"{run}: has no weights of {', '.join(parts)}; import them too, or train with --init-from {run}")

@@ -116,7 +116,7 @@ class Checkpoints:
         """
         if "optimizer" not in self._metadata(step):
             where = f"{self.folder / str(self._existing(step))}: weights alone, as an import leaves them"
-            raise ChromaError(f"{where}; train another run folder with --start {self.folder.parent.name}")
+            raise ChromaError(f"{where}; train another run folder with --init-from {self.folder.parent.name}")
         return abstract.filled(self._load(abstract.tree(), step))
 
     def newest(self, abstract: S) -> S | None:

@@ -37,13 +37,13 @@ def train(
     config: Config,
     run: Path,
     prepared: Path,
-    start: Path | None = None,
+    init_from: Path | None = None,
     progress: Progress | None = None,
     program: Path | None = None,
 ) -> TrainState:
-    """Trains from the run folder's newest checkpoint (or from ``start``, or from scratch) to ``config.training.steps``.
+    """Trains from the run folder's newest checkpoint (or from ``init_from``, or from scratch) to ``config.training.steps``.
 
-    run: created when absent. prepared: a folder that ``chroma-jax prepare`` wrote. start: another run folder or an imported
+    run: created when absent. prepared: a folder that ``chroma-jax prepare`` wrote. init_from: another run folder or an imported
     one, whose weights a new run begins with. progress: of the process, see `chroma_jax.training.multihost.joined`. program: file
     with the compiled step, see `chroma_jax.training.program`.
     Returns the last state. Raises: Ended when it stops before; ChromaError for a run folder, data or weights of another model, a
@@ -61,7 +61,7 @@ def train(
         trainer = trainer_of(config, mesh)
         if program is not None:
             trainer = with_program(trainer, config, abstract_batch(config, trainer), program)
-        given = start if start is not None and not has_checkpoint(run) else None
+        given = init_from if init_from is not None and not has_checkpoint(run) else None
         if given is not None:
             check_tokenizer(prepared, given)
         weights = {} if given is None else starting_weights(config, trainer, given)
@@ -145,7 +145,7 @@ def starting_weights(config: Config, trainer: Trainer, start: Path) -> dict[str,
         goes_on = any(MARK in path for path in held)  # pairs are trained further, if there are any, or merged
         weights = checkpoints.restore_weights(fitting) if goes_on else restored(checkpoints, fitting, source.lora)
     drawn = sorted({path.split("/")[0] for path in wanted.keys() - held})
-    say(f"starting from {start}" + (f"; drawn at random: {', '.join(drawn)}" if drawn else ""))
+    say(f"initializing from {start}" + (f"; drawn at random: {', '.join(drawn)}" if drawn else ""))
     return weights
 
 

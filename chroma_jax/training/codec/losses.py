@@ -1,8 +1,8 @@
 """Losses of Codec training, and the balance between them.
 
-The reconstruction is judged by its mel spectrograms at several resolutions (Kumar et al., arXiv 2306.06546, section 3.4), by the
-discriminator's verdict and by what its layers see (Défossez et al., arXiv 2210.13438, section 3.4). How far each draws the sound
-is set by the balancer, not by the loss's own scale.
+The reconstruction is compared with its target by mel spectrograms at several resolutions (Kumar et al., arXiv 2306.06546, section
+3.4) and by its waveform, and rated by the discriminator's output and by the features of its layers (Défossez et al., arXiv
+2210.13438, section 3.4). The balancer sets each loss's share of the gradient, whatever the loss's own scale.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from chroma_jax.training.codec.discriminator import Verdict
+from chroma_jax.training.codec.discriminator import Discriminator, Verdict
 from chroma_jax.training.codec.spectra import log_mel
 
 
@@ -27,6 +27,35 @@ class MelLossConfig:
             raise ValueError(f"windows and bins must be as many, got {len(self.windows)} and {len(self.bins)}")
 
 
+@dataclasses.dataclass(frozen=True)
+class CodecLossConfig:
+    """Shares of the balanced gradient, and weights of the losses that are added to it.
+
+    Attributes:
+        mel: share of the mel loss.
+        wave: share of the waveform loss, the mean absolute difference of the samples. It alone depends on phase.
+        pre_emphasis: the waveform loss compares x[t] − pre_emphasis · x[t − 1]; 0 compares the samples themselves.
+        adversarial: share of the adversarial loss.
+        features: share of the feature loss.
+        commitment: weight of the commitment loss.
+        distillation: weight of the distillation loss.
+        resolutions: of the mel loss.
+    """
+
+    mel: float = 1.0
+    wave: float = 0.0
+    pre_emphasis: float = 0.0
+    adversarial: float = 3.0
+    features: float = 3.0
+    commitment: float = 1.0
+    distillation: float = 1.0
+    resolutions: MelLossConfig = MelLossConfig()
+
+    def __post_init__(self):
+        if not 0 <= self.pre_emphasis <= 1:
+            raise ValueError(f"pre_emphasis must be in 0 … 1, got {self.pre_emphasis}")
+
+
 def mel_distance(made: jax.Array, real: jax.Array, sample_rate: int, config: MelLossConfig = MelLossConfig()) -> jax.Array:
     """Mean absolute difference of log10 mel magnitudes, averaged over the resolutions. made, real: float32 [B, S]. Returns
     [B]."""
@@ -35,6 +64,14 @@ def mel_distance(made: jax.Array, real: jax.Array, sample_rate: int, config: Mel
         for window, bins in zip(config.windows, config.bins, strict=True)
     ]
     return jnp.mean(jnp.stack(apart), axis=0)
+
+
+def wave_distance(made: jax.Array, real: jax.Array, pre_emphasis: float = 0.0) -> jax.Array:
+    """Mean absolute difference of the samples after pre-emphasis. made, real: float32 [B, S]. Returns [B]."""
+    difference = made - real
+    if pre_emphasis:
+        difference -= pre_emphasis * jnp.pad(difference, ((0, 0), (1, 0)))[:, :-1]
+    return jnp.mean(jnp.abs(difference), axis=1)
 
 
 def discriminator_loss(made: list[Verdict], real: list[Verdict]) -> jax.Array:
@@ -58,8 +95,16 @@ def feature_loss(made: list[Verdict], real: list[Verdict]) -> jax.Array:
     return jnp.mean(jnp.stack(each))
 
 
+LOSSES = 4  # that are balanced: mel, wave, adversarial, features
+
+
 class BalancerState(NamedTuple):
-    """norms: float32 [losses], running means of the gradients' norms; steps: int32 [losses], of how many each is made."""
+    """Running means of the gradients' norms.
+
+    Attributes:
+        norms: float32 [losses], decaying sums of the norms.
+        steps: int32 [losses], the number of batches in each.
+    """
 
     norms: jax.Array
     steps: jax.Array
@@ -70,16 +115,82 @@ class BalancerState(NamedTuple):
 
 
 def balanced(
-    gradients: jax.Array, weights: jax.Array, state: BalancerState, decay: float = 0.999
+    gradients: jax.Array, weights: jax.Array, state: BalancerState, mask: jax.Array | None = None, decay: float = 0.999
 ) -> tuple[jax.Array, BalancerState]:
-    """One gradient of the sound in which every loss has its share, whatever its scale (arXiv 2210.13438, section 3.4, equation 5,
-    with R = 1).
+    """Adds gradients of several losses so that each has its share whatever its scale.
 
-    gradients: float32 [losses, B, S], of each loss with respect to the sound. weights: float32 [losses], the shares, up to a
-    factor. Returns (gradient [B, S], whose norm per recording is about one, state).
+    After arXiv 2210.13438, section 3.4, equation 5, with R = 1. The norm of a loss's gradient is averaged over the recordings to
+    which the loss applies. A loss that applies to none in a batch keeps its running mean.
+
+    Args:
+        gradients: float32 [losses, B, S], of each loss with respect to the waveform; 0 where the loss does not apply.
+        weights: float32 [losses], the shares, up to a factor.
+        state: the running means so far.
+        mask: float32 [losses, B], 1 where a loss applies to a recording; None if all apply to all.
+        decay: of the running means, per batch.
+
+    Returns:
+        (gradient [B, S] with a norm of about one per recording to which all losses apply, the next state).
     """
-    norms = jnp.mean(jnp.sqrt(jnp.sum(jnp.square(gradients), axis=2)), axis=1)
-    state = BalancerState(decay * state.norms + (1 - decay) * norms, state.steps + 1)
-    means = state.norms / (1 - decay ** state.steps.astype(jnp.float32))
+    norms = jnp.sqrt(jnp.sum(jnp.square(gradients), axis=2))
+    mask = jnp.ones_like(norms) if mask is None else mask
+    count = jnp.sum(mask, axis=1)
+    seen = count > 0
+    norms = jnp.sum(norms * mask, axis=1) / jnp.maximum(count, 1)
+    norms = jnp.where(seen, decay * state.norms + (1 - decay) * norms, state.norms)
+    state = BalancerState(norms, state.steps + seen)
+    means = state.norms / jnp.maximum(1 - decay ** state.steps.astype(jnp.float32), 1e-12)
     scale = weights / jnp.sum(weights) / jnp.maximum(means, 1e-12)
     return jnp.einsum("L,LBS->BS", scale, gradients), state
+
+
+def reconstruction_losses(
+    discriminator: Discriminator | None,
+    made: jax.Array,
+    target: jax.Array,
+    mask: jax.Array,
+    sample_rate: int,
+    config: CodecLossConfig,
+    balancer: BalancerState,
+) -> tuple[dict[str, jax.Array], jax.Array, BalancerState]:
+    """Computes the losses of a reconstruction, and their balanced gradient with respect to it.
+
+    Args:
+        discriminator: None leaves the adversarial and the feature loss out.
+        made: float32 [B, S], the reconstruction.
+        target: float32 [B, S].
+        mask: float32 [B], 1 where the waveform loss applies.
+        sample_rate: in Hz.
+        config: shares of the losses.
+        balancer: running means so far.
+
+    Returns:
+        (losses by metric name, gradient [B, S], next running means).
+    """
+    rows, everywhere = len(made), jnp.ones_like(mask)
+    mel = lambda made: jnp.mean(mel_distance(made, target, sample_rate, config.resolutions))
+    # divided by all rows, so that the gradient of a row does not depend on the mask of others
+    wave = lambda made: jnp.sum(mask * wave_distance(made, target, config.pre_emphasis)) / rows
+    losses, gradients, masks = {}, [], [everywhere, mask]
+    with jax.named_scope("mel_loss"):
+        losses["mel_loss"], gradient = jax.value_and_grad(mel)(made)
+    wave_loss, wave_gradient = jax.value_and_grad(wave)(made)
+    losses["wave_loss"] = wave_loss * rows / jnp.maximum(jnp.sum(mask), 1)
+    gradients += [gradient, wave_gradient]
+    if discriminator is not None:
+        verdict = jax.lax.stop_gradient(discriminator(target))
+
+        def opinions(made: jax.Array):
+            outputs = discriminator(made)
+            return adversarial_loss(outputs), feature_loss(outputs, verdict)
+
+        (losses["adversarial_loss"], losses["feature_loss"]), pull = jax.vjp(opinions, made)
+        one, zero = jnp.float32(1), jnp.float32(0)
+        gradients += [pull((one, zero))[0], pull((zero, one))[0]]
+        masks += [everywhere, everywhere]
+    count = len(gradients)
+    shares = jnp.array([config.mel, config.wave, config.adversarial, config.features][:count], jnp.float32)
+    before = jax.tree.map(lambda x: x[:count], balancer)
+    gradient, seen = balanced(jnp.stack(gradients), shares, before, jnp.stack(masks))
+    balancer = jax.tree.map(lambda new, old: jnp.concatenate([new, old[count:]]), seen, balancer)
+    return losses, gradient, balancer

@@ -1,8 +1,8 @@
 """The state of Codec training, and the one compiled step that advances it.
 
-    wave → encoder → latents → quantizer → decoder → made
-                         teacher ← head ┘     mel loss ┐
-    discriminator(made), discriminator(wave) → adversarial, feature loss ┴ balanced → gradient of the made sound → codec
+    input → encoder → latents → quantizer → decoder → made
+                  teacher(input) ← head ┘     mel loss, wave loss (made, target) ┐
+    discriminator(made), discriminator(target) → adversarial, feature loss ──────┴ balanced → gradient of the made sound → codec
 
 One step: the codec by the balanced gradient, the commitment loss and, with a teacher, the distillation loss; its codebooks by
 their running means; the discriminator by its hinge loss, on the same made sound. A training has up to three phases: an
@@ -27,36 +27,23 @@ from chroma_jax.layers import sums
 from chroma_jax.layers.linear import Linear
 from chroma_jax.layers.sharding import RULES, state_shardings
 from chroma_jax.models.codec import Codec, CodecConfig
-from chroma_jax.paths import filled, flat, nested, values
+from chroma_jax.paths import filled, values
 from chroma_jax.training.codec.discriminator import Discriminator, DiscriminatorConfig
 from chroma_jax.training.codec.distillation import Teacher, distillation_loss, teacher_width
 from chroma_jax.training.codec.losses import (
+    LOSSES,
     BalancerState,
-    MelLossConfig,
-    adversarial_loss,
-    balanced,
+    CodecLossConfig,
     discriminator_loss,
-    feature_loss,
     mel_distance,
+    reconstruction_losses,
 )
 from chroma_jax.training.codec.quantize import Choice, QuantizerTraining, draw, followed, mixed, perplexity, quantize
+from chroma_jax.training.codec.state import CodecTrainState, Parts, abstract_state
 from chroma_jax.training.compiling import options as compiler_options
 from chroma_jax.training.optimizer import OptimizerConfig, is_frozen, learning_rate, make_optimizer
 from chroma_jax.training.state import applied
-
-
-@dataclasses.dataclass(frozen=True)
-class CodecLossConfig:
-    """mel, wave, adversarial, features: shares of the balanced gradient. wave is the mean absolute difference of the samples,
-    which alone hears phases. commitment, distillation: weights of these losses, which are added."""
-
-    mel: float = 1.0
-    wave: float = 0.0
-    adversarial: float = 3.0
-    features: float = 3.0
-    commitment: float = 1.0
-    distillation: float = 1.0
-    resolutions: MelLossConfig = MelLossConfig()
+from data_pipelines.waves import WaveBatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,56 +66,6 @@ class CodecRecipe:
     discriminator_optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-4, b1=0.5, b2=0.9)
 
 
-class CodecTrainState(NamedTuple):
-    """step: int32 [], steps taken. codec: weights that gradients reach; frozen: those that stay; codebooks: those that follow
-    their vectors. head: from the semantic codes to the teacher's features, empty without a teacher."""
-
-    step: jax.Array
-    codec: nnx.State
-    frozen: nnx.State
-    head: nnx.State
-    codebooks: nnx.State
-    discriminator: nnx.State
-    optimizer: optax.OptState
-    discriminator_optimizer: optax.OptState
-    balancer: BalancerState
-
-    def weights(self) -> dict[str, jax.Array]:
-        """By path: ``codec/…``, ``distillation/…``, ``discriminator/…``."""
-        parts = {"codec/": self.codec, "distillation/": self.head, "discriminator/": self.discriminator}
-        found = {path: x for prefix, state in parts.items() for path, x in values(state, prefix).items()}
-        return found | values(self.codebooks, "codec/") | values(self.frozen, "codec/")
-
-    def with_weights(self, weights: Mapping[str, jax.Array]) -> "CodecTrainState":
-        """With the arrays that ``weights`` has for its paths."""
-        return self._replace(
-            codec=filled(self.codec, weights, "codec/"),
-            frozen=filled(self.frozen, weights, "codec/"),
-            head=filled(self.head, weights, "distillation/"),
-            codebooks=filled(self.codebooks, weights, "codec/"),
-            discriminator=filled(self.discriminator, weights, "discriminator/"),
-        )
-
-    def tree(self) -> dict:
-        """As a checkpoint holds it."""
-        rest = jax.tree.leaves((self.optimizer, self.discriminator_optimizer, self.balancer))
-        return {"weights": nested(self.weights()), "optimizer": {"step": self.step, "moments": rest}}
-
-    def filled(self, tree: dict) -> "CodecTrainState":
-        """This state, perhaps abstract, with the arrays of a `tree`."""
-        structure = jax.tree.structure((self.optimizer, self.discriminator_optimizer, self.balancer))
-        optimizer, judge_optimizer, balancer = jax.tree.unflatten(structure, tree["optimizer"]["moments"])
-        return self.with_weights(flat(tree["weights"]))._replace(
-            step=tree["optimizer"]["step"],
-            optimizer=optimizer,
-            discriminator_optimizer=judge_optimizer,
-            balancer=balancer,
-        )
-
-
-LOSSES = 4  # that are balanced
-
-
 class Phase(NamedTuple):
     """What takes part in a step."""
 
@@ -137,7 +74,13 @@ class Phase(NamedTuple):
 
 
 class Heard(NamedTuple):
-    """Of held-out waves. made: [B, S]; distance: [B], the mel loss of each; codes: int32 [B, F, Q]. Not divided among devices."""
+    """Of held-out recordings, not sharded.
+
+    Attributes:
+        made: float32 [B, S], the reconstruction.
+        distance: float32 [B], its mel loss against the target.
+        codes: int32 [B, F, Q].
+    """
 
     made: jax.Array
     distance: jax.Array
@@ -147,18 +90,28 @@ class Heard(NamedTuple):
 class CodecTrainer(NamedTuple):
     """The functions of a training on one mesh; nothing here holds an array.
 
-    init: weights by path, those that the run starts from → state; the others are drawn. train_step: (state, waves [B, S], phase)
-    → (state, metrics), the old state being given up. hear: (state, waves, phase) → `Heard`. latents: (state, waves) → [B, F, D],
-    not divided among devices.
+    Attributes:
+        abstract: shapes and shardings of the state.
+        init: weights by path → state; weights that are not given are drawn at random.
+        train_step: (state, batch, phase) → (state, metrics); the old state is donated.
+        hear: (state, batch, phase) → `Heard`.
+        latents: (state, input [B, S]) → latents [B, F, D], not sharded.
+        module: state → the Codec.
+        batch_sharding: of a `WaveBatch`.
     """
 
     abstract: CodecTrainState
     init: Callable[..., CodecTrainState]
-    train_step: Callable[[CodecTrainState, jax.Array, Phase], tuple[CodecTrainState, dict[str, jax.Array]]]
-    hear: Callable[[CodecTrainState, jax.Array, Phase], Heard]
+    train_step: Callable[[CodecTrainState, WaveBatch, Phase], tuple[CodecTrainState, dict[str, jax.Array]]]
+    hear: Callable[[CodecTrainState, WaveBatch, Phase], Heard]
     latents: Callable[[CodecTrainState, jax.Array], jax.Array]
     module: Callable[[CodecTrainState], Codec]
-    wave_sharding: NamedSharding
+    batch_sharding: WaveBatch
+
+    @property
+    def wave_sharding(self) -> NamedSharding:
+        """Sharding of waves, [B, S]."""
+        return self.batch_sharding.input
 
 
 class Modules(NamedTuple):
@@ -167,16 +120,6 @@ class Modules(NamedTuple):
     codec: Codec
     head: Linear | None
     discriminator: Discriminator
-
-
-class Parts(NamedTuple):
-    """Their weights, by what becomes of them in a step."""
-
-    codec: nnx.State
-    frozen: nnx.State
-    head: nnx.State
-    codebooks: nnx.State
-    discriminator: nnx.State
 
 
 def make_codec_trainer(
@@ -218,25 +161,28 @@ def make_codec_trainer(
     def init(given: Mapping[str, jax.Array] = MappingProxyType({})) -> CodecTrainState:
         return fresh().with_weights(given)
 
-    def train_step(state: CodecTrainState, wave: jax.Array, phase: Phase = Phase()):
+    def train_step(state: CodecTrainState, batch: WaveBatch, phase: Phase = Phase()):
+        rows = len(batch.input)
         key, choice_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
-        choice = draw(choice_key, len(wave), codec.num_codebooks - codec.quantizer.num_semantic, recipe.quantizer)
+        choice = draw(choice_key, rows, codec.num_codebooks - codec.quantizer.num_semantic, recipe.quantizer)
 
         def make(trained: tuple[nnx.State, nnx.State]):
             module = nnx.merge(graph, trained[0], state.frozen, state.codebooks)
-            made, meaning, commitment, statistics = reconstructed(module, wave, choice, key, phase)
+            made, meaning, commitment, statistics = reconstructed(module, batch.input, choice, key, phase)
             extra = {"commitment": commitment} if phase.quantized else {}
             if teacher is not None:
                 with jax.named_scope("teacher"):
-                    extra["distillation"] = distillation_loss(nnx.merge(head_graph, trained[1])(meaning), teacher(wave))
+                    extra["distillation"] = distillation_loss(nnx.merge(head_graph, trained[1])(meaning), teacher(batch.input))
             total = sum((getattr(loss, name) * value for name, value in extra.items()), start=jnp.float32(0))
             return (made, total), (extra, statistics)
 
         before, trained = state, (state.codec, state.head)
         (made, _), pull, (metrics, statistics) = jax.vjp(make, trained, has_aux=True)
         judge = nnx.merge(judge_graph, state.discriminator) if phase.judged else None
-        losses, gradient, balancer = judged(judge, made, wave, codec.sampling_rate, loss, state.balancer)
-        (codec_gradient,) = pull((gradient / len(wave), jnp.float32(1)))
+        losses, gradient, balancer = reconstruction_losses(
+            judge, made, batch.target, batch.mask, codec.sampling_rate, loss, state.balancer
+        )
+        (codec_gradient,) = pull((gradient / rows, jnp.float32(1)))
         with jax.named_scope("optimizer"):
             updates, optimizer = tx.update(codec_gradient, state.optimizer, trained)
             weights, head = optax.apply_updates(trained, updates)
@@ -249,7 +195,7 @@ def make_codec_trainer(
                 state = state._replace(codebooks=moved(state.codebooks, statistics, recipe.quantizer))
         sound = sum(losses.values())
         if phase.judged:
-            state, metrics["discriminator_loss"], judge_norm = corrected(state, jax.lax.stop_gradient(made), wave)
+            state, metrics["discriminator_loss"], judge_norm = corrected(state, jax.lax.stop_gradient(made), batch.target)
             sound += metrics["discriminator_loss"] + judge_norm  # it only matters whether all are finite
         state, metrics["skipped"] = applied(state, before, sound, norm, skip_norm)
         return state, metrics
@@ -270,14 +216,15 @@ def make_codec_trainer(
     def module(state: CodecTrainState) -> Codec:
         return nnx.merge(graph, state.codec, state.frozen, state.codebooks)
 
-    def hear(state: CodecTrainState, wave: jax.Array, phase: Phase = Phase()) -> Heard:
-        latents = module(state).latents(wave)
+    def hear(state: CodecTrainState, batch: WaveBatch, phase: Phase = Phase()) -> Heard:
+        latents = module(state).latents(batch.input)
         codes = module(state).quantizer.encode(latents, codec.num_codebooks)
         made = module(state).decode(codes) if phase.quantized else module(state).sound(latents)
-        return Heard(made, mel_distance(made, wave, codec.sampling_rate, loss.resolutions), codes)
+        return Heard(made, mel_distance(made, batch.target, codec.sampling_rate, loss.resolutions), codes)
 
+    waves, mask = (NamedSharding(mesh, RULES.at_rest(axes)) for axes in (("batch", None), ("batch",)))
     return CodecTrainer(
-        abstract=_abstract(shapes, places, tx, judge_tx, rest),
+        abstract=abstract_state(shapes, places, tx, judge_tx, rest),
         init=init,
         train_step=jax.jit(
             train_step,
@@ -288,24 +235,8 @@ def make_codec_trainer(
         hear=jax.jit(hear, static_argnames="phase", out_shardings=rest),
         latents=jax.jit(lambda state, wave: module(state).latents(wave), out_shardings=rest),
         module=module,
-        wave_sharding=NamedSharding(mesh, RULES.at_rest(("batch", None))),
+        batch_sharding=WaveBatch(waves, waves, mask),
     )
-
-
-def _abstract(shapes: Parts, places: Parts, tx, judge_tx, rest: NamedSharding) -> CodecTrainState:
-    placed = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-    parts = Parts(*(jax.tree.map(placed, state, where) for state, where in zip(shapes, places, strict=True)))
-
-    def moments(init, trained):
-        # the shape carries its sharding, except where nothing is divided
-        where = lambda x: NamedSharding(rest.mesh, x.sharding.spec if x.sharding else P())
-        return jax.tree.map(lambda x: placed(x, where(x)), jax.eval_shape(init, trained))
-
-    whole = jax.tree.map(
-        lambda x: placed(x, rest), (jax.ShapeDtypeStruct((), jnp.int32), jax.eval_shape(lambda: BalancerState.zeros(LOSSES)))
-    )
-    optimizers = moments(tx.init, (parts.codec, parts.head)), moments(judge_tx.init, parts.discriminator)
-    return CodecTrainState(whole[0], *parts, *optimizers, whole[1])
 
 
 def reconstructed(codec: Codec, wave: jax.Array, choice: Choice, key: jax.Array, phase: Phase):
@@ -321,39 +252,6 @@ def reconstructed(codec: Codec, wave: jax.Array, choice: Choice, key: jax.Array,
     made = codec.sound(mixed(latents, semantic, acoustic, choice))
     statistics = semantic.statistics, acoustic.statistics
     return made, semantic.vectors, (semantic.commitment + acoustic.commitment) / 2, statistics
-
-
-def judged(
-    discriminator: Discriminator | None,
-    made: jax.Array,
-    real: jax.Array,
-    sample_rate: int,
-    config: CodecLossConfig,
-    balancer: BalancerState,
-) -> tuple[dict[str, jax.Array], jax.Array, BalancerState]:
-    """The losses of the made sound, [B, S], and one gradient with respect to it in which each has its share; without a
-    discriminator, that of the mel loss alone."""
-    mel = lambda made: jnp.mean(mel_distance(made, real, sample_rate, config.resolutions))
-    losses, gradients = {}, []
-    with jax.named_scope("mel_loss"):
-        losses["mel_loss"], gradient = jax.value_and_grad(mel)(made)
-    losses["wave_loss"], wave_gradient = jax.value_and_grad(lambda made: jnp.mean(jnp.abs(made - real)))(made)
-    gradients += [gradient, wave_gradient]
-    if discriminator is not None:
-        verdict = jax.lax.stop_gradient(discriminator(real))
-
-        def opinions(made: jax.Array):
-            judged = discriminator(made)
-            return adversarial_loss(judged), feature_loss(judged, verdict)
-
-        (losses["adversarial_loss"], losses["feature_loss"]), pull = jax.vjp(opinions, made)
-        one, zero = jnp.float32(1), jnp.float32(0)
-        gradients += [pull((one, zero))[0], pull((zero, one))[0]]
-    count = len(gradients)
-    shares = jnp.array([config.mel, config.wave, config.adversarial, config.features][:count], jnp.float32)
-    gradient, seen = balanced(jnp.stack(gradients), shares, jax.tree.map(lambda x: x[:count], balancer))
-    balancer = jax.tree.map(lambda new, old: jnp.concatenate([new, old[count:]]), seen, balancer)
-    return losses, gradient, balancer
 
 
 def usage(statistics) -> dict[str, jax.Array]:

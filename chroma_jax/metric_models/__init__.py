@@ -1,0 +1,1 @@
+"""Measures of recordings by models and signal processing."""
