@@ -19,7 +19,7 @@ def config() -> Config:
     first, steps = nano2_text(), 20_000
     return dataclasses.replace(
         first,
-        training=dataclasses.replace(first.training, steps=steps, eval_every=100, log_every=10),
+        training=dataclasses.replace(first.training, steps=steps, global_batch=8, eval_every=100, log_every=10),
         loss=LossConfig(codebook_weights=CODEBOOK_WEIGHTS, reasoner="stored", decoder_hidden="attached"),
         optimizer=dataclasses.replace(
             first.optimizer, learning_rate=2e-3, schedule="constant", weight_decay=0.1, freeze=("reasoner/",)
