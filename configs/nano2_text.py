@@ -52,22 +52,22 @@ def data() -> DataConfig:
 
 
 def config() -> Config:
-    steps = 900
+    steps = 350
     return Config(
         model=model(),
         data=data(),
-        training=TrainingConfig(steps=steps, global_batch=4, eval_every=300, log_every=25),
+        training=TrainingConfig(steps=steps, global_batch=4, eval_every=175, log_every=25),
         loss=LossConfig(speech_weight=0.0, text_weight=1.0),
         optimizer=OptimizerConfig(
             learning_rate=2e-3,
-            warmup_steps=100,
+            warmup_steps=30,
             schedule="cosine",
-            decay_steps=steps - 100,
+            decay_steps=steps - 30,
             final_factor=0.05,
             weight_decay=0.3,
             freeze=("backbone/", "decoder/", "audio_embedding/", "reasoner/audio/"),
         ),
         precision=PrecisionConfig(compute="float32"),
-        checkpoint=CheckpointConfig(every=300, keep=2),
+        checkpoint=CheckpointConfig(every=175, keep=2),
         reply=ReplyConfig(temperature=0.5, top_k=50),
     )
