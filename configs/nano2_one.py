@@ -1,7 +1,7 @@
 """Second stage of the next nano: Backbone and Decoder read texts aloud in one voice, behind the frozen Reasoner.
 
-    chroma-jax prepare nano2_one DATA --codec codec_nano --data.corpus CORPUS --cache_reasoner TEXT_RUN
-    chroma-jax train nano2_one RUN --prepared DATA --init-from TEXT_RUN
+chroma-jax prepare nano2_one DATA --codec codec_nano --data.corpus CORPUS --cache_reasoner TEXT_RUN
+chroma-jax train nano2_one RUN --prepared DATA --init-from TEXT_RUN
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ def config() -> Config:
         training=dataclasses.replace(first.training, steps=steps, global_batch=8, eval_every=100, log_every=10),
         loss=LossConfig(codebook_weights=CODEBOOK_WEIGHTS, reasoner="stored", decoder_hidden="attached"),
         optimizer=dataclasses.replace(
-            first.optimizer, learning_rate=2e-3, schedule="constant", weight_decay=0.1, freeze=("reasoner/",)
+            first.optimizer, learning_rate=2e-3, warmup_steps=100, schedule="constant", weight_decay=0.1, freeze=("reasoner/",)
         ),
         augment=AugmentConfig(frames=0.05),
         checkpoint=dataclasses.replace(first.checkpoint, every=100),

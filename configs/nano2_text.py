@@ -1,7 +1,7 @@
 """First stage of the next nano: the text model learns facts and to repeat texts. Its vectors then enter Backbone and Decoder.
 
-    chroma-jax prepare nano2_text DATA --codec codec_nano --data.corpus CORPUS
-    chroma-jax train nano2_text RUN --prepared DATA
+chroma-jax prepare nano2_text DATA --codec codec_nano --data.corpus CORPUS
+chroma-jax train nano2_text RUN --prepared DATA
 """
 
 import dataclasses
