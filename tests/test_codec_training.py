@@ -16,7 +16,7 @@ from chroma_jax.layers.sharding import AxisRules, MeshConfig, make_mesh
 from chroma_jax.models.codec import Codec
 from chroma_jax.paths import values
 from chroma_jax.training.codec import quantize as q
-from chroma_jax.training.codec.discriminator import Conv2d, Discriminator, DiscriminatorConfig
+from chroma_jax.training.codec.discriminator import Conv2d, Discriminator, DiscriminatorConfig, PeriodDiscriminator, Verdict
 from chroma_jax.training.codec.losses import (
     BalancerState,
     MelLossConfig,
@@ -35,6 +35,7 @@ CODEC = tiny_model().codec
 LEVELS, SIZE = CODEC.num_codebooks, CODEC.quantizer.codebook_size
 RNG = np.random.default_rng(0)
 SMALL = DiscriminatorConfig(windows=(256, 64), filters=4, dilations=(1, 2))
+PERIODS = DiscriminatorConfig(windows=(), filters=2, periods=(3,), loss="least_squares")
 
 
 @pytest.fixture(scope="module")
@@ -208,11 +209,33 @@ def test_strides_as_channels_are_the_same_convolution(width, kernel, stride, dil
     np.testing.assert_allclose(layer(x), expected, atol=1e-5)  # sums in another order
 
 
-def test_the_discriminator_learns_to_tell_and_the_losses_say_so():
+def test_a_period_discriminator_sees_every_pth_sample_in_a_row():
+    """Its output for one phase of the period depends on the samples of that phase alone."""
+    judge = PeriodDiscriminator(nnx.Rngs(0), DiscriminatorConfig(filters=2), 5)
+    wave = jnp.asarray(RNG.normal(size=(2, 998)) * 0.1, jnp.float32)  # not a multiple of the period
+    verdict = judge(wave)
+    assert verdict.logits.shape == (2, 5, 3) and [f.shape[3] for f in verdict.features] == [2, 8, 32, 64, 64]
+    assert [f.shape[2] for f in verdict.features] == [67, 23, 8, 3, 3]  # strides of 3, then of 1
+    changed = judge(wave.at[:, 7::5].add(0.1)).logits - verdict.logits
+    assert not changed[:, jnp.array([0, 1, 3, 4])].any() and changed[:, 2].any()
+
+
+def test_without_periods_the_discriminator_has_the_weights_that_it_had():
+    shapes = lambda config: {p: x.shape for p, x in values(nnx.eval_shape(lambda: Discriminator(nnx.Rngs(0), config))).items()}
+    before, after = shapes(SMALL), shapes(dataclasses.replace(SMALL, periods=(2, 3)))
+    assert before.items() < after.items() and {p.split("/")[1] for p in after.keys() - before.keys()} == {"2", "3"}
+    with pytest.raises(ValueError, match="windows and periods are both empty"):
+        DiscriminatorConfig(windows=())
+    with pytest.raises(ValueError, match="periods must be"):
+        DiscriminatorConfig(periods=(0,))
+
+
+@pytest.mark.parametrize("config", [SMALL, PERIODS], ids=["stft, hinge", "periods, least squares"])
+def test_the_discriminator_learns_to_tell_and_the_losses_say_so(config):
     real = jnp.asarray(np.sin(np.arange(2048) * 0.3)[None] * RNG.uniform(0.2, 1, (4, 1)), jnp.float32)
     made = jnp.asarray(RNG.normal(size=(4, 2048)) * 0.4, jnp.float32)
-    graph, judge = nnx.split(jax.jit(lambda: Discriminator(nnx.Rngs(0), SMALL))())
-    loss = lambda judge: discriminator_loss(nnx.merge(graph, judge)(made), nnx.merge(graph, judge)(real))
+    graph, judge = nnx.split(jax.jit(lambda: Discriminator(nnx.Rngs(0), config))())
+    loss = lambda judge: discriminator_loss(nnx.merge(graph, judge)(made), nnx.merge(graph, judge)(real), config.loss)
     gradient = jax.jit(jax.grad(loss))
     before, adam = loss(judge), optax.adam(3e-3)
     moments = adam.init(judge)
@@ -221,8 +244,15 @@ def test_the_discriminator_learns_to_tell_and_the_losses_say_so():
         judge = optax.apply_updates(judge, updates)
     module = nnx.merge(graph, judge)
     assert loss(judge) < 0.75 * before
-    assert adversarial_loss(module(made)) > adversarial_loss(module(real))
+    assert adversarial_loss(module(made), config.loss) > adversarial_loss(module(real), config.loss)
     assert float(feature_loss(module(real), module(real))) == 0 < feature_loss(module(made), module(real))
+
+
+def test_least_squares_are_to_1_for_real_and_to_0_for_made_sound():
+    verdict = lambda *logits: [Verdict(jnp.array([[x]]), ()) for x in logits]
+    assert float(discriminator_loss(verdict(0.0, 2.0), verdict(1.0, 3.0), "least_squares")) == pytest.approx((0 + 8) / 2)
+    assert float(adversarial_loss(verdict(1.0, 3.0), "least_squares")) == pytest.approx((0 + 4) / 2)
+    assert float(adversarial_loss(verdict(1.0, 3.0))) == 0
 
 
 def test_the_balancer_gives_every_loss_its_share_whatever_its_scale():

@@ -204,7 +204,7 @@ def plan_codec(config: CodecRun, topology: Topology, *, effort: str = "full") ->
         return planned(
             traced,
             {
-                "trained": (state.codec, state.head, state.codebooks, state.discriminator),
+                "trained": (state.codec, state.heads, state.codebooks, state.discriminator),
                 "frozen": state.frozen,
                 "optimizer": (state.step, state.optimizer, state.discriminator_optimizer, state.balancer),
                 "batch": batch,

@@ -1,9 +1,14 @@
-"""Multi-scale STFT discriminator (Défossez et al., arXiv 2210.13438, section 3.4): one judge per window length, each a stack of
-two-dimensional convolutions over time and frequency of the complex spectrogram."""
+"""Discriminators of Codec training: multi-scale STFT and multi-period.
+
+The STFT discriminators (Défossez et al., arXiv 2210.13438, section 3.4) apply two-dimensional convolutions over time and
+frequency of the complex spectrogram, one per window length. The period discriminators (Kong et al., arXiv 2010.05646, section
+2.3) lay the waveform out in two dimensions, every p-th sample in a row, and convolve along the rows.
+"""
 
 import dataclasses
+import itertools
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,17 +21,33 @@ from chroma_jax.training.codec.spectra import stft
 
 @dataclasses.dataclass(frozen=True)
 class DiscriminatorConfig:
-    """windows: of the spectrograms, in samples; hops are a quarter. filters: channels. dilations: in time, of the layers that
-    also halve the frequencies. compression: the power to which the spectrograms' magnitudes are raised; 1 leaves them as they
-    are, below it a judge hears what is quiet as well, and learns sooner."""
+    """Sizes of the discriminators.
+
+    Attributes:
+        windows: of the STFT discriminators, in samples; hops are a quarter.
+        filters: channels of an STFT discriminator, and of the first layer of a period discriminator.
+        dilations: in time, of the layers that also halve the frequencies.
+        compression: the power to which the spectrograms' magnitudes are raised. Below 1 quiet parts weigh more, and an STFT
+            discriminator learns sooner.
+        periods: of the period discriminators, in samples; empty for none. Kong et al. use 2, 3, 5, 7, 11.
+        loss: "hinge", or "least_squares" as in Kong et al., section 2.4.
+    """
 
     windows: tuple[int, ...] = (2048, 1024, 512, 256, 128)
     filters: int = 32
     dilations: tuple[int, ...] = (1, 2, 4)
     compression: float = 1.0
+    periods: tuple[int, ...] = ()
+    loss: Literal["hinge", "least_squares"] = "hinge"
 
     def __post_init__(self):
-        if not self.windows or min(self.windows) < 16 or any(w % 4 for w in self.windows):
+        if not self.windows and not self.periods:
+            raise ValueError("windows and periods are both empty: there is no discriminator")
+        if self.periods and min(self.periods) < 1:
+            raise ValueError(f"periods must be at least 1 sample, got {self.periods}")
+        if self.loss not in ("hinge", "least_squares"):
+            raise ValueError(f"loss must be 'hinge' or 'least_squares', got {self.loss!r}")
+        if self.windows and (min(self.windows) < 16 or any(w % 4 for w in self.windows)):
             raise ValueError(f"windows must be multiples of 4 of at least 16 samples, got {self.windows}")
         if self.filters < 1 or not self.dilations or min(self.dilations) < 1:
             raise ValueError(f"filters {self.filters} and dilations {self.dilations} must be at least 1")
@@ -35,7 +56,12 @@ class DiscriminatorConfig:
 
 
 class Verdict(NamedTuple):
-    """logits: [B, T, W], positive where the sound is taken for real. features: of every layer before, [B, T, W, C] each."""
+    """Output of one discriminator.
+
+    Attributes:
+        logits: [B, T, W], high where the waveform is taken for real.
+        features: of every layer before, [B, T, W, C] each.
+    """
 
     logits: jax.Array
     features: tuple[jax.Array, ...]
@@ -94,9 +120,10 @@ class Conv2d(nnx.Module):
 
 
 class StftDiscriminator(nnx.Module):
-    """One judge."""
+    """Discriminates spectrograms of one window length."""
 
     def __init__(self, rngs: nnx.Rngs, config: DiscriminatorConfig, window: int):
+        self.name = f"stft{window}"
         self.window, self.compression, filters = window, config.compression, config.filters
         # a leaky ELU's or ReLU's outputs have about 0.7 of its inputs' level, which the gain makes up for
         gain = math.sqrt(2)
@@ -119,16 +146,47 @@ class StftDiscriminator(nnx.Module):
         return Verdict(self.judge(x)[..., 0], tuple(features))
 
 
+class PeriodDiscriminator(nnx.Module):
+    """Discriminates the waveform laid out by one period.
+
+    Kernels are (5, 1) with stride (3, 1), but for the last two layers; axes are exchanged here, so that [B, p, S / p, C] is
+    convolved along its second-to-last axis.
+    """
+
+    WIDTHS = (1, 4, 16, 32, 32)  # of the layers, in multiples of ``filters``
+
+    def __init__(self, rngs: nnx.Rngs, config: DiscriminatorConfig, period: int):
+        self.name, self.period = f"period{period}", period
+        widths = [config.filters * width for width in self.WIDTHS]
+        layers = [Conv2d(rngs, 1, widths[0], (1, 5), stride=3, gain=8.0)]  # speech has a level of about 0.1
+        for i, (before, width) in enumerate(itertools.pairwise(widths)):
+            layers.append(Conv2d(rngs, before, width, (1, 5), stride=3 if i < len(widths) - 2 else 1, gain=math.sqrt(2)))
+        self.layers = nnx.List(layers)
+        self.judge = Conv2d(rngs, widths[-1], 1, (1, 3))
+
+    def __call__(self, wave: jax.Array) -> Verdict:
+        """wave: float32 [B, S], S at least the period."""
+        wave = jnp.pad(wave, ((0, 0), (0, -wave.shape[1] % self.period)), mode="reflect")
+        x = reshape_rows(wave, len(wave), wave.shape[1] // self.period, self.period)
+        x, features = jnp.swapaxes(x, 1, 2)[..., None], []
+        for layer in self.layers:
+            x = jax.nn.leaky_relu(layer(x), 0.2)
+            features.append(x)
+        return Verdict(self.judge(x)[..., 0], tuple(features))
+
+
 class Discriminator(nnx.Module):
-    """All judges."""
+    """All discriminators of a configuration."""
 
     def __init__(self, rngs: nnx.Rngs, config: DiscriminatorConfig = DiscriminatorConfig()):
-        self.judges = nnx.List([StftDiscriminator(rngs, config, window) for window in config.windows])
+        self.loss = config.loss
+        judges = [StftDiscriminator(rngs, config, window) for window in config.windows]
+        self.judges = nnx.List([*judges, *(PeriodDiscriminator(rngs, config, period) for period in config.periods)])
 
     def __call__(self, wave: jax.Array) -> list[Verdict]:
-        """wave: float32 [B, S]. Returns one verdict per window."""
+        """wave: float32 [B, S]. Returns the outputs of the STFT discriminators, then of the period discriminators."""
         verdicts = []
         for judge in self.judges:
-            with jax.named_scope("discriminator"), jax.named_scope(f"stft{judge.window}"):
+            with jax.named_scope("discriminator"), jax.named_scope(judge.name):
                 verdicts.append(judge(wave))
         return verdicts

@@ -6,7 +6,7 @@ The reconstruction is compared with its target by mel spectrograms at several re
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -74,15 +74,27 @@ def wave_distance(made: jax.Array, real: jax.Array, pre_emphasis: float = 0.0) -
     return jnp.mean(jnp.abs(difference), axis=1)
 
 
-def discriminator_loss(made: list[Verdict], real: list[Verdict]) -> jax.Array:
-    """Hinge: real sound is to be judged above 1, made sound below −1; averaged over the judges."""
-    each = [jnp.mean(jax.nn.relu(1 - r.logits)) + jnp.mean(jax.nn.relu(1 + m.logits)) for m, r in zip(made, real, strict=True)]
+DiscriminatorLoss = Literal["hinge", "least_squares"]
+
+
+def discriminator_loss(made: list[Verdict], real: list[Verdict], kind: DiscriminatorLoss = "hinge") -> jax.Array:
+    """What a discriminator minimizes, averaged over the discriminators.
+
+    Hinge: real waveforms are to score above 1, reconstructions below −1. Least squares: 1 and 0 (Mao et al., arXiv 1611.04076).
+    """
+    each = []
+    for m, r in zip(made, real, strict=True):
+        if kind == "hinge":
+            each.append(jnp.mean(jax.nn.relu(1 - r.logits)) + jnp.mean(jax.nn.relu(1 + m.logits)))
+        else:
+            each.append(jnp.mean(jnp.square(1 - r.logits)) + jnp.mean(jnp.square(m.logits)))
     return jnp.mean(jnp.stack(each))
 
 
-def adversarial_loss(made: list[Verdict]) -> jax.Array:
-    """Hinge: the made sound is to be judged above 1; averaged over the judges."""
-    return jnp.mean(jnp.stack([jnp.mean(jax.nn.relu(1 - m.logits)) for m in made]))
+def adversarial_loss(made: list[Verdict], kind: DiscriminatorLoss = "hinge") -> jax.Array:
+    """What the Codec minimizes: reconstructions are to score above 1 (hinge), or 1 (least squares)."""
+    distance = jax.nn.relu if kind == "hinge" else jnp.square
+    return jnp.mean(jnp.stack([jnp.mean(distance(1 - m.logits)) for m in made]))
 
 
 def feature_loss(made: list[Verdict], real: list[Verdict]) -> jax.Array:
@@ -182,7 +194,7 @@ def reconstruction_losses(
 
         def opinions(made: jax.Array):
             outputs = discriminator(made)
-            return adversarial_loss(outputs), feature_loss(outputs, verdict)
+            return adversarial_loss(outputs, discriminator.loss), feature_loss(outputs, verdict)
 
         (losses["adversarial_loss"], losses["feature_loss"]), pull = jax.vjp(opinions, made)
         one, zero = jnp.float32(1), jnp.float32(0)

@@ -46,14 +46,24 @@ class Statistics(NamedTuple):
 
 
 class Quantized(NamedTuple):
-    """vectors: [B, F, D], for the decoder, with the gradient going straight through. codes: int32 [B, F, Q]. commitment: float32
-    [], the mean squared distance of what each codebook saw to the code it chose, over the mean square of what the first one saw:
-    else an encoder of large latents would do best to shrink them, and the codebooks would collapse."""
+    """What a branch of the quantizer makes of a batch.
+
+    Attributes:
+        vectors: [B, F, D], for the decoder, with the gradient going straight through.
+        codes: int32 [B, F, Q].
+        commitment: float32 [], the mean squared distance of what each codebook saw to the code it chose, over the mean square of
+            what the first one saw: else an encoder of large latents would do best to shrink them, and the codebooks would
+            collapse.
+        statistics: how often the codes were chosen, and by what.
+        chosen: float32 [Q, B, F, C], the code that each codebook chose, 0 where a recording does not use the codebook, with the
+            gradient going straight through.
+    """
 
     vectors: jax.Array
     codes: jax.Array
     commitment: jax.Array
     statistics: Statistics
+    chosen: jax.Array
 
 
 class Choice(NamedTuple):
@@ -103,13 +113,14 @@ def _branch(branch: ResidualQuantizer, x: jax.Array, levels: jax.Array, key: jax
         commitment = distance / jnp.maximum(used, 1) / power
         chosen = jnp.where(in_use, jax.lax.stop_gradient(chosen), 0)
         seen = jax.lax.stop_gradient(residual)
-        return residual - chosen, (codes, chosen, commitment, chosen_by(seen, codes, index < levels, len(usage), key))
+        through = residual + jax.lax.stop_gradient(chosen - residual)
+        return residual - chosen, (codes, chosen, through, commitment, chosen_by(seen, codes, index < levels, len(usage), key))
 
     inputs = (jnp.arange(count), jax.random.split(key, count), jax.lax.stop_gradient(embed_sum), jax.lax.stop_gradient(usage))
-    _, (codes, chosen, commitment, statistics) = jax.lax.scan(level, z, inputs)
+    _, (codes, chosen, each, commitment, statistics) = jax.lax.scan(level, z, inputs)
     through = z + jax.lax.stop_gradient(jnp.sum(chosen, axis=0) - z)
     vectors = through.astype(x.dtype) if branch.output is None else branch.output(through.astype(x.dtype))
-    return Quantized(vectors, jnp.moveaxis(codes, 0, -1), jnp.mean(commitment), statistics)
+    return Quantized(vectors, jnp.moveaxis(codes, 0, -1), jnp.mean(commitment), statistics, each)
 
 
 def chosen_by(residual: jax.Array, codes: jax.Array, rows: jax.Array, size: int, key: jax.Array) -> Statistics:

@@ -15,23 +15,34 @@ from chroma_jax.training.codec.losses import LOSSES, BalancerState
 
 
 class Parts(NamedTuple):
-    """Their weights, by what becomes of them in a step."""
+    """The weights of Codec training, by what becomes of them in a step."""
 
     codec: nnx.State
     frozen: nnx.State
-    head: nnx.State
+    heads: nnx.State
     codebooks: nnx.State
     discriminator: nnx.State
 
 
 class CodecTrainState(NamedTuple):
-    """step: int32 [], steps taken. codec: weights that gradients reach; frozen: those that stay; codebooks: those that follow
-    their vectors. head: from the semantic codes to the teacher's features, empty without a teacher."""
+    """The state of Codec training.
+
+    Attributes:
+        step: int32 [], steps taken.
+        codec: weights that gradients reach.
+        frozen: weights that stay as they are.
+        heads: what teachers are predicted with, see `chroma_jax.training.codec.step.Heads`.
+        codebooks: running means of the vectors that chose each code.
+        discriminator: its weights.
+        optimizer: moments of ``codec`` and ``heads``.
+        discriminator_optimizer: moments of ``discriminator``.
+        balancer: running means of the losses' gradients.
+    """
 
     step: jax.Array
     codec: nnx.State
     frozen: nnx.State
-    head: nnx.State
+    heads: nnx.State
     codebooks: nnx.State
     discriminator: nnx.State
     optimizer: optax.OptState
@@ -39,8 +50,8 @@ class CodecTrainState(NamedTuple):
     balancer: BalancerState
 
     def weights(self) -> dict[str, jax.Array]:
-        """By path: ``codec/…``, ``distillation/…``, ``discriminator/…``."""
-        parts = {"codec/": self.codec, "distillation/": self.head, "discriminator/": self.discriminator}
+        """By path: ``codec/…``, ``distillation/…``, ``pitch/…``, ``discriminator/…``."""
+        parts = {"codec/": self.codec, "": self.heads, "discriminator/": self.discriminator}
         found = {path: x for prefix, state in parts.items() for path, x in values(state, prefix).items()}
         return found | values(self.codebooks, "codec/") | values(self.frozen, "codec/")
 
@@ -49,7 +60,7 @@ class CodecTrainState(NamedTuple):
         return self._replace(
             codec=filled(self.codec, weights, "codec/"),
             frozen=filled(self.frozen, weights, "codec/"),
-            head=filled(self.head, weights, "distillation/"),
+            heads=filled(self.heads, weights),
             codebooks=filled(self.codebooks, weights, "codec/"),
             discriminator=filled(self.discriminator, weights, "discriminator/"),
         )
@@ -83,5 +94,5 @@ def abstract_state(shapes: Parts, places: Parts, tx, judge_tx, rest: NamedShardi
     whole = jax.tree.map(
         lambda x: placed(x, rest), (jax.ShapeDtypeStruct((), jnp.int32), jax.eval_shape(lambda: BalancerState.zeros(LOSSES)))
     )
-    optimizers = moments(tx.init, (parts.codec, parts.head)), moments(judge_tx.init, parts.discriminator)
+    optimizers = moments(tx.init, (parts.codec, parts.heads)), moments(judge_tx.init, parts.discriminator)
     return CodecTrainState(whole[0], *parts, *optimizers, whole[1])

@@ -38,7 +38,8 @@ from chroma_jax.training.codec.losses import (
     mel_distance,
     reconstruction_losses,
 )
-from chroma_jax.training.codec.quantize import Choice, QuantizerTraining, draw, followed, mixed, perplexity, quantize
+from chroma_jax.training.codec.pitch import PitchHead, codebook_indices, pitch_loss, pitch_targets
+from chroma_jax.training.codec.quantize import Choice, Quantized, QuantizerTraining, draw, followed, mixed, perplexity, quantize
 from chroma_jax.training.codec.state import CodecTrainState, Parts, abstract_state
 from chroma_jax.training.compiling import options as compiler_options
 from chroma_jax.training.optimizer import OptimizerConfig, is_frozen, learning_rate, make_optimizer
@@ -50,20 +51,38 @@ from data_pipelines.waves import WaveBatch
 class CodecRecipe:
     """How a codec is trained, data and duration aside.
 
-    quantize_from, judge_from: the steps at which the quantizer and the discriminator join. teacher: of the semantic codebook,
-    ``module:function``, or the run folder of a speaking model, see
-    `chroma_jax.training.codec.teacher`; empty for none. optimizer.freeze names weights of the
-    codec; with ``encoder``, ``downsample`` and ``quantizer`` frozen only the decoder is trained, and codes stay as they are.
+    Attributes:
+        quantize_from: the step at which the quantizer joins.
+        judge_from: the step at which the discriminator joins.
+        teacher: of the semantic codebook, ``module:function`` or the run folder of a speaking model, see
+            `chroma_jax.training.codec.teacher`; empty for none.
+        pitch_weight: weight of the pitch teacher's loss, which takes part while the quantizer does, see
+            `chroma_jax.training.codec.pitch`; 0 for none.
+        pitch_codebooks: indices of the codebooks that the pitch teacher reads; negative ones count from the last.
+        loss: shares and weights of the losses.
+        quantizer: how codebooks follow their vectors.
+        discriminator: sizes and loss of the discriminator.
+        optimizer: of the codec. ``freeze`` names its weights; with ``encoder``, ``downsample`` and ``quantizer`` frozen only the
+            decoder is trained, and codes stay as they are.
+        discriminator_optimizer: of the discriminator.
     """
 
     quantize_from: int = 0
     judge_from: int = 0
     teacher: str = ""
+    pitch_weight: float = 0.0
+    pitch_codebooks: tuple[int, ...] = (1,)
     loss: CodecLossConfig = CodecLossConfig()
     quantizer: QuantizerTraining = QuantizerTraining()
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=8e-4, b1=0.5, b2=0.9)
     discriminator_optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-4, b1=0.5, b2=0.9)
+
+    def __post_init__(self):
+        if self.pitch_weight < 0:
+            raise ValueError(f"pitch_weight must not be negative, got {self.pitch_weight}")
+        if self.pitch_weight and not self.pitch_codebooks:
+            raise ValueError("pitch_weight is set, but pitch_codebooks names no codebook")
 
 
 class Phase(NamedTuple):
@@ -114,11 +133,23 @@ class CodecTrainer(NamedTuple):
         return self.batch_sharding.input
 
 
+class Heads(nnx.Module):
+    """What teachers are predicted with; not part of the Codec.
+
+    Attributes:
+        distillation: from the semantic vectors to the teacher's features.
+        pitch: from the vectors of some codebooks to pitch.
+    """
+
+    def __init__(self, distillation: Linear | None, pitch: PitchHead | None):
+        self.distillation, self.pitch = distillation, pitch
+
+
 class Modules(NamedTuple):
     """All that has weights in Codec training."""
 
     codec: Codec
-    head: Linear | None
+    heads: Heads
     discriminator: Discriminator
 
 
@@ -132,19 +163,22 @@ def make_codec_trainer(
     """
     tx, judge_tx = make_optimizer(recipe.optimizer), make_optimizer(recipe.discriminator_optimizer)
     rate, loss = learning_rate(recipe.optimizer), recipe.loss
+    pitch_codebooks = codebook_indices(recipe.pitch_codebooks, codec.num_codebooks) if recipe.pitch_weight else ()
     settled = any(re.match(pattern, "quantizer/acoustic/codebooks") for pattern in recipe.optimizer.freeze)
 
     def build() -> Modules:
         width = None if teacher is None else teacher_width(teacher, codec)
         head = None if width is None else Linear(nnx.Rngs(seed + 2), {"embed": codec.width}, {"channels": width})
-        return Modules(Codec(nnx.Rngs(seed), codec), head, Discriminator(nnx.Rngs(seed + 1), recipe.discriminator))
+        channels = len(pitch_codebooks) * codec.quantizer.codebook_dim
+        heads = Heads(head, PitchHead(nnx.Rngs(seed + 3), channels) if pitch_codebooks else None)
+        return Modules(Codec(nnx.Rngs(seed), codec), heads, Discriminator(nnx.Rngs(seed + 1), recipe.discriminator))
 
     def split(modules: Modules):
         codebook = lambda path, _: "codebooks" in path
         graph, codebooks, frozen, weights = nnx.split(modules.codec, codebook, is_frozen(modules.codec, recipe.optimizer), ...)
-        head_graph, head = (None, nnx.State({})) if modules.head is None else nnx.split(modules.head)
+        head_graph, heads = nnx.split(modules.heads)
         judge_graph, judge = nnx.split(modules.discriminator)
-        return (graph, head_graph, judge_graph), Parts(weights, frozen, head, codebooks, judge)
+        return (graph, head_graph, judge_graph), Parts(weights, frozen, heads, codebooks, judge)
 
     (graph, head_graph, judge_graph), shapes = split(nnx.eval_shape(build))
     places = Parts(*(state_shardings(state, mesh, codec.rules_of) for state in shapes))
@@ -155,7 +189,7 @@ def make_codec_trainer(
     def fresh() -> CodecTrainState:
         parts = jax.jit(lambda: split(build())[1], out_shardings=places, compiler_options=options)()
         step, balancer = jax.device_put((jnp.int32(0), BalancerState.zeros(LOSSES)), rest)
-        moments = jax.jit(tx.init)((parts.codec, parts.head)), jax.jit(judge_tx.init)(parts.discriminator)
+        moments = jax.jit(tx.init)((parts.codec, parts.heads)), jax.jit(judge_tx.init)(parts.discriminator)
         return CodecTrainState(step, *parts, *moments, balancer)
 
     def init(given: Mapping[str, jax.Array] = MappingProxyType({})) -> CodecTrainState:
@@ -168,15 +202,30 @@ def make_codec_trainer(
 
         def make(trained: tuple[nnx.State, nnx.State]):
             module = nnx.merge(graph, trained[0], state.frozen, state.codebooks)
-            made, meaning, commitment, statistics = reconstructed(module, batch.input, choice, key, phase)
-            extra = {"commitment": commitment} if phase.quantized else {}
+            made, meaning, branches = reconstructed(module, batch.input, choice, key, phase)
+            heads, total, statistics = nnx.merge(head_graph, trained[1]), jnp.float32(0), None
+            extra: dict[str, jax.Array] = {}
+            if phase.quantized:
+                statistics = tuple(branch.statistics for branch in branches)
+                extra["commitment"] = sum(branch.commitment for branch in branches) / 2
             if teacher is not None:
                 with jax.named_scope("teacher"):
-                    extra["distillation"] = distillation_loss(nnx.merge(head_graph, trained[1])(meaning), teacher(batch.input))
-            total = sum((getattr(loss, name) * value for name, value in extra.items()), start=jnp.float32(0))
+                    extra["distillation"] = distillation_loss(heads.distillation(meaning), teacher(batch.input))
+            total = sum((getattr(loss, name) * value for name, value in extra.items()), start=total)
+            if pitch_codebooks and phase.quantized:
+                with jax.named_scope("pitch"):
+                    value, terms = taught_pitch(heads.pitch, branches, choice, batch.target)
+                total += recipe.pitch_weight * value
+                extra |= terms
             return (made, total), (extra, statistics)
 
-        before, trained = state, (state.codec, state.head)
+        def taught_pitch(head: PitchHead, branches: tuple[Quantized, Quantized], choice: Choice, target: jax.Array):
+            chosen = jnp.concatenate([branch.chosen for branch in branches])
+            vectors = jnp.concatenate([chosen[index] for index in pitch_codebooks], axis=-1)
+            used = choice.levels + codec.quantizer.num_semantic > pitch_codebooks[-1]
+            return pitch_loss(head(vectors), pitch_targets(target, codec.sampling_rate, codec.samples_per_frame), used)
+
+        before, trained = state, (state.codec, state.heads)
         (made, _), pull, (metrics, statistics) = jax.vjp(make, trained, has_aux=True)
         judge = nnx.merge(judge_graph, state.discriminator) if phase.judged else None
         losses, gradient, balancer = reconstruction_losses(
@@ -185,10 +234,10 @@ def make_codec_trainer(
         (codec_gradient,) = pull((gradient / rows, jnp.float32(1)))
         with jax.named_scope("optimizer"):
             updates, optimizer = tx.update(codec_gradient, state.optimizer, trained)
-            weights, head = optax.apply_updates(trained, updates)
+            weights, heads = optax.apply_updates(trained, updates)
         norm = sums.norm(codec_gradient)
         metrics |= losses | {"gradient_norm": norm, "learning_rate": rate(state.step)}
-        state = state._replace(step=state.step + 1, codec=weights, head=head, optimizer=optimizer, balancer=balancer)
+        state = state._replace(step=state.step + 1, codec=weights, heads=heads, optimizer=optimizer, balancer=balancer)
         if phase.quantized:
             metrics |= usage(statistics)
             if not settled:
@@ -203,11 +252,11 @@ def make_codec_trainer(
     def corrected(state: CodecTrainState, made: jax.Array, real: jax.Array) -> tuple[CodecTrainState, jax.Array, jax.Array]:
         """The discriminator's own step, its loss and the norm of its gradient."""
 
-        def hinge(judge: nnx.State):
+        def loss_of(judge: nnx.State):
             module = nnx.merge(judge_graph, judge)
-            return discriminator_loss(module(made), module(real))
+            return discriminator_loss(module(made), module(real), recipe.discriminator.loss)
 
-        value, gradient = jax.value_and_grad(hinge)(state.discriminator)
+        value, gradient = jax.value_and_grad(loss_of)(state.discriminator)
         with jax.named_scope("optimizer"):
             updates, optimizer = judge_tx.update(gradient, state.discriminator_optimizer, state.discriminator)
             judge = optax.apply_updates(state.discriminator, updates)
@@ -239,19 +288,28 @@ def make_codec_trainer(
     )
 
 
-def reconstructed(codec: Codec, wave: jax.Array, choice: Choice, key: jax.Array, phase: Phase):
-    """wave: [B, S], whole frames. Returns (made [B, S], what the semantic branch hands on [B, F, D], commitment loss [], what the
-    branches of the quantizer counted, or None)."""
+def reconstructed(
+    codec: Codec, wave: jax.Array, choice: Choice, key: jax.Array, phase: Phase
+) -> tuple[jax.Array, jax.Array, tuple[Quantized, Quantized] | None]:
+    """Encodes and decodes a batch.
+
+    Args:
+        wave: float32 [B, S], whole frames.
+        choice: which recordings are quantized, and by how many codebooks.
+        key: for moving dead codes.
+        phase: whether there is a quantizer.
+
+    Returns:
+        (the reconstruction [B, S], the semantic branch's output [B, F, D], the outputs of both branches or None).
+    """
     latents = codec.latents(wave)
     if not phase.quantized:
         branch = codec.quantizer.semantic
         projected = branch.project(latents)
-        return codec.sound(latents), projected if branch.output is None else branch.output(projected), jnp.float32(0), None
+        return codec.sound(latents), projected if branch.output is None else branch.output(projected), None
     with jax.named_scope("codec_quantize"):
         semantic, acoustic = quantize(codec.quantizer, latents, choice, key)
-    made = codec.sound(mixed(latents, semantic, acoustic, choice))
-    statistics = semantic.statistics, acoustic.statistics
-    return made, semantic.vectors, (semantic.commitment + acoustic.commitment) / 2, statistics
+    return codec.sound(mixed(latents, semantic, acoustic, choice)), semantic.vectors, (semantic, acoustic)
 
 
 def usage(statistics) -> dict[str, jax.Array]:
