@@ -16,6 +16,7 @@ from chroma_jax.training.codec.losses import (
     CodecLossConfig,
     MelLossConfig,
     balanced,
+    latent_loss,
     reconstruction_losses,
     wave_distance,
 )
@@ -220,3 +221,14 @@ def test_without_a_mask_the_balancer_is_what_it_was():
     norms = jnp.linalg.norm(gradients, axis=2).mean(axis=1)
     np.testing.assert_allclose(total, jnp.einsum("L,LBS->BS", shares / 4 / norms, gradients), rtol=1e-4)
     np.testing.assert_allclose(after.norms, 0.001 * norms, rtol=1e-4)
+
+
+def test_the_latent_loss_pulls_inputs_towards_targets_of_paired_recordings_alone():
+    latents, target = jnp.asarray(RNG.normal(size=(2, 4, 3, 5)), jnp.float32)
+    mask = jnp.array([1.0, 0, 1, 0])
+    distance = np.square(latents - target).mean(axis=(1, 2))
+    expected = (distance[0] + distance[2]) / 4 / np.square(target).mean()
+    assert latent_loss(latents, target, mask) == pytest.approx(float(expected), rel=1e-4)
+    to_latents, to_target = jax.grad(latent_loss, argnums=(0, 1))(latents, target, mask)
+    assert to_latents[::2].any() and not to_latents[1::2].any() and not to_target.any()
+    assert latent_loss(target, target, mask) == 0

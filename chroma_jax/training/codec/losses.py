@@ -39,6 +39,7 @@ class CodecLossConfig:
         features: share of the feature loss.
         commitment: weight of the commitment loss.
         distillation: weight of the distillation loss.
+        latents: weight of the latent loss, which makes the encoder ignore the phase of paired recordings; 0 for none.
         resolutions: of the mel loss.
     """
 
@@ -49,6 +50,7 @@ class CodecLossConfig:
     features: float = 3.0
     commitment: float = 1.0
     distillation: float = 1.0
+    latents: float = 0.0
     resolutions: MelLossConfig = MelLossConfig()
 
     def __post_init__(self):
@@ -75,6 +77,24 @@ def wave_distance(made: jax.Array, real: jax.Array, pre_emphasis: float = 0.0) -
 
 
 DiscriminatorLoss = Literal["hinge", "least_squares"]
+
+
+def latent_loss(latents: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
+    """Mean squared distance of latents from those of the targets, relative to the mean square of the latter.
+
+    A recording whose input is its target has a loss of 0.
+
+    Args:
+        latents: float32 [B, F, D], of the inputs.
+        target: float32 [B, F, D], of the targets; no gradient reaches them.
+        mask: float32 [B], 1 for paired recordings.
+
+    Returns:
+        float32 [], the mean over all recordings.
+    """
+    target = jax.lax.stop_gradient(target)
+    distance = jnp.mean(jnp.square(latents - target), axis=(1, 2))
+    return jnp.mean(mask * distance) / (jnp.mean(jnp.square(target)) + 1e-6)
 
 
 def discriminator_loss(made: list[Verdict], real: list[Verdict], kind: DiscriminatorLoss = "hinge") -> jax.Array:

@@ -35,6 +35,7 @@ from chroma_jax.training.codec.losses import (
     BalancerState,
     CodecLossConfig,
     discriminator_loss,
+    latent_loss,
     mel_distance,
     reconstruction_losses,
 )
@@ -202,12 +203,15 @@ def make_codec_trainer(
 
         def make(trained: tuple[nnx.State, nnx.State]):
             module = nnx.merge(graph, trained[0], state.frozen, state.codebooks)
-            made, meaning, branches = reconstructed(module, batch.input, choice, key, phase)
+            made, latents, meaning, branches = reconstructed(module, batch.input, choice, key, phase)
             heads, total, statistics = nnx.merge(head_graph, trained[1]), jnp.float32(0), None
             extra: dict[str, jax.Array] = {}
             if phase.quantized:
                 statistics = tuple(branch.statistics for branch in branches)
                 extra["commitment"] = sum(branch.commitment for branch in branches) / 2
+            if loss.latents:
+                with jax.named_scope("latent_loss"):
+                    extra["latents"] = latent_loss(latents, module.latents(batch.target), batch.mask)
             if teacher is not None:
                 with jax.named_scope("teacher"):
                     extra["distillation"] = distillation_loss(heads.distillation(meaning), teacher(batch.input))
@@ -290,7 +294,7 @@ def make_codec_trainer(
 
 def reconstructed(
     codec: Codec, wave: jax.Array, choice: Choice, key: jax.Array, phase: Phase
-) -> tuple[jax.Array, jax.Array, tuple[Quantized, Quantized] | None]:
+) -> tuple[jax.Array, jax.Array, jax.Array, tuple[Quantized, Quantized] | None]:
     """Encodes and decodes a batch.
 
     Args:
@@ -300,16 +304,17 @@ def reconstructed(
         phase: whether there is a quantizer.
 
     Returns:
-        (the reconstruction [B, S], the semantic branch's output [B, F, D], the outputs of both branches or None).
+        (the reconstruction [B, S], the latents [B, F, D], the semantic branch's output [B, F, D], the outputs of both branches or
+        None).
     """
     latents = codec.latents(wave)
     if not phase.quantized:
         branch = codec.quantizer.semantic
         projected = branch.project(latents)
-        return codec.sound(latents), projected if branch.output is None else branch.output(projected), None
+        return codec.sound(latents), latents, projected if branch.output is None else branch.output(projected), None
     with jax.named_scope("codec_quantize"):
         semantic, acoustic = quantize(codec.quantizer, latents, choice, key)
-    return codec.sound(mixed(latents, semantic, acoustic, choice)), semantic.vectors, (semantic, acoustic)
+    return codec.sound(mixed(latents, semantic, acoustic, choice)), latents, semantic.vectors, (semantic, acoustic)
 
 
 def usage(statistics) -> dict[str, jax.Array]:
