@@ -1,7 +1,7 @@
 """The recordings of a corpus folder for Codec training, and their targets.
 
     dialogues.jsonl, references.jsonl    spoken dialogues, see `data_pipelines.dialogues`
-    utterances.jsonl                     single utterances; the fields read here are id, split and audio
+    utterances.jsonl                     single utterances
     audio/NAME.EXT                       recordings
     canonical/NAME.flac                  optional: the same utterance in canonical phase, with the same number of samples
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from chroma_jax.errors import ChromaError
-from data_pipelines.dialogues import EMBEDDED, SPLITS, Problem, read_corpus, read_lines, recording
+from data_pipelines.dialogues import EMBEDDED, Problem, read_corpus, read_utterances
 
 SOUNDS = (".flac", ".wav", ".ogg", ".opus", ".mp3")
 USED = ("train", "valid")  # a corpus may also have a test split, which preparation leaves alone
@@ -68,23 +68,8 @@ def corpus_recordings(corpus: str) -> tuple[dict[str, list[Recording]], list[Pro
     if "utterances.jsonl" in manifests:
         utterances, problems = read_utterances(root)
         for split in USED:
-            found[split] += utterances[split]
+            found[split] += [u.audio for u in utterances if u.split == split]
     return {split: [Recording(p, target_of(root, p)) for p in dict.fromkeys(paths)] for split, paths in found.items()}, problems
-
-
-def read_utterances(root: Path) -> tuple[dict[str, list[Path]], list[Problem]]:
-    """Reads utterances.jsonl: the recordings of every split, in file order, and the problems of the lines left out."""
-    entries, problems = read_lines(root / "utterances.jsonl", ("id", "split", "audio"))
-    found: dict[str, list[Path]] = {split: [] for split in SPLITS}
-    for where, entry in entries:
-        path = recording(root, entry["audio"])
-        if entry["split"] not in SPLITS:
-            problems.append(Problem("unknown split", where, f"{entry['split']!r}; known: {', '.join(SPLITS)}"))
-        elif path is None:
-            problems.append(Problem("missing audio", where, entry["audio"]))
-        else:
-            found[entry["split"]].append(path)
-    return found, problems
 
 
 def target_of(root: Path, audio: Path) -> Path | None:
