@@ -20,7 +20,7 @@ import numpy as np
 from chroma_jax.errors import ChromaError
 from data_pipelines.synthesis.engine import FRAME, SAMPLE_RATE, Phase
 
-REVISION = 1  # of this module, counted up when equal inputs get other samples
+REVISION = 2  # of this module, counted up when equal inputs get other samples
 HOP = 300  # samples of a frame of hibari: 12.5 ms
 BINS = 601  # of its spectra, 20 Hz apart
 BIN_HZ = 20.0
@@ -160,18 +160,19 @@ class Sentence:
     residual_phase: np.ndarray
 
     def wave(self, canonical: bool, rng: np.random.Generator) -> np.ndarray:
-        """The sentence as float32 [F · 300] in free or canonical phase; see `hibari.dsp` for the free form."""
+        """The sentence as float32 [F · 300]; see `hibari.dsp` for the free form.
+
+        The canonical form differs in its pulses and in their filter, which has zero phase. The residual, about 13 dB weaker where
+        there is voice, is the same in both: without it, Whisper base misunderstands 12 % of the words instead of 2 %.
+        """
         from hibari import dsp
 
         frames = len(self.f0)
         noise = rng.standard_normal((BINS, 2 * frames), dtype=np.float32).view(np.complex64)
         phase, increments = (canonical_phase if canonical else free_phase)(self.f0)
         spectrum = dsp.stft(pulses(phase, increments, self.f0), frames)
-        if canonical:  # zero-phase filter; the residual's magnitude joins the noise where there is no voice
-            spectrum *= dsp.ex(self.harmonic)
-            noise *= dsp.ex(self.noise) + 0.5 * dsp.ex(self.residual) * (self.f0 <= VOICED_HZ)
-            return dsp.ola(spectrum + noise)
-        spectrum *= polar(dsp.ex(self.harmonic), np.pi * np.tanh(self.harmonic_phase))
+        magnitude = dsp.ex(self.harmonic)
+        spectrum *= magnitude if canonical else polar(magnitude, np.pi * np.tanh(self.harmonic_phase))
         noise *= dsp.ex(self.noise)
         spectrum += noise
         spectrum += polar(dsp.ex(self.residual), self.residual_phase)
