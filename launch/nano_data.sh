@@ -4,14 +4,16 @@ set -euo pipefail
 
 usage() {
     cat <<'TEXT'
-usage: launch/nano_data.sh FOLDER [--python PYTHON] [--from EXPORT]
+usage: launch/nano_data.sh FOLDER [--stages "one many codec"] [--python PYTHON] [--from EXPORT]
 
 Generates texts, synthesizes speech, and prepares it for training. Needs the extra "tts" and no downloads. Run again, it resumes.
 
   FOLDER      receives
-                texts_one.jsonl, corpus_one   texts, and about 10 hours of speech: every reply in one voice
-                one                           packed sequences of it, with the Reasoner's hidden states
-                text                          a run of nano2_text: the Reasoner
+                corpus_one, one      10 hours of speech, every reply in one voice; packed sequences for nano2_text and nano2_one
+                text                 a run of nano2_text: the Reasoner whose hidden states nano2_one and nano2_many are trained on
+                corpus_many, many    20 hours in 240 voices; packed sequences for nano2_many
+                corpus_pairs, waves  5 hours in 240 voices, each recording with a twin in canonical phase; data of codec_nano2
+  --stages    which of one, many and codec to make (default: all); many needs one
   --python    Python of an environment that has chroma-jax (default: python3)
   --from      export whose tokenizer and Reasoner are used, instead of new ones
 TEXT
@@ -22,16 +24,20 @@ die() {
     exit 2
 }
 
-folder='' python=python3 export=''
+folder='' python=python3 export='' stages='one many codec'
 while (($#)); do
     case $1 in
     -h | --help)
         usage
         exit 0
         ;;
-    --python | --from)
-        [[ -n ${2-} ]] || die "$1 expects a value"
-        if [[ $1 == --python ]]; then python=$2; else export=$2; fi
+    --stages | --python | --from)
+        [[ -n ${2-} ]] || die "$1 expects a value; see --help"
+        case $1 in
+        --stages) stages=$2 ;;
+        --python) python=$2 ;;
+        --from) export=$2 ;;
+        esac
         shift
         ;;
     -*) die "unknown option '$1'; see --help" ;;
@@ -43,21 +49,53 @@ while (($#)); do
     shift
 done
 [[ -n $folder ]] || die "expected a folder; see --help"
+for stage in $stages; do
+    [[ $stage == one || $stage == many || $stage == codec ]] || die "--stages: '$stage' is none of one, many, codec"
+done
 
 chroma() { "$python" -m chroma_jax "$@"; }
 
+# synthesized NAME FLAGS …: FOLDER/corpus_NAME
+synthesized() {
+    local texts=$folder/texts.jsonl
+    local -a voice=()
+    if [[ $1 == one ]]; then
+        texts=$folder/texts_one.jsonl voice=(--voice v0000)
+    fi
+    [[ -f $texts ]] || chroma texts "$texts" ${voice[@]+"${voice[@]}"}
+    chroma synthesize "$texts" "$folder/corpus_$1" --check 0 "${@:2}"
+}
+
+# packed CONFIG NAME TOKENIZER FLAGS …: FOLDER/NAME from FOLDER/corpus_NAME
+packed() {
+    chroma prepare "$1" "$folder/$2" --codec codec_nano --data.corpus "$folder/corpus_$2" --data.tokenizer "$3" "${@:4}"
+}
+
+one() {
+    local tokenizer=train
+    [[ -z $export ]] || tokenizer=$export/tokenizer.json
+    synthesized one
+    packed nano2_text one "$tokenizer"
+    if [[ -z $export ]]; then
+        chroma train nano2_text "$folder/text" --prepared "$folder/one"
+    elif [[ ! -d $folder/text ]]; then
+        chroma convert import "$export" "$folder/text" --onto nano2_text
+    fi
+    packed nano2_text one "$tokenizer" --cache_reasoner "$folder/text"
+}
+
+many() {
+    [[ -d $folder/text ]] || die "$folder/text: not there; make stage one first"
+    synthesized many --hours 20 --voices 240
+    packed nano2_many many "$folder/one/tokenizer.json" --cache_reasoner "$folder/text"
+}
+
+codec() {
+    synthesized pairs --phase both --hours 5 --voices 240
+    chroma prepare codec_nano2 "$folder/waves" --data.corpora "$folder/corpus_pairs" embedded
+}
+
 mkdir -p -- "$folder"
-tokenizer=()
-if [[ -n $export ]]; then
-    tokenizer=(--data.tokenizer "$export/tokenizer.json")
-fi
-[[ -f $folder/texts_one.jsonl ]] || chroma texts "$folder/texts_one.jsonl" --voice v0000
-chroma synthesize "$folder/texts_one.jsonl" "$folder/corpus_one" --check 0
-chroma prepare nano2_text "$folder/one" --codec codec_nano --data.corpus "$folder/corpus_one" ${tokenizer[@]+"${tokenizer[@]}"}
-if [[ -n $export ]]; then
-    [[ -d $folder/text ]] || chroma convert import "$export" "$folder/text" --onto nano2_text
-else
-    chroma train nano2_text "$folder/text" --prepared "$folder/one"
-fi
-chroma prepare nano2_text "$folder/one" --codec codec_nano --data.corpus "$folder/corpus_one" \
-    ${tokenizer[@]+"${tokenizer[@]}"} --cache_reasoner "$folder/text"
+for stage in $stages; do
+    "$stage"
+done

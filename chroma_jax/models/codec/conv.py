@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from chroma_jax.layers.linear import as_multiplied, in_use, normal, product, weight, zeros
-from chroma_jax.layers.sharding import RULES, on_tpu, reshape_rows
+from chroma_jax.layers.sharding import RULES, device_kind, on_tpu, reshape_rows
 from chroma_jax.layers.splash import LANES
 
 Padding = Literal["zeros", "replicate"]
@@ -38,6 +38,11 @@ class Carry:
         self._fresh = fresh
         self.length = length
         self._new: list[jax.Array] = []
+
+    @property
+    def resumes(self) -> bool:
+        """Whether other pieces went before this one."""
+        return self._old is not None
 
     @property
     def memories(self) -> tuple[jax.Array, ...]:
@@ -99,16 +104,33 @@ class Conv(nnx.Module):
             memory = carry.take(self._outside(x[:, :1], self.context).astype(dtype))
             x = jnp.concatenate([memory.astype(x.dtype), x], axis=1)
             carry.put(x[:, x.shape[1] - self.context :].astype(dtype))
-        y = jax.lax.conv_general_dilated(
-            x,
-            in_use(self.kernel, x.dtype),
-            window_strides=(self.stride,),
-            padding="VALID",
-            rhs_dilation=(self.dilation,),
-            dimension_numbers=("NWC", "WIO", "NWC"),
-            preferred_element_type=dtype,
-        )
+        if carry.resumes and device_kind() == "cpu":
+            y = self._as_matmul(x, dtype)
+        else:
+            y = jax.lax.conv_general_dilated(
+                x,
+                in_use(self.kernel, x.dtype),
+                window_strides=(self.stride,),
+                padding="VALID",
+                rhs_dilation=(self.dilation,),
+                dimension_numbers=("NWC", "WIO", "NWC"),
+                preferred_element_type=dtype,
+            )
         return y if self.bias is None else y + in_use(self.bias, dtype)
+
+    def _as_matmul(self, x: jax.Array, dtype) -> jax.Array:
+        """The convolution as a matmul of the inputs that each output sees, without padding.
+
+        XLA's convolutions round the last rows differently on CPUs without AVX-512 (AMD EPYC, jax 0.10.2 and 0.12.0), so that
+        samples of the last slot of a batch would differ from those of the others.
+        """
+        kernel = in_use(self.kernel, x.dtype)
+        taps, inputs, outputs = kernel.shape
+        length = (x.shape[1] - (taps - 1) * self.dilation - 1) // self.stride + 1
+        last = (length - 1) * self.stride + 1
+        seen = [x[:, k * self.dilation : k * self.dilation + last : self.stride] for k in range(taps)]
+        kernel = kernel.reshape(taps * inputs, outputs)
+        return jnp.einsum("BSI,IO->BSO", jnp.concatenate(seen, axis=2), kernel, preferred_element_type=dtype)
 
     def _folded(self, x: jax.Array, carry: Carry, fold: int) -> jax.Array:
         """As a convolution of whole folds: its kernel has this one's, at every place of the output within its fold."""
