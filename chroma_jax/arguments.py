@@ -323,9 +323,9 @@ class Evaluate:
     run: run folder of a speaking model or of a codec, or an exported model. out: folder for report.txt, report.json and
     index.html, a page with players. suite: what is asked. split: test, or valid while choosing settings. corpus: another folder
     of the suite's layout. limit: so many dialogues only. parts: codec, answers, ablations (answers under other voice prompts),
-    knowledge (what would be answered if asked in text). recogniser: folder with a Whisper for CTranslate2 or transformers,
-    instead of Whisper base. speaker_model: folder with transformers' WavLMForXVector, instead of resemblyzer. Flags beginning
-    with --reply say how codes are chosen.
+    knowledge (what would be answered if asked in text), reading (the corpus's utterances read aloud). recogniser: folder with a
+    Whisper for CTranslate2 or transformers, instead of Whisper base. speaker_model: folder with transformers' WavLMForXVector,
+    instead of resemblyzer. Flags beginning with --reply say how codes are chosen.
     """
 
     run: Positional[Path]
@@ -334,6 +334,6 @@ class Evaluate:
     split: Literal["test", "valid"] = "test"
     corpus: str | None = None
     limit: int | None = None
-    parts: tuple[Literal["codec", "answers", "ablations", "knowledge"], ...] = ("codec", "answers")
+    parts: tuple[Literal["codec", "answers", "ablations", "knowledge", "reading"], ...] = ("codec", "answers")
     recogniser: Path | None = None
     speaker_model: Path | None = None

@@ -3,6 +3,7 @@ ones are asked in a slow test."""
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -160,6 +161,26 @@ def test_the_report_is_complete(judged):
     page = (out / "index.html").read_text()
     files = re.findall(r'src="(sounds/[^"]+)"', page)
     assert len(files) == 2 * (8 + 2 * 7) and all((out / file).is_file() for file in files)
+
+
+def test_utterances_of_the_corpus_are_read_aloud(tiny_run, corpus, tmp_path):
+    config = replace(configs.load(tiny_run), "reply.max_seconds", 0.4)
+    with pytest.raises(ChromaError, match="no utterance in the test split, which --parts reading reads aloud"):
+        evaluate(tiny_run, config, tmp_path / "none", corpus=corpus, parts=("reading",), judges=STAND_INS)
+    spoken = shutil.copytree(corpus, tmp_path / "spoken")
+    lines = [
+        {"id": "u0", "split": "test", "voice": "ann", "text": "It is three.", "audio": "audio/ann_0.flac"},
+        {"id": "u1", "split": "test", "voice": "nobody", "text": "Of course not.", "audio": "audio/ann_1.flac"},
+        {"id": "u2", "split": "train", "voice": "bob", "text": "Four.", "audio": "audio/bob_0.flac"},
+    ]
+    (spoken / "utterances.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = evaluate(tiny_run, config, tmp_path / "out", corpus=str(spoken), parts=("reading",), judges=STAND_INS)
+    first, second = found["reading"]["readings"]
+    assert (first["id"], second["id"], first["expected"]) == ("u0", "u1", "It is three.")
+    assert not first["seconds"] or first["word_errors"] == (2, 3)  # "of course" is too much
+    assert first["similarity"] is not None and second["similarity"] is None
+    assert found["reading"]["summary"]["readings"] == 2 and found["reading"]["summary"]["wer"] > 0
+    assert "Reading aloud: 2 utterances" in report.text(found)
 
 
 @pytest.mark.slow

@@ -8,10 +8,12 @@ import jax
 
 from chroma_jax.config import CodecRun, Config
 from chroma_jax.convert.codec import trained_codec, with_codec
+from chroma_jax.errors import ChromaError
 from chroma_jax.evaluation import report
 from chroma_jax.evaluation.codec import evaluate_codec
 from chroma_jax.evaluation.judges import Judges, appointed
 from chroma_jax.evaluation.knowledge import evaluate_knowledge
+from chroma_jax.evaluation.reading import chosen, evaluate_reading
 from chroma_jax.evaluation.speaking import ABLATIONS, MAIN, evaluate_speaking
 from chroma_jax.evaluation.suite import SUITES, Suite, read_suite, recordings
 from chroma_jax.files import check_new, written_aside
@@ -21,7 +23,7 @@ from data_pipelines.curriculum import held_out
 from data_pipelines.dialogues import Corpus, read_corpus
 from data_pipelines.facts import Exchange, withheld
 
-Part = Literal["codec", "answers", "ablations", "knowledge"]
+Part = Literal["codec", "answers", "ablations", "knowledge", "reading"]
 
 
 def evaluate(
@@ -40,8 +42,9 @@ def evaluate(
     report.
 
     run: of a Codec or of a speaking model, or what was exported of one. corpus: a folder of the suite's layout, instead of the
-    suite's own. limit: so many dialogues only. parts: "ablations" are answers under other voice prompts. judges: None appoints
-    those that are installed. Raises: ChromaError for what is missing or does not fit.
+    suite's own. limit: so many dialogues only. parts: "ablations" are answers under other voice prompts; "reading" reads the
+    corpus's utterances aloud. judges: None appoints those that are installed.
+    Raises: ChromaError for what is missing or does not fit.
     """
     out = Path(out)
     check_new(out)
@@ -69,6 +72,15 @@ def evaluate(
         spoken = recordings(asked, rate)
         found["codec"], made = evaluate_codec(codec, spoken, judges, books)
         sounds.add_codec(spoken, made)
+    if speaker is not None and "reading" in parts:
+        spoken_in = read_corpus(corpus or SUITES[suite])
+        utterances = chosen(spoken_in, split, limit)
+        if not utterances:
+            raise ChromaError(f"{spoken_in.folder}: no utterance in the {split} split, which --parts reading reads aloud")
+        prompted = config.data.curriculum.no_prompt < 1
+        given = speaker, tokenizer, spoken_in, utterances, judges, config.reply
+        found["reading"], made = evaluate_reading(*given, prompted=prompted, system=config.data.system)
+        sounds.add_readings(found["reading"]["readings"], made)
     conditions = [*([MAIN] if "answers" in parts else []), *(ABLATIONS if "ablations" in parts else ())]
     if speaker is not None and conditions:
         settings = {name: getattr(config.reply, name) for name in ("temperature", "top_k", "top_p", "seed")}

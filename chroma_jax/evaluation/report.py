@@ -41,7 +41,14 @@ COLUMNS = {
     "seconds": "seconds",
     "ended": "ended",
 }
-PERCENT = ("right", "right_as_heard", "wer", "wer_of_original", "eer", "ended", "voiced_recall", "false_voicing")
+READING = {
+    "wer": "word error rate",
+    "similarity": "similarity",
+    "copied": "text as asked",
+    "ended": "ended",
+    "seconds": "seconds",
+}
+PERCENT = ("copied", "right", "right_as_heard", "wer", "wer_of_original", "eer", "ended", "voiced_recall", "false_voicing")
 
 
 def number(name: str, value: float | None) -> str:
@@ -88,6 +95,13 @@ class Sounds:
                 name = f"{reply.dialogue.id}, prompt {reply.prompt.voice or 'none'}"
                 self.found.append(Sound(f"Answers: {condition}", name, lines, reply.wave))
 
+    def add_readings(self, readings: Sequence[dict], made: Sequence[np.ndarray]) -> None:
+        for i in spread(len(readings)):
+            row = readings[i]
+            self.found.append(
+                Sound("Reading", f"{row['id']}, {row['voice']}", (row["expected"], f"heard: {row['heard']}"), made[i])
+            )
+
 
 def spread(count: int) -> list[int]:
     return sorted(set(np.linspace(0, count - 1, min(count, SHOWN)).round().astype(int).tolist()))
@@ -111,6 +125,10 @@ def tables(report: dict) -> list[tuple[str, list[str], list[list[str]]]]:
         found.append(
             ("Knowledge: right to the letter, asked in text", ["questions", "number", "typed", "imagined as heard"], rows)
         )
+    if "reading" in report:
+        summary = report["reading"]["summary"]
+        rows = [[number(name, summary[name]) for name in READING]]
+        found.append((f"Reading aloud: {summary['readings']} utterances", list(READING.values()), rows))
     if "speed" in report:
         speed = report["speed"]
         shown = [number(name, speed[name]) for name in ("first_audio_ms", "rtf", "rtf_steady")]

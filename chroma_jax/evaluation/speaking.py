@@ -1,7 +1,8 @@
 """A speaking model: every question of a suite answered, under several voice prompts, and what judges say of the answers."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -101,16 +102,25 @@ def heard_question(dialogue: Dialogue) -> np.ndarray:
     return audio.load(dialogue.question_audio, audio.REASONER_RATE, max_seconds=FeatureConfig().max_seconds)
 
 
-def answered(
-    speaker: Speaker, tokenizer: Tokenizer, asked: Sequence[tuple[Dialogue, VoicePrompt]], config: ReplyConfig, system: str
-) -> Iterator[Reply]:
-    """Answers, ``ROWS`` at a time."""
+def spoken(
+    speaker: Speaker, tokenizer: Tokenizer, prompts: Sequence[Callable[[], Prompt]], config: ReplyConfig
+) -> Iterator[tuple[str, np.ndarray, bool]]:
+    """Generates replies in batches of ``ROWS``.
+
+    Args:
+        speaker: Model and Codec.
+        tokenizer: Of the model.
+        prompts: Make the prompt of each reply.
+        config: Sampling settings and the maximum length.
+
+    Yields:
+        (text, waveform float32 [S], whether the model itself ended the reply), in order.
+    """
     frames = int(config.max_seconds * speaker.config.codec.frame_rate)
-    for start in range(0, len(asked), ROWS):
-        group = list(asked[start : start + ROWS])
-        filled = group + group[:1] * (ROWS - len(group))  # one shape for all groups
-        rows = [row_of(speaker, tokenizer, heard_question(d), p, coded(speaker, p), system) for d, p in filled]
-        prompt = stack(rows, speaker.compatibility)
+    for start in range(0, len(prompts), ROWS):
+        group = prompts[start : start + ROWS]
+        rows = [make() for make in group]
+        prompt = stack(rows + rows[:1] * (ROWS - len(rows)), speaker.compatibility)  # one shape for all batches
         seed = config.seed + start
         sampling, keys = settings(ROWS, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, seed=seed)
         samples: list[list[np.ndarray]] = [[] for _ in group]
@@ -124,10 +134,22 @@ def answered(
                 if frame.token[row] != NOTHING:
                     tokens[row].append((len(samples[row]), int(frame.token[row])))
                 samples[row].append(frame.samples[row])
-        for row, (dialogue, voice) in enumerate(group):
+        for row in range(len(group)):
             text = "".join(piece for _, piece in text_pieces(tokenizer, tokens[row], speaker.config.tokens.im_end))
-            wave = np.concatenate(samples[row]) if samples[row] else np.zeros(0, np.float32)
-            yield Reply(dialogue, voice, text, wave, ended[row])
+            yield text, np.concatenate(samples[row]) if samples[row] else np.zeros(0, np.float32), ended[row]
+
+
+def answered(
+    speaker: Speaker, tokenizer: Tokenizer, asked: Sequence[tuple[Dialogue, VoicePrompt]], config: ReplyConfig, system: str
+) -> Iterator[Reply]:
+    """Replies to spoken questions."""
+
+    def prompt(dialogue: Dialogue, voice: VoicePrompt) -> Prompt:
+        return row_of(speaker, tokenizer, heard_question(dialogue), voice, coded(speaker, voice), system)
+
+    replies = spoken(speaker, tokenizer, [functools.partial(prompt, *pair) for pair in asked], config)
+    for (dialogue, voice), reply in zip(asked, replies, strict=True):
+        yield Reply(dialogue, voice, *reply)
 
 
 def evaluate_speaking(
@@ -146,9 +168,9 @@ def evaluate_speaking(
     replies: dict[str, list[Reply]] = {}
     for condition in conditions:
         asked = [(d, voice_prompt(suite, d, condition, rate)) for d in suite.dialogues]
-        spoken = answered(speaker, tokenizer, asked, config, system)
+        given = answered(speaker, tokenizer, asked, config, system)
         replies[condition.name], rows = [], []
-        for reply in tqdm(spoken, condition.name, total=len(asked), unit="reply"):
+        for reply in tqdm(given, condition.name, total=len(asked), unit="reply"):
             replies[condition.name].append(reply)
             rows.append(judged(reply, known, judges, rate))
         report["conditions"][condition.name] = summary(rows)

@@ -37,21 +37,35 @@ def make_prompt(
     config: ChromaConfig,
     encode: Encode,
     *,
-    question: np.ndarray,
+    question: np.ndarray | None = None,
+    said: str = "",
     reference_codes: np.ndarray,
     transcript: str,
     system: str = "",
 ) -> Prompt:
     """One row, without a leading axis and unpadded.
 
-    question: float [S] at 16 kHz. reference_codes: int [R, Q], Q ≥ ``config.codebooks``. transcript: what is said in the
-    reference. Raises ChromaError for a question that is empty or too long.
+    Args:
+        config: Model configuration.
+        encode: Text to token ids.
+        question: The user's speech, float [S] at 16 kHz; None for a question in text alone.
+        said: Text that the user writes, after the speech if there is any.
+        reference_codes: int [R, Q] of the voice prompt, Q ≥ ``config.codebooks``; R may be 0.
+        transcript: Words of the voice prompt.
+        system: System text.
+
+    Raises:
+        ChromaError: If the speech is empty or too long.
     """
     tokens, audio = config.tokens, config.reasoner.audio
-    mel = log_mel(question, FeatureConfig(mel_bins=audio.mel_bins))
-    blocks, lengths = cut_blocks(mel, audio.block_frames)
-    outputs = num_outputs(len(mel))
-    text = np.array(question_tokens(encode, tokens, heard=[tokens.audio] * outputs, system=system), np.int32)
+    if question is None:  # one block without speech, so that no array is empty
+        blocks, lengths = np.zeros((1, audio.block_frames, audio.mel_bins), np.float32), np.zeros(1, np.int32)
+        outputs = 0
+    else:
+        mel = log_mel(question, FeatureConfig(mel_bins=audio.mel_bins))
+        blocks, lengths = cut_blocks(mel, audio.block_frames)
+        outputs = num_outputs(len(mel))
+    text = np.array(question_tokens(encode, tokens, heard=[tokens.audio] * outputs, said=said, system=system), np.int32)
     audio_index = np.full(len(text), NOTHING, np.int32)
     audio_index[text == tokens.audio] = np.arange(outputs)
 

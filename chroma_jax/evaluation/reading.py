@@ -1,0 +1,106 @@
+"""Reading aloud: whether a speaking model's speech can be understood, apart from whether its answers are right.
+
+The model is asked in text to say the held-out utterances of a corpus. Needs no recordings but those of voice prompts.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+from chroma_jax.config import ReplyConfig
+from chroma_jax.evaluation.codec import mean
+from chroma_jax.evaluation.judges import Judges
+from chroma_jax.evaluation.speaking import VoicePrompt, coded, spoken
+from chroma_jax.evaluation.words import error_rate, same, word_errors
+from chroma_jax.streaming.prefill import Prompt
+from chroma_jax.streaming.prompt import make_prompt
+from chroma_jax.streaming.stream import Speaker
+from data_pipelines import audio
+from data_pipelines.curriculum import READ_ALOUD
+from data_pipelines.dialogues import Corpus, Utterance
+from data_pipelines.tokenizer import encoder
+
+
+def chosen(corpus: Corpus, split: str, limit: int | None) -> list[Utterance]:
+    """The utterances of a split; ``limit`` of them, evenly spaced, if there are more."""
+    found = [u for u in corpus.utterances if u.split == split]
+    if limit is None or limit >= len(found):
+        return found
+    return [found[i] for i in np.linspace(0, len(found) - 1, limit).round().astype(int)]
+
+
+def evaluate_reading(
+    speaker: Speaker,
+    tokenizer: Tokenizer,
+    corpus: Corpus,
+    utterances: Sequence[Utterance],
+    judges: Judges,
+    config: ReplyConfig,
+    *,
+    prompted: bool,
+    system: str = "",
+) -> tuple[dict, list[np.ndarray]]:
+    """Reads utterances aloud and measures what comes out.
+
+    Args:
+        speaker: Model and Codec.
+        tokenizer: Of the model.
+        corpus: Has the voice prompts.
+        utterances: What is to be read, and in which voice.
+        judges: Metric models.
+        config: Sampling settings.
+        prompted: Whether a recording of the voice is given; a model trained without prompts has none.
+        system: System text.
+
+    Returns:
+        (the report's part: ``summary`` and ``readings``, the waveforms).
+    """
+    rate = speaker.config.codec.sampling_rate
+    references = {u.voice: next(iter(corpus.references_of(u.voice)), None) for u in utterances}
+    waves = {v: np.zeros(0, np.float32) if r is None else audio.load_reference(r.audio, rate) for v, r in references.items()}
+
+    def prompt(utterance: Utterance) -> Prompt:
+        reference = references[utterance.voice] if prompted else None
+        voice = VoicePrompt(utterance.voice, waves[utterance.voice], reference.text) if reference else VoicePrompt(None, none, "")
+        given = {"reference_codes": coded(speaker, voice), "transcript": voice.text, "system": system}
+        return make_prompt(speaker.config, encoder(tokenizer), said=READ_ALOUD + utterance.text, **given)
+
+    none = np.zeros(0, np.float32)
+    known = {v: judges.voices(wave, rate) for v, wave in waves.items() if len(wave)}
+    made, rows = [], []
+    replies = spoken(speaker, tokenizer, [functools.partial(prompt, u) for u in utterances], config)
+    for utterance, (text, wave, ended) in zip(
+        utterances, tqdm(replies, "reading", total=len(utterances), unit="reply"), strict=True
+    ):
+        made.append(wave)
+        heard = judges.words(wave, rate)
+        vector = judges.voices(wave, rate) if utterance.voice in known else None
+        rows.append(
+            {
+                "id": utterance.id,
+                "voice": utterance.voice,
+                "expected": utterance.text,
+                "text": text,
+                "heard": heard,
+                "ended": ended,
+                "seconds": round(len(wave) / rate, 2),
+                "word_errors": word_errors(utterance.text, heard),
+                "similarity": None if vector is None else float(vector @ known[utterance.voice]),
+            }
+        )
+    return {"summary": summary(rows), "readings": rows}, made
+
+
+def summary(rows: Sequence[dict]) -> dict:
+    """Means over readings; ``wer`` is against the text that was to be read."""
+    return {
+        "readings": len(rows),
+        "copied": mean([same(row["text"], row["expected"]) for row in rows]),
+        "wer": error_rate([row["word_errors"] for row in rows]),
+        "ended": mean([row["ended"] for row in rows]),
+        "similarity": mean([row["similarity"] for row in rows if row["similarity"] is not None]),
+        "seconds": mean([row["seconds"] for row in rows]),
+    }
