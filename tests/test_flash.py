@@ -18,8 +18,8 @@ from chroma_jax.training.compiling import options
 ROWS, POSITIONS = 2, 512
 # of what there is most of: products of bfloat16, whose factors (weights, their gradients) are rounded to a 256th once more
 ROUNDED = 2.0**-7
-# as training is compiled; of interpreted kernels jaxlib 0.12 by itself makes products that it then refuses to compute. CPUs without
-# bfloat16 units would keep float32 between operations, so that the plain way had no rounding to compare with
+# as training is compiled; of interpreted kernels jaxlib 0.12 by itself makes products that it then refuses to compute. CPUs
+# without bfloat16 units would keep float32 between operations, so that the plain way had no rounding to compare with
 OPTIONS = options(jax.devices("cpu")[0], jnp.bfloat16) | {"xla_allow_excess_precision": False}
 jit = functools.partial(jax.jit, compiler_options=OPTIONS)
 
