@@ -273,7 +273,7 @@ def unwritten(config: CurriculumConfig) -> list[Path]:
 
 
 def written(corpus: Corpus, config: CurriculumConfig) -> list[str]:
-    """What the tokenizer learns besides dialogues and references: utterances, and what is there in text alone."""
+    """What the tokenizer learns in addition to dialogues and references: utterances and texts without recordings."""
     facts = exchanges(held_out(corpus, "train"), config.withhold) if config.facts else {}
     said = ([WRITE_DOWN] if config.write else []) + ([READ_ALOUD] if config.read else [])
     utterances = [u.text for u in corpus.utterances if u.split == "train"]

@@ -159,7 +159,7 @@ def doubles() -> Iterable[Exchange]:
 
 
 def comparisons() -> Iterable[Exchange]:
-    """Each number up to fifty beside three others, asked in either order."""
+    """Each number up to fifty compared with three others, asked in either order."""
     for x in range(50):
         for y in (x + 1, x + 2 + x % 3, x + 6 + x % 7):
             a, b = number(x), number(y)

@@ -200,7 +200,7 @@ def sentences(count: int, seed: int, excluded: Collection[str] = ()) -> list[str
         Sentences of 5 to 16 words, and replies of 2 to 5 words, none equal to another one when normalized.
 
     Raises:
-        ChromaError: when the grammar does not have so many.
+        ChromaError: when the grammar has fewer sentences.
     """
     grammar, rng = read_grammar(), random.Random(f"sentences {seed}")
     order = iter(())

@@ -42,8 +42,8 @@ def evaluate(
     report.
 
     run: of a Codec or of a speaking model, or what was exported of one. corpus: a folder of the suite's layout, instead of the
-    suite's own. limit: so many dialogues only. parts: "ablations" are answers under other voice prompts; "reading" reads the
-    corpus's utterances aloud. judges: None appoints those that are installed.
+    suite's own. limit: maximum number of dialogues, and of utterances. parts: "ablations" are answers under other voice prompts;
+    "reading" reads the corpus's utterances aloud. judges: None appoints those that are installed.
     Raises: ChromaError for what is missing or does not fit.
     """
     out = Path(out)

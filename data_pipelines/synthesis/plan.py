@@ -34,7 +34,7 @@ PROMPTS = (
 
 @dataclasses.dataclass(frozen=True)
 class SynthesisConfig:
-    """What the corpus depends on, besides the texts.
+    """What the corpus depends on apart from the texts.
 
     Attributes:
         engine: A built-in engine or "module:function"; see `data_pipelines.synthesis.engine`.
