@@ -27,7 +27,7 @@ class LossConfig:
     reasoner: where its hidden states come from, "computed" in every step, or "stored" beside the data (``prepare
     --cache_reasoner``), which needs a Reasoner that is not trained.
 
-    decoder_chunk: target frames of a row that the Decoder computes at a time, forward and backward together; 0 for all at once. What it
+    decoder_chunk: target frames per chunk; each chunk's forward and backward pass run together; 0 for all at once. What it
     makes of them then stays in a processor's caches, and takes no memory for longer. Of several devices, each chunk's gradient is
     summed over them by itself, so it is for one.
 
