@@ -12,29 +12,35 @@ from configs import codec_nano
 
 
 def codec() -> CodecConfig:
-    """24 kHz, 12.5 frames per second, 8 codebooks of 512: 900 bits per second."""
+    """24 kHz, 12.5 frames per second, 8 codebooks of 512: 900 bits per second.
+
+    On CPUs the convolutions take nearly all of the time, so the transformers are wide.
+    """
     first = codec_nano.codec()
     return dataclasses.replace(
         first,
-        seanet=dataclasses.replace(first.seanet, num_filters=24),
+        transformer=dataclasses.replace(first.transformer, num_layers=4, width=256, head_dim=64, mlp_width=768),
         quantizer=dataclasses.replace(first.quantizer, codebook_size=512),
+        upsample_groups=256,
     )
 
 
 def config() -> CodecRun:
-    first, steps = codec_nano.config(), 40_000
+    first, steps = codec_nano.config(), 20_000
     recipe = first.recipe
     return dataclasses.replace(
         first,
         model=codec(),
-        data=dataclasses.replace(first.data, real_share=0.25, free_input=0.6),
+        data=dataclasses.replace(first.data, real_share=0.25, free_input=0.8),
         training=dataclasses.replace(first.training, steps=steps, eval_every=1000),
         recipe=dataclasses.replace(
             recipe,
-            quantize_from=steps // 4,
+            decode_from=3000,
+            quantize_from=1500,
             judge_from=steps,
-            pitch_weight=0.2,
-            loss=dataclasses.replace(recipe.loss, mel=2.0, wave=1.0, pre_emphasis=0.8, latents=0.5),
+            pitch_weight=0.5,
+            pitch_codebooks=(1, 2, 3, 4, 5, 6, 7),
+            loss=dataclasses.replace(recipe.loss, mel=2.0, wave=1.0, pre_emphasis=0.8, spectrum=1.0),
             optimizer=dataclasses.replace(recipe.optimizer, learning_rate=1.5e-3, decay_steps=steps),
         ),
     )

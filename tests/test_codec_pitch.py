@@ -12,9 +12,11 @@ from tiny import model as tiny_model
 from chroma_jax.errors import ChromaError
 from chroma_jax.layers.sharding import MeshConfig, make_mesh
 from chroma_jax.training.codec.discriminator import DiscriminatorConfig
+from chroma_jax.training.codec.losses import SPECTRA, SPECTRUM_BINS, CodecLossConfig, spectrum_loss
 from chroma_jax.training.codec.pitch import PitchHead, codebook_indices, pitch_loss, pitch_targets
 from chroma_jax.training.codec.quantize import QuantizerTraining
-from chroma_jax.training.codec.step import CodecRecipe, make_codec_trainer
+from chroma_jax.training.codec.spectra import log_mel
+from chroma_jax.training.codec.step import CodecRecipe, Phase, make_codec_trainer
 from chroma_jax.training.optimizer import OptimizerConfig
 from data_pipelines.waves import WaveBatch
 
@@ -118,3 +120,37 @@ def test_codes_learn_to_tell_the_pitch():
     voicing = [float(m["voicing_loss"]) for m in history]
     assert np.mean(error[-5:]) < 0.6 * np.mean(error[:5]) and np.mean(voicing[-5:]) < 0.6 * np.mean(voicing[:5])
     assert not any(m["skipped"] for m in history) and np.isfinite(history[-1]["discriminator_loss"])
+
+
+def test_the_spectrum_loss_is_zero_for_the_spectra_themselves():
+    frames, bins = 4, SPECTRA * SPECTRUM_BINS
+    wave = jnp.asarray(voice(120.0, frames * CODEC.samples_per_frame / RATE)[None], jnp.float32)
+    hop = CODEC.samples_per_frame // SPECTRA
+    spectra = log_mel(wave, RATE, 4 * hop, SPECTRUM_BINS)[:, :-1].reshape(1, frames, bins)
+    assert spectrum_loss(spectra, wave, RATE) == 0
+    np.testing.assert_allclose(spectrum_loss(spectra + 0.5, wave, RATE), 0.5, rtol=1e-5)  # float32
+
+
+def test_the_encoder_learns_before_the_decoder_joins():
+    recipe = CodecRecipe(
+        decode_from=100,
+        pitch_weight=1.0,
+        loss=CodecLossConfig(spectrum=1.0),
+        optimizer=OptimizerConfig(learning_rate=1e-2, b1=0.5, b2=0.9, weight_decay=0.0),
+    )
+    waves = np.stack([voice(f, 4 * CODEC.samples_per_frame / RATE) for f in (90.0, 120.0, 200.0, 300.0)]).astype(np.float32)
+    mesh = make_mesh(MeshConfig())
+    with jax.set_mesh(mesh):
+        trainer = make_codec_trainer(CODEC, recipe, 0, mesh)
+        batch = jax.device_put(WaveBatch.of(waves), trainer.batch_sharding)
+        state, history = trainer.init(), []
+        before = jax.device_get(state.weights())
+        for _ in range(20):
+            state, metrics = trainer.train_step(state, batch, Phase(judged=False, decoded=False))
+            history.append(jax.device_get(metrics))
+    after = jax.device_get(state.weights())
+    moved = {path for path, x in before.items() if np.any(x != after[path])}
+    assert any(path.startswith("codec/encoder") for path in moved)
+    assert not any(path.startswith(("codec/decoder", "codec/upsample")) for path in moved)
+    assert float(history[-1]["spectrum"]) < 0.7 * float(history[0]["spectrum"])
+    assert "mel_loss" not in history[-1] and not any(m["skipped"] for m in history)

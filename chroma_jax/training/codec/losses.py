@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from chroma_jax.layers.sharding import reshape_rows
 from chroma_jax.training.codec.discriminator import Discriminator, Verdict
 from chroma_jax.training.codec.spectra import log_mel
 
@@ -40,6 +41,7 @@ class CodecLossConfig:
         commitment: weight of the commitment loss.
         distillation: weight of the distillation loss.
         latents: weight of the latent loss, which makes the encoder ignore the phase of paired recordings; 0 for none.
+        spectrum: weight of the spectrum loss, by which the decoder's input tells the target's mel spectrogram; 0 for none.
         resolutions: of the mel loss.
     """
 
@@ -51,6 +53,7 @@ class CodecLossConfig:
     commitment: float = 1.0
     distillation: float = 1.0
     latents: float = 0.0
+    spectrum: float = 0.0
     resolutions: MelLossConfig = MelLossConfig()
 
     def __post_init__(self):
@@ -95,6 +98,27 @@ def latent_loss(latents: jax.Array, target: jax.Array, mask: jax.Array) -> jax.A
     target = jax.lax.stop_gradient(target)
     distance = jnp.mean(jnp.square(latents - target), axis=(1, 2))
     return jnp.mean(mask * distance) / (jnp.mean(jnp.square(target)) + 1e-6)
+
+
+SPECTRA = 8  # mel spectra per frame that the spectrum loss compares
+SPECTRUM_BINS = 80  # mel bins of each
+
+
+def spectrum_loss(predicted: jax.Array, target: jax.Array, sample_rate: int) -> jax.Array:
+    """Mean absolute difference of log10 mel magnitudes that the decoder's input tells.
+
+    Args:
+        predicted: float32 [B, F, SPECTRA · SPECTRUM_BINS], in order of time.
+        target: float32 [B, S], F whole frames.
+        sample_rate: in Hz.
+
+    Returns:
+        float32 [], the mean over all recordings.
+    """
+    b, f, _ = predicted.shape
+    hop = target.shape[1] // (f * SPECTRA)
+    spectra = log_mel(jax.lax.stop_gradient(target), sample_rate, 4 * hop, SPECTRUM_BINS)[:, :-1]
+    return jnp.mean(jnp.abs(predicted - reshape_rows(spectra, b, f, SPECTRA * SPECTRUM_BINS)))
 
 
 def discriminator_loss(made: list[Verdict], real: list[Verdict], kind: DiscriminatorLoss = "hinge") -> jax.Array:

@@ -24,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from chroma_jax.layers import sums
-from chroma_jax.layers.linear import Linear
+from chroma_jax.layers.linear import Linear, zeros
 from chroma_jax.layers.sharding import RULES, state_shardings
 from chroma_jax.models.codec import Codec, CodecConfig
 from chroma_jax.paths import filled, values
@@ -32,12 +32,15 @@ from chroma_jax.training.codec.discriminator import Discriminator, Discriminator
 from chroma_jax.training.codec.distillation import Teacher, distillation_loss, teacher_width
 from chroma_jax.training.codec.losses import (
     LOSSES,
+    SPECTRA,
+    SPECTRUM_BINS,
     BalancerState,
     CodecLossConfig,
     discriminator_loss,
     latent_loss,
     mel_distance,
     reconstruction_losses,
+    spectrum_loss,
 )
 from chroma_jax.training.codec.pitch import PitchHead, codebook_indices, pitch_loss, pitch_targets
 from chroma_jax.training.codec.quantize import Choice, Quantized, QuantizerTraining, draw, followed, mixed, perplexity, quantize
@@ -53,6 +56,8 @@ class CodecRecipe:
     """How a codec is trained, data and duration aside.
 
     Attributes:
+        decode_from: the step at which the decoder joins. Until then the encoder is trained by the losses that need no decoder:
+            spectrum, pitch, distillation, latents and commitment.
         quantize_from: the step at which the quantizer joins.
         judge_from: the step at which the discriminator joins.
         teacher: of the semantic codebook, ``module:function`` or the run folder of a speaking model, see
@@ -68,6 +73,7 @@ class CodecRecipe:
         discriminator_optimizer: of the discriminator.
     """
 
+    decode_from: int = 0
     quantize_from: int = 0
     judge_from: int = 0
     teacher: str = ""
@@ -91,6 +97,7 @@ class Phase(NamedTuple):
 
     quantized: bool = True
     judged: bool = True
+    decoded: bool = True
 
 
 class Heard(NamedTuple):
@@ -140,10 +147,11 @@ class Heads(nnx.Module):
     Attributes:
         distillation: from the semantic vectors to the teacher's features.
         pitch: from the vectors of some codebooks to pitch.
+        spectrum: from the decoder's input to mel spectra.
     """
 
-    def __init__(self, distillation: Linear | None, pitch: PitchHead | None):
-        self.distillation, self.pitch = distillation, pitch
+    def __init__(self, distillation: Linear | None, pitch: PitchHead | None, spectrum: Linear | None):
+        self.distillation, self.pitch, self.spectrum = distillation, pitch, spectrum
 
 
 class Modules(NamedTuple):
@@ -171,7 +179,10 @@ def make_codec_trainer(
         width = None if teacher is None else teacher_width(teacher, codec)
         head = None if width is None else Linear(nnx.Rngs(seed + 2), {"embed": codec.width}, {"channels": width})
         channels = len(pitch_codebooks) * codec.quantizer.codebook_dim
-        heads = Heads(head, PitchHead(nnx.Rngs(seed + 3), channels) if pitch_codebooks else None)
+        pitch = PitchHead(nnx.Rngs(seed + 3), channels) if pitch_codebooks else None
+        spectra = {"channels": SPECTRA * SPECTRUM_BINS}
+        spectrum = Linear(nnx.Rngs(seed + 4), {"embed": codec.width}, spectra, bias=zeros) if loss.spectrum else None
+        heads = Heads(head, pitch, spectrum)
         return Modules(Codec(nnx.Rngs(seed), codec), heads, Discriminator(nnx.Rngs(seed + 1), recipe.discriminator))
 
     def split(modules: Modules):
@@ -203,7 +214,7 @@ def make_codec_trainer(
 
         def make(trained: tuple[nnx.State, nnx.State]):
             module = nnx.merge(graph, trained[0], state.frozen, state.codebooks)
-            made, latents, meaning, branches = reconstructed(module, batch.input, choice, key, phase)
+            passed, latents, meaning, branches = encoded(module, batch.input, choice, key, phase)
             heads, total, statistics = nnx.merge(head_graph, trained[1]), jnp.float32(0), None
             extra: dict[str, jax.Array] = {}
             if phase.quantized:
@@ -212,6 +223,9 @@ def make_codec_trainer(
             if loss.latents:
                 with jax.named_scope("latent_loss"):
                     extra["latents"] = latent_loss(latents, module.latents(batch.target), batch.mask)
+            if loss.spectrum:
+                with jax.named_scope("spectrum_loss"):
+                    extra["spectrum"] = spectrum_loss(heads.spectrum(passed), batch.target, codec.sampling_rate)
             if teacher is not None:
                 with jax.named_scope("teacher"):
                     extra["distillation"] = distillation_loss(heads.distillation(meaning), teacher(batch.input))
@@ -221,6 +235,7 @@ def make_codec_trainer(
                     value, terms = taught_pitch(heads.pitch, branches, choice, batch.target)
                 total += recipe.pitch_weight * value
                 extra |= terms
+            made = module.sound(passed) if phase.decoded else jnp.zeros_like(batch.input)
             return (made, total), (extra, statistics)
 
         def taught_pitch(head: PitchHead, branches: tuple[Quantized, Quantized], choice: Choice, target: jax.Array):
@@ -231,10 +246,12 @@ def make_codec_trainer(
 
         before, trained = state, (state.codec, state.heads)
         (made, _), pull, (metrics, statistics) = jax.vjp(make, trained, has_aux=True)
-        judge = nnx.merge(judge_graph, state.discriminator) if phase.judged else None
-        losses, gradient, balancer = reconstruction_losses(
-            judge, made, batch.target, batch.mask, codec.sampling_rate, loss, state.balancer
-        )
+        losses, gradient, balancer = {}, jnp.zeros_like(made), state.balancer
+        if phase.decoded:
+            judge = nnx.merge(judge_graph, state.discriminator) if phase.judged else None
+            losses, gradient, balancer = reconstruction_losses(
+                judge, made, batch.target, batch.mask, codec.sampling_rate, loss, balancer
+            )
         (codec_gradient,) = pull((gradient / rows, jnp.float32(1)))
         with jax.named_scope("optimizer"):
             updates, optimizer = tx.update(codec_gradient, state.optimizer, trained)
@@ -246,7 +263,7 @@ def make_codec_trainer(
             metrics |= usage(statistics)
             if not settled:
                 state = state._replace(codebooks=moved(state.codebooks, statistics, recipe.quantizer))
-        sound = sum(losses.values())
+        sound = sum(losses.values(), start=norm)
         if phase.judged:
             state, metrics["discriminator_loss"], judge_norm = corrected(state, jax.lax.stop_gradient(made), batch.target)
             sound += metrics["discriminator_loss"] + judge_norm  # it only matters whether all are finite
@@ -292,10 +309,10 @@ def make_codec_trainer(
     )
 
 
-def reconstructed(
+def encoded(
     codec: Codec, wave: jax.Array, choice: Choice, key: jax.Array, phase: Phase
 ) -> tuple[jax.Array, jax.Array, jax.Array, tuple[Quantized, Quantized] | None]:
-    """Encodes and decodes a batch.
+    """Encodes a batch.
 
     Args:
         wave: float32 [B, S], whole frames.
@@ -304,17 +321,17 @@ def reconstructed(
         phase: whether there is a quantizer.
 
     Returns:
-        (the reconstruction [B, S], the latents [B, F, D], the semantic branch's output [B, F, D], the outputs of both branches or
-        None).
+        (the decoder's input [B, F, D], the latents [B, F, D], the semantic branch's output [B, F, D], what both branches make of
+        them or None).
     """
     latents = codec.latents(wave)
     if not phase.quantized:
         branch = codec.quantizer.semantic
         projected = branch.project(latents)
-        return codec.sound(latents), latents, projected if branch.output is None else branch.output(projected), None
+        return latents, latents, projected if branch.output is None else branch.output(projected), None
     with jax.named_scope("codec_quantize"):
         semantic, acoustic = quantize(codec.quantizer, latents, choice, key)
-    return codec.sound(mixed(latents, semantic, acoustic, choice)), latents, semantic.vectors, (semantic, acoustic)
+    return mixed(latents, semantic, acoustic, choice), latents, semantic.vectors, (semantic, acoustic)
 
 
 def usage(statistics) -> dict[str, jax.Array]:

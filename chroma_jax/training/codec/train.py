@@ -132,7 +132,8 @@ class CodecTask:
 
     def phase(self, step: int) -> Phase:
         recipe = self.config.recipe
-        return Phase(quantized=step >= recipe.quantize_from, judged=step >= recipe.judge_from)
+        decoded = step >= recipe.decode_from
+        return Phase(quantized=step >= recipe.quantize_from, judged=decoded and step >= recipe.judge_from, decoded=decoded)
 
     def batches(self, position: int) -> Iterator[WaveBatch]:
         t = self.config.training
@@ -176,6 +177,8 @@ class CodecTask:
         phase whole periods fit into each frame, so that pitch differs from the input's by up to 6 Hz.
         """
         model, phase = self.config.model, self.phase(step)
+        if not phase.decoded:
+            return {}
         share = self.share | {"global_batch": self.config.training.global_batch}
         distances, scores, first, matches = [], [], [], []
         counts = np.zeros((model.num_codebooks, model.codebook_size))
