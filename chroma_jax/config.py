@@ -9,12 +9,12 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from chroma_jax.errors import ChromaError, near
-from chroma_jax.layers.sharding import MeshConfig
+from chroma_jax.audio.augmentation import AugmentConfig
+from chroma_jax.inference.compatibility import Compatibility
+from chroma_jax.inference.state import Kept
 from chroma_jax.models.chroma import ChromaConfig
 from chroma_jax.models.codec import CodecConfig
-from chroma_jax.streaming.compatibility import Compatibility
-from chroma_jax.streaming.state import Kept
+from chroma_jax.parallel.sharding import MeshConfig
 from chroma_jax.training.checkpoint import CheckpointConfig
 from chroma_jax.training.codec.step import CodecRecipe
 from chroma_jax.training.loop import TrainingConfig
@@ -22,7 +22,7 @@ from chroma_jax.training.lora import LoraConfig
 from chroma_jax.training.loss import LossConfig
 from chroma_jax.training.optimizer import OptimizerConfig
 from chroma_jax.training.state import PrecisionConfig
-from data_pipelines.augment import AugmentConfig
+from chroma_jax.utils.errors import ChromaError, near
 from data_pipelines.prepare import DataConfig
 from data_pipelines.waves import CodecDataConfig
 

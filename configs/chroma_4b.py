@@ -1,10 +1,10 @@
 """The released Chroma 1.0: 4.7B parameters with its vision tower, 4.0B without, which is what speaks."""
 
 from chroma_jax.config import Config, TrainingConfig
-from chroma_jax.layers.sharding import MeshConfig
 from chroma_jax.models.chroma import ChromaConfig
 from chroma_jax.models.codec import CodecConfig, QuantizerConfig
-from chroma_jax.rows import RowShape
+from chroma_jax.parallel.sharding import MeshConfig
+from chroma_jax.sequence.batch import RowShape
 from chroma_jax.training.optimizer import OptimizerConfig
 from chroma_jax.training.state import PrecisionConfig
 from data_pipelines.prepare import DataConfig

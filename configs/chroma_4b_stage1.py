@@ -8,8 +8,8 @@ import dataclasses
 from typing import NamedTuple
 
 from chroma_jax.config import Config
-from chroma_jax.layers.sharding import MeshConfig
 from chroma_jax.layers.transformer import Remat
+from chroma_jax.parallel.sharding import MeshConfig
 from configs import chroma_4b
 
 

@@ -6,8 +6,8 @@ The report's teacher, WavLM, is not part of this project: give one with ``--reci
 """
 
 from chroma_jax.config import CodecRun
-from chroma_jax.layers.sharding import MeshConfig
 from chroma_jax.models.codec import CodecConfig
+from chroma_jax.parallel.sharding import MeshConfig
 from chroma_jax.training.checkpoint import CheckpointConfig
 from chroma_jax.training.codec.quantize import QuantizerTraining
 from chroma_jax.training.codec.step import CodecRecipe

@@ -5,13 +5,13 @@ import dataclasses
 
 from chroma_jax.config import Config, TrainingConfig
 from chroma_jax.layers.rope import RopeConfig
-from chroma_jax.layers.sharding import MeshConfig
 from chroma_jax.layers.transformer import EncoderConfig, LlamaConfig
 from chroma_jax.models.audio_encoder import AudioEncoderConfig
 from chroma_jax.models.chroma import ChromaConfig
 from chroma_jax.models.codec import CodecConfig, QuantizerConfig, SeanetConfig
 from chroma_jax.models.reasoner import ReasonerConfig
-from chroma_jax.rows import RowShape
+from chroma_jax.parallel.sharding import MeshConfig
+from chroma_jax.sequence.batch import RowShape
 from chroma_jax.training.checkpoint import CheckpointConfig
 from chroma_jax.training.loss import LossConfig
 from chroma_jax.training.optimizer import OptimizerConfig

@@ -4,21 +4,21 @@ first stage; `nano_decoder` is its second."""
 
 import dataclasses
 
-from chroma_jax.chat import SpecialTokens
+from chroma_jax.audio.augmentation import AugmentConfig
 from chroma_jax.config import Config, ReplyConfig, TrainingConfig
 from chroma_jax.layers.rope import RopeConfig
-from chroma_jax.layers.sharding import MeshConfig
 from chroma_jax.layers.transformer import LlamaConfig
 from chroma_jax.models.audio_encoder import AudioEncoderConfig
 from chroma_jax.models.chroma import ChromaConfig
 from chroma_jax.models.reasoner import ReasonerConfig
-from chroma_jax.rows import RowShape
+from chroma_jax.parallel.sharding import MeshConfig
+from chroma_jax.sequence.batch import RowShape
+from chroma_jax.sequence.chat_template import SpecialTokens
 from chroma_jax.training.checkpoint import CheckpointConfig
 from chroma_jax.training.loss import LossConfig
 from chroma_jax.training.optimizer import OptimizerConfig
 from chroma_jax.training.state import PrecisionConfig
 from configs.codec_nano import codec
-from data_pipelines.augment import AugmentConfig
 from data_pipelines.curriculum import CurriculumConfig
 from data_pipelines.prepare import DataConfig
 

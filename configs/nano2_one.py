@@ -6,10 +6,10 @@ chroma-jax train nano2_one RUN --prepared DATA --init-from TEXT_RUN
 
 import dataclasses
 
+from chroma_jax.audio.augmentation import AugmentConfig
 from chroma_jax.config import Config
 from chroma_jax.training.loss import LossConfig
 from configs.nano2_text import config as nano2_text
-from data_pipelines.augment import AugmentConfig
 
 # The words are in codebooks 0 to 3: the first acoustic ones do not build on the semantic one.
 CODEBOOK_WEIGHTS = (2.0, 1.0, 1.0, 1.0, 0.6, 0.5, 0.5, 0.5)

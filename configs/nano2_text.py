@@ -12,7 +12,7 @@ from chroma_jax.layers.transformer import LlamaConfig
 from chroma_jax.models.audio_encoder import AudioEncoderConfig
 from chroma_jax.models.chroma import ChromaConfig
 from chroma_jax.models.reasoner import ReasonerConfig
-from chroma_jax.rows import RowShape
+from chroma_jax.sequence.batch import RowShape
 from chroma_jax.training.checkpoint import CheckpointConfig
 from chroma_jax.training.loss import LossConfig
 from chroma_jax.training.optimizer import OptimizerConfig

@@ -12,9 +12,9 @@ import soundfile
 from flax import nnx
 from tqdm import tqdm
 
-from chroma_jax.errors import ChromaError
-from data_pipelines import audio
-from data_pipelines.audio import Clip
+from chroma_jax.audio import load as audio
+from chroma_jax.audio.load import Clip
+from chroma_jax.utils.errors import ChromaError
 from data_pipelines.dialogues import Problem
 
 ROWS = 16  # recordings encoded together

@@ -13,8 +13,8 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from chroma_jax.errors import ChromaError
-from data_pipelines.audio import Clip
+from chroma_jax.audio.load import Clip
+from chroma_jax.utils.errors import ChromaError
 from data_pipelines.dialogues import SPLITS, Corpus
 from data_pipelines.facts import Exchange, exchanges, normalised
 from data_pipelines.recordings import SOUNDS

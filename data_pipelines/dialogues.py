@@ -15,7 +15,7 @@ import json
 from pathlib import Path
 from typing import Literal
 
-from chroma_jax.errors import ChromaError
+from chroma_jax.utils.errors import ChromaError
 
 SPLITS = ("train", "valid", "test")
 EMBEDDED = Path(__file__).parent / "corpus"

@@ -18,8 +18,8 @@ import numpy as np
 import soundfile
 from tqdm import tqdm
 
-from chroma_jax.errors import ChromaError
-from data_pipelines import audio
+from chroma_jax.audio import load as audio
+from chroma_jax.utils.errors import ChromaError
 
 SAMPLE_RATE = 24_000  # what the Codec reads; Opus keeps it in the header
 COMPRESSION = 0.88  # libsndfile's scale from 0 (256 kbit/s) to 1 (6 kbit/s): about 34 kbit/s for these voices

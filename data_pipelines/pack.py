@@ -9,13 +9,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from chroma_jax.chat import Encode, SpecialTokens, answer, question, voice_prompt
-from chroma_jax.errors import ChromaError
-from chroma_jax.features import FeatureConfig, num_frames
+from chroma_jax.audio.log_mel import FeatureConfig, num_frames
 from chroma_jax.models.audio_encoder import num_blocks, num_outputs
 from chroma_jax.models.chroma import ChromaConfig
-from chroma_jax.rows import RowShape
-from chroma_jax.schedule import NOTHING, Counts, Kind, layout
+from chroma_jax.sequence.batch import RowShape
+from chroma_jax.sequence.chat_template import Encode, SpecialTokens, answer, question, voice_prompt
+from chroma_jax.sequence.interleave import NOTHING, Counts, Kind, layout
+from chroma_jax.utils.errors import ChromaError
 
 OPEN_ROWS = 64  # rows that first-fit looks at: keeps packing linear in the number of conversations
 

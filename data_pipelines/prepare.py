@@ -17,15 +17,15 @@ from flax import nnx
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
-from chroma_jax.convert.names import codec_rows
-from chroma_jax.convert.weights import all_tensors
-from chroma_jax.errors import ChromaError
-from chroma_jax.files import written_aside
+from chroma_jax.audio import load as audio
+from chroma_jax.audio.load import Clip
 from chroma_jax.models.chroma import ChromaConfig
 from chroma_jax.models.codec import Codec, fit_quantizer
-from chroma_jax.rows import RowShape
-from data_pipelines import audio
-from data_pipelines.audio import Clip
+from chroma_jax.models.io.name_tables import codec_rows
+from chroma_jax.models.io.weight_files import all_tensors
+from chroma_jax.sequence.batch import RowShape
+from chroma_jax.utils.atomic_io import written_aside
+from chroma_jax.utils.errors import ChromaError
 from data_pipelines.codes import (
     CodecLike,
     Progress,

@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from chroma_jax.errors import ChromaError
+from chroma_jax.utils.errors import ChromaError
 from data_pipelines.dialogues import EMBEDDED, Problem, read_corpus, read_utterances
 
 SOUNDS = (".flac", ".wav", ".ogg", ".opus", ".mp3")

@@ -22,14 +22,14 @@ import ml_dtypes
 import numpy as np
 from array_record.python import array_record_module
 
-from chroma_jax.errors import ChromaError, near
-from chroma_jax.features import FeatureConfig, log_mel
+from chroma_jax.audio.augmentation import AugmentConfig
+from chroma_jax.audio.load import from_int16
+from chroma_jax.audio.log_mel import FeatureConfig, log_mel
 from chroma_jax.models.audio_encoder import cut_blocks
 from chroma_jax.models.chroma import ChromaConfig
-from chroma_jax.rows import Batch, RowShape
-from data_pipelines.audio import from_int16
-from data_pipelines.augment import AugmentConfig
-from data_pipelines.hidden import HiddenReader
+from chroma_jax.sequence.batch import Batch, RowShape
+from chroma_jax.utils.errors import ChromaError, near
+from data_pipelines.hidden_states import HiddenReader
 from data_pipelines.pack import FIELDS, Row, pack_config, place, with_prompt_targets
 
 VERSION = 1

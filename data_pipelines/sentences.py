@@ -11,7 +11,7 @@ import tomllib
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
-from chroma_jax.errors import ChromaError
+from chroma_jax.utils.errors import ChromaError
 from data_pipelines.facts import DAYS, MONTHS, ORDINALS, TABLES, normalised, number
 
 GRAMMAR = Path(__file__).with_name("sentences.toml")

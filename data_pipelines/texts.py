@@ -16,8 +16,8 @@ import zlib
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
-from chroma_jax.errors import ChromaError
-from chroma_jax.files import write_whole
+from chroma_jax.utils.atomic_io import write_whole
+from chroma_jax.utils.errors import ChromaError
 from data_pipelines.dialogues import EMBEDDED, SPLITS, read_lines
 from data_pipelines.facts import Exchange, everything, normalised, of_share
 from data_pipelines.sentences import sentences

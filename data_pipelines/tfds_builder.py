@@ -9,7 +9,7 @@ Audio is int16 at 24 kHz. (``tfds.features.Audio`` would need TensorFlow to deco
 import numpy as np
 import tensorflow_datasets as tfds
 
-from data_pipelines import audio
+from chroma_jax.audio import load as audio
 from data_pipelines.dialogues import SPLITS, read_corpus
 
 WAVE = tfds.features.Tensor(shape=(None,), dtype=np.int16)

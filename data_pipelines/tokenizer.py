@@ -13,8 +13,8 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from chroma_jax.chat import Encode, SpecialTokens
-from chroma_jax.errors import ChromaError
+from chroma_jax.sequence.chat_template import Encode, SpecialTokens
+from chroma_jax.utils.errors import ChromaError
 
 # Qwen2.5's pattern: contractions, words with the character before them, single digits, punctuation, line ends, spaces
 PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

@@ -15,11 +15,11 @@ from typing import NamedTuple
 import grain
 import numpy as np
 
-from chroma_jax.errors import ChromaError
-from chroma_jax.files import write_json, written_aside
+from chroma_jax.audio import load as audio
+from chroma_jax.audio.load import Clip
 from chroma_jax.models.codec import CodecConfig
-from data_pipelines import audio
-from data_pipelines.audio import Clip
+from chroma_jax.utils.atomic_io import write_json, written_aside
+from chroma_jax.utils.errors import ChromaError
 from data_pipelines.codes import Progress, bad_audio, bar, loaded
 from data_pipelines.dialogues import OnProblem, Problem, counted, licence, raise_problems
 from data_pipelines.pack import Row

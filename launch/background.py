@@ -37,7 +37,7 @@ from typing import NoReturn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # chroma-jax need not be installed where trainings are managed from
 
-from chroma_jax.errors import STOPPED, ChromaError  # noqa: E402
+from chroma_jax.utils.errors import STOPPED, ChromaError  # noqa: E402
 from launch import background_process as processes  # noqa: E402
 from launch.background_folder import (  # noqa: E402
     STATE,

@@ -30,7 +30,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from chroma_jax.errors import ChromaError, near
+from chroma_jax.utils.errors import ChromaError, near
 from launch.background_process import own_environment, read_json, write_json
 
 ROOT = Path(__file__).resolve().parent.parent

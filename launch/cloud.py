@@ -20,7 +20,7 @@ from typing import NoReturn
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # chroma-jax need not be installed where trainings are started from
 
-from chroma_jax.errors import PEER_LOST, STOPPED, ChromaError, near  # noqa: E402
+from chroma_jax.utils.errors import PEER_LOST, STOPPED, ChromaError, near  # noqa: E402
 from launch import jobset  # noqa: E402
 from launch.description import BUCKET, Description, read  # noqa: E402
 

@@ -8,7 +8,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from chroma_jax.errors import ChromaError, near
+from chroma_jax.utils.errors import ChromaError, near
 from launch.tpu import Slice, slice_of
 
 BUCKET = "/bucket"  # where a job sees the bucket

@@ -8,7 +8,7 @@ import json
 import re
 from typing import Any
 
-from chroma_jax.errors import DIVERGED, STOPPED
+from chroma_jax.utils.errors import DIVERGED, STOPPED
 from launch.description import BUCKET, Description
 
 # Exit codes after which another try would end likewise: bad input, a loss that has diverged, a program that cannot be run or is

@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import math
 
-from chroma_jax.errors import ChromaError, near
+from chroma_jax.utils.errors import ChromaError, near
 
 FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 

@@ -63,10 +63,10 @@ def tiny_run(tiny_prepared, tmp_path_factory):
     from safetensors.numpy import save_file
 
     from chroma_jax.config import dump
-    from chroma_jax.convert.names import codec_rows
-    from chroma_jax.convert.weights import all_tensors
-    from chroma_jax.layers.sharding import make_mesh
     from chroma_jax.models.codec import Codec
+    from chroma_jax.models.io.name_tables import codec_rows
+    from chroma_jax.models.io.weight_files import all_tensors
+    from chroma_jax.parallel.sharding import make_mesh
     from chroma_jax.training.checkpoint import Checkpoints
     from chroma_jax.training.state import make_trainer
 

@@ -36,7 +36,7 @@ def lowered_for_tpu(out: Path) -> None:
     """Lowers the steps of the 4B sizes for TPU topologies, through `plan`, and stops before each compilation."""
     import jax
 
-    from chroma_jax.cli import main
+    from chroma_jax.cli.main import main
 
     class Lowered(Exception):
         pass
@@ -60,9 +60,9 @@ def lowered_here(out: Path) -> None:
     import numpy as np
 
     from chroma_jax import config as configs
-    from chroma_jax.layers.sharding import make_mesh
+    from chroma_jax.parallel.sharding import make_mesh
+    from chroma_jax.runs.train import abstract_batch, trainer_of
     from chroma_jax.training.codec.step import Phase, make_codec_trainer
-    from chroma_jax.training.train import abstract_batch, trainer_of
     from data_pipelines.waves import WaveBatch
 
     for name in ("nano", "codec_nano"):
@@ -92,7 +92,17 @@ def run_here(out: Path) -> dict[str, int]:
     spoken = ["--transcript", voice["text"], "--reply.max_seconds", "2"]
     reference, counts = str(corpus / voice["audio"]), {}
     for name, arguments in {
-        "generate": ["reply", "nano", "--question", str(question), "--reference", reference, "--out", str(out / "reply"), *spoken],
+        "generate": [
+            "reply",
+            "nano",
+            "--question",
+            str(question),
+            "--reference",
+            reference,
+            "--out",
+            str(out / "reply"),
+            *spoken,
+        ],
         "chat": ["chat", "nano", "--voice", reference, "--questions", str(question), "--pace", "at once", *spoken],
     }.items():
         dump = out / f"dump_{name}"

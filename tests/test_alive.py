@@ -18,19 +18,19 @@ from jax.sharding import PartitionSpec as P
 from tiny import replace
 from toy import ToyConfig, ToyState, run_toy
 
-from chroma_jax import cli
+from chroma_jax.cli import main as cli
 from chroma_jax.config import Config, dump
-from chroma_jax.errors import DIVERGED, STOPPED, ChromaError, Ended
-from chroma_jax.layers.sharding import MeshConfig, make_mesh
-from chroma_jax.training import multihost
-from chroma_jax.training.ledger import read_ledger, when
+from chroma_jax.parallel import multihost
+from chroma_jax.parallel.multihost import DistributedConfig, StopRequest, share_of_rows
+from chroma_jax.parallel.sharding import MeshConfig, make_mesh
+from chroma_jax.runs.status import described, status
+from chroma_jax.runs.train import place, train, trainer_of
 from chroma_jax.training.loop import TrainingConfig
 from chroma_jax.training.metrics import read_lines
-from chroma_jax.training.multihost import DistributedConfig, StopRequest, share_of_rows
+from chroma_jax.training.runtime.goodput import read_ledger, when
+from chroma_jax.training.runtime.watchdog import Progress, StallWatch
 from chroma_jax.training.state import applied
-from chroma_jax.training.status import described, status
-from chroma_jax.training.train import place, train, trainer_of
-from chroma_jax.training.watch import Progress, StallWatch
+from chroma_jax.utils.errors import DIVERGED, STOPPED, ChromaError, Ended
 from data_pipelines.records import batches
 
 CONFIG = ToyConfig()

@@ -20,23 +20,23 @@ from safetensors.numpy import save_file
 from tiny import model as tiny_model
 from tiny_speaker import drawn
 
-from chroma_jax.cli import main
+from chroma_jax.cli.main import main
 from chroma_jax.config import Config, ReplyConfig
 from chroma_jax.convert import stablehlo
-from chroma_jax.convert.hf_config import to_hf
-from chroma_jax.convert.names import chroma_rows, codec_rows
 from chroma_jax.convert.stablehlo import Sizes, by_name, export_stablehlo, save_prompt
-from chroma_jax.convert.weights import all_tensors
-from chroma_jax.errors import ChromaError
+from chroma_jax.inference.generator import Speaker
+from chroma_jax.inference.prefill import Prompt
+from chroma_jax.inference.prompt import make_prompt, stack
+from chroma_jax.inference.sampling import Sampling
+from chroma_jax.inference.step import StepOutput
 from chroma_jax.models.chroma import Chroma
 from chroma_jax.models.codec import Codec
-from chroma_jax.paths import values
-from chroma_jax.streaming.load import load_run
-from chroma_jax.streaming.prefill import Prompt
-from chroma_jax.streaming.prompt import make_prompt, stack
-from chroma_jax.streaming.sampling import Sampling
-from chroma_jax.streaming.step import StepOutput
-from chroma_jax.streaming.stream import Speaker
+from chroma_jax.models.io.hf_config import to_hf
+from chroma_jax.models.io.name_tables import chroma_rows, codec_rows
+from chroma_jax.models.io.weight_files import all_tensors
+from chroma_jax.runs.load import load_run
+from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.tree_paths import values
 from data_pipelines.tokenizer import train_tokenizer
 
 ROOT = Path(__file__).parent.parent

@@ -11,10 +11,13 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from chroma_jax.errors import ChromaError
-from chroma_jax.layers import attention, blocks, cudnn, fusion, rope
-from chroma_jax.layers.sharding import MeshConfig, make_mesh
+from chroma_jax.kernels import barriers as fusion
+from chroma_jax.kernels import chunked_attention as blocks
+from chroma_jax.kernels import cudnn
+from chroma_jax.layers import attention, rope
 from chroma_jax.layers.transformer import Llama, LlamaConfig
+from chroma_jax.parallel.sharding import MeshConfig, make_mesh
+from chroma_jax.utils.errors import ChromaError
 
 ROWS, POSITIONS, KV, GROUP, WIDTH = 4, 384, 2, 2, 16
 # float32 sums in another order; the kernel's running maximum rescales them once a block

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from chroma_jax.errors import ChromaError
+from chroma_jax.utils.errors import ChromaError
 from launch import background, background_process
 from launch.background_folder import Background, Folder, Stage, core_set, from_dict, read_description
 

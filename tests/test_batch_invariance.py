@@ -19,16 +19,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_speaker import CODES, CONFIG, LEVELS, Case, drawn, edited, rescored
 
+from chroma_jax.inference import state as states
+from chroma_jax.inference import step as steps
+from chroma_jax.inference.generator import Speaker, counted_compilations
+from chroma_jax.inference.prompt import stack
+from chroma_jax.inference.sampling import Sampling
+from chroma_jax.inference.state import Capacity, StreamState
 from chroma_jax.layers.attention import KVCache
 from chroma_jax.models.chroma import Chroma
 from chroma_jax.models.codec import Codec
-from chroma_jax.schedule import NOTHING, opens_pair
-from chroma_jax.streaming import state as states
-from chroma_jax.streaming import step as steps
-from chroma_jax.streaming.prompt import stack
-from chroma_jax.streaming.sampling import Sampling
-from chroma_jax.streaming.state import Capacity, StreamState
-from chroma_jax.streaming.stream import Speaker, counted_compilations
+from chroma_jax.sequence.interleave import NOTHING, opens_pair
 
 SLOTS, MAX_FRAMES = 3, 12
 # every conversation below fits into these buckets, so that few programs are compiled

@@ -8,16 +8,16 @@ import pytest
 import tiny
 
 from chroma_jax import config as configs
+from chroma_jax.audio.log_mel import FeatureConfig, log_mel
 from chroma_jax.bench.memory import bandwidth
 from chroma_jax.bench.stream import EngineSizes, bench_stream, of_peer, of_replies, random_models
 from chroma_jax.bench.talk import Talk
-from chroma_jax.chat import voice_prompt
-from chroma_jax.cli import main
+from chroma_jax.cli.main import main
 from chroma_jax.config import ReplyConfig
-from chroma_jax.errors import ChromaError
-from chroma_jax.features import FeatureConfig, log_mel
-from chroma_jax.flops import part_sizes
 from chroma_jax.models.audio_encoder import num_outputs
+from chroma_jax.sequence.chat_template import voice_prompt
+from chroma_jax.training.flops import part_sizes
+from chroma_jax.utils.errors import ChromaError
 
 TALK = Talk(question_seconds=0.5, voice_seconds=0.05, voice_tokens=3, frames=8)
 

@@ -9,7 +9,7 @@ import soundfile
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from chroma_jax.cli import COMMANDS, main
+from chroma_jax.cli.main import COMMANDS, main
 
 
 @pytest.fixture
@@ -165,8 +165,8 @@ def test_export_reads_back_bit_for_bit(files):
     import jax
 
     from chroma_jax.config import load
-    from chroma_jax.convert.hf_config import from_hf, to_hf
-    from chroma_jax.streaming.load import load_run
+    from chroma_jax.models.io.hf_config import from_hf, to_hf
+    from chroma_jax.runs.load import load_run
 
     dest = files["tmp"] / "export"
     assert main(["export", str(files["run"]), str(dest), "--shard_gb", "0.0001"]) == 0

@@ -15,10 +15,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from chroma_jax import paths
-from chroma_jax.convert.hf_config import from_hf
 from chroma_jax.convert.sources import read_codec
-from chroma_jax.errors import ChromaError
+from chroma_jax.inference.compatibility import with_window
+from chroma_jax.inference.placement import as_streamed
 from chroma_jax.layers import linear
 from chroma_jax.layers.rope import RopeConfig
 from chroma_jax.layers.transformer import EncoderConfig
@@ -32,9 +31,10 @@ from chroma_jax.models.codec import (
     fit_quantizer,
     reset_rows,
 )
-from chroma_jax.models.codec.pieces import PieceEncoder
-from chroma_jax.streaming.compatibility import with_window
-from chroma_jax.streaming.placing import as_streamed
+from chroma_jax.models.codec.voice_encoder import PieceEncoder
+from chroma_jax.models.io.hf_config import from_hf
+from chroma_jax.utils import tree_paths as paths
+from chroma_jax.utils.errors import ChromaError
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "codec"
 # Float32 sums of some hundred terms in another order than the reference's, through about twenty layers.

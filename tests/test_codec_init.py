@@ -10,12 +10,12 @@ from tiny import replace
 
 from chroma_jax import config as configs
 from chroma_jax import pretrained
-from chroma_jax.cli import main
+from chroma_jax.cli.main import main
 from chroma_jax.convert.codec import export_codec, load_codec, trained_codec
-from chroma_jax.errors import ChromaError
-from chroma_jax.layers.sharding import make_mesh
+from chroma_jax.parallel.sharding import make_mesh
+from chroma_jax.runs.codec_train import collapsed, initial_weights
 from chroma_jax.training.codec.step import make_codec_trainer
-from chroma_jax.training.codec.train import collapsed, initial_weights
+from chroma_jax.utils.errors import ChromaError
 
 SHIPPED = pretrained.found("codec_nano")
 CONFIG = configs.read_python("codec_nano")

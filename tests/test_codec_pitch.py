@@ -9,8 +9,7 @@ from flax import nnx
 from test_pitch import RATE, voice
 from tiny import model as tiny_model
 
-from chroma_jax.errors import ChromaError
-from chroma_jax.layers.sharding import MeshConfig, make_mesh
+from chroma_jax.parallel.sharding import MeshConfig, make_mesh
 from chroma_jax.training.codec.discriminator import DiscriminatorConfig
 from chroma_jax.training.codec.losses import SPECTRA, SPECTRUM_BINS, CodecLossConfig, spectrum_loss
 from chroma_jax.training.codec.pitch import PitchHead, codebook_indices, pitch_loss, pitch_targets
@@ -18,6 +17,7 @@ from chroma_jax.training.codec.quantize import QuantizerTraining
 from chroma_jax.training.codec.spectra import log_mel
 from chroma_jax.training.codec.step import CodecRecipe, Phase, make_codec_trainer
 from chroma_jax.training.optimizer import OptimizerConfig
+from chroma_jax.utils.errors import ChromaError
 from data_pipelines.waves import WaveBatch
 
 CODEC = tiny_model().codec

@@ -13,12 +13,12 @@ from test_codec import jit
 from tiny import model as tiny_model
 
 from chroma_jax import config as configs
-from chroma_jax.cli import main
+from chroma_jax.cli.main import main
 from chroma_jax.config import CodecRun
 from chroma_jax.convert.codec import export_codec, import_codec, load_codec, stored_codec
 from chroma_jax.models.codec import Codec
-from chroma_jax.paths import filled, values
 from chroma_jax.training.checkpoint import Checkpoints
+from chroma_jax.utils.tree_paths import filled, values
 
 BASE = tiny_model().codec
 SEANET = dataclasses.replace(BASE.seanet, residual_kernel_size=7, num_residual_layers=2, dilation_growth=3)

@@ -12,21 +12,21 @@ from tiny import model as tiny_model
 from tiny import replace
 from tiny_corpus import RATE, tone, write_corpus
 
-from chroma_jax import cli
 from chroma_jax import config as configs
+from chroma_jax.cli import main as cli
 from chroma_jax.config import CodecRun
 from chroma_jax.convert.codec import export_codec, trained_codec
-from chroma_jax.errors import ChromaError
-from chroma_jax.layers.sharding import MeshConfig, make_mesh
-from chroma_jax.paths import values
+from chroma_jax.parallel.sharding import MeshConfig, make_mesh
+from chroma_jax.runs.codec_train import CodecTask, train_codec
 from chroma_jax.training.checkpoint import CheckpointConfig
 from chroma_jax.training.codec.discriminator import DiscriminatorConfig
 from chroma_jax.training.codec.losses import MelLossConfig
 from chroma_jax.training.codec.step import CodecLossConfig, CodecRecipe, make_codec_trainer
-from chroma_jax.training.codec.train import CodecTask, train_codec
 from chroma_jax.training.loop import TrainingConfig
 from chroma_jax.training.metrics import read_lines
 from chroma_jax.training.optimizer import OptimizerConfig
+from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.tree_paths import values
 from data_pipelines.waves import CodecDataConfig, crops, held_out, open_waves, prepare_waves
 
 CODEC = tiny_model().codec

@@ -10,7 +10,7 @@ import soundfile
 from tiny import model as tiny_model
 from tiny_corpus import write_corpus, write_manifest
 
-from chroma_jax.errors import ChromaError
+from chroma_jax.audio import load as audio
 from chroma_jax.training.codec.losses import (
     BalancerState,
     CodecLossConfig,
@@ -20,7 +20,7 @@ from chroma_jax.training.codec.losses import (
     reconstruction_losses,
     wave_distance,
 )
-from data_pipelines import audio
+from chroma_jax.utils.errors import ChromaError
 from data_pipelines.recordings import corpus_recordings
 from data_pipelines.waves import CodecDataConfig, crops, held_out, open_waves, prepare_waves
 

@@ -12,9 +12,8 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from tiny import model as tiny_model
 
-from chroma_jax.layers.sharding import AxisRules, MeshConfig, make_mesh
 from chroma_jax.models.codec import Codec
-from chroma_jax.paths import values
+from chroma_jax.parallel.sharding import AxisRules, MeshConfig, make_mesh
 from chroma_jax.training.codec import quantize as q
 from chroma_jax.training.codec.discriminator import Conv2d, Discriminator, DiscriminatorConfig, PeriodDiscriminator, Verdict
 from chroma_jax.training.codec.losses import (
@@ -29,6 +28,7 @@ from chroma_jax.training.codec.losses import (
 from chroma_jax.training.codec.spectra import stft
 from chroma_jax.training.codec.step import CodecRecipe, make_codec_trainer
 from chroma_jax.training.optimizer import OptimizerConfig
+from chroma_jax.utils.tree_paths import values
 from data_pipelines.waves import WaveBatch
 
 CODEC = tiny_model().codec

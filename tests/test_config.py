@@ -7,8 +7,8 @@ import pytest
 
 from chroma_jax import config as configs
 from chroma_jax.config import ReplyConfig
-from chroma_jax.errors import ChromaError
-from chroma_jax.flops import part_sizes
+from chroma_jax.training.flops import part_sizes
+from chroma_jax.utils.errors import ChromaError
 
 DUMPS = Path(__file__).parent / "golden" / "configs"
 SHIPPED = sorted(p.stem for p in (Path(__file__).parents[1] / "configs").glob("*.py") if p.stem != "__init__")

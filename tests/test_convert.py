@@ -20,23 +20,24 @@ import tiny
 from safetensors.numpy import load_file, save_file
 
 from chroma_jax import config as configs
-from chroma_jax.cli import main
+from chroma_jax.cli.main import main
 from chroma_jax.config import Config
-from chroma_jax.convert import importer, names
+from chroma_jax.convert import importer
 from chroma_jax.convert.export import export, tensors_of
-from chroma_jax.convert.hf_config import llama_to_hf, to_hf
 from chroma_jax.convert.importer import import_sources, place, plan_import
-from chroma_jax.convert.names import ROTARY_PAIRS
 from chroma_jax.convert.sources import csm_rope, read_codec
-from chroma_jax.convert.weights import abstract_weights, outputs, read_weights
-from chroma_jax.errors import ChromaError
 from chroma_jax.layers import rope
-from chroma_jax.layers.sharding import MeshConfig, make_mesh
-from chroma_jax.paths import values
-from chroma_jax.streaming.load import load_run
+from chroma_jax.models.io import name_tables as names
+from chroma_jax.models.io.hf_config import llama_to_hf, to_hf
+from chroma_jax.models.io.name_tables import ROTARY_PAIRS
+from chroma_jax.models.io.weight_files import abstract_weights, outputs, read_weights
+from chroma_jax.parallel.sharding import MeshConfig, make_mesh
+from chroma_jax.runs.load import load_run
+from chroma_jax.runs.train import starting_weights
 from chroma_jax.training.checkpoint import Checkpoints
 from chroma_jax.training.state import make_trainer
-from chroma_jax.training.train import starting_weights
+from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.tree_paths import values
 
 MANIFEST = Path(__file__).parent / "golden" / "manifest.json"
 MODEL = tiny.model()

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from toy import ToyConfig, run_toy
 
-from chroma_jax.errors import ChromaError
-from chroma_jax.training import curves
+from chroma_jax.training import loss_curves as curves
 from chroma_jax.training.metrics import AUDIO_HOURS, Meter, audio_hours_at, read_lines
+from chroma_jax.utils.errors import ChromaError
 
 
 def hours_of(run) -> list[tuple[int, float]]:

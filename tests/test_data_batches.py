@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 from tiny_corpus import MODEL, StandInCodec, data_config, write_corpus
 
-from chroma_jax.errors import ChromaError
-from chroma_jax.features import log_mel
+from chroma_jax.audio.augmentation import AugmentConfig
+from chroma_jax.audio.load import from_int16
+from chroma_jax.audio.log_mel import log_mel
 from chroma_jax.models.audio_encoder import cut_blocks
-from chroma_jax.rows import Batch, empty_batch
+from chroma_jax.sequence.batch import Batch, empty_batch
+from chroma_jax.utils.errors import ChromaError
 from data_pipelines import records
-from data_pipelines.audio import from_int16
-from data_pipelines.augment import AugmentConfig
 from data_pipelines.prepare import prepare
 
 

@@ -10,10 +10,10 @@ import pytest
 from flax import nnx
 from tiny_corpus import write_corpus
 
+from chroma_jax.audio import load as audio
+from chroma_jax.audio.load import Clip
 from chroma_jax.layers.transformer import EncoderConfig
 from chroma_jax.models.codec import Codec, CodecConfig, QuantizerConfig, SeanetConfig
-from data_pipelines import audio
-from data_pipelines.audio import Clip
 from data_pipelines.codes import ROWS, compiled, encode_recordings, fingerprint, latents
 from data_pipelines.dialogues import read_corpus
 

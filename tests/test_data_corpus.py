@@ -7,8 +7,8 @@ import pytest
 import soundfile
 from tiny_corpus import RATE, read_manifest, tone, write_corpus, write_manifest
 
-from chroma_jax.errors import ChromaError
-from data_pipelines import audio
+from chroma_jax.audio import load as audio
+from chroma_jax.utils.errors import ChromaError
 from data_pipelines.dialogues import EMBEDDED, counted, read_corpus
 from data_pipelines.embed_corpus import embed
 

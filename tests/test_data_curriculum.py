@@ -7,11 +7,11 @@ import pytest
 import soundfile
 from tiny_corpus import MODEL, RATE, StandInCodec, data_config, tone, write_corpus
 
-from chroma_jax.errors import ChromaError
-from chroma_jax.rows import RowShape
-from chroma_jax.schedule import NOTHING
+from chroma_jax.audio.load import Clip
+from chroma_jax.sequence.batch import RowShape
+from chroma_jax.sequence.interleave import NOTHING
+from chroma_jax.utils.errors import ChromaError
 from data_pipelines import curriculum, records
-from data_pipelines.audio import Clip
 from data_pipelines.codes import seconds_in_header
 from data_pipelines.curriculum import READ_ALOUD, WRITE_DOWN, CurriculumConfig
 from data_pipelines.dialogues import read_corpus

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from tiny_corpus import TOKENS
 
-from chroma_jax.errors import ChromaError
-from chroma_jax.rows import RowShape
-from chroma_jax.schedule import NOTHING
+from chroma_jax.sequence.batch import RowShape
+from chroma_jax.sequence.interleave import NOTHING
+from chroma_jax.utils.errors import ChromaError
 from data_pipelines.pack import FIELDS, PackConfig, conversation, excess, first_fit, place, with_prompt_targets
 
 CONFIG = PackConfig(TOKENS, block_frames=8, hop=160, codebooks=2, codebook_eos=0)

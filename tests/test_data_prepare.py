@@ -8,10 +8,11 @@ import pytest
 import soundfile
 from tiny_corpus import MODEL, RATE, StandInCodec, data_config, read_manifest, write_corpus, write_manifest
 
-from chroma_jax.errors import ChromaError
-from chroma_jax.rows import RowShape
-from chroma_jax.schedule import NOTHING
-from data_pipelines import audio, records
+from chroma_jax.audio import load as audio
+from chroma_jax.sequence.batch import RowShape
+from chroma_jax.sequence.interleave import NOTHING
+from chroma_jax.utils.errors import ChromaError
+from data_pipelines import records
 from data_pipelines.prepare import prepare
 
 

@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from chroma_jax import cli
-from chroma_jax.errors import ChromaError
+from chroma_jax.cli import main as cli
+from chroma_jax.utils.errors import ChromaError
 from data_pipelines.dialogues import SPLITS
 from data_pipelines.facts import Exchange, normalised, of_share
 from data_pipelines.sentences import LONG, SHORT, inflected, sentences

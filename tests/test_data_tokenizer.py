@@ -7,8 +7,8 @@ import importlib.util
 import pytest
 from tiny_corpus import TOKENS
 
-from chroma_jax.chat import SpecialTokens, question
-from chroma_jax.errors import ChromaError
+from chroma_jax.sequence.chat_template import SpecialTokens, question
+from chroma_jax.utils.errors import ChromaError
 from data_pipelines import tokenizer as t
 
 TEXTS = ["What is one plus seven?", "One plus seven is eight.", "The capital of France is Paris."] * 4

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from chroma_jax.layers import attention, decoding
+from chroma_jax.kernels import decode_attention as decoding
+from chroma_jax.layers import attention
 from chroma_jax.layers.attention import KVCache, Past, attend_cached, cached_mask
-from chroma_jax.layers.sharding import MeshConfig, make_mesh
+from chroma_jax.parallel.sharding import MeshConfig, make_mesh
 
 
 def random_cache(rng, layers, rows, heads, beside, capacity, width, dtype) -> KVCache:

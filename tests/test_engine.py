@@ -14,19 +14,19 @@ import pytest
 from flax import nnx
 from tiny_speaker import CONFIG, drawn, edited, encode, written
 
-from chroma_jax.errors import ChromaError
+from chroma_jax.inference import placement as placing
+from chroma_jax.inference.generator import Speaker, settings
+from chroma_jax.inference.prompt import make_prompt, stack
+from chroma_jax.inference.slots import frames
+from chroma_jax.inference.state import Capacity, idle
 from chroma_jax.layers.linear import linears
 from chroma_jax.models.chroma import Chroma
 from chroma_jax.models.codec import Codec
-from chroma_jax.models.quantized import quantized
-from chroma_jax.streaming import placing
-from chroma_jax.streaming.engine import Engine, EngineConfig
-from chroma_jax.streaming.prompt import make_prompt, stack
-from chroma_jax.streaming.rounds import CallCosts, beginning
-from chroma_jax.streaming.session import SamplingSettings
-from chroma_jax.streaming.slots import frames
-from chroma_jax.streaming.state import Capacity, idle
-from chroma_jax.streaming.stream import Speaker, settings
+from chroma_jax.models.quantization import quantized
+from chroma_jax.serving.engine import Engine, EngineConfig
+from chroma_jax.serving.scheduler import CallCosts, beginning
+from chroma_jax.serving.session import SamplingSettings
+from chroma_jax.utils.errors import ChromaError
 
 MAX_FRAMES, SLOTS = 16, 4
 VOICE = 12 * CONFIG.codec.samples_per_frame

@@ -9,21 +9,22 @@ import numpy as np
 import pytest
 from tiny import replace
 
-from chroma_jax import cli, pretrained
 from chroma_jax import config as configs
-from chroma_jax.chat import question
-from chroma_jax.errors import ChromaError
-from chroma_jax.evaluation import judges as real_judges
+from chroma_jax import pretrained
+from chroma_jax.audio import load as audio
+from chroma_jax.cli import main as cli
 from chroma_jax.evaluation import report
 from chroma_jax.evaluation.evaluate import evaluate
-from chroma_jax.evaluation.judges import Judges, equal_error_rate
 from chroma_jax.evaluation.knowledge import would_write
 from chroma_jax.evaluation.speaking import ABLATIONS, MAIN, Condition, summary, voice_prompt
 from chroma_jax.evaluation.suite import read_suite
 from chroma_jax.evaluation.words import error_rate, normalised, same, word_errors
-from chroma_jax.schedule import NOTHING
-from chroma_jax.streaming.load import load_run
-from data_pipelines import audio
+from chroma_jax.metric_models import speech as real_judges
+from chroma_jax.metric_models.speech import Judges, equal_error_rate
+from chroma_jax.runs.load import load_run
+from chroma_jax.sequence.chat_template import question
+from chroma_jax.sequence.interleave import NOTHING
+from chroma_jax.utils.errors import ChromaError
 from data_pipelines.tokenizer import encoder
 
 RATE = 24_000
@@ -211,7 +212,7 @@ def test_knowledge_is_what_would_be_written(tiny_run, corpus, tmp_path):
 def test_a_codec_run_is_judged_without_answers(tmp_path, corpus):
     from test_codec_run import config_for
 
-    from chroma_jax.training.codec.train import train_codec
+    from chroma_jax.runs.codec_train import train_codec
     from data_pipelines.waves import prepare_waves
 
     config = config_for(corpus, training__steps=1, recipe__quantize_from=0, recipe__judge_from=9)

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from chroma_jax.convert import reference_logits as module
-from chroma_jax.convert.reference_logits import LOGITS, TOLERANCE, compare, differing_tensors, read, reference_logits
-from chroma_jax.errors import ChromaError
+from chroma_jax.runs import reference_logits as module
+from chroma_jax.runs.reference_logits import LOGITS, TOLERANCE, compare, differing_tensors, read, reference_logits
+from chroma_jax.utils.errors import ChromaError
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = [ROOT / "chroma_jax" / "pretrained", *map(Path, filter(None, os.environ.get("CHROMA_EXPORTS", "").split(os.pathsep)))]

@@ -10,8 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from chroma_jax.errors import ChromaError
-from chroma_jax.features import (
+from chroma_jax.audio.log_mel import (
     FeatureConfig,
     LogPower,
     compress,
@@ -22,6 +21,7 @@ from chroma_jax.features import (
     resample_sinc,
     resample_soxr,
 )
+from chroma_jax.utils.errors import ChromaError
 
 CASE = Path(__file__).parent / "golden" / "features"
 CONFIG = FeatureConfig.from_preprocessor(CASE / "preprocessor_config.json")

@@ -9,11 +9,13 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from chroma_jax.layers import attention, flash, fusion, gelu, linear, rope
+from chroma_jax.kernels import barriers as fusion
+from chroma_jax.kernels import flash
+from chroma_jax.layers import attention, gelu, linear, rope
 from chroma_jax.layers.attention import Attention, Rotation, packed
 from chroma_jax.layers.linear import LayerNorm
-from chroma_jax.layers.sharding import MeshConfig, make_mesh
-from chroma_jax.training.compiling import options
+from chroma_jax.parallel.compiler_options import options
+from chroma_jax.parallel.sharding import MeshConfig, make_mesh
 
 ROWS, POSITIONS = 2, 512
 # of what there is most of: products of bfloat16, whose factors (weights, their gradients) are rounded to a 256th once more

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from chroma_jax.cli import main
-from chroma_jax.golden.verify import table, verify
+from chroma_jax.cli.main import main
+from chroma_jax.verify.verify import table, verify
 
 SUITE = Path(__file__).parent / "golden"
 

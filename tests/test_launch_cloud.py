@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from chroma_jax.errors import DIVERGED, PEER_LOST, STOPPED  # noqa: E402
+from chroma_jax.utils.errors import DIVERGED, PEER_LOST, STOPPED  # noqa: E402
 from launch import jobset  # noqa: E402
 from launch.cloud import COMMANDS, main  # noqa: E402
 from launch.description import Description, Slurm, read  # noqa: E402

@@ -13,14 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data_pipelines
-from chroma_jax.errors import ChromaError
-from chroma_jax.features import FeatureConfig, compress, log_mel, log_power_padded
+from chroma_jax.audio import load as audio
+from chroma_jax.audio.log_mel import FeatureConfig, compress, log_mel, log_power_padded
+from chroma_jax.inference.generator import counted_compilations
+from chroma_jax.inference.running_maximum import Difference, describe, deviation
+from chroma_jax.inference.streaming_audio_encoder import Listener, MelBlocks, joined
 from chroma_jax.models.audio_encoder import AudioEncoder, AudioEncoderConfig, cut_blocks, num_outputs
-from chroma_jax.streaming.listen import Listener, MelBlocks, joined
-from chroma_jax.streaming.running import Difference, describe, deviation
-from chroma_jax.streaming.stream import counted_compilations
+from chroma_jax.utils.errors import ChromaError
 from configs import nano
-from data_pipelines import audio
 
 AUDIO = Path(data_pipelines.__file__).parent / "corpus" / "audio"
 FEATURES = FeatureConfig(mel_bins=16, max_seconds=1.0)

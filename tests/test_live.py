@@ -11,15 +11,15 @@ from flax import nnx
 from safetensors.numpy import save_file
 from tiny_speaker import CONFIG, VOCABULARY, drawn
 
-from chroma_jax.cli import main
+from chroma_jax.cli.main import main
 from chroma_jax.config import Config, ReplyConfig
-from chroma_jax.convert.hf_config import to_hf
-from chroma_jax.convert.names import chroma_rows, codec_rows
-from chroma_jax.convert.weights import all_tensors
-from chroma_jax.errors import ChromaError
 from chroma_jax.models.chroma import Chroma
 from chroma_jax.models.codec import Codec
-from chroma_jax.streaming.live import Lines, chat
+from chroma_jax.models.io.hf_config import to_hf
+from chroma_jax.models.io.name_tables import chroma_rows, codec_rows
+from chroma_jax.models.io.weight_files import all_tensors
+from chroma_jax.serving.live import Lines, chat
+from chroma_jax.utils.errors import ChromaError
 from data_pipelines.tokenizer import train_tokenizer
 
 SECONDS = 30 / CONFIG.codec.frame_rate  # of a reply

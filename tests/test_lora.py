@@ -7,14 +7,14 @@ import pytest
 from flax import nnx
 from tiny import replace
 
-from chroma_jax.errors import ChromaError
-from chroma_jax.layers.sharding import MeshConfig, make_mesh
 from chroma_jax.models.chroma import Chroma
-from chroma_jax.paths import filled, values
+from chroma_jax.parallel.sharding import MeshConfig, make_mesh
+from chroma_jax.runs.train import place, train, trainer_of
 from chroma_jax.training.checkpoint import Checkpoints
 from chroma_jax.training.lora import MARK, LoraConfig, adapted, merged, restored
 from chroma_jax.training.loss import loss
-from chroma_jax.training.train import place, train, trainer_of
+from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.tree_paths import filled, values
 from data_pipelines.records import batches
 
 TARGETS = ("reasoner/text/blocks/attention/[qv]", "backbone/model/blocks/(gate|attention/o)", "decoder/projection")

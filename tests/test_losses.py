@@ -11,14 +11,14 @@ import tiny
 from flax import nnx
 from tiny import replace
 
-from chroma_jax.errors import ChromaError
-from chroma_jax.layers.sharding import MeshConfig, make_mesh
 from chroma_jax.models.chroma import Chroma
-from chroma_jax.rows import is_present
+from chroma_jax.parallel.sharding import MeshConfig, make_mesh
+from chroma_jax.runs.train import Speaking, abstract_batch, counted_by, train, trainer_of
+from chroma_jax.sequence.batch import is_present
 from chroma_jax.training.loss import Counts, FrameLosses, LossConfig, count, frame_losses, speech_losses
 from chroma_jax.training.metrics import read_lines
 from chroma_jax.training.state import make_trainer
-from chroma_jax.training.train import Speaking, abstract_batch, counted_by, train, trainer_of
+from chroma_jax.utils.errors import ChromaError
 
 MODEL = tiny.model()
 FRAMES = 7

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from chroma_jax.config import read_python
-from chroma_jax.convert.names import chroma_rows, codec_rows
-from chroma_jax.convert.weights import abstract_weights, foreign_shape, layer_shape
+from chroma_jax.models.io.name_tables import chroma_rows, codec_rows
+from chroma_jax.models.io.weight_files import abstract_weights, foreign_shape, layer_shape
 
 MANIFEST = Path(__file__).parent / "golden" / "manifest.json"
 

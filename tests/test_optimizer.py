@@ -7,11 +7,11 @@ import pytest
 from flax import nnx
 from tiny import replace
 
-from chroma_jax.layers.sharding import MeshConfig, make_mesh
-from chroma_jax.paths import values
+from chroma_jax.parallel.sharding import MeshConfig, make_mesh
+from chroma_jax.runs.train import place
 from chroma_jax.training.optimizer import OptimizerConfig, newton_schulz, orthogonalise
 from chroma_jax.training.state import make_trainer
-from chroma_jax.training.train import place
+from chroma_jax.utils.tree_paths import values
 from data_pipelines.records import batches
 
 

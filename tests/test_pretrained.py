@@ -9,15 +9,15 @@ from flax import nnx
 
 from chroma_jax import config as configs
 from chroma_jax import pretrained
-from chroma_jax.cli import main, run_configuration
+from chroma_jax.audio import load as audio
+from chroma_jax.cli.main import main, run_configuration
 from chroma_jax.convert.codec import trained_codec
-from chroma_jax.errors import ChromaError
 from chroma_jax.evaluation.speaking import MAIN, ROWS, answered, voice_prompt
 from chroma_jax.evaluation.suite import read_suite
 from chroma_jax.evaluation.words import same
-from chroma_jax.streaming.load import load_run
-from chroma_jax.streaming.stream import Speaker
-from data_pipelines import audio
+from chroma_jax.inference.generator import Speaker
+from chroma_jax.runs.load import load_run
+from chroma_jax.utils.errors import ChromaError
 
 FOLDER = pretrained.found("codec_nano")
 SPEAKING = pretrained.found("nano")

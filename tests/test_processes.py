@@ -17,11 +17,11 @@ import pytest
 from tiny import replace
 from toy import ToyConfig, run_toy
 
-from chroma_jax.errors import DIVERGED, PEER_LOST, STOPPED
-from chroma_jax.layers.sharding import MeshConfig
-from chroma_jax.training.ledger import read_ledger
+from chroma_jax.parallel.sharding import MeshConfig
+from chroma_jax.runs.status import accounts
 from chroma_jax.training.metrics import read_lines
-from chroma_jax.training.status import accounts
+from chroma_jax.training.runtime.goodput import read_ledger
+from chroma_jax.utils.errors import DIVERGED, PEER_LOST, STOPPED
 
 HERE = Path(__file__).parent
 STEPS = 24
@@ -228,7 +228,7 @@ def commands(source: Path, prepared: Path, run: Path, port: int, mesh: dict, ste
 
 @pytest.mark.slow
 def test_two_processes_train_the_same_speaking_model_as_one(tiny_prepared, tmp_path):
-    from chroma_jax.training.train import train
+    from chroma_jax.runs.train import train
 
     config, prepared = tiny_prepared
     source, run = tmp_path / "source.py", tmp_path / "run"

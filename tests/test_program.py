@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from tiny import replace
 
-from chroma_jax.cli import main
-from chroma_jax.errors import ChromaError
-from chroma_jax.layers.sharding import MeshConfig, make_mesh
-from chroma_jax.planning.chips import compiling_afresh
-from chroma_jax.training.program import save_program, with_program
-from chroma_jax.training.train import abstract_batch, trainer_of
+from chroma_jax.cli.main import main
+from chroma_jax.parallel.sharding import MeshConfig, make_mesh
+from chroma_jax.runs.train import abstract_batch, trainer_of
+from chroma_jax.training.runtime.aot_executable import save_program, with_program
+from chroma_jax.utils.chips import compiling_afresh
+from chroma_jax.utils.errors import ChromaError
 from data_pipelines.records import batches
 
 

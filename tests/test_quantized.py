@@ -11,14 +11,14 @@ from flax import nnx
 from tiny_speaker import CONFIG, case, drawn, rescored
 
 from chroma_jax.bench.small import EXACT, Form, bench_small
+from chroma_jax.inference.generator import Speaker, settings
+from chroma_jax.inference.prompt import stack
 from chroma_jax.layers.attention import KVCache, Past, attend_cached, cached_mask
 from chroma_jax.layers.linear import Linear
 from chroma_jax.models.chroma import Chroma
 from chroma_jax.models.codec import Codec
-from chroma_jax.models.quantized import quantized, small
-from chroma_jax.streaming.load import load_run
-from chroma_jax.streaming.prompt import stack
-from chroma_jax.streaming.stream import Speaker, settings
+from chroma_jax.models.quantization import quantized, small
+from chroma_jax.runs.load import load_run
 from chroma_jax.training.loss import LossConfig, loss
 from data_pipelines.records import evaluation_batches
 

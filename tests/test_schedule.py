@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from chroma_jax.schedule import FRAMES_PER_PAIR, NOTHING, Counts, Kind, counts, layout, length, opens_pair
+from chroma_jax.sequence.interleave import FRAMES_PER_PAIR, NOTHING, Counts, Kind, counts, layout, length, opens_pair
 
 LETTERS = {
     "t": Kind.PROMPT_TEXT,

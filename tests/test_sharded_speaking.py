@@ -11,21 +11,21 @@ from tiny_speaker import CONFIG, case, drawn
 
 from chroma_jax.bench.stream import random_models
 from chroma_jax.config import ReplyConfig, load
-from chroma_jax.errors import ChromaError
-from chroma_jax.layers.sharding import MeshConfig, make_mesh
+from chroma_jax.inference.generator import Speaker, settings
+from chroma_jax.inference.placement import divided, on_mesh
+from chroma_jax.inference.prompt import stack
+from chroma_jax.inference.slots import Chunk, Frames, Slots, VoiceChunk, padded
+from chroma_jax.inference.state import Capacity
 from chroma_jax.models.chroma import Chroma
 from chroma_jax.models.codec import Codec
-from chroma_jax.models.quantized import quantized
-from chroma_jax.schedule import NOTHING
-from chroma_jax.streaming.load import load_run
-from chroma_jax.streaming.placing import divided, on_mesh
-from chroma_jax.streaming.prompt import stack
-from chroma_jax.streaming.rounds import beginning
-from chroma_jax.streaming.session import SamplingSettings
-from chroma_jax.streaming.slots import Chunk, Frames, Slots, VoiceChunk, padded
-from chroma_jax.streaming.state import Capacity
-from chroma_jax.streaming.stream import Speaker, settings
-from chroma_jax.streaming.voices import Voice, load_voice, save_voice
+from chroma_jax.models.quantization import quantized
+from chroma_jax.parallel.sharding import MeshConfig, make_mesh
+from chroma_jax.runs.load import load_run
+from chroma_jax.sequence.interleave import NOTHING
+from chroma_jax.serving.scheduler import beginning
+from chroma_jax.serving.session import SamplingSettings
+from chroma_jax.serving.voices import Voice, load_voice, save_voice
+from chroma_jax.utils.errors import ChromaError
 
 CASES = (case(0, 5000, 5, "abc"), case(1, 9000, 20, "a longer text"))
 FRAMES = 6

@@ -9,13 +9,14 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from chroma_jax.layers import attention, short
+from chroma_jax.kernels import encoder_attention as short
+from chroma_jax.layers import attention
 from chroma_jax.layers.attention import Attention, Lengths
 from chroma_jax.layers.gelu import fast
 from chroma_jax.layers.linear import Linear, zeros
-from chroma_jax.layers.sharding import MeshConfig, make_mesh
 from chroma_jax.models.audio_encoder import AudioEncoder, AudioEncoderConfig
-from chroma_jax.models.quantized import small
+from chroma_jax.models.quantization import small
+from chroma_jax.parallel.sharding import MeshConfig, make_mesh
 
 ROUNDED = 2e-2  # weights and results are rounded to bfloat16, a 256th of up to 4
 

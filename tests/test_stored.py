@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from tiny import replace
 
-from chroma_jax.errors import ChromaError
-from chroma_jax.training import stored
+from chroma_jax.runs import hidden_states as stored
+from chroma_jax.runs.hidden_states import store_hidden
+from chroma_jax.runs.train import train
 from chroma_jax.training.checkpoint import Checkpoints
 from chroma_jax.training.metrics import read_lines
-from chroma_jax.training.stored import store_hidden
-from chroma_jax.training.train import train
-from data_pipelines import hidden
+from chroma_jax.utils.errors import ChromaError
+from data_pipelines import hidden_states as hidden
 from data_pipelines.records import RowReader, batches, open_dataset
 
 

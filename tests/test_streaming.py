@@ -16,24 +16,24 @@ from tiny_speaker import AUDIO_VOCAB, CODES, CONFIG, RATE, VOCABULARY, case, dra
 
 from chroma_jax.config import Config, ReplyConfig
 from chroma_jax.convert.export import generation_config
-from chroma_jax.convert.hf_config import to_hf
-from chroma_jax.convert.names import chroma_rows, codec_rows
-from chroma_jax.convert.weights import all_tensors
-from chroma_jax.errors import ChromaError
+from chroma_jax.inference import step as steps
+from chroma_jax.inference.compatibility import with_window
+from chroma_jax.inference.generator import Speaker, counted_compilations, settings
+from chroma_jax.inference.prompt import stack
+from chroma_jax.inference.sampling import Sampling, probabilities, sample
+from chroma_jax.inference.state import Capacity, cancel, join
 from chroma_jax.models.chroma import Chroma, ChromaConfig
 from chroma_jax.models.codec import Codec
-from chroma_jax.schedule import NOTHING
-from chroma_jax.streaming import step as steps
-from chroma_jax.streaming.compatibility import with_window
-from chroma_jax.streaming.load import exported_run, load_run
-from chroma_jax.streaming.prompt import stack
-from chroma_jax.streaming.reply import reply
-from chroma_jax.streaming.sampling import Sampling, probabilities, sample
-from chroma_jax.streaming.state import Capacity, cancel, join
-from chroma_jax.streaming.stream import Speaker, counted_compilations, settings
+from chroma_jax.models.io.hf_config import to_hf
+from chroma_jax.models.io.name_tables import chroma_rows, codec_rows
+from chroma_jax.models.io.weight_files import all_tensors
+from chroma_jax.runs.generate import reply
+from chroma_jax.runs.load import exported_run, load_run
+from chroma_jax.sequence.interleave import NOTHING
 from chroma_jax.training.checkpoint import Checkpoints
 from chroma_jax.training.optimizer import split_trainable
 from chroma_jax.training.state import TrainState
+from chroma_jax.utils.errors import ChromaError
 from data_pipelines.tokenizer import train_tokenizer
 
 MAX_FRAMES = 12

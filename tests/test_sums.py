@@ -15,9 +15,9 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from chroma_jax.layers import sums
+from chroma_jax.kernels import sums
 from chroma_jax.layers.linear import LayerNorm, RMSNorm
-from chroma_jax.layers.sharding import MeshConfig, make_mesh, reshard
+from chroma_jax.parallel.sharding import MeshConfig, make_mesh, reshard
 from chroma_jax.training.optimizer import clipped
 
 

@@ -14,9 +14,9 @@ import pytest
 import soundfile
 from tiny_corpus import MODEL, StandInCodec, data_config
 
-from chroma_jax.cli import main
-from chroma_jax.errors import ChromaError
-from chroma_jax.rows import RowShape
+from chroma_jax.cli.main import main
+from chroma_jax.sequence.batch import RowShape
+from chroma_jax.utils.errors import ChromaError
 from data_pipelines.curriculum import READ_ALOUD, CurriculumConfig, drawn, held_out_examples
 from data_pipelines.dialogues import counted, read_corpus
 from data_pipelines.prepare import prepare, recordings, usable
@@ -280,7 +280,7 @@ def test_checking_everything_leaves_out_what_is_not_understood(tmp_path):
 
 
 def test_an_explicit_check_without_metric_models_fails_before_synthesis(tmp_path, monkeypatch, capsys):
-    from chroma_jax import commands
+    from chroma_jax.cli import commands
 
     def missing():
         raise ChromaError("evaluation needs faster-whisper; install the extra")

@@ -19,20 +19,20 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from tiny import replace
 
+from chroma_jax.audio.log_mel import log_mel
 from chroma_jax.config import dump
-from chroma_jax.errors import ChromaError
-from chroma_jax.features import log_mel
-from chroma_jax.layers.sharding import AxisRules, MeshConfig, make_mesh, state_shardings
 from chroma_jax.models.audio_encoder import cut_blocks
 from chroma_jax.models.chroma import Chroma
-from chroma_jax.paths import values
+from chroma_jax.parallel.sharding import AxisRules, MeshConfig, make_mesh, state_shardings
+from chroma_jax.runs.codec_teacher import audio_encoder, hearing
+from chroma_jax.runs.train import place, train, trainer_of
 from chroma_jax.training.checkpoint import Checkpoints
-from chroma_jax.training.codec.teacher import audio_encoder, hearing
 from chroma_jax.training.loss import LossConfig, choose_frames, cross_entropy, frame_losses, hearing_loss, text_losses
 from chroma_jax.training.metrics import read_lines
 from chroma_jax.training.optimizer import OptimizerConfig, split_trainable
 from chroma_jax.training.state import make_trainer
-from chroma_jax.training.train import place, train, trainer_of
+from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.tree_paths import values
 from data_pipelines.records import batches
 
 

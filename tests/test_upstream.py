@@ -17,16 +17,16 @@ from chroma_jax import config as configs
 from chroma_jax.config import Config
 from chroma_jax.convert.export import export
 from chroma_jax.convert.importer import import_sources, plan_import
-from chroma_jax.convert.names import chroma_rows, codec_rows, csm_rows
 from chroma_jax.convert.sources import read_codec
-from chroma_jax.convert.weights import abstract_weights, outputs, write_safetensors
 from chroma_jax.models.audio_encoder import cut_blocks, num_outputs
 from chroma_jax.models.chroma import Chroma
 from chroma_jax.models.codec import Codec
-from chroma_jax.paths import filled
-from chroma_jax.schedule import NOTHING
-from chroma_jax.streaming.load import exported_config
+from chroma_jax.models.io.name_tables import chroma_rows, codec_rows, csm_rows
+from chroma_jax.models.io.weight_files import abstract_weights, outputs, write_safetensors
+from chroma_jax.runs.load import exported_config
+from chroma_jax.sequence.interleave import NOTHING
 from chroma_jax.training.checkpoint import Checkpoints
+from chroma_jax.utils.tree_paths import filled
 
 pytestmark = pytest.mark.slow
 torch = transformers = None  # imported when a test runs, so that the fast tests need neither

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from chroma_jax.chat import SpecialTokens
 from chroma_jax.models.chroma import ChromaConfig
-from chroma_jax.rows import RowShape
+from chroma_jax.sequence.batch import RowShape
+from chroma_jax.sequence.chat_template import SpecialTokens
 from data_pipelines.prepare import DataConfig
 
 RATE = 24_000

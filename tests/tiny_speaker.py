@@ -7,18 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from chroma_jax.chat import SpecialTokens
-from chroma_jax.features import FeatureConfig
+from chroma_jax.audio.load import from_int16
+from chroma_jax.audio.log_mel import FeatureConfig
+from chroma_jax.inference.prefill import Prompt
+from chroma_jax.inference.prompt import make_prompt
 from chroma_jax.layers.rope import RopeConfig
 from chroma_jax.layers.transformer import EncoderConfig, LlamaConfig
 from chroma_jax.models.audio_encoder import AudioEncoderConfig
 from chroma_jax.models.chroma import Chroma, ChromaConfig
 from chroma_jax.models.codec import CodecConfig, QuantizerConfig, SeanetConfig
 from chroma_jax.models.reasoner import ReasonerConfig
-from chroma_jax.rows import Batch, RowShape
-from chroma_jax.streaming.prefill import Prompt
-from chroma_jax.streaming.prompt import make_prompt
-from data_pipelines.audio import from_int16
+from chroma_jax.sequence.batch import Batch, RowShape
+from chroma_jax.sequence.chat_template import SpecialTokens
 from data_pipelines.pack import conversation, pack_config, place
 from data_pipelines.records import to_example
 

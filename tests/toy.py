@@ -19,13 +19,13 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from chroma_jax.errors import ChromaError, Ended
-from chroma_jax.layers.sharding import MeshConfig, make_mesh
+from chroma_jax.parallel.multihost import DistributedConfig, joined, share_of_rows
+from chroma_jax.parallel.sharding import MeshConfig, make_mesh
 from chroma_jax.training.checkpoint import CheckpointConfig
 from chroma_jax.training.loop import TrainingConfig, train_on
-from chroma_jax.training.multihost import DistributedConfig, joined, share_of_rows
+from chroma_jax.training.runtime.watchdog import Progress
 from chroma_jax.training.state import applied
-from chroma_jax.training.watch import Progress
+from chroma_jax.utils.errors import ChromaError, Ended
 
 WIDTH, ROWS = 4096, 8  # so wide that each device's weights have a place of their own in a checkpoint
 

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import numpy as np
 
-from chroma_jax.planning.chips import CHIPS
+from chroma_jax.utils.chips import CHIPS
 
 # Bytes per second of a GPU's memory, by its name, from NVIDIA's data sheets.
 GPUS = {"NVIDIA H200": 4.8e12, "NVIDIA H100": 3.35e12, "NVIDIA A100": 2.0e12, "NVIDIA L4": 0.3e12}

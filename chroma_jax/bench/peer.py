@@ -2,7 +2,7 @@
 
 import jax
 
-from chroma_jax.errors import ChromaError
+from chroma_jax.utils.errors import ChromaError
 
 
 def torch_device() -> str:

@@ -3,7 +3,7 @@
 import numpy as np
 
 from chroma_jax.config import Config
-from chroma_jax.rows import Batch
+from chroma_jax.sequence.batch import Batch
 
 
 def full_rows(config: Config, rows: int, seed: int = 0) -> Batch:

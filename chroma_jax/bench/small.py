@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from chroma_jax.inference.state import Kept
 from chroma_jax.layers.attention import causal_mask
-from chroma_jax.layers.sharding import take_rows
 from chroma_jax.layers.transformer import Llama
 from chroma_jax.models.chroma import Chroma
-from chroma_jax.models.quantized import quantized
-from chroma_jax.rows import Batch
-from chroma_jax.streaming.state import Kept
+from chroma_jax.models.quantization import quantized
+from chroma_jax.parallel.sharding import take_rows
+from chroma_jax.sequence.batch import Batch
 from data_pipelines.records import evaluation_batches
 
 PIECE = 32  # positions that go through a model at once; later ones see them through the cache

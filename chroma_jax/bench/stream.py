@@ -18,24 +18,24 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
+from chroma_jax.audio.log_mel import FeatureConfig, num_frames
 from chroma_jax.bench.memory import bandwidth
 from chroma_jax.bench.peer import torch_device
 from chroma_jax.bench.talk import VOICE, Talk, ask, enter, interrupt, words
-from chroma_jax.chat import question, voice_prompt
 from chroma_jax.config import ReplyConfig
-from chroma_jax.errors import ChromaError
-from chroma_jax.features import FeatureConfig, num_frames
+from chroma_jax.inference.placement import abstract_model, codec_on, place_for, place_of, running
+from chroma_jax.inference.prompt import rounded_up
 from chroma_jax.models.audio_encoder import num_outputs
 from chroma_jax.models.chroma import Chroma, ChromaConfig
 from chroma_jax.models.codec import Codec
-from chroma_jax.models.quantized import quantized
+from chroma_jax.models.quantization import quantized
 from chroma_jax.planning.stream import weights_read
-from chroma_jax.schedule import FRAMES_PER_PAIR, NOTHING
-from chroma_jax.streaming.engine import Engine, EngineConfig
-from chroma_jax.streaming.meter import DEADLINE
-from chroma_jax.streaming.placing import abstract_model, codec_on, place_for, place_of, running
-from chroma_jax.streaming.prompt import rounded_up
-from chroma_jax.streaming.session import SamplingSettings
+from chroma_jax.sequence.chat_template import question, voice_prompt
+from chroma_jax.sequence.interleave import FRAMES_PER_PAIR, NOTHING
+from chroma_jax.serving.engine import Engine, EngineConfig
+from chroma_jax.serving.metrics import DEADLINE
+from chroma_jax.serving.session import SamplingSettings
+from chroma_jax.utils.errors import ChromaError
 
 Round = Callable[[], list[list[float]]]  # → for each reply when its frames were there
 

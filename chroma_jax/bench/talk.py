@@ -7,11 +7,11 @@ from typing import Literal
 
 import numpy as np
 
-from chroma_jax.chat import question
-from chroma_jax.errors import ChromaError
 from chroma_jax.models.chroma import ChromaConfig
-from chroma_jax.streaming.engine import Engine
-from chroma_jax.streaming.session import SamplingSettings, Session
+from chroma_jax.sequence.chat_template import question
+from chroma_jax.serving.engine import Engine
+from chroma_jax.serving.session import SamplingSettings, Session
+from chroma_jax.utils.errors import ChromaError
 
 RATE = 16_000  # of what the user says
 PIECE = 1280  # samples that a microphone gives at a time, 80 ms

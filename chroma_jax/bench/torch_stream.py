@@ -19,10 +19,10 @@ from transformers.models.csm.modeling_csm import CsmDepthDecoderModel
 from transformers.models.qwen2_5_omni.configuration_qwen2_5_omni import Qwen2_5OmniAudioEncoderConfig, Qwen2_5OmniTextConfig
 from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniAudioEncoder, Qwen2_5OmniThinkerTextModel
 
-from chroma_jax.convert.hf_config import to_hf
-from chroma_jax.features import FeatureConfig, log_mel
+from chroma_jax.audio.log_mel import FeatureConfig, log_mel
 from chroma_jax.models.chroma import ChromaConfig
-from chroma_jax.schedule import opens_pair
+from chroma_jax.models.io.hf_config import to_hf
+from chroma_jax.sequence.interleave import opens_pair
 
 
 def named(function, *names: str) -> str:

@@ -11,9 +11,9 @@ from transformers import LlamaConfig, LlamaModel, Qwen2Config, Qwen2Model, Whisp
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from chroma_jax.config import Config
-from chroma_jax.errors import ChromaError
 from chroma_jax.layers.transformer import LlamaConfig as Sizes
-from chroma_jax.rows import Batch
+from chroma_jax.sequence.batch import Batch
+from chroma_jax.utils.errors import ChromaError
 
 
 def stack(cls, make, c: Sizes, vocab: int, positions: int):

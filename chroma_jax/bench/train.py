@@ -15,12 +15,12 @@ from tqdm import tqdm
 from chroma_jax.bench.peer import torch_device
 from chroma_jax.bench.rows import full_rows
 from chroma_jax.config import Config
-from chroma_jax.errors import ChromaError
-from chroma_jax.layers.sharding import make_mesh
-from chroma_jax.paths import values
-from chroma_jax.training.compiling import options
-from chroma_jax.training.memory import keep_freed
-from chroma_jax.training.train import step_flops, trainer_of
+from chroma_jax.parallel.compiler_options import options
+from chroma_jax.parallel.sharding import make_mesh
+from chroma_jax.runs.train import step_flops, trainer_of
+from chroma_jax.training.runtime.malloc import keep_freed
+from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.tree_paths import values
 
 
 def bench_train(config: Config, *, rows: int, rounds: int, peer: str) -> dict:

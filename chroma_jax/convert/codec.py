@@ -8,17 +8,17 @@ from flax import nnx
 
 from chroma_jax import config as configs
 from chroma_jax.config import CodecRun
-from chroma_jax.convert.hf_config import codec_from_hf, codec_to_hf, from_hf
 from chroma_jax.convert.importer import CODEC
-from chroma_jax.convert.names import codec_rows
 from chroma_jax.convert.sources import PARTS, adopt, read_codec, read_config, recognise
-from chroma_jax.convert.weights import abstract_codec, import_weights, outputs, problems, read_header, write_safetensors
-from chroma_jax.errors import ChromaError
-from chroma_jax.files import check_new, write_json, written_aside
 from chroma_jax.models.chroma import ChromaConfig
 from chroma_jax.models.codec import Codec, CodecConfig
-from chroma_jax.paths import filled, values
+from chroma_jax.models.io.hf_config import codec_from_hf, codec_to_hf, from_hf
+from chroma_jax.models.io.name_tables import codec_rows
+from chroma_jax.models.io.weight_files import abstract_codec, import_weights, outputs, problems, read_header, write_safetensors
 from chroma_jax.training.checkpoint import Checkpoints
+from chroma_jax.utils.atomic_io import check_new, write_json, written_aside
+from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.tree_paths import filled, values
 
 
 def trained_codec(source: Path, config: ChromaConfig) -> Codec:

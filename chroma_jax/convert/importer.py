@@ -23,10 +23,11 @@ from tqdm import tqdm
 
 from chroma_jax import config as configs
 from chroma_jax.config import Config
-from chroma_jax.convert import hf_config
-from chroma_jax.convert.names import codec_rows
 from chroma_jax.convert.sources import PARTS, Account, account, adopt, read_config, recognise
-from chroma_jax.convert.weights import (
+from chroma_jax.models.chroma import Chroma
+from chroma_jax.models.io import hf_config
+from chroma_jax.models.io.name_tables import codec_rows
+from chroma_jax.models.io.weight_files import (
     Output,
     Tensor,
     abstract_weights,
@@ -37,12 +38,11 @@ from chroma_jax.convert.weights import (
     stored_name,
     write_safetensors,
 )
-from chroma_jax.errors import ChromaError
-from chroma_jax.files import check_new, write_json, written_aside
-from chroma_jax.layers.sharding import make_mesh, state_shardings
-from chroma_jax.models.chroma import Chroma
-from chroma_jax.paths import values
+from chroma_jax.parallel.sharding import make_mesh, state_shardings
 from chroma_jax.training.checkpoint import Checkpoints
+from chroma_jax.utils.atomic_io import check_new, write_json, written_aside
+from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.tree_paths import values
 
 CODEC, UNUSED, SOURCE_CONFIG = "codec.safetensors", "unused.safetensors", "source_config.json"
 BESIDE = ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "generation_config.json")  # copied as they are

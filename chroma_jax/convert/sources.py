@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from chroma_jax.config import concerns_weights, fields
-from chroma_jax.convert import hf_config, names
-from chroma_jax.convert.names import Row
-from chroma_jax.convert.weights import DTYPES, Header, abstract_codec, import_weights, problems, read_header, stored_name
-from chroma_jax.errors import ChromaError
 from chroma_jax.layers.rope import RopeConfig
 from chroma_jax.models.chroma import ChromaConfig
 from chroma_jax.models.codec import Codec
+from chroma_jax.models.io import hf_config
+from chroma_jax.models.io import name_tables as names
+from chroma_jax.models.io.name_tables import Row
+from chroma_jax.models.io.weight_files import DTYPES, Header, abstract_codec, import_weights, problems, read_header, stored_name
+from chroma_jax.utils.errors import ChromaError
 
 PARTS = ("reasoner", "backbone", "decoder", "codec")
 # What a source knows better than the configuration that it is imported onto: the weights were trained so.

@@ -28,23 +28,23 @@ from flax import nnx
 from jax import export
 from safetensors.numpy import save_file
 
+from chroma_jax.audio import load as audio
+from chroma_jax.audio.log_mel import FeatureConfig
 from chroma_jax.config import Config
-from chroma_jax.convert.weights import Output, write_safetensors
-from chroma_jax.errors import ChromaError
-from chroma_jax.features import FeatureConfig
-from chroma_jax.files import check_new, written_aside
+from chroma_jax.inference.compatibility import is_reference
+from chroma_jax.inference.generator import Speaker, settings
+from chroma_jax.inference.prefill import Prompt
+from chroma_jax.inference.prompt import BUCKETS, make_prompt
+from chroma_jax.inference.sampling import Sampling
+from chroma_jax.inference.state import Capacity, StreamState
 from chroma_jax.models.audio_encoder import num_blocks, num_outputs
 from chroma_jax.models.chroma import Chroma, ChromaConfig
 from chroma_jax.models.codec import Codec
-from chroma_jax.schedule import NOTHING
-from chroma_jax.streaming.compatibility import is_reference
-from chroma_jax.streaming.load import load_run
-from chroma_jax.streaming.prefill import Prompt
-from chroma_jax.streaming.prompt import BUCKETS, make_prompt
-from chroma_jax.streaming.sampling import Sampling
-from chroma_jax.streaming.state import Capacity, StreamState
-from chroma_jax.streaming.stream import Speaker, settings
-from data_pipelines import audio
+from chroma_jax.models.io.weight_files import Output, write_safetensors
+from chroma_jax.runs.load import load_run
+from chroma_jax.sequence.interleave import NOTHING
+from chroma_jax.utils.atomic_io import check_new, written_aside
+from chroma_jax.utils.errors import ChromaError
 from data_pipelines.tokenizer import encoder
 
 FORMAT = 1  # of artefact.json

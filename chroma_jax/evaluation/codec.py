@@ -8,12 +8,12 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from chroma_jax.evaluation.judges import Judges
 from chroma_jax.evaluation.suite import Recording
 from chroma_jax.evaluation.words import error_rate, word_errors
+from chroma_jax.inference.prompt import rounded_up
 from chroma_jax.metric_models.pitch import match_pitch, pitch, pitch_measures
+from chroma_jax.metric_models.speech import Judges
 from chroma_jax.models.codec import Codec
-from chroma_jax.streaming.prompt import rounded_up
 
 BUCKET = 16  # frames; lengths are rounded up to a multiple of it, so that few shapes are compiled
 

@@ -8,17 +8,17 @@ import jax
 
 from chroma_jax.config import CodecRun, Config
 from chroma_jax.convert.codec import trained_codec, with_codec
-from chroma_jax.errors import ChromaError
 from chroma_jax.evaluation import report
 from chroma_jax.evaluation.codec import evaluate_codec
-from chroma_jax.evaluation.judges import Judges, appointed
 from chroma_jax.evaluation.knowledge import evaluate_knowledge
 from chroma_jax.evaluation.reading import chosen, evaluate_reading
 from chroma_jax.evaluation.speaking import ABLATIONS, MAIN, evaluate_speaking
 from chroma_jax.evaluation.suite import SUITES, Suite, read_suite, recordings
-from chroma_jax.files import check_new, written_aside
-from chroma_jax.streaming.load import load_run
-from chroma_jax.streaming.stream import Speaker
+from chroma_jax.inference.generator import Speaker
+from chroma_jax.metric_models.speech import Judges, appointed
+from chroma_jax.runs.load import load_run
+from chroma_jax.utils.atomic_io import check_new, written_aside
+from chroma_jax.utils.errors import ChromaError
 from data_pipelines.curriculum import held_out
 from data_pipelines.dialogues import Corpus, read_corpus
 from data_pipelines.facts import Exchange, withheld

@@ -11,10 +11,10 @@ import numpy as np
 from flax import nnx
 from tokenizers import Tokenizer
 
-from chroma_jax.chat import answer, question
+from chroma_jax.inference.placement import place_of, running
 from chroma_jax.models.chroma import Chroma
-from chroma_jax.schedule import NOTHING
-from chroma_jax.streaming.placing import place_of, running
+from chroma_jax.sequence.chat_template import answer, question
+from chroma_jax.sequence.interleave import NOTHING
 from data_pipelines.facts import Exchange
 from data_pipelines.pack import spread
 from data_pipelines.tokenizer import encoder

@@ -10,15 +10,15 @@ import numpy as np
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
+from chroma_jax.audio import load as audio
 from chroma_jax.config import ReplyConfig
 from chroma_jax.evaluation.codec import mean
-from chroma_jax.evaluation.judges import Judges
 from chroma_jax.evaluation.speaking import VoicePrompt, coded, spoken
 from chroma_jax.evaluation.words import error_rate, same, word_errors
-from chroma_jax.streaming.prefill import Prompt
-from chroma_jax.streaming.prompt import make_prompt
-from chroma_jax.streaming.stream import Speaker
-from data_pipelines import audio
+from chroma_jax.inference.generator import Speaker
+from chroma_jax.inference.prefill import Prompt
+from chroma_jax.inference.prompt import make_prompt
+from chroma_jax.metric_models.speech import Judges
 from data_pipelines.curriculum import READ_ALOUD
 from data_pipelines.dialogues import Corpus, Utterance
 from data_pipelines.tokenizer import encoder

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
+from chroma_jax.audio import load as audio
+from chroma_jax.audio.log_mel import FeatureConfig, log_mel_unpadded, resample_soxr
 from chroma_jax.evaluation.speaking import Reply
 from chroma_jax.evaluation.suite import Recording
-from chroma_jax.features import FeatureConfig, log_mel_unpadded, resample_soxr
-from chroma_jax.files import write_json
-from data_pipelines import audio
+from chroma_jax.utils.atomic_io import write_json
 
 SHOWN = 12  # recordings, and replies of each condition, that the page plays
 LABELS = {

@@ -8,18 +8,18 @@ import numpy as np
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
+from chroma_jax.audio import load as audio
+from chroma_jax.audio.log_mel import FeatureConfig
 from chroma_jax.config import ReplyConfig
 from chroma_jax.evaluation.codec import mean
-from chroma_jax.evaluation.judges import Judges, equal_error_rate
 from chroma_jax.evaluation.suite import Suite
 from chroma_jax.evaluation.words import error_rate, same, word_errors
-from chroma_jax.features import FeatureConfig
-from chroma_jax.schedule import NOTHING
-from chroma_jax.streaming.prefill import Prompt
-from chroma_jax.streaming.prompt import make_prompt, stack
-from chroma_jax.streaming.reply import measures, speak, text_pieces, warm_up
-from chroma_jax.streaming.stream import Speaker, settings
-from data_pipelines import audio
+from chroma_jax.inference.generator import Speaker, settings
+from chroma_jax.inference.prefill import Prompt
+from chroma_jax.inference.prompt import make_prompt, stack
+from chroma_jax.metric_models.speech import Judges, equal_error_rate
+from chroma_jax.runs.generate import measures, speak, text_pieces, warm_up
+from chroma_jax.sequence.interleave import NOTHING
 from data_pipelines.dialogues import Dialogue
 from data_pipelines.tokenizer import encoder
 

@@ -5,8 +5,8 @@ from typing import Literal
 
 import numpy as np
 
-from chroma_jax.errors import ChromaError
-from data_pipelines import audio
+from chroma_jax.audio import load as audio
+from chroma_jax.utils.errors import ChromaError
 from data_pipelines.dialogues import Corpus, Dialogue, Reference, read_corpus
 
 SUITES = {"parley": "embedded"}  # name → where its corpus is, unless it is given

@@ -4,7 +4,7 @@ import functools
 import re
 from collections.abc import Sequence
 
-from chroma_jax.evaluation.judges import needed
+from chroma_jax.metric_models.speech import needed
 
 SIGNS = {"+": " plus ", "-": " minus ", "−": " minus ", "–": " minus ", "=": " is "}
 

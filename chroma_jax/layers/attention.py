@@ -11,9 +11,23 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec as P
 
-from chroma_jax.layers import blocks, cudnn, decoding, flash, rope, short, splash
+from chroma_jax.kernels import (
+    chunked_attention as blocks,
+)
+from chroma_jax.kernels import (
+    cudnn,
+    flash,
+    splash,
+)
+from chroma_jax.kernels import (
+    decode_attention as decoding,
+)
+from chroma_jax.kernels import (
+    encoder_attention as short,
+)
+from chroma_jax.layers import rope
 from chroma_jax.layers.linear import Linear, multiplied_type, zeros
-from chroma_jax.layers.sharding import RULES, AxisRules, active, constrain, divided, leading_spec, on_tpu, parts, reshard
+from chroma_jax.parallel.sharding import RULES, AxisRules, active, constrain, divided, leading_spec, on_tpu, parts, reshard
 
 # How packed rows are computed. "plain": all positions with all. "blocks": queries in blocks, which leaves out most of what comes
 # later than they, for processors that have no kernel. "splash": TPU's kernels, JAX's and, where it serves, `flash`. "cudnn": the

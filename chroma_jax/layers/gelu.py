@@ -4,8 +4,8 @@
 import jax
 import jax.numpy as jnp
 
-from chroma_jax.layers.fusion import computed_once, in_order
-from chroma_jax.layers.sharding import on_tpu
+from chroma_jax.kernels.barriers import computed_once, in_order
+from chroma_jax.parallel.sharding import on_tpu
 
 # Φ(x) = (1 + tanh(x (a + b x² + c x⁴))) / 2 with these; |x| (Φ̂ − Φ) ≤ 2.6e-5 everywhere, the squares cut off at 36.
 TANH = (7.97505275e-01, 3.70080200e-02, -3.51902392e-04)

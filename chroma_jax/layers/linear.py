@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from chroma_jax.layers import sums
-from chroma_jax.layers.sharding import RULES, AxisRules, active, divided, leading_spec, look_up, on_tpu, reshape_rows, reshard
+from chroma_jax.kernels import sums
+from chroma_jax.parallel.sharding import RULES, AxisRules, active, divided, leading_spec, look_up, on_tpu, reshape_rows, reshard
 
 Dims = dict[str, int]  # logical axis → size, in order
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from chroma_jax.layers.sharding import active, on_tpu
+from chroma_jax.parallel.sharding import active, on_tpu
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,14 +12,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from chroma_jax.kernels.barriers import computed_once, gradient_once, in_order
+from chroma_jax.kernels.splash import SAVED
 from chroma_jax.layers import rope
 from chroma_jax.layers.attention import Attention, Kernel, KVCache, Mask, Past, Rotation, cached_mask
-from chroma_jax.layers.fusion import computed_once, gradient_once, in_order
 from chroma_jax.layers.gelu import gated, gelu
 from chroma_jax.layers.linear import LayerNorm, Linear, RMSNorm, in_use, weight, zeros
 from chroma_jax.layers.rope import RopeConfig
-from chroma_jax.layers.sharding import RULES, AxisRules
-from chroma_jax.layers.splash import SAVED
+from chroma_jax.parallel.sharding import RULES, AxisRules
 
 Remat = Literal["none", "products", "attention", "full"]
 PRODUCTS = ("products", SAVED)  # named where they are made: here, in `attention`, `flash` and `splash`

@@ -17,8 +17,8 @@ from jax.sharding import PartitionSpec as P
 from chroma_jax.layers.attention import Lengths
 from chroma_jax.layers.gelu import gelu
 from chroma_jax.layers.linear import LayerNorm, Linear, in_use, normal, weight, zeros
-from chroma_jax.layers.sharding import RULES, AxisRules, active, leading_spec, reshape_rows
 from chroma_jax.layers.transformer import Encoder, EncoderConfig, Remat
+from chroma_jax.parallel.sharding import RULES, AxisRules, active, leading_spec, reshape_rows
 
 
 @dataclasses.dataclass(frozen=True)

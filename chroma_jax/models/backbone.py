@@ -7,7 +7,7 @@ from flax import nnx
 from chroma_jax.layers.attention import KVCache, packed
 from chroma_jax.layers.linear import Embedding, Linear
 from chroma_jax.layers.transformer import Llama, LlamaConfig
-from chroma_jax.rows import is_present
+from chroma_jax.sequence.batch import is_present
 
 
 class AudioEmbedding(nnx.Module):

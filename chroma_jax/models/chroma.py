@@ -6,15 +6,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from chroma_jax.chat import SpecialTokens
 from chroma_jax.layers.rope import RopeConfig
-from chroma_jax.layers.sharding import RULES, AxisRules, constrain, take_rows
 from chroma_jax.layers.transformer import LlamaConfig
 from chroma_jax.models.backbone import AudioEmbedding, Backbone
 from chroma_jax.models.codec import CodecConfig
 from chroma_jax.models.decoder import Decoder
 from chroma_jax.models.reasoner import Reasoner, ReasonerConfig
-from chroma_jax.rows import Batch, is_present
+from chroma_jax.parallel.sharding import RULES, AxisRules, constrain, take_rows
+from chroma_jax.sequence.batch import Batch, is_present
+from chroma_jax.sequence.chat_template import SpecialTokens
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,10 +9,10 @@ from flax import nnx
 from chroma_jax.layers.attention import KVCache, packed
 from chroma_jax.layers.linear import Embedding, Linear
 from chroma_jax.layers.rope import RopeConfig
-from chroma_jax.layers.sharding import constrain, take_rows
 from chroma_jax.layers.transformer import Llama, LlamaConfig
 from chroma_jax.models.audio_encoder import AudioEncoder, AudioEncoderConfig
-from chroma_jax.rows import is_present
+from chroma_jax.parallel.sharding import constrain, take_rows
+from chroma_jax.sequence.batch import is_present
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,9 +7,9 @@ import math
 import re
 from typing import NamedTuple
 
-from chroma_jax.layers.splash import LANES
-from chroma_jax.planning.chips import Chip
+from chroma_jax.kernels.splash import LANES
 from chroma_jax.planning.hlo import Instruction
+from chroma_jax.utils.chips import Chip
 
 
 class Blocks(NamedTuple):

@@ -14,14 +14,14 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from chroma_jax.config import CodecRun, Config
-from chroma_jax.errors import ChromaError
-from chroma_jax.flops import counted
-from chroma_jax.layers.sharding import MESH_AXES, MeshConfig, make_mesh
+from chroma_jax.parallel.sharding import MESH_AXES, MeshConfig, make_mesh
 from chroma_jax.planning import hlo, kernels
-from chroma_jax.planning.chips import Chip, Topology, compile_only_devices, compiling_afresh, ring_bandwidth
+from chroma_jax.runs.codec_teacher import load_teacher
+from chroma_jax.runs.train import abstract_batch, step_flops, trainer_of
 from chroma_jax.training.codec.step import Phase, make_codec_trainer
-from chroma_jax.training.codec.teacher import load_teacher
-from chroma_jax.training.train import abstract_batch, step_flops, trainer_of
+from chroma_jax.training.flops import counted
+from chroma_jax.utils.chips import Chip, Topology, compile_only_devices, compiling_afresh, ring_bandwidth
+from chroma_jax.utils.errors import ChromaError
 from data_pipelines.waves import WaveBatch
 
 QUICK = {"optimization_level": 9}  # "O0" of XLA, as a number, which every version of JAX takes

@@ -15,10 +15,10 @@ from tqdm import tqdm
 from tyro.conf import Positional
 
 from chroma_jax.config import module_of, read_python, shipped
-from chroma_jax.errors import ChromaError
-from chroma_jax.files import write_whole
-from chroma_jax.planning.chips import Topology, parse_topology
 from chroma_jax.planning.plan import DoesNotFit, plan_step, without_tpu
+from chroma_jax.utils.atomic_io import write_whole
+from chroma_jax.utils.chips import Topology, parse_topology
+from chroma_jax.utils.errors import ChromaError
 
 
 def topology_of(name: str) -> Topology:

@@ -17,9 +17,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from chroma_jax.errors import ChromaError
 from chroma_jax.planning import hlo, kernels
-from chroma_jax.planning.chips import CHIPS, compile_only_devices, parse_topology
+from chroma_jax.utils.chips import CHIPS, compile_only_devices, parse_topology
+from chroma_jax.utils.errors import ChromaError
 
 # Sizes of the released model. By width of a head: positions, query heads of a key/value head; of short rows: positions, heads.
 SPLASH, SHORT = {64: (2048, 4), 128: (1024, 8)}, {64: (100, 20)}
@@ -125,8 +125,9 @@ def compile_kernels(chip: str, name: str, width: int, out: Path) -> None:
     from jax.sharding import NamedSharding
     from jax.sharding import PartitionSpec as P
 
-    from chroma_jax.layers import flash, short, splash
-    from chroma_jax.layers.sharding import MeshConfig, make_mesh
+    from chroma_jax.kernels import encoder_attention as short
+    from chroma_jax.kernels import flash, splash
+    from chroma_jax.parallel.sharding import MeshConfig, make_mesh
     from chroma_jax.planning.plan import without_tpu
 
     without_tpu()

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from tqdm import tqdm
 
 from chroma_jax.config import Config
-from chroma_jax.errors import ChromaError
-from chroma_jax.layers.sharding import MeshConfig
-from chroma_jax.planning.chips import Topology
+from chroma_jax.parallel.sharding import MeshConfig
 from chroma_jax.planning.plan import DoesNotFit, Plan, plan_training
+from chroma_jax.utils.chips import Topology
+from chroma_jax.utils.errors import ChromaError
 
 ROWS = (1, 2, 4, 8)  # of a device, or of those that share a row
 REMATS = ("products", "attention", "full")

@@ -14,19 +14,19 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from chroma_jax.config import Config
-from chroma_jax.errors import ChromaError
-from chroma_jax.layers.sharding import MeshConfig, make_mesh, state_shardings
+from chroma_jax.inference.placement import TPU_OPTIONS, as_streamed, choosing, divided
+from chroma_jax.inference.slots import frames
+from chroma_jax.inference.state import Capacity, StreamState, idle
+from chroma_jax.inference.step import Pairs
 from chroma_jax.models.chroma import Chroma
 from chroma_jax.models.codec import Codec
-from chroma_jax.models.quantized import quantized
+from chroma_jax.models.quantization import quantized
+from chroma_jax.parallel.sharding import MeshConfig, make_mesh, state_shardings
 from chroma_jax.planning import hlo
-from chroma_jax.planning.chips import Topology, compile_only_devices, compiling_afresh
 from chroma_jax.planning.plan import QUICK, DoesNotFit, Traffic, compute, too_large, traffic, unestimated
-from chroma_jax.schedule import FRAMES_PER_PAIR
-from chroma_jax.streaming.placing import TPU_OPTIONS, as_streamed, choosing, divided
-from chroma_jax.streaming.slots import frames
-from chroma_jax.streaming.state import Capacity, StreamState, idle
-from chroma_jax.streaming.step import Pairs
+from chroma_jax.sequence.interleave import FRAMES_PER_PAIR
+from chroma_jax.utils.chips import Topology, compile_only_devices, compiling_afresh
+from chroma_jax.utils.errors import ChromaError
 
 Bits = Literal["float32", "bfloat16", "int8"]  # of weights or caches; with int8, bfloat16 is computed in
 

@@ -19,10 +19,10 @@ from typing import Literal, Protocol, Self, TypeVar
 import jax
 import orbax.checkpoint.experimental.v1 as ocp
 
-from chroma_jax.errors import ChromaError
-from chroma_jax.files import write_whole
-from chroma_jax.paths import flat, nested
-from chroma_jax.training.multihost import everywhere, say
+from chroma_jax.parallel.multihost import everywhere, say
+from chroma_jax.utils.atomic_io import write_whole
+from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.tree_paths import flat, nested
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,13 +13,13 @@ from typing import Any, Protocol
 import jax
 from tqdm import tqdm
 
-from chroma_jax.errors import DIVERGED, STOPPED, ChromaError, Ended
+from chroma_jax.parallel.multihost import StopRequest, agreed, say
 from chroma_jax.training.checkpoint import Checkpoints
-from chroma_jax.training.ledger import CompileClock, Ledger
-from chroma_jax.training.memory import keep_freed
 from chroma_jax.training.metrics import Meter, MetricsWriter, audio_hours_at, read_lines
-from chroma_jax.training.multihost import StopRequest, agreed, say
-from chroma_jax.training.watch import Progress, StallWatch
+from chroma_jax.training.runtime.goodput import CompileClock, Ledger
+from chroma_jax.training.runtime.malloc import keep_freed
+from chroma_jax.training.runtime.watchdog import Progress, StallWatch
+from chroma_jax.utils.errors import DIVERGED, STOPPED, ChromaError, Ended
 
 
 @dataclasses.dataclass(frozen=True)

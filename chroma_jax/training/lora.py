@@ -10,9 +10,9 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jax.sharding import SingleDeviceSharding
 
-from chroma_jax.errors import ChromaError, near
 from chroma_jax.layers.linear import Lora, linears
 from chroma_jax.training.checkpoint import Checkpoints
+from chroma_jax.utils.errors import ChromaError, near
 
 MARK = "/lora/"  # in the path of every weight that is added
 

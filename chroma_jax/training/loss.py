@@ -12,11 +12,11 @@ import optax
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from chroma_jax.layers.sharding import active, leading_spec, reshape_rows, reshard, take_rows
 from chroma_jax.models.audio_encoder import num_positions
 from chroma_jax.models.chroma import Chroma, frame_logits
 from chroma_jax.models.reasoner import Reasoner
-from chroma_jax.rows import Batch, is_present
+from chroma_jax.parallel.sharding import active, leading_spec, reshape_rows, reshard, take_rows
+from chroma_jax.sequence.batch import Batch, is_present
 from chroma_jax.training.loss_config import LossConfig
 
 

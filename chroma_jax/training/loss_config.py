@@ -4,7 +4,7 @@ import dataclasses
 import math
 from typing import Literal
 
-from chroma_jax.errors import ChromaError
+from chroma_jax.utils.errors import ChromaError
 
 DECODER_WEIGHT = 0.5  # the report's λ
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import jax
 import numpy as np
 
-from chroma_jax.files import write_whole
+from chroma_jax.utils.atomic_io import write_whole
 
 if TYPE_CHECKING:
     from chroma_jax.training.loop import Task

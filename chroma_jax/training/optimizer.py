@@ -12,10 +12,10 @@ import optax
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from chroma_jax.errors import ChromaError, near
-from chroma_jax.layers import sums
-from chroma_jax.layers.sharding import active, reshape_rows, reshard
+from chroma_jax.kernels import sums
+from chroma_jax.parallel.sharding import active, reshape_rows, reshard
 from chroma_jax.training.lora import MARK
+from chroma_jax.utils.errors import ChromaError, near
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,15 +12,15 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from chroma_jax.layers import sums
-from chroma_jax.layers.sharding import RULES, reshape_rows, state_shardings
+from chroma_jax.kernels import sums
 from chroma_jax.models.chroma import Chroma, ChromaConfig
-from chroma_jax.paths import filled, flat, nested, values
-from chroma_jax.rows import Batch
-from chroma_jax.training.compiling import options
+from chroma_jax.parallel.compiler_options import options
+from chroma_jax.parallel.sharding import RULES, reshape_rows, state_shardings
+from chroma_jax.sequence.batch import Batch
 from chroma_jax.training.lora import LoraConfig, adapted
 from chroma_jax.training.loss import Counts, LossConfig, count, loss
 from chroma_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer, split_trainable
+from chroma_jax.utils.tree_paths import filled, flat, nested, values
 
 DType = Literal["float32", "bfloat16"]
 Metrics = dict[str, jax.Array]

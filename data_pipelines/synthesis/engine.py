@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from chroma_jax.errors import ChromaError
+from chroma_jax.utils.errors import ChromaError
 
 SAMPLE_RATE = 24_000
 FRAME = 1_920  # samples of a Codec frame: 80 ms

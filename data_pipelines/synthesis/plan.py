@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 from collections.abc import Iterable, Sequence
 
-from chroma_jax.errors import ChromaError
+from chroma_jax.utils.errors import ChromaError
 from data_pipelines.dialogues import SPLITS
 from data_pipelines.synthesis.engine import Phase
 from data_pipelines.synthesis.texts import VOICE_FIELDS, Text

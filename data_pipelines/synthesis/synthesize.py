@@ -27,8 +27,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from chroma_jax.errors import ChromaError
-from chroma_jax.files import replaced_files, write_json, write_whole
+from chroma_jax.utils.atomic_io import replaced_files, write_json, write_whole
+from chroma_jax.utils.errors import ChromaError
 from data_pipelines.dialogues import EMBEDDED, SPLITS, Problem, counted
 from data_pipelines.synthesis import record as recorder
 from data_pipelines.synthesis.check import MetricModels, check, rate

@@ -5,7 +5,7 @@ import json
 import re
 from pathlib import Path
 
-from chroma_jax.errors import ChromaError
+from chroma_jax.utils.errors import ChromaError
 from data_pipelines.dialogues import SPLITS, Problem
 
 MAX_CHARACTERS = 400  # about 27 s of speech; `prepare` accepts recordings of up to 30 s

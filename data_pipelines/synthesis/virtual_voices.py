@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from chroma_jax.errors import ChromaError
+from chroma_jax.utils.errors import ChromaError
 from data_pipelines.synthesis.engine import FRAME, SAMPLE_RATE, Phase
 
 REVISION = 2  # of this module, counted up when equal inputs get other samples

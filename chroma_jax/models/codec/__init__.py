@@ -9,7 +9,7 @@ from chroma_jax.models.codec.codec import (
     check_codes,
     reset_rows,
 )
-from chroma_jax.models.codec.fit import FitConfig, fit_quantizer
+from chroma_jax.models.codec.kmeans_init import FitConfig, fit_quantizer
 from chroma_jax.models.codec.quantizer import QuantizerConfig
 from chroma_jax.models.codec.seanet import SeanetConfig
 

@@ -16,14 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from chroma_jax.errors import ChromaError
 from chroma_jax.layers.attention import KVCache
 from chroma_jax.layers.rope import RopeConfig
-from chroma_jax.layers.sharding import RULES, AxisRules
 from chroma_jax.layers.transformer import Encoder, EncoderConfig
 from chroma_jax.models.codec.conv import Carry, Conv, ConvTranspose
 from chroma_jax.models.codec.quantizer import QuantizerConfig, SplitQuantizer
 from chroma_jax.models.codec.seanet import SeanetConfig, SeanetDecoder, SeanetEncoder
+from chroma_jax.parallel.sharding import RULES, AxisRules
+from chroma_jax.utils.errors import ChromaError
 
 MIMI_TRANSFORMER = EncoderConfig(
     num_layers=8,

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from chroma_jax.kernels.splash import LANES
 from chroma_jax.layers.linear import as_multiplied, in_use, normal, product, weight, zeros
-from chroma_jax.layers.sharding import RULES, device_kind, on_tpu, reshape_rows
-from chroma_jax.layers.splash import LANES
+from chroma_jax.parallel.sharding import RULES, device_kind, on_tpu, reshape_rows
 
 Padding = Literal["zeros", "replicate"]
 

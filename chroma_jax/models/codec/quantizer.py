@@ -8,7 +8,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from chroma_jax.layers.linear import Linear, in_use, normal, ones, weight
-from chroma_jax.layers.sharding import active, leading_spec
+from chroma_jax.parallel.sharding import active, leading_spec
 
 MIN_USAGE = 1e-5  # a code is never divided by less
 

@@ -7,8 +7,8 @@ from typing import Literal
 import jax
 from flax import nnx
 
-from chroma_jax.layers.sharding import reshape_rows
 from chroma_jax.models.codec.conv import Carry, Conv, ConvTranspose
+from chroma_jax.parallel.sharding import reshape_rows
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from chroma_jax.layers.linear import in_use, normal, ones, weight, zeros
-from chroma_jax.layers.sharding import reshape_rows
+from chroma_jax.parallel.sharding import reshape_rows
 from chroma_jax.training.codec.spectra import stft
 
 

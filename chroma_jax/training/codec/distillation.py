@@ -10,8 +10,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from chroma_jax.errors import ChromaError
 from chroma_jax.models.codec import CodecConfig
+from chroma_jax.utils.errors import ChromaError
 
 Teacher = Callable[[jax.Array], jax.Array]
 

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from chroma_jax.layers.sharding import reshape_rows
+from chroma_jax.parallel.sharding import reshape_rows
 from chroma_jax.training.codec.discriminator import Discriminator, Verdict
 from chroma_jax.training.codec.spectra import log_mel
 

@@ -10,9 +10,9 @@ import numpy as np
 import optax
 from flax import nnx
 
-from chroma_jax.errors import ChromaError
 from chroma_jax.layers.linear import Linear, zeros
-from chroma_jax.layers.sharding import reshape_rows
+from chroma_jax.parallel.sharding import reshape_rows
+from chroma_jax.utils.errors import ChromaError
 
 SUBFRAMES = 2  # targets per Codec frame
 LOWEST, HIGHEST = 60.0, 400.0  # Hz

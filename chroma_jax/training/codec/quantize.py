@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from chroma_jax.layers.sharding import active, leading_spec, reshard
 from chroma_jax.models.codec.quantizer import MIN_USAGE, ResidualQuantizer, SplitQuantizer, nearest
+from chroma_jax.parallel.sharding import active, leading_spec, reshard
 
 
 @dataclasses.dataclass(frozen=True)

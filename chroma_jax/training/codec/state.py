@@ -10,8 +10,8 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from chroma_jax.paths import filled, flat, nested, values
 from chroma_jax.training.codec.losses import LOSSES, BalancerState
+from chroma_jax.utils.tree_paths import filled, flat, nested, values
 
 
 class Parts(NamedTuple):

@@ -23,11 +23,11 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from chroma_jax.layers import sums
+from chroma_jax.kernels import sums
 from chroma_jax.layers.linear import Linear, zeros
-from chroma_jax.layers.sharding import RULES, state_shardings
 from chroma_jax.models.codec import Codec, CodecConfig
-from chroma_jax.paths import filled, values
+from chroma_jax.parallel.compiler_options import options as compiler_options
+from chroma_jax.parallel.sharding import RULES, state_shardings
 from chroma_jax.training.codec.discriminator import Discriminator, DiscriminatorConfig
 from chroma_jax.training.codec.distillation import Teacher, distillation_loss, teacher_width
 from chroma_jax.training.codec.losses import (
@@ -45,9 +45,9 @@ from chroma_jax.training.codec.losses import (
 from chroma_jax.training.codec.pitch import PitchHead, codebook_indices, pitch_loss, pitch_targets
 from chroma_jax.training.codec.quantize import Choice, Quantized, QuantizerTraining, draw, followed, mixed, perplexity, quantize
 from chroma_jax.training.codec.state import CodecTrainState, Parts, abstract_state
-from chroma_jax.training.compiling import options as compiler_options
 from chroma_jax.training.optimizer import OptimizerConfig, is_frozen, learning_rate, make_optimizer
 from chroma_jax.training.state import applied
+from chroma_jax.utils.tree_paths import filled, values
 from data_pipelines.waves import WaveBatch
 
 

@@ -1,0 +1,47 @@
+"""One frame: codebook 0 from the Backbone's h, then the Decoder level by level."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from chroma_jax.inference.compatibility import Positions
+from chroma_jax.layers.transformer import over_layers
+from chroma_jax.models.chroma import Chroma
+
+Choose = Callable[[jax.Array, jax.Array], jax.Array]  # logits [B, V], level → codes int32 [B]
+
+
+def residual_codes(
+    model: Chroma, hidden: jax.Array, c0: jax.Array, choose: Choose, positions: Positions = "trained"
+) -> tuple[jax.Array, jax.Array]:
+    """hidden: [B, D]; c0: int32 [B]. Returns (int32 [B, Q], the logits of c1 … c(Q−1), [B, Q−1, audio_vocab])."""
+    b, q = len(c0), model.config.codebooks
+    shift = 1 if positions == "trained" else 0
+    decoder, embed = model.decoder, lambda code, level: model.audio_embedding(code, level, hidden.dtype)
+
+    def run(inputs, first_slot, cache):
+        slots = jnp.broadcast_to(first_slot + jnp.arange(inputs.shape[1]), inputs.shape[:2])
+        x, cache = decoder.cached(inputs, jnp.maximum(slots - 1 + shift, 0), slots, cache)
+        return x[:, -1], cache
+
+    def level_step(carry, level):
+        code, cache = carry
+        x, cache = run(embed(code, level - 1)[:, None], level, cache)
+        logits = decoder.level_logits(x, level)
+        code = choose(logits, level)
+        return (code, cache), (code, logits)
+
+    cache = decoder.config.empty_cache(b, q, hidden.dtype)
+    x, cache = run(jnp.stack([hidden, embed(c0, 0)], axis=1), 0, cache)
+    logits1 = decoder.level_logits(x, 1)
+    c1 = choose(logits1, jnp.int32(1))
+    levels = range(2, q) if decoder.apart else jnp.arange(2, q)
+    _, (codes, logits) = over_layers(level_step, (c1, cache), levels)
+    codes = jnp.concatenate([c0[None], c1[None], codes]).T
+    return codes, jnp.moveaxis(jnp.concatenate([logits1[None], logits]), 0, 1)
+
+
+def greedy_residual_codes(model: Chroma, hidden: jax.Array, c0: jax.Array, positions: Positions = "trained"):
+    """`residual_codes` with the most likely code at every level."""
+    return residual_codes(model, hidden, c0, lambda logits, level: jnp.argmax(logits, -1).astype(jnp.int32), positions)

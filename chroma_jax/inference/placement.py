@@ -1,0 +1,190 @@
+"""How streaming programs are compiled, and where and how their weights lie: what `plan` compiles is what an engine runs.
+
+On TPU the compiler chooses the layout of every weight, for the tick that reads all of them, and all programs take the weights so:
+lying in another way, they would be copied before their products. On one device a model lies whole; a mesh divides it over its
+axis ``tensor``: heads, columns of the MLPs, the vocabulary, each where the mesh divides it. The Codec is whole on every device.
+"""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Iterator
+
+import jax
+from flax import nnx
+from jax.experimental.layout import Format, Layout
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
+
+from chroma_jax.layers.linear import as_multiplied, linears, turned
+from chroma_jax.layers.transformer import unstacked
+from chroma_jax.models.chroma import Chroma, ChromaConfig
+from chroma_jax.models.codec import Codec
+from chroma_jax.models.quantization import quantized
+from chroma_jax.parallel.sharding import AxisRules, MeshConfig, make_mesh, state_shardings
+from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.tree_paths import filled, values
+
+Place = jax.Device | NamedSharding  # one device; or a mesh, whole on each of its devices
+
+# Products of one row stay on the matrix units: as sums of products on the vector units they take 1.8 times as long.
+TPU_OPTIONS = {"xla_tpu_enable_dot_strength_reduction": "false"}
+LARGE = 2**20  # numbers in a kernel that does not fit into a processor's own cache
+WHOLE = AxisRules(heads=(), mlp=(), vocab=())
+
+
+def compiler_options(platform: str) -> dict[str, str] | None:
+    return TPU_OPTIONS if platform == "tpu" else None
+
+
+def choosing(tick: Callable, weights) -> jax.stages.Wrapped:
+    """tick(weights, state) → (state, output), the old state being given up, for TPU, with the layouts of ``weights``, arrays or
+    ShapeDtypeStructs, being the compiler's choice: ``compiled.input_formats[0][0]``."""
+    chosen = jax.tree.map(lambda x: Format(Layout.AUTO, x.sharding), weights)
+    return jax.jit(tick, donate_argnums=1, in_shardings=(chosen, None), keep_unused=True, compiler_options=TPU_OPTIONS)
+
+
+def laid_out(tick: Callable, weights, state):
+    """Weights as they best lie for ``tick``: on TPU a compilation finds out how, elsewhere as they do."""
+    if platform_of(place_of(jax.tree.leaves(weights)[0])) != "tpu":
+        return weights
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), (weights, state))
+    return jax.device_put(weights, choosing(tick, weights).lower(*abstract).compile().input_formats[0][0])
+
+
+def taken_apart(model: Chroma, codec: Codec, slots: int) -> tuple[Chroma, Codec]:
+    """Copies as processors want them for steps of a few positions: what is stacked has arrays of its own, see `unstacked`, and
+    kernels are `turned` where that is faster: large ones that are multiplied with several rows, and those with more inputs than
+    outputs."""
+    model, codec = (nnx.merge(*nnx.split(module)) for module in (model, codec))
+    reasoner, backbone, decoder = model.reasoner, model.backbone, model.decoder
+    for stack in (reasoner.text, backbone.model, decoder.model, codec.decoder_transformer):
+        stack.blocks = unstacked(stack.blocks)
+    decoder.heads = unstacked(decoder.heads)
+    decoder.heads_scale = None if decoder.heads_scale is None else unstacked(decoder.heads_scale)
+    of_one_row = [reasoner.head, *reasoner.text.blocks, backbone.head, decoder.projection, *decoder.model.blocks]
+    of_more = [*backbone.model.blocks, *codec.decoder_transformer.blocks]
+    for rows, modules in ((slots, of_one_row), (2 * slots, of_more)):
+        for _, linear in (found for module in modules for found in linears(module)):
+            inputs, size = math.prod(linear.kernel.shape[: linear.num_inputs]), linear.kernel.size
+            if linear.scale is None and ((size >= LARGE and rows > 1) or inputs > size // inputs):
+                linear.kernel = turned(linear.kernel, linear.num_inputs)
+    for stage in codec.decoder.stages:
+        if stage.up.kernel.size >= LARGE:
+            stage.up.kernel = turned(stage.up.kernel, 1)
+    return model, codec
+
+
+# A model over several devices
+
+
+def divided(config: ChromaConfig, tensor: int) -> ChromaConfig:
+    """A configuration whose parts can be divided by ``tensor``: what does not divide lies whole on every device. Query heads that
+    share a key are divided where the keys' heads can't be."""
+    if tensor == 1:
+        return config
+
+    def rules(heads: int, group: int, mlp: int, vocab: int = 0) -> AxisRules:
+        fits = lambda size: ("tensor",) if size % tensor == 0 else ()
+        by_group = not fits(heads) and fits(group)
+        return AxisRules(heads=fits(heads), group=("tensor",) if by_group else (), mlp=fits(mlp), vocab=fits(vocab))
+
+    def of(stack, vocab: int = 0):
+        group = stack.num_heads // stack.num_kv_heads
+        return dataclasses.replace(stack, rules=rules(stack.num_kv_heads, group, stack.mlp_width, vocab))
+
+    r, codec = config.reasoner, config.codec
+    audio = dataclasses.replace(r.audio, rules=rules(r.audio.num_heads, 1, r.audio.mlp_width))
+    reasoner = dataclasses.replace(r, audio=audio, text=of(r.text, r.vocab_size))
+    codec = dataclasses.replace(codec, transformer=dataclasses.replace(codec.transformer, rules=WHOLE))
+    return dataclasses.replace(config, reasoner=reasoner, backbone=of(config.backbone), decoder=of(config.decoder), codec=codec)
+
+
+def place_for(tensor: int) -> Place:
+    """The first device, or the first ``tensor`` ones, a mesh. Raises: ChromaError when there are not so many."""
+    if tensor < 1:
+        raise ChromaError(f"reply.tensor is {tensor}, must be at least 1")
+    return jax.devices()[0] if tensor == 1 else NamedSharding(make_mesh(MeshConfig(tensor=tensor)), P())
+
+
+def abstract_model(config: ChromaConfig, dtype, place: Place) -> Chroma:
+    """A model without values, its weights in ``dtype`` at a place, divided there. Raises: ChromaError as `state_shardings`."""
+    config = divided(config, place.mesh.shape["tensor"]) if on_many(place) else config
+    graph, state = nnx.split(nnx.eval_shape(lambda: Chroma(nnx.Rngs(0), config)))
+    alone = None if on_many(place) else SingleDeviceSharding(place)
+    where = state_shardings(state, place.mesh, config.rules_of) if alone is None else jax.tree.map(lambda _: alone, state)
+    return nnx.merge(graph, jax.tree.map(lambda x, to: jax.ShapeDtypeStruct(x.shape, dtype, sharding=to), state, where))
+
+
+def as_streamed(codec: Codec) -> Codec:
+    """On TPU, with the kernels of its decoder in the type that products take them in: half as many bytes for a tick to read."""
+    graph, state = nnx.split(codec)
+    kernels = {
+        path: as_multiplied(x)
+        for path, x in values(state).items()
+        if path.startswith(("decoder/", "decoder_transformer/")) and path.endswith("/kernel")
+    }
+    return nnx.merge(graph, filled(state, kernels))
+
+
+def codec_on(codec: Codec, place: Place) -> Codec:
+    """A Codec that goes with a model of `abstract_model`: whole, on every device."""
+    codec = as_streamed(codec)
+    if not on_many(place):
+        return codec
+    transformer = dataclasses.replace(codec.config.transformer, rules=WHOLE)
+    config = dataclasses.replace(codec.config, transformer=transformer)
+    graph, _ = nnx.split(nnx.eval_shape(lambda: Codec(nnx.Rngs(0), config)))
+    # by way of the host, from where any array may go to any devices
+    return nnx.merge(graph, jax.device_put(jax.device_get(nnx.state(codec)), place))
+
+
+def on_first(codec: Codec) -> Codec:
+    """The first device's own of a Codec that may lie on many, nothing being copied."""
+    graph, state = nnx.split(codec)
+    return nnx.merge(graph, jax.tree.map(lambda x: x.addressable_shards[0].data, state))
+
+
+def on_mesh(model: Chroma, codec: Codec, mesh: Mesh) -> tuple[Chroma, Codec]:
+    """Copies that are divided over a mesh's axis ``tensor``, for a `Speaker` or an engine. Raises: ChromaError as
+    `state_shardings` does."""
+    config, small = divided(model.config, mesh.shape["tensor"]), model.decoder.heads_scale is not None
+    made = lambda: quantized(Chroma(nnx.Rngs(0), config)) if small else Chroma(nnx.Rngs(0), config)
+    graph, state = nnx.split(nnx.eval_shape(made))[0], nnx.state(model)
+    placed = jax.device_put(jax.device_get(state), state_shardings(state, mesh, config.rules_of))
+    return nnx.merge(graph, placed), codec_on(codec, NamedSharding(mesh, P()))
+
+
+def place_of(weight: jax.Array) -> Place:
+    """Where what goes with a model's weights is to be put."""
+    where = weight.sharding
+    return NamedSharding(where.mesh, P()) if isinstance(where, NamedSharding) else next(iter(weight.devices()))
+
+
+def on_many(place: Place) -> bool:
+    return isinstance(place, NamedSharding)
+
+
+def platform_of(place: Place) -> str:
+    return place.mesh.devices.flat[0].platform if on_many(place) else place.platform
+
+
+@contextlib.contextmanager
+def running(place: Place) -> Iterator[None]:
+    """Inside, programs run where the weights are."""
+    with jax.set_mesh(place.mesh) if on_many(place) else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
+def guarded(place: Place) -> Iterator[None]:
+    """The same, and nothing moves between host and device unasked."""
+    with running(place), jax.transfer_guard("disallow"):
+        yield
+
+
+def send_to_host(arrays: Iterable[jax.Array]) -> None:
+    """Begins to copy arrays, and waits for none. A guard of transfers would take that for an accident."""
+    with jax.transfer_guard_device_to_host("allow"):
+        for x in arrays:
+            x.copy_to_host_async()

@@ -1,0 +1,81 @@
+"""Before the first frame: the question goes through the Reasoner, the voice prompt through the Backbone."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from chroma_jax.inference.sampling import Sampling
+from chroma_jax.inference.state import Capacity, ReferenceRows, StreamState, idle
+from chroma_jax.layers.attention import cached_mask
+from chroma_jax.models.chroma import Chroma
+from chroma_jax.models.codec import Codec
+from chroma_jax.sequence.batch import is_present
+
+
+class Prompt(NamedTuple):
+    """What a reply starts from, rows padded on the right to common lengths.
+
+    The question: mel [B, blocks, block frames, bins], mel_length [B, blocks], text [B, L], audio_index [B, L],
+    text_length [B]. The voice prompt, in the Backbone's order: voice_token [B, T] (NOTHING where there is none),
+    voice_codes [B, T, Q] (likewise), voice_length [B]. voice_padding: bool [B, T], padding that the reference has inside of
+    the voice prompt; None where there is none to be, see `chroma_jax.streaming.compatibility`.
+    """
+
+    mel: jax.Array
+    mel_length: jax.Array
+    text: jax.Array
+    audio_index: jax.Array
+    text_length: jax.Array
+    voice_token: jax.Array
+    voice_codes: jax.Array
+    voice_length: jax.Array
+    voice_padding: jax.Array | None = None
+
+
+def prefill(
+    model: Chroma, codec: Codec, prompt: Prompt, sampling: Sampling, keys: jax.Array, capacity: Capacity, dtype
+) -> StreamState:
+    """The state before the first frame. With ``prompt.voice_padding``, of a batch that is run as the reference runs it."""
+    rows, length = prompt.text.shape
+    state = idle(model.config, codec, rows, capacity, dtype)
+    with jax.named_scope("reasoner_prefill"):
+        audio = model.reasoner.audio(prompt.mel, prompt.mel_length, dtype)
+        embeddings = model.reasoner.embed(prompt.text, prompt.audio_index, audio)
+        positions = _positions(length, prompt.text_length, capacity.text)
+        hidden, reasoner_cache = model.reasoner.cached(embeddings, positions, state.reasoner_cache)
+    with jax.named_scope("backbone_prefill"):
+        positions = _positions(prompt.voice_token.shape[1], prompt.voice_length, capacity.audio)
+        mask = reference = None
+        if prompt.voice_padding is not None:
+            spare = capacity.audio - prompt.voice_padding.shape[1]
+            reference = ReferenceRows(jnp.pad(prompt.voice_padding, ((0, 0), (0, spare))), heard=jnp.ones(rows, bool))
+            mask = cached_mask(positions, capacity.audio) & ~reference.padding[:, None]
+        _, backbone_cache = model.backbone.cached(voice(model, prompt, dtype), positions, state.backbone_cache, mask)
+    return state._replace(
+        reasoner_cache=reasoner_cache,
+        reasoner_position=prompt.text_length,
+        text_hidden=jnp.take_along_axis(hidden, prompt.text_length[:, None, None] - 1, axis=1)[:, 0],
+        text_open=jnp.ones(rows, bool),
+        backbone_cache=backbone_cache,
+        backbone_position=prompt.voice_length,
+        speaking=jnp.ones(rows, bool),
+        sampling=sampling,
+        keys=keys,
+        reference=reference,
+    )
+
+
+def voice(model: Chroma, prompt: Prompt, dtype) -> jax.Array:
+    """The voice prompt as the Backbone is fed it: [B, T, D], a zero vector where there is neither token nor frame."""
+    return jnp.where(
+        is_present(prompt.voice_token)[..., None],
+        model.reasoner.embedding(jnp.maximum(prompt.voice_token, 0), dtype),
+        model.audio_embedding.frames(prompt.voice_codes, dtype),
+    )
+
+
+def _positions(length: int, valid: jax.Array, nowhere: int) -> jax.Array:
+    """0, 1, … up to each row's length, then ``nowhere``, where a cache takes no entry. int32 [B, length]."""
+    order = jnp.arange(length)
+    return jnp.where(order < valid[:, None], order, nowhere)

@@ -1,0 +1,138 @@
+"""What a reply starts from: a question, and a voice to answer in. Host arrays only.
+
+Lengths are rounded up to buckets, so that recordings of about the same length share one compiled program.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from chroma_jax.audio.log_mel import FeatureConfig, log_mel
+from chroma_jax.inference.compatibility import Compatibility, is_reference
+from chroma_jax.inference.prefill import Prompt
+from chroma_jax.models.audio_encoder import cut_blocks, num_outputs
+from chroma_jax.models.chroma import ChromaConfig
+from chroma_jax.sequence.chat_template import Encode
+from chroma_jax.sequence.chat_template import question as question_tokens
+from chroma_jax.sequence.chat_template import voice_prompt as voice_tokens
+from chroma_jax.sequence.interleave import NOTHING
+
+# Array → (multiple that its length is rounded up to, value of an empty entry).
+BUCKETS = {
+    "mel": (4, 0),
+    "mel_length": (4, 0),
+    "text": (64, 0),
+    "audio_index": (64, NOTHING),
+    "voice_token": (64, NOTHING),
+    "voice_codes": (64, NOTHING),
+    "voice_padding": (64, False),
+}
+
+
+def rounded_up(length: int, multiple: int) -> int:
+    return -(-length // multiple) * multiple
+
+
+def make_prompt(
+    config: ChromaConfig,
+    encode: Encode,
+    *,
+    question: np.ndarray | None = None,
+    said: str = "",
+    reference_codes: np.ndarray,
+    transcript: str,
+    system: str = "",
+) -> Prompt:
+    """One row, without a leading axis and unpadded.
+
+    Args:
+        config: Model configuration.
+        encode: Text to token ids.
+        question: The user's speech, float [S] at 16 kHz; None for a question in text alone.
+        said: Text that the user writes, after the speech if there is any.
+        reference_codes: int [R, Q] of the voice prompt, Q ≥ ``config.codebooks``; R may be 0.
+        transcript: Words of the voice prompt.
+        system: System text.
+
+    Raises:
+        ChromaError: If the speech is empty or too long.
+    """
+    tokens, audio = config.tokens, config.reasoner.audio
+    if question is None:  # one block without speech, so that no array is empty
+        blocks, lengths = np.zeros((1, audio.block_frames, audio.mel_bins), np.float32), np.zeros(1, np.int32)
+        outputs = 0
+    else:
+        mel = log_mel(question, FeatureConfig(mel_bins=audio.mel_bins))
+        blocks, lengths = cut_blocks(mel, audio.block_frames)
+        outputs = num_outputs(len(mel))
+    text = np.array(question_tokens(encode, tokens, heard=[tokens.audio] * outputs, said=said, system=system), np.int32)
+    audio_index = np.full(len(text), NOTHING, np.int32)
+    audio_index[text == tokens.audio] = np.arange(outputs)
+
+    voice_token, voice_codes = voice_sequence(encode, config, reference_codes, transcript)
+    return Prompt(
+        mel=blocks,
+        mel_length=lengths,
+        text=text,
+        audio_index=audio_index,
+        text_length=np.int32(len(text)),
+        voice_token=voice_token,
+        voice_codes=voice_codes,
+        voice_length=np.int32(len(voice_token)),
+    )
+
+
+def voice_sequence(
+    encode: Encode, config: ChromaConfig, reference_codes: np.ndarray, transcript: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """A voice prompt in the Backbone's order: token int32 [T] and codes int32 [T, Q], NOTHING where there is none; the last
+    position has neither. Arguments as of `make_prompt`."""
+    spoken = np.array(voice_tokens(encode, config.tokens, transcript), np.int32)
+    frames = np.asarray(reference_codes, np.int32)[:, : config.codebooks]
+    length = len(spoken) + len(frames) + 1
+    token = np.full(length, NOTHING, np.int32)
+    token[: len(spoken)] = spoken
+    codes = np.full((length, config.codebooks), NOTHING, np.int32)
+    codes[len(spoken) : -1] = frames
+    return token, codes
+
+
+def stack(rows: Sequence[Prompt], compatibility: Compatibility = "corrected") -> Prompt:
+    """Rows of different lengths as one batch, padded on the right to common, rounded lengths; for "reference", the voice
+    prompts are padded inside to one length first."""
+    if is_reference(compatibility):
+        rows = padded_inside(rows)
+    arrays = {}
+    for name in Prompt._fields:
+        values = [getattr(row, name) for row in rows]
+        if values[0] is None:
+            continue
+        if name in BUCKETS:
+            multiple, empty = BUCKETS[name]
+            length = rounded_up(max(len(v) for v in values), multiple)
+            values = [np.pad(v, ((0, length - len(v)), *((0, 0),) * (v.ndim - 1)), constant_values=empty) for v in values]
+        arrays[name] = np.stack(values)
+    return Prompt(**arrays)
+
+
+def padded_inside(rows: Sequence[Prompt]) -> list[Prompt]:
+    """Voice prompts of one length, padded where the reference pads: after the text start, and before the zero vector."""
+    texts = [int(np.sum(row.voice_token != NOTHING)) for row in rows]
+    recordings = [len(row.voice_token) - 1 - text for row, text in zip(rows, texts)]
+    length = max(texts) + max(recordings) + 1
+    padded = []
+    for row, text, recording in zip(rows, texts, recordings):
+        before, after = [1] * (max(texts) - text), [text + recording] * (max(recordings) - recording)
+
+        def inside(values: np.ndarray, empty, places: list[int] = before + after) -> np.ndarray:
+            return np.insert(values, places, empty, axis=0)
+
+        padded.append(
+            row._replace(
+                voice_token=inside(row.voice_token, NOTHING),
+                voice_codes=inside(row.voice_codes, NOTHING),
+                voice_length=np.int32(length),
+                voice_padding=inside(np.zeros(len(row.voice_token), bool), True),
+            )
+        )
+    return padded

@@ -1,0 +1,132 @@
+"""What a batch of conversations carries from frame to frame, and how its rows come and go.
+
+A row is a slot: `join` puts a freshly prefilled conversation into it while the others go on speaking, `cancel` frees it.
+Nothing of a row depends on another one, nor on what its slot held before.
+"""
+
+import dataclasses
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from chroma_jax.inference.sampling import Sampling
+from chroma_jax.layers.attention import KVCache
+from chroma_jax.models.chroma import ChromaConfig
+from chroma_jax.models.codec import Codec, CodecState
+from chroma_jax.sequence.interleave import NOTHING
+
+MOST_AT_ONCE = 8  # frames that the Codec decodes in one pass, so that its weights are read once for them
+Kept = Literal["as_dtype", "int8"]  # in which form weights or caches lie in memory
+
+
+@dataclasses.dataclass(frozen=True)
+class Capacity:
+    """text, audio: positions that the Reasoner's and the Backbone's caches hold. frames: the most frames of a reply. cache:
+    whether keys and values are kept in the type that is computed in, or as int8.
+
+    What is past them is dropped, so the caller ends a reply in time.
+    """
+
+    text: int
+    audio: int
+    frames: int
+    cache: Kept = "as_dtype"
+
+    @classmethod
+    def of(cls, text_length: int, voice_length: int, max_frames: int, cache: Kept = "as_dtype") -> "Capacity":
+        """What replies of ``max_frames`` frames can need after questions and voice prompts of (up to) these lengths."""
+        pairs = (max_frames + 1) // 2
+        return cls(text_length + pairs, voice_length + max_frames + 2 * pairs, max_frames, cache)
+
+    def cached_as(self, dtype):
+        """The type of the caches where ``dtype`` is computed in."""
+        return jnp.dtype(jnp.int8) if self.cache == "int8" else dtype
+
+
+class ReferenceRows(NamedTuple):
+    """What only the reference's batches need (see `chroma_jax.streaming.compatibility`).
+
+    padding: entries of the Backbone's cache that no position attends to. heard: the row had no frame of zeros so far.
+    """
+
+    padding: jax.Array  # bool [B, S]
+    heard: jax.Array  # bool [B]
+
+
+class StreamState(NamedTuple):
+    """One pytree, donated to the step.
+
+    frames: frames since the row's prefill; it gives the parity of text pairs and the random key. text_hidden: the Reasoner's
+    h that predicts the next token. codes: the last frame, not yet fed to the Backbone (−1: none). text_open: the reply's text
+    has not ended; speaking: its audio has not. reference: None, but for a batch that is run as the reference runs it.
+    """
+
+    frames: jax.Array  # int32 [B]
+    reasoner_cache: KVCache
+    reasoner_position: jax.Array  # int32 [B]
+    text_hidden: jax.Array  # [B, D]
+    text_open: jax.Array  # bool [B]
+    backbone_cache: KVCache
+    backbone_position: jax.Array  # int32 [B]
+    codes: jax.Array  # int32 [B, Q]
+    speaking: jax.Array  # bool [B]
+    codec: CodecState
+    sampling: Sampling
+    keys: jax.Array  # random keys [B]
+    reference: ReferenceRows | None = None
+
+
+def idle(config: ChromaConfig, codec: Codec, rows: int, capacity: Capacity, dtype) -> StreamState:
+    """A state in which no row speaks, for conversations to join."""
+    return StreamState(
+        frames=jnp.zeros(rows, jnp.int32),
+        reasoner_cache=config.reasoner.text.empty_cache(rows, capacity.text, capacity.cached_as(dtype)),
+        reasoner_position=jnp.zeros(rows, jnp.int32),
+        text_hidden=jnp.zeros((rows, config.reasoner.text.width), dtype),
+        text_open=jnp.zeros(rows, bool),
+        backbone_cache=config.backbone.empty_cache(rows, capacity.audio, capacity.cached_as(dtype)),
+        backbone_position=jnp.zeros(rows, jnp.int32),
+        codes=jnp.full((rows, config.codebooks), NOTHING, jnp.int32),
+        speaking=jnp.zeros(rows, bool),
+        codec=codec.decoder_state(rows, jnp.float32, frames_per_step=MOST_AT_ONCE, max_frames=capacity.frames),
+        sampling=Sampling.of(0.0, 0, rows),
+        keys=jax.random.split(jax.random.key(0), rows),
+    )
+
+
+def join(state: StreamState, row: StreamState, slot: jax.Array) -> StreamState:
+    """Puts a conversation into a slot; whatever was there is gone.
+
+    row: of one row and of the same `Capacity`, as `prefill` gives it. slot: int32 []. A row may join at any time; joined
+    before an even number of steps after the others, its tokens fall due with theirs, and the Reasoner runs in every other step
+    only. Raises: ValueError for another capacity, or for a batch of the reference, whose rows share their positions.
+    """
+    check_independent(state)
+    check_independent(row)
+
+    def place(path, of_batch, of_row):
+        axis = 1 if isinstance(of_batch, KVCache) else 0  # caches have their layers first
+        for old, new in zip(jax.tree.leaves(of_batch), jax.tree.leaves(of_row), strict=True):
+            one = (*old.shape[:axis], 1, *old.shape[axis + 1 :])
+            if new.shape != one:
+                raise ValueError(f"{jax.tree_util.keystr(path)} of the row is {new.shape}, of the batch {old.shape}: {one} fits")
+        put = lambda old, new: old.at[:, slot].set(new[:, 0]) if axis else old.at[slot].set(new[0])
+        return jax.tree.map(put, of_batch, of_row)
+
+    return jax.tree_util.tree_map_with_path(place, state, row, is_leaf=lambda x: isinstance(x, KVCache))
+
+
+def cancel(state: StreamState, mask: jax.Array) -> StreamState:
+    """Ends rows before their time. mask: bool [B]. Raises: ValueError for a batch of the reference."""
+    check_independent(state)
+    return state._replace(
+        text_open=state.text_open & ~mask,
+        speaking=state.speaking & ~mask,
+        codes=jnp.where(mask[:, None], NOTHING, state.codes),
+    )
+
+
+def check_independent(state: StreamState) -> None:
+    if state.reference is not None:
+        raise ValueError("the rows of a batch that is run as the reference runs it cannot come and go")

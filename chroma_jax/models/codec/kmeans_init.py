@@ -1,0 +1,113 @@
+"""A quantizer that fits a Codec's latents without training: principal components, and k-means level by level over what is left
+over."""
+
+import dataclasses
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from chroma_jax.models.codec.codec import Codec
+from chroma_jax.models.codec.quantizer import Codebooks, nearest
+from chroma_jax.utils.errors import ChromaError
+
+
+@dataclasses.dataclass(frozen=True)
+class FitConfig:
+    """iterations: Lloyd steps per codebook. max_latents: at most so many are used, chosen at random. semantic: what the semantic
+    branch sees of the latents, their principal components as the acoustic one does, or what its projection has been trained to
+    show it."""
+
+    iterations: int = 10
+    max_latents: int = 65_536
+    semantic: Literal["components", "trained"] = "components"
+
+
+ROWS_AT_A_TIME = 4096  # of the distance matrix, which has codebook_size columns
+RIDGE = 1e-4  # of the mean power of what the branches make: both see the same, so that their outputs are much alike
+
+
+def assign(x: jax.Array, centroids: jax.Array) -> jax.Array:
+    """x: [N, C]; centroids: [K, C]. Returns the nearest centroid of each row, int32 [N]."""
+    return jax.lax.map(lambda row: nearest(row, centroids), x, batch_size=ROWS_AT_A_TIME)
+
+
+@partial(jax.jit, static_argnames=("size", "iterations"))
+def kmeans(x: jax.Array, key: jax.Array, *, size: int, iterations: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Lloyd's algorithm. x: float32 [N, C]. Returns centroids [size, C], rows per centroid [size], residuals [N, C].
+
+    A centroid that wins no row is moved onto a random one.
+    """
+    first, *others = jax.random.split(key, iterations + 1)
+    count = x.shape[0]
+
+    def draw(key):
+        return x[jax.random.choice(key, count, (size,), replace=count < size)]
+
+    def sums(codes):
+        return jnp.zeros((size, x.shape[1])).at[codes].add(x), jnp.zeros((size,)).at[codes].add(1.0)
+
+    def step(centroids, key):
+        total, usage = sums(assign(x, centroids))
+        return jnp.where(usage[:, None] > 0, total / jnp.maximum(usage, 1.0)[:, None], draw(key)), None
+
+    centroids, _ = jax.lax.scan(step, draw(first), jnp.stack(others))
+    codes = assign(x, centroids)
+    return centroids, sums(codes)[1], x - centroids[codes]
+
+
+def fit_levels(books: Codebooks, z: np.ndarray, key: jax.Array, config: FitConfig) -> np.ndarray:
+    """Sets every codebook of a branch; the levels share one compiled function. z: what it sees, [N, C]. Returns what it makes of
+    that, [N, C]."""
+    count, size, _ = books.embed_sum.shape
+    residual = jnp.asarray(z)
+    embed_sum, cluster_usage = [], []
+    for _ in range(count):
+        key, level_key = jax.random.split(key)
+        centroids, usage, residual = kmeans(residual, level_key, size=size, iterations=config.iterations)
+        usage = jnp.maximum(usage, 1.0)
+        embed_sum.append(centroids * usage[:, None])
+        cluster_usage.append(usage)
+    books.embed_sum[...] = jnp.stack(embed_sum)
+    books.cluster_usage[...] = jnp.stack(cluster_usage)
+    books.initialized[...] = jnp.ones_like(books.initialized[...])
+    return z - np.asarray(residual)
+
+
+def fit_quantizer(codec: Codec, latents: np.ndarray, seed: int, config: FitConfig = FitConfig()) -> Codec:
+    """A copy of ``codec`` whose quantizer fits ``latents``; the same arguments give the same one.
+
+    Each branch sees the latents' principal components, as many as its codes have channels (the semantic one perhaps its own view,
+    see `FitConfig`); k-means makes its codebooks; and the projections out are those by which both branches together come closest
+    to the latents (least squares).
+
+    latents: float32 [N, D], from `Codec.latents`, frames of silence and padding left out. Raises: ChromaError for a wrong
+    shape or values that are not finite.
+    """
+    latents = np.asarray(latents, np.float32)
+    if latents.ndim != 2 or latents.shape[1] != codec.config.width or not len(latents):
+        raise ChromaError(f"latents must be [frames, {codec.config.width}] with at least one frame, got {latents.shape}")
+    if not np.isfinite(latents).all():
+        raise ChromaError("latents hold values that are not finite")
+    if len(latents) > config.max_latents:
+        latents = np.random.default_rng(seed).permutation(latents)[: config.max_latents]
+    codec = nnx.clone(codec)
+    branches = codec.quantizer.semantic, codec.quantizer.acoustic
+    projected = branches[0].input is not None
+    if projected:
+        components = np.linalg.eigh(latents.T @ latents)[1][:, ::-1][:, : codec.config.quantizer.codebook_dim]
+        for branch in branches[config.semantic == "trained" :]:
+            branch.input.kernel[...] = jnp.asarray(components)
+    seen = [latents @ np.asarray(branch.input.kernel[...]) if projected else latents for branch in branches]
+    keys = jax.random.split(jax.random.key(seed))
+    made = [fit_levels(branch.codebooks, z, key, config) for branch, z, key in zip(branches, seen, keys, strict=True)]
+    if projected:
+        both = np.concatenate(made, axis=1)
+        ridge = RIDGE * np.trace(both.T @ both) / both.shape[1] * np.eye(both.shape[1])
+        outputs = np.linalg.solve(both.T @ both + ridge, both.T @ latents)
+        for branch, kernel in zip(branches, np.split(outputs, 2), strict=True):
+            branch.output.kernel[...] = jnp.asarray(kernel, jnp.float32)
+    return codec

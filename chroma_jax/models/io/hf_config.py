@@ -1,0 +1,287 @@
+"""The released model's ``config.json`` and our `ChromaConfig`, both ways."""
+
+import math
+from typing import Any
+
+from chroma_jax.layers.rope import RopeConfig
+from chroma_jax.layers.transformer import EncoderConfig, LlamaConfig
+from chroma_jax.models.audio_encoder import AudioEncoderConfig
+from chroma_jax.models.chroma import ChromaConfig
+from chroma_jax.models.codec import CodecConfig, QuantizerConfig, SeanetConfig
+from chroma_jax.models.reasoner import ReasonerConfig
+from chroma_jax.sequence.chat_template import SpecialTokens
+from chroma_jax.utils.errors import ChromaError
+
+Json = dict[str, Any]
+
+
+def rope_from_hf(section: Json) -> RopeConfig:
+    """Reads ``rope_parameters`` (transformers 5) or ``rope_theta`` with ``rope_scaling`` (4)."""
+    scaling = section.get("rope_scaling") or {}
+    p = {"rope_theta": section.get("rope_theta", 10_000.0), **scaling, **(section.get("rope_parameters") or {})}
+    kind = p.get("rope_type", p.get("type", "default"))
+    if kind in ("default", "mrope"):
+        return RopeConfig(theta=float(p["rope_theta"]))
+    if kind != "llama3":
+        raise ChromaError(f"config.json: rope_type {kind!r} is not known (default, llama3)")
+    return RopeConfig(
+        theta=float(p["rope_theta"]),
+        scaling="llama3",
+        factor=float(p["factor"]),
+        low_freq_factor=float(p["low_freq_factor"]),
+        high_freq_factor=float(p["high_freq_factor"]),
+        original_length=int(p["original_max_position_embeddings"]),
+    )
+
+
+def rope_to_hf(rope: RopeConfig) -> Json:
+    if rope.scaling == "none":
+        return {"rope_type": "default", "rope_theta": rope.theta}
+    return {
+        "rope_type": "llama3",
+        "rope_theta": rope.theta,
+        "factor": rope.factor,
+        "low_freq_factor": rope.low_freq_factor,
+        "high_freq_factor": rope.high_freq_factor,
+        "original_max_position_embeddings": rope.original_length,
+    }
+
+
+def mrope_section(head_dim: int) -> list[int]:
+    """How many frequencies follow time, height and width, in Qwen2.5-Omni's proportion (16 : 24 : 24 of 64). Without vision all
+    three are the same position, so that it makes no difference, but transformers wants them to add up."""
+    spatial = 3 * (head_dim // 2) // 8
+    return [head_dim // 2 - 2 * spatial, spatial, spatial]
+
+
+def demand(section: Json, **only: Any) -> None:
+    """Raises ValueError for an option whose value this implementation does not have; an absent one is as it should be."""
+    for key, value in only.items():
+        if section.get(key, value) != value:
+            raise ValueError(f"{section.get('model_type', '?')}: {key} is {section[key]!r}, only {value!r} is implemented")
+
+
+def llama_from_hf(section: Json, *, bias: str = "none") -> LlamaConfig:
+    demand(section, hidden_act="silu", mlp_bias=False, use_sliding_window=False)
+    if bias == "none":
+        demand(section, attention_bias=False)
+    heads = section["num_attention_heads"]
+    return LlamaConfig(
+        num_layers=section["num_hidden_layers"],
+        width=section["hidden_size"],
+        num_heads=heads,
+        num_kv_heads=section.get("num_key_value_heads", heads),
+        head_dim=section.get("head_dim") or section["hidden_size"] // heads,
+        mlp_width=section["intermediate_size"],
+        norm_eps=section["rms_norm_eps"],
+        qkv_bias=bias,
+        rope=rope_from_hf(section),
+    )
+
+
+def llama_to_hf(config: LlamaConfig) -> Json:
+    return {
+        "num_hidden_layers": config.num_layers,
+        "hidden_size": config.width,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "intermediate_size": config.mlp_width,
+        "rms_norm_eps": config.norm_eps,
+        "rope_parameters": rope_to_hf(config.rope),
+        "hidden_act": "silu",
+    }
+
+
+def from_hf(config: Json) -> ChromaConfig:
+    """Our configuration of a released-layout ``config.json``.
+
+    Raises: ChromaError naming the key that is missing or out of range.
+    """
+    try:
+        thinker, defaults = config["thinker_config"], SpecialTokens()
+        return ChromaConfig(
+            reasoner=reasoner_from_hf(thinker),
+            backbone=llama_from_hf(config["backbone_config"]),
+            decoder=llama_from_hf(config["decoder_config"]),
+            codec=codec_from_hf(config["codec_config"]),
+            tokens=SpecialTokens(
+                pad=thinker.get("pad_token_id", defaults.pad),
+                im_start=config.get("im_start_token_id", config["im_end_token_id"] - 1),
+                im_end=config["im_end_token_id"],
+                audio=thinker["audio_token_index"],
+                audio_start=thinker["audio_start_token_id"],
+                audio_end=thinker["audio_end_token_id"],
+                text_start=config["text_start_token_id"],
+                text_end=config["text_end_token_id"],
+            ),
+            codebooks=config["audio_num_codebooks"],
+            audio_vocab=config["backbone_config"]["vocab_size"],
+            codebook_pad=config["codebook_pad_token_id"],
+            codebook_eos=config["codebook_eos_token_id"],
+        )
+    except KeyError as e:
+        raise ChromaError(f"config.json: key {e} is missing") from e
+    except ValueError as e:
+        raise ChromaError(f"config.json: {e}") from e
+
+
+def reasoner_from_hf(thinker: Json) -> ReasonerConfig:
+    """Of a Qwen2.5-Omni thinker configuration."""
+    audio, text = thinker["audio_config"], thinker["text_config"]
+    return ReasonerConfig(
+        audio=AudioEncoderConfig(
+            num_layers=audio["encoder_layers"],
+            width=audio["d_model"],
+            num_heads=audio["encoder_attention_heads"],
+            mlp_width=audio["encoder_ffn_dim"],
+            mel_bins=audio["num_mel_bins"],
+            block_frames=2 * audio["n_window"],
+            output_width=audio["output_dim"],
+        ),
+        text=llama_from_hf(text, bias="qkv"),
+        vocab_size=text["vocab_size"],
+    )
+
+
+def to_hf(config: ChromaConfig, dtype: str = "float32") -> Json:
+    """``config.json`` of an exported checkpoint."""
+    c, t, a = config, config.tokens, config.reasoner.audio
+    return {
+        "architectures": ["ChromaForConditionalGeneration"],
+        "model_type": "chroma",
+        "dtype": dtype,
+        "audio_frame_freq": c.codec.samples_per_frame,
+        "audio_num_codebooks": c.codebooks,
+        "codebook_eos_token_id": c.codebook_eos,
+        "codebook_pad_token_id": c.codebook_pad,
+        "im_start_token_id": t.im_start,
+        "im_end_token_id": t.im_end,
+        "text_start_token_id": t.text_start,
+        "text_end_token_id": t.text_end,
+        "backbone_config": {
+            "model_type": "chroma_backbone",
+            "audio_num_codebooks": c.codebooks,
+            "vocab_size": c.audio_vocab,
+            **llama_to_hf(c.backbone),
+        },
+        "decoder_config": {
+            "model_type": "chroma_decoder",
+            "audio_num_codebooks": c.codebooks,
+            "audio_embedding_dim": c.backbone.width,
+            "vocab_size": c.audio_vocab,
+            "max_position_embeddings": 33,
+            **llama_to_hf(c.decoder),
+        },
+        "codec_config": codec_to_hf(c.codec),
+        "thinker_config": {
+            "model_type": "qwen2_5_omni_thinker",
+            "pad_token_id": t.pad,
+            "audio_token_index": t.audio,
+            "audio_start_token_id": t.audio_start,
+            "audio_end_token_id": t.audio_end,
+            "tie_word_embeddings": False,
+            "audio_config": {
+                "model_type": "qwen2_5_omni_audio_encoder",
+                "activation_function": "gelu",
+                "encoder_layers": a.num_layers,
+                "num_hidden_layers": a.num_layers,
+                "d_model": a.width,
+                "encoder_attention_heads": a.num_heads,
+                "encoder_ffn_dim": a.mlp_width,
+                "num_mel_bins": a.mel_bins,
+                "n_window": a.block_frames // 2,
+                "output_dim": a.output_width,
+            },
+            "text_config": {
+                "model_type": "qwen2_5_omni_text",
+                "vocab_size": c.reasoner.vocab_size,
+                "tie_word_embeddings": False,
+                **llama_to_hf(c.reasoner.text),
+                "rope_parameters": {**rope_to_hf(c.reasoner.text.rope), "mrope_section": mrope_section(c.reasoner.text.head_dim)},
+            },
+        },
+    }
+
+
+def codec_from_hf(section: Json) -> CodecConfig:
+    """Of a Mimi configuration. Its sliding window is taken as written, whichever version wrote it."""
+    demand(section, audio_channels=1, use_causal_conv=True, trim_right_ratio=1.0, pad_mode="constant", hidden_act="gelu")
+    demand(section, attention_bias=False, vector_quantization_hidden_dimension=section.get("codebook_dim"))
+    ratios = tuple(section["upsampling_ratios"])
+    heads, width = section["num_attention_heads"], section["hidden_size"]
+    hop = math.prod(ratios)
+    frame_rate = section.get("_frame_rate") or section.get("frame_rate") or 12.5
+    return CodecConfig(
+        sampling_rate=section["sampling_rate"],
+        seanet=SeanetConfig(
+            num_filters=section["num_filters"],
+            ratios=ratios,
+            kernel_size=section["kernel_size"],
+            last_kernel_size=section["last_kernel_size"],
+            residual_kernel_size=section["residual_kernel_size"],
+            num_residual_layers=section["num_residual_layers"],
+            dilation_growth=section["dilation_growth_rate"],
+            compress=section["compress"],
+            shortcut="conv" if section.get("use_conv_shortcut") else "identity",
+        ),
+        transformer=EncoderConfig(
+            num_layers=section["num_hidden_layers"],
+            width=width,
+            num_heads=heads,
+            num_kv_heads=section.get("num_key_value_heads", heads),
+            head_dim=section.get("head_dim") or width // heads,
+            mlp_width=section["intermediate_size"],
+            norm_eps=section["norm_eps"],
+            layer_scale=section["layer_scale_initial_scale"],
+            rope=rope_from_hf(section),
+        ),
+        quantizer=QuantizerConfig(
+            num_codebooks=section["num_quantizers"],
+            num_semantic=section["num_semantic_quantizers"],
+            codebook_size=section["codebook_size"],
+            codebook_dim=section.get("codebook_dim") or width,
+        ),
+        stride=round(section["sampling_rate"] / hop / frame_rate),
+        upsample_groups=section.get("upsample_groups", width),
+        window=section.get("sliding_window"),
+    )
+
+
+def codec_to_hf(config: CodecConfig) -> Json:
+    c, s, t, q = config, config.seanet, config.transformer, config.quantizer
+    return {
+        "model_type": "mimi",
+        "sampling_rate": c.sampling_rate,
+        "_frame_rate": c.frame_rate,
+        "audio_channels": 1,
+        "hidden_size": c.width,
+        "num_filters": s.num_filters,
+        "upsampling_ratios": list(s.ratios),
+        "kernel_size": s.kernel_size,
+        "last_kernel_size": s.last_kernel_size,
+        "residual_kernel_size": s.residual_kernel_size,
+        "num_residual_layers": s.num_residual_layers,
+        "dilation_growth_rate": s.dilation_growth,
+        "compress": s.compress,
+        "use_conv_shortcut": s.shortcut == "conv",
+        "use_causal_conv": True,
+        "pad_mode": "constant",
+        "trim_right_ratio": 1.0,
+        "num_hidden_layers": t.num_layers,
+        "num_attention_heads": t.num_heads,
+        "num_key_value_heads": t.num_kv_heads,
+        "head_dim": t.head_dim,
+        "intermediate_size": t.mlp_width,
+        "norm_eps": t.norm_eps,
+        "layer_scale_initial_scale": t.layer_scale,
+        "rope_parameters": rope_to_hf(t.rope),
+        "hidden_act": "gelu",
+        "num_quantizers": q.num_codebooks,
+        "num_semantic_quantizers": q.num_semantic,
+        "codebook_size": q.codebook_size,
+        "codebook_dim": q.codebook_dim,
+        "vector_quantization_hidden_dimension": q.codebook_dim,
+        "upsample_groups": c.upsample_groups,
+        "sliding_window": c.window,
+    }

@@ -1,0 +1,228 @@
+"""Training a Codec, in the order in which it happens; the loop itself is `chroma_jax.training.loop`."""
+
+import importlib.util
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+from tqdm import tqdm
+
+from chroma_jax import config as configs
+from chroma_jax.config import CodecRun
+from chroma_jax.convert.codec import load_codec
+from chroma_jax.utils.errors import ChromaError
+from chroma_jax.metric_models.speech import stoi
+from chroma_jax.parallel.sharding import make_mesh
+from chroma_jax.metric_models.pitch import match_pitch, pitch, pitch_measures
+from chroma_jax.models.codec import CodecConfig, FitConfig, fit_quantizer
+from chroma_jax.utils.tree_paths import values
+from chroma_jax.training.checkpoint import Checkpoints
+from chroma_jax.training.codec.quantize import perplexity
+from chroma_jax.training.codec.step import CodecTrainer, CodecTrainState, Phase, make_codec_trainer
+from chroma_jax.runs.codec_teacher import load_teacher
+from chroma_jax.training.loop import check_batch, train_on
+from chroma_jax.training.metrics import MetricsWriter
+from chroma_jax.parallel.multihost import say, share_of_rows
+from chroma_jax.runs.run_folder import check_run, has_checkpoint, keep
+from chroma_jax.training.runtime.watchdog import Progress
+from data_pipelines.waves import WaveBatch, crops, held_out, open_waves
+
+FRAMES_PER_CODE = 32  # latents that a code is fitted to
+# Constants of the model that its weights were trained with and that no shape shows.
+CONSTANTS = re.compile(r"sampling_rate|window|transformer\.norm_eps|transformer\.rope\..*")
+COLLAPSED = 0.02  # an alarm is given when a codebook's held-out perplexity is below this share of its size
+
+
+def train_codec(
+    config: CodecRun, run: Path, prepared: Path, init_from: Path | None = None, progress: Progress | None = None
+) -> CodecTrainState:
+    """Trains from the run folder's newest checkpoint (or from ``init_from``, or from scratch) to ``config.training.steps``.
+
+    Args:
+        config: of the run.
+        run: the run folder, created if it does not exist.
+        prepared: a folder that ``chroma-jax prepare`` wrote.
+        init_from: weights that a new run begins with, see `initial_weights`.
+        progress: of the process, see `chroma_jax.training.multihost.joined`.
+
+    Returns:
+        The last state.
+
+    Raises:
+        Ended: the training stops early.
+        ChromaError: the run folder, data or weights belong to another model, or the mesh or batch size does not fit.
+    """
+    t = config.training
+    open_waves(prepared, config.model)
+    check_batch(config)
+    if t.accumulate > 1:
+        raise ChromaError(f"training.accumulate is {t.accumulate}: a codec's step computes its recordings at once; use 1")
+    check_run(config, run)
+    teacher = load_teacher(config.recipe.teacher, config.model.sampling_rate)
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        trainer = make_codec_trainer(config.model, config.recipe, t.seed, mesh, teacher, t.skip_norm)
+        given = init_from if init_from is not None and not has_checkpoint(run) else None
+        weights = {} if given is None else initial_weights(config, trainer, given)
+        keep(config, run, [])
+        task = CodecTask(config, prepared, trainer)
+        return train_on(task, config, run, trainer.abstract, lambda: trainer.init(weights), progress)
+
+
+def initial_weights(config: CodecRun, trainer: CodecTrainer, source: Path) -> dict[str, jax.Array]:
+    """The weights that a new run begins with, by path. Logs in one line which ones are drawn at random instead.
+
+    A weight is drawn at random when ``source`` does not have it or has it in another shape.
+
+    Args:
+        config: of the new run.
+        trainer: of the new run.
+        source: any Codec's weights: a run folder, an import, or safetensors, see `chroma_jax.convert.codec.load_codec`.
+
+    Raises:
+        ChromaError: ``source`` holds no Codec, or its weights were trained with other constants (sampling rate, attention
+            window, norm epsilon, RoPE) than the configuration has.
+    """
+    expected = trainer.abstract.weights()
+    model, found = stored_weights(config, source, expected)
+    now = configs.fields(config.model)
+    different = {n: v for n, v in configs.fields(model).items() if CONSTANTS.fullmatch(n) and now[n] != v}
+    if different:
+        flags = " ".join(f"--model.{name} {value}" for name, value in different.items())
+        raise ChromaError(f"{source}: its weights were trained with other constants; to begin with them, add {flags}")
+    drawn = collapsed(expected.keys() - found.keys(), set(expected))
+    say(f"initializing from {source}" + (f"; drawn at random: {', '.join(drawn)}" if drawn else ""))
+    return found
+
+
+def stored_weights(
+    config: CodecRun, source: Path, expected: dict[str, jax.ShapeDtypeStruct]
+) -> tuple[CodecConfig, dict[str, jax.Array]]:
+    """The model of a source, and those of its weights that have the expected path and shape, sharded as expected."""
+    same_shape = lambda arrays: {p: x for p, x in expected.items() if p in arrays and arrays[p].shape == x.shape}
+    if (source / "config.txt").is_file() and isinstance(before := configs.load(source), CodecRun):
+        with Checkpoints(source, config.checkpoint, access="read") as checkpoints:
+            return before.model, checkpoints.restore_weights(same_shape(checkpoints.held()))
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):  # files are read onto one device, whatever the mesh
+        codec = load_codec(source, config.model)
+    arrays = values(codec, "codec/")
+    return codec.config, {p: jax.device_put(np.asarray(arrays[p]), x.sharding) for p, x in same_shape(arrays).items()}
+
+
+def collapsed(paths: set[str], everything: set[str]) -> list[str]:
+    """The shortest list of paths and of folders of paths that names ``paths`` and nothing else of ``everything``."""
+    others = {"/".join(p.split("/")[:n]) for p in everything - paths for n in range(1, p.count("/") + 2)}
+    prefixes = lambda path: ["/".join(path.split("/")[:n]) for n in range(1, path.count("/") + 2)]
+    return sorted({next(p for p in prefixes(path) if p not in others) for path in paths})
+
+
+class CodecTask:
+    """The loop's task: a Codec on crops of recordings."""
+
+    shown = ("mel_loss", "commitment", "discriminator_loss")
+
+    def __init__(self, config: CodecRun, prepared: Path, trainer: CodecTrainer):
+        self.config, self.prepared, self.trainer = config, prepared, trainer
+        self.share = share_of_rows(trainer.wave_sharding, config.training.global_batch)
+
+    def phase(self, step: int) -> Phase:
+        recipe = self.config.recipe
+        decoded = step >= recipe.decode_from
+        return Phase(quantized=step >= recipe.quantize_from, judged=decoded and step >= recipe.judge_from, decoded=decoded)
+
+    def batches(self, position: int) -> Iterator[WaveBatch]:
+        t = self.config.training
+        share = self.share | {"global_batch": t.global_batch, "seed": t.seed}
+        return crops(self.prepared, self.config.model, self.config.data, position=position, **share)
+
+    def place(self, batch: WaveBatch) -> WaveBatch:
+        return jax.tree.map(jax.make_array_from_process_local_data, self.trainer.batch_sharding, batch)
+
+    def step(self, step: int, state: CodecTrainState, batch: WaveBatch) -> tuple[CodecTrainState, dict[str, jax.Array]]:
+        if step == self.config.recipe.quantize_from > 0:
+            state = self.fitted(step, state)
+        return self.trainer.train_step(state, batch, self.phase(step))
+
+    def fitted(self, step: int, state: CodecTrainState) -> CodecTrainState:
+        """With a quantizer fitted to the latents of the coming batches, so that it joins with little harm."""
+        model, t = self.config.model, self.config.training
+        data, found, wanted = self.batches(step), [], FRAMES_PER_CODE * model.codebook_size
+        while sum(map(len, found)) < wanted:
+            found.append(np.asarray(self.trainer.latents(state, self.place(next(data)).input)).reshape(-1, model.width))
+        graph, whole = nnx.split(self.trainer.module(state))
+        here = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), self.whole(whole))
+        fit = FitConfig(semantic="trained" if self.config.recipe.teacher else "components")
+        weights = values(nnx.state(fit_quantizer(nnx.merge(graph, here), np.concatenate(found), t.seed, fit)), "codec/")
+        for branch in ("semantic", "acoustic"):
+            books = f"codec/quantizer/{branch}/codebooks"
+            mean = weights[f"{books}/cluster_usage"].mean(axis=1, keepdims=True)  # the running usage has a mean of one
+            weights[f"{books}/cluster_usage"] = weights[f"{books}/cluster_usage"] / mean
+            weights[f"{books}/embed_sum"] = weights[f"{books}/embed_sum"] / mean[..., None]
+        quantizer = {path: x for path, x in state.weights().items() if path.startswith("codec/quantizer/")}
+        return state.with_weights({p: jax.device_put(np.asarray(weights[p]), x.sharding) for p, x in quantizer.items()})
+
+    def whole(self, tree):
+        """Arrays as they are on every host: not divided."""
+        return jax.jit(lambda x: x, out_shardings=self.trainer.abstract.step.sharding)(tree)
+
+    def evaluate(self, step: int, state: CodecTrainState, writer: MetricsWriter | None) -> dict[str, float]:
+        """Measures the held-out recordings, and writes the first ones to TensorBoard as audio.
+
+        The mel loss is measured against the targets, STOI (if pystoi is installed) and pitch against the inputs. In canonical
+        phase whole periods fit into each frame, so that pitch differs from the input's by up to 6 Hz.
+        """
+        model, phase = self.config.model, self.phase(step)
+        if not phase.decoded:
+            return {}
+        share = self.share | {"global_batch": self.config.training.global_batch}
+        distances, scores, first, matches = [], [], [], []
+        counts = np.zeros((model.num_codebooks, model.codebook_size))
+        for batch, samples in held_out(self.prepared, model, self.config.data, **share):
+            heard = jax.device_get(self.trainer.hear(state, self.place(batch), phase))
+            real, lengths = self.everywhere(batch.input), self.everywhere(samples)
+            for row in np.flatnonzero(lengths):
+                n = lengths[row]
+                distances.append(heard.distance[row])
+                if importlib.util.find_spec("pystoi") is not None:
+                    scores.append(stoi(real[row, :n], heard.made[row, :n], model.sampling_rate))
+                original, made = (pitch(wave[row, :n], model.sampling_rate) for wave in (real, heard.made))
+                matches.append(match_pitch(original, made))
+                for level, codes in enumerate(heard.codes[row, : model.num_frames(n)].T):
+                    counts[level] += np.bincount(codes, minlength=model.codebook_size)
+                if len(first) < 3:
+                    first.append((real[row, :n], heard.made[row, :n]))
+        for i, (real, made) in enumerate(first if writer is not None else []):
+            sounds = {"made": made} | ({"real": real} if step == 0 else {})
+            for name, wave in sounds.items():
+                writer.audio(f"valid/{i}_{name}", wave, model.sampling_rate, step)
+        metrics = {"valid/mel_loss": float(np.mean(distances))}
+        if scores := [s for s in scores if s is not None]:
+            metrics["valid/stoi"] = float(np.mean(scores))
+        metrics |= {f"valid/{name}": x for name, x in pitch_measures(matches).items() if x is not None}
+        if phase.quantized:
+            found = np.asarray(perplexity(jnp.asarray(counts)))
+            metrics |= {f"valid/perplexity_{level}": float(p) for level, p in enumerate(found)}
+            collapsed = [level for level, p in enumerate(found) if p < COLLAPSED * model.codebook_size]
+            metrics["valid/collapsed_codebooks"] = len(collapsed)
+            if collapsed and jax.process_index() == 0:
+                named = ", ".join(f"{level} (perplexity {found[level]:.1f} of {model.codebook_size})" for level in collapsed)
+                tqdm.write(f"ALARM: step {step}: collapsed codebooks: {named}")
+        return metrics
+
+    def everywhere(self, mine: np.ndarray) -> np.ndarray:
+        """This host's rows of a batch → those of all hosts."""
+        where = self.trainer.wave_sharding
+        where = where.update(spec=P(where.spec[0]))
+        return np.asarray(self.whole(jax.make_array_from_process_local_data(where, mine)))
+
+    def rates(self, metrics: dict[str, float], steps_per_second: float) -> dict[str, float]:
+        return {"audio_seconds_per_second": self.audio_seconds(metrics) * steps_per_second}
+
+    def audio_seconds(self, metrics: dict[str, float]) -> float:
+        """Seconds of the crops of a step."""
+        return self.config.training.global_batch * self.config.data.crop_frames / self.config.model.frame_rate

@@ -1,0 +1,265 @@
+"""Answers one recording: speech in, speech, text, a picture and the measurements out."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+import soundfile
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+from chroma_jax.config import Config, ReplyConfig
+from chroma_jax.utils.errors import ChromaError
+from chroma_jax.audio.log_mel import FeatureConfig
+from chroma_jax.utils.atomic_io import replaced_files
+from chroma_jax.models.chroma import Chroma
+from chroma_jax.sequence.interleave import NOTHING
+from chroma_jax.runs.load import load_run
+from chroma_jax.runs.generation_plot import Picture, Recording, draw
+from chroma_jax.inference.prefill import Prompt
+from chroma_jax.inference.prompt import make_prompt, stack
+from chroma_jax.inference.running_maximum import deviation
+from chroma_jax.inference.generator import Speaker, counted_compilations, settings
+from chroma_jax.training.metrics import read_lines
+from chroma_jax.audio import load as audio
+from data_pipelines.tokenizer import encoder
+
+LOSSES = {"c0": "c0_loss", "residual": "residual_loss", "text": "text_loss"}  # our name → that in metrics.jsonl
+
+
+@dataclasses.dataclass(frozen=True)
+class Spoken:
+    """A finished reply and when its parts were there.
+
+    wave: float32 [S]. codes: int32 [F, Q]. tokens: (frame that it stands before, token id) of each reply token. ended: "eos"
+    when the model ended it, "limit" when the time was up. features, prefill: how long these took, in ms. arrivals [F, or F + 1
+    with EOS]: when each frame was on the host, in ms since the end of the question.
+    """
+
+    wave: np.ndarray
+    codes: np.ndarray
+    tokens: list[tuple[int, int]]
+    ended: str
+    features: float
+    prefill: float
+    arrivals: np.ndarray
+
+
+def reply(run: Path, config: Config, question: Path, reference: Path, transcript: str, out: Path) -> dict:
+    """Writes reply.wav, reply.txt, reply.png and summary.json into ``out``, all or none. Returns the summary.
+
+    run: a training run or an exported model. transcript: what is said in ``reference``. Raises: ChromaError for input that is
+    missing or does not fit.
+    """
+    if Path(out).exists() and not Path(out).is_dir():
+        raise ChromaError(f"{out}: exists and is not a folder")
+    model, codec, tokenizer = load_run(run, config)
+    speaker = Speaker(model, codec, config.reply.dtype, config.reply.compatibility, config.reply.cache)
+    rate = model.config.codec.sampling_rate
+    asked = audio.load(question, audio.REASONER_RATE, max_seconds=FeatureConfig().max_seconds)
+    voice = audio.load_reference(reference, rate)
+    max_frames = int(config.reply.max_seconds * model.config.codec.frame_rate)
+    if max_frames < 1:
+        raise ChromaError(f"reply.max_seconds {config.reply.max_seconds:g} is less than one frame")
+
+    with counted_compilations() as compiled:
+        started = time.perf_counter()
+        codes = speaker.encode(voice)
+        encode = encoder(tokenizer)
+
+        def prompt() -> Prompt:
+            return stack(
+                [
+                    make_prompt(
+                        model.config,
+                        encode,
+                        question=asked,
+                        reference_codes=codes,
+                        transcript=transcript,
+                        system=config.data.system,
+                    )
+                ],
+                speaker.compatibility,
+            )
+
+        warm_up(speaker, prompt(), config.reply, max_frames)
+        warm_up_seconds = time.perf_counter() - started
+    with counted_compilations() as later:
+        spoken = speak(speaker, prompt, config.reply, max_frames)
+
+    pieces = text_pieces(tokenizer, spoken.tokens, model.config.tokens.im_end)
+    metrics = read_lines(Path(run) / "metrics.jsonl")
+    baselines = unigram_baselines(Path(run) / "dataset.json")
+    losses = last_losses(metrics, baselines)
+    summary = {
+        "text": "".join(piece for _, piece in pieces),
+        **measures(spoken, 1 / model.config.codec.frame_rate, rate),
+        "warm_up_seconds": round(warm_up_seconds, 2),
+        "compile_seconds": round(compiled.seconds, 2),
+        "compilations": compiled.count,
+        "compilations_after_warm_up": later.count,
+        "device": jax.devices()[0].device_kind,
+        "dtype": config.reply.dtype,
+        "weights": config.reply.weights,
+        "cache": config.reply.cache,
+        "compatibility": speaker.compatibility,
+        "temperature": config.reply.temperature,
+        "top_k": config.reply.top_k,
+        "top_p": config.reply.top_p,
+        "seed": config.reply.seed,
+        "running_maximum": listening(asked, model),
+        "losses": losses,
+    }
+    picture = Picture(
+        metrics=metrics,
+        baselines=baselines,
+        question=Recording("Question", asked, audio.REASONER_RATE),
+        reference=Recording("Reference voice", voice, rate),
+        reply=Recording("Reply", spoken.wave, rate),
+        codes=spoken.codes,
+        codebook_size=model.config.codec.codebook_size,
+        pieces=pieces_with_end(pieces, spoken.tokens, model.config.tokens.im_end),
+        ended=spoken.ended,
+        frame_seconds=1 / model.config.codec.frame_rate,
+        caption=caption(summary),
+    )
+
+    with replaced_files(Path(out)) as folder:
+        soundfile.write(folder / "reply.wav", audio.to_int16(spoken.wave), rate, subtype="PCM_16")
+        (folder / "reply.txt").write_text(summary["text"] + "\n", encoding="utf-8")
+        (folder / "summary.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        draw(picture, folder / "reply.png")
+    return summary
+
+
+def listening(wave: np.ndarray, model: Chroma) -> dict:
+    """How far the Reasoner's hearing of a question would be off, had it been heard while it was spoken, as a live front end does
+    it, with the loudest value so far in place of the whole question's: largest and root mean square, relative to the level."""
+    found = deviation(wave, model.reasoner.audio, FeatureConfig(mel_bins=model.config.reasoner.audio.mel_bins))
+    kinds = {"features": found.mel, "encoder_outputs": found.outputs}
+    return {name: {"max": round(x.max, 6), "relative": round(x.relative, 6)} for name, x in kinds.items()}
+
+
+def warm_up(speaker: Speaker, prompt: Prompt, config: ReplyConfig, max_frames: int) -> None:
+    """Compiles what a reply of these shapes needs, by speaking its first two frames."""
+    sampling, keys = settings(1, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, seed=config.seed)
+    frames = speaker.frames(speaker.start(prompt, sampling, keys, max_frames), 2)
+    for _ in frames:
+        pass
+
+
+def speak(speaker: Speaker, make: Callable[[], Prompt], config: ReplyConfig, max_frames: int) -> Spoken:
+    """Speaks one reply. make: builds the prompt; its time, that of the features, counts as time to the first audio."""
+    sampling, keys = settings(1, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, seed=config.seed)
+    samples, codes, tokens, arrivals, ended = [], [], [], [], "limit"
+    started = time.perf_counter()
+    prompt = make()
+    prefill_started = time.perf_counter()
+    state = jax.block_until_ready(speaker.start(prompt, sampling, keys, max_frames))
+    prefill = time.perf_counter() - prefill_started
+    with tqdm(total=max_frames, desc="reply", unit="frame", mininterval=0.5) as bar:
+        for frame in speaker.frames(state, max_frames):
+            arrivals.append(time.perf_counter() - started)
+            if not frame.live[0]:
+                ended = "eos"
+                break
+            if frame.token[0] != NOTHING:
+                tokens.append((len(codes), int(frame.token[0])))
+            samples.append(frame.samples[0])
+            codes.append(frame.codes[0])
+            bar.update()
+    return Spoken(
+        wave=np.concatenate(samples) if samples else np.zeros(0, np.float32),
+        codes=np.stack(codes) if codes else np.zeros((0, speaker.config.codebooks), np.int32),
+        tokens=tokens,
+        ended=ended,
+        features=1000 * (prefill_started - started),
+        prefill=1000 * prefill,
+        arrivals=1000 * np.array(arrivals),
+    )
+
+
+def measures(spoken: Spoken, frame_seconds: float, rate: int) -> dict:
+    """The figures of a reply. Everything was compiled before; a rate is missing (None) where there were too few frames.
+
+    first_audio_ms: from the end of the question, features included, to the first samples on the host. rtf: wall time from
+    there to the last sample, over the audio's length; rtf_steady: the same for all frames but the first.
+    """
+    intervals = np.diff(spoken.arrivals)
+    frames, seconds = len(spoken.codes), len(spoken.wave) / rate
+
+    def rounded(value: float | None, digits: int) -> float | None:
+        return None if value is None else round(float(value), digits)
+
+    steady = float(np.mean(intervals)) if len(intervals) else None
+    return {
+        "ended": spoken.ended,
+        "seconds": round(seconds, 2),
+        "frames": frames,
+        "tokens": len(spoken.tokens),
+        "features_ms": rounded(spoken.features, 2),
+        "prefill_ms": rounded(spoken.prefill, 2),
+        "first_audio_ms": rounded(spoken.arrivals[0], 2),
+        "frame_ms": {
+            "first": rounded(spoken.arrivals[0] - spoken.features - spoken.prefill, 2),
+            "median": rounded(np.median(intervals), 2) if len(intervals) else None,
+            "p95": rounded(np.percentile(intervals, 95), 2) if len(intervals) else None,
+        },
+        "rtf": rounded(spoken.arrivals[-1] / 1000 / seconds, 4) if frames else None,
+        "rtf_steady": rounded(steady and steady / 1000 / frame_seconds, 4),
+    }
+
+
+def text_pieces(tokenizer: Tokenizer, tokens: list[tuple[int, int]], im_end: int) -> list[tuple[int, str]]:
+    """(frame, text that the token adds) of every token before im_end. A character split between tokens comes with its last."""
+    pieces, ids, before = [], [], ""
+    spoken = [(frame, token) for frame, token in tokens if token != im_end]
+    for i, (frame, token) in enumerate(spoken):
+        ids.append(token)
+        text = tokenizer.decode(ids)
+        if i + 1 < len(spoken):
+            text = text.rstrip("\ufffd")
+        pieces.append((frame, text[len(before) :] if text.startswith(before) else ""))
+        before = text if text.startswith(before) else before
+    return pieces
+
+
+def pieces_with_end(pieces: list[tuple[int, str]], tokens: list[tuple[int, int]], im_end: int) -> list[tuple[int, str | None]]:
+    """The same, with None where the text ended."""
+    return [*pieces, *((frame, None) for frame, token in tokens if token == im_end)]
+
+
+def unigram_baselines(path: Path) -> dict[str, float]:
+    """Losses in nats of a model that knows only how often each code and token occurs; empty when the file is not there."""
+    if not path.is_file():
+        return {}
+    found = json.loads(path.read_text(encoding="utf-8")).get("unigram", {}).get("valid")
+    return {} if found is None else {"c0": found["c0"], "residual": float(np.mean(found["codes"][1:])), "text": found["text"]}
+
+
+def last_losses(metrics: list[dict], baselines: dict[str, float]) -> dict[str, dict[str, float]]:
+    """The newest training and validation loss of each kind beside its unigram baseline, in nats."""
+    losses: dict[str, dict[str, float]] = {}
+    for name, key in LOSSES.items():
+        found = {}
+        for split in ("train", "valid"):
+            values = [line[f"{split}/{key}"] for line in metrics if line.get(f"{split}/{key}") is not None]
+            found |= {split: round(values[-1], 4)} if values else {}
+        if found:
+            losses[name] = found | ({"unigram": round(baselines[name], 4)} if name in baselines else {})
+    return losses
+
+
+def caption(summary: dict) -> str:
+    """The figures that stand under the picture's title."""
+    parts = [f"{summary['seconds']:.2f} s of speech in {summary['frames']} frames, {summary['tokens']} text tokens"]
+    parts.append(f"first audio after {summary['first_audio_ms']:.0f} ms")
+    if summary["frame_ms"]["median"] is not None:
+        parts.append(f"{summary['frame_ms']['median']:.1f} ms per frame")
+    if summary["rtf_steady"] is not None:
+        parts.append(f"real-time factor {summary['rtf_steady']:.2f}")
+    return "   ·   ".join([*parts, f"{summary['device']}, {summary['dtype']}"])

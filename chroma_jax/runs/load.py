@@ -1,0 +1,111 @@
+"""A model that is ready to speak, from either of two kinds of folder.
+
+A training run, or what was imported: config.txt, checkpoints/, and beside them tokenizer.json and codec.safetensors.
+An exported model, in the released layout: config.json, *.safetensors (the Codec among them) and tokenizer.json.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+from flax import nnx
+from tokenizers import Tokenizer
+
+from chroma_jax.config import CodecRun, Config
+from chroma_jax.models.io.hf_config import codec_from_hf, from_hf
+from chroma_jax.models.io.name_tables import chroma_rows
+from chroma_jax.convert.sources import PARTS, read_codec
+from chroma_jax.models.io.weight_files import import_weights
+from chroma_jax.utils.errors import ChromaError
+from chroma_jax.models.chroma import Chroma, ChromaConfig
+from chroma_jax.models.codec import Codec
+from chroma_jax.models.quantization import quantized
+from chroma_jax.utils.tree_paths import filled, values
+from chroma_jax.inference.placement import Place, abstract_model, codec_on, place_for, running
+from chroma_jax.training.checkpoint import Checkpoints
+from chroma_jax.training.lora import restored
+from data_pipelines.tokenizer import load_tokenizer
+
+
+def load_run(run: Path, config: Config) -> tuple[Chroma, Codec, Tokenizer]:
+    """Weights on the first device, or the speaking model's divided over ``config.reply.tensor`` devices and the Codec's whole on
+    each; the model's in ``config.reply.dtype``, its products in int8 where ``config.reply.weights`` says so, the Codec's in
+    float32.
+
+    An exported folder brings its own model configuration, so that ``config.model`` counts for a training run only; read
+    the one in force from the returned model. Raises: ChromaError naming what is missing or does not fit.
+    """
+    run = Path(run)
+    if not run.is_dir():
+        raise ChromaError(f"{run}: no such folder")
+    dtype, place = jnp.dtype(config.reply.dtype), place_for(config.reply.tensor)
+    if (run / "checkpoints").is_dir():
+        model, codec_source = from_checkpoint(run, config, dtype, place), run / "codec.safetensors"
+        if not codec_source.is_file():
+            raise ChromaError(f"{codec_source}: no such file; a run folder keeps the Codec of its training data there")
+    elif (run / "config.json").is_file():
+        model_config, codec_source = exported_config(run / "config.json"), run
+        model = import_weights(abstract_model(model_config, dtype, place), chroma_rows(model_config), run)
+    else:
+        raise ChromaError(f"{run}: holds neither checkpoints/ (a training run) nor config.json (an exported model)")
+    if config.reply.weights == "int8":
+        with running(place):
+            model = quantized(model)
+    codec = codec_on(read_codec(codec_source, model.config), place)
+    if not (run / "tokenizer.json").is_file():
+        raise ChromaError(f"{run / 'tokenizer.json'}: no such file")
+    return model, codec, load_tokenizer(run / "tokenizer.json", model.config.tokens, model.config.reasoner.vocab_size)
+
+
+def exported_config(path: Path) -> ChromaConfig:
+    """The model configuration of an exported folder's config.json."""
+    return from_hf(read_json(path))
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ChromaError(f"{path}: not JSON ({error})") from error
+
+
+def exported_run(folder: Path) -> Config | CodecRun:
+    """The configuration of an exported folder: its model, and how codes are chosen as far as a generation_config.json says it;
+    or that of a Codec in the layout of transformers' Mimi."""
+    said = read_json(folder / "config.json")
+    if said.get("model_type") == "mimi":
+        return CodecRun(model=codec_from_hf(said))
+    config = Config(model=from_hf(said))
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return config
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+        temperature = float(said.get("temperature", 1.0)) if said.get("do_sample") else 0.0
+        changed = {"temperature": temperature, "top_k": int(said.get("top_k", config.reply.top_k))}
+        changed |= {"top_p": float(said.get("top_p", config.reply.top_p))}
+        if "max_new_tokens" in said:
+            changed["max_seconds"] = said["max_new_tokens"] / config.model.codec.frame_rate
+        reply = dataclasses.replace(config.reply, **changed)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ChromaError(f"{path}: damaged ({type(error).__name__}: {error})") from error
+    return dataclasses.replace(config, reply=reply)
+
+
+def from_checkpoint(run: Path, config: Config, dtype, place: Place) -> Chroma:
+    """The newest checkpoint's weights, whatever mesh wrote it; the optimizer's moments are not read.
+
+    Raises: ChromaError for an imported folder in which a part is missing.
+    """
+    graph, state = nnx.split(abstract_model(config.model, dtype, place))
+    with Checkpoints(run, config.checkpoint, access="read") as checkpoints:
+        check_complete(run, values(state).keys() - checkpoints.held().keys())
+        return nnx.merge(graph, filled(state, restored(checkpoints, values(state), config.lora)))
+
+
+def check_complete(run: Path, missing: set[str]) -> None:
+    """Raises ChromaError when weights are missing, naming the parts that they belong to."""
+    parts = sorted({path.split("/")[0] for path in missing}, key=lambda part: (*PARTS, part).index(part))
+    if missing:
+        raise ChromaError(f"{run}: has no weights of {', '.join(parts)}; import them too, or train with --init-from {run}")

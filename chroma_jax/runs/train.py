@@ -1,0 +1,232 @@
+"""Training the speaking model, in the order in which it happens; the loop itself is `chroma_jax.training.loop`.
+
+Weights come from, in this order: the newest checkpoint of the run folder; else the folder that the run starts from, a run or an
+import, and what that does not have, or all, is drawn at random.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+
+from chroma_jax import config as configs
+from chroma_jax.training import flops
+from chroma_jax.config import Config
+from chroma_jax.utils.errors import ChromaError
+from chroma_jax.parallel.sharding import make_mesh
+from chroma_jax.models.chroma import Chroma
+from chroma_jax.utils.tree_paths import values
+from chroma_jax.sequence.batch import Batch, empty_batch
+from chroma_jax.training.checkpoint import Checkpoints
+from chroma_jax.training.loop import check_batch, train_on
+from chroma_jax.training.lora import MARK, restored
+from chroma_jax.training.metrics import MetricsWriter, flat
+from chroma_jax.parallel.multihost import say, share_of_rows
+from chroma_jax.training.optimizer import split_trainable
+from chroma_jax.training.runtime.aot_executable import with_program
+from chroma_jax.runs.run_folder import check_run, has_checkpoint, keep
+from chroma_jax.training.state import Trainer, TrainState, make_trainer
+from chroma_jax.training.runtime.watchdog import Progress
+from data_pipelines.records import batches, evaluation_batches, open_dataset
+
+
+def train(
+    config: Config,
+    run: Path,
+    prepared: Path,
+    init_from: Path | None = None,
+    progress: Progress | None = None,
+    program: Path | None = None,
+) -> TrainState:
+    """Trains from the run folder's newest checkpoint (or from ``init_from``, or from scratch) to ``config.training.steps``.
+
+    run: created when absent. prepared: a folder that ``chroma-jax prepare`` wrote. init_from: another run folder or an imported
+    one, whose weights a new run begins with. progress: of the process, see `chroma_jax.training.multihost.joined`. program: file
+    with the compiled step, see `chroma_jax.training.program`.
+    Returns the last state. Raises: Ended when it stops before; ChromaError for a run folder, data or weights of another model, a
+    mesh or batch that does not fit.
+    """
+    dataset = open_dataset(prepared, config.model)
+    if dataset.shape != config.data.row:
+        row = config.data.row
+        raise ChromaError(f"{prepared}: rows are {dataset.shape}, the configuration says {row}; prepare the data again")
+    check_batch(config)
+    check_stored(config)
+    mesh = make_mesh(config.mesh)
+    check_run(config, run)
+    with jax.set_mesh(mesh):
+        trainer = trainer_of(config, mesh)
+        if program is not None:
+            trainer = with_program(trainer, config, abstract_batch(config, trainer), program)
+        given = init_from if init_from is not None and not has_checkpoint(run) else None
+        if given is not None:
+            check_tokenizer(prepared, given)
+        weights = {} if given is None else starting_weights(config, trainer, given)
+        keep(config, run, kept(prepared, given))
+        task = Speaking(config, prepared, trainer)
+        return train_on(task, config, run, trainer.abstract, lambda: trainer.init(weights), progress)
+
+
+def check_tokenizer(prepared: Path, start: Path) -> None:
+    """Raises ChromaError when the weights to begin with know other tokens than the data."""
+    ours, theirs = prepared / "tokenizer.json", start / "tokenizer.json"
+    if theirs.is_file() and vocabulary(ours) != vocabulary(theirs):
+        raise ChromaError(f"{prepared}: its tokenizer is not that of {start}; prepare the data with --data.tokenizer {theirs}")
+
+
+def vocabulary(tokenizer: Path) -> dict[str, int]:
+    return json.loads(tokenizer.read_text())["model"]["vocab"]
+
+
+def check_stored(config: Config) -> None:
+    """Raises ChromaError when stored hidden states would be used for a Reasoner that is trained."""
+    if config.loss.reasoner == "computed":
+        return
+    shapes = nnx.eval_shape(lambda: Chroma(nnx.Rngs(0), config.model))
+    _, trained, _ = split_trainable(shapes, config.optimizer)
+    if config.lora.targets or any(path.startswith("reasoner/") for path in values(trained)):
+        raise ChromaError("loss.reasoner is 'stored', but the Reasoner is trained; freeze it: --optimizer.freeze reasoner/")
+
+
+def trainer_of(config: Config, mesh: Mesh) -> Trainer:
+    """What a configuration's run is made of, on a mesh, which must be set."""
+    c, t = config, config.training
+    more = {"accumulate": t.accumulate, "lora": c.lora, "skip_norm": t.skip_norm}
+    return make_trainer(c.model, c.optimizer, c.loss, c.precision, t.seed, mesh, **more)
+
+
+def abstract_batch(config: Config, trainer: Trainer):
+    """Shapes and places of a global batch."""
+    c = config.model
+    audio = c.reasoner.audio
+    batch = empty_batch(
+        config.data.row,
+        rows=config.training.global_batch,
+        block_frames=audio.block_frames,
+        mel_bins=audio.mel_bins,
+        codebooks=c.codebooks,
+        stored_width=c.reasoner.text.width if config.loss.reasoner == "stored" else 0,
+        prompt_frames=config.loss.prompt_slots,
+    )
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=trainer.batch_sharding), batch)
+
+
+def step_flops(config: Config, trainer: Trainer) -> flops.PartFlops:
+    """FLOPs of a training step on full rows, by part."""
+    trained = {"/".join(path.split("/")[:2]) for path in values(trainer.abstract.trained)}
+    forward = flops.forward_flops(config.model, config.data.row, config.loss)
+    return flops.PartFlops(*(config.training.global_batch * part for part in flops.train_flops(forward, trained)))
+
+
+def starting_weights(config: Config, trainer: Trainer, start: Path) -> dict[str, jax.Array]:
+    """The weights that a new run begins with, by path, as they lie in training; says what is drawn at random instead.
+
+    Raises: ChromaError when ``start`` has no checkpoint, or weights of other sizes or trained with other constants.
+    """
+    source = configs.load(start)
+    before, now = configs.fields(source.model), configs.fields(config.model)
+    wanted = values(trainer.abstract.trained) | values(trainer.abstract.frozen)
+    with Checkpoints(start, config.checkpoint, access="read") as checkpoints:
+        held = checkpoints.held().keys() & wanted.keys()
+        parts = {path.split("/")[0] for path in held}
+        of_all = ("codebooks", "audio_vocab", "tokens.")
+        apart = {
+            name: value
+            for name, value in before.items()
+            if now[name] != value and configs.concerns_weights(name) and (name.split(".")[0] in parts or name.startswith(of_all))
+        }
+        if apart:
+            flags = " ".join(f"--model.{name} {value}" for name, value in apart.items())
+            raise ChromaError(f"{start}: its weights are of a model that the configuration describes otherwise; it says {flags}")
+        fitting = {path: wanted[path] for path in held}
+        goes_on = any(MARK in path for path in held)  # pairs are trained further, if there are any, or merged
+        weights = checkpoints.restore_weights(fitting) if goes_on else restored(checkpoints, fitting, source.lora)
+    drawn = sorted({path.split("/")[0] for path in wanted.keys() - held})
+    say(f"initializing from {start}" + (f"; drawn at random: {', '.join(drawn)}" if drawn else ""))
+    return weights
+
+
+def kept(prepared: Path, start: Path | None) -> list[Path]:
+    """What a reply or an export needs beside the weights."""
+    wanted = [prepared / name for name in ("tokenizer.json", "dataset.json", "codec.safetensors")]
+    if start is not None:  # what an import kept for the export
+        wanted += [start / name for name in ("unused.safetensors", "source_config.json")]
+    return wanted
+
+
+# Numbers of targets that the other metrics are means over; those of the voice prompt exist where it has a loss.
+COUNTS = ("frames", "residual_frames", "tokens", "heard_tokens", "prompt_frames", "prompt_residual_frames")
+
+
+def counted_by(name: str) -> str:
+    """Name of the count that a metric is a mean over. name: as `flat` writes it, "nll_3"."""
+    kind, _, rest = name.partition("_")
+    if kind == "prompt":
+        return f"prompt_{counted_by(rest)}"
+    if kind == "residual" or (kind in ("nll", "accuracy") and rest != "0"):  # the Decoder may see a share of the frames
+        return "residual_frames"
+    return {"text": "tokens", "hearing": "heard_tokens"}.get(kind, "frames")
+
+
+class Speaking:
+    """The loop's task: a speaking model on packed rows."""
+
+    shown = ("c0_loss", "residual_loss", "text_loss", "hearing_loss")
+
+    def __init__(self, config: Config, prepared: Path, trainer: Trainer):
+        self.config, self.prepared, self.trainer = config, prepared, trainer
+        self.share = share_of_rows(trainer.batch_sharding, config.training.global_batch)
+        self.reading = {"reasoner": config.loss.reasoner, "prompt_frames": config.loss.prompt_slots}
+        self.step_flops = sum(step_flops(config, trainer))
+        peak = flops.peak_flops(jax.devices()[0])
+        self.peak = None if peak is None else peak * config.mesh.num_devices
+
+    def batches(self, position: int) -> Iterator[Batch]:
+        t = self.config.training
+        share = self.share | {"global_batch": t.global_batch, "seed": t.seed}
+        share |= {"augment": self.config.augment} | self.reading
+        return batches(self.prepared, "train", self.config.model, position=position, **share)
+
+    def place(self, batch: Batch) -> Batch:
+        return place(batch, self.trainer)
+
+    def step(self, step: int, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        return self.trainer.train_step(state, batch)
+
+    def evaluate(self, step: int, state: TrainState, writer: MetricsWriter | None) -> dict[str, float]:
+        """Means over the valid split, each loss weighted by its own number of targets."""
+        totals: dict[str, float] = {}
+        counts = dict.fromkeys(COUNTS, 0.0)
+        share = self.share | {"global_batch": self.config.training.global_batch} | self.reading
+        for batch in evaluation_batches(self.prepared, "valid", self.config.model, **share):
+            metrics = flat(jax.device_get(self.trainer.eval_step(state, self.place(batch))))
+            for name in counts:
+                counts[name] += metrics.get(name, 0.0)
+            for name in metrics.keys() - counts:
+                totals[name] = totals.get(name, 0.0) + metrics[counted_by(name)] * metrics[name]
+        return {f"valid/{n}": v / counts[counted_by(n)] for n, v in sorted(totals.items()) if counts[counted_by(n)]}
+
+    def rates(self, metrics: dict[str, float], steps_per_second: float) -> dict[str, float]:
+        t, row = self.config.training, self.config.data.row
+        counts = {name: metrics.pop(name) for name in COUNTS if name in metrics}
+        rates = {
+            "reply_tokens_per_second": counts["tokens"] * steps_per_second,
+            "positions_per_second": t.global_batch * (row.positions + row.text) * steps_per_second,
+            "reply_audio_seconds_per_second": counts["frames"] / self.config.model.codec.frame_rate * steps_per_second,
+            "flops_per_second": self.step_flops * steps_per_second,
+        }
+        if self.peak is not None:
+            rates["utilisation"] = rates["flops_per_second"] / self.peak
+        return rates
+
+    def audio_seconds(self, metrics: dict[str, float]) -> float:
+        """Seconds of the frames that have a loss, reply and voice prompt together."""
+        return (metrics["frames"] + metrics.get("prompt_frames", 0.0)) / self.config.model.codec.frame_rate
+
+
+def place(batch: Batch, trainer: Trainer) -> Batch:
+    """This host's rows as part of a global batch on the mesh."""
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(trainer.batch_sharding, x), batch)

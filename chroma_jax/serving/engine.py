@@ -1,0 +1,333 @@
+"""The engine: many live conversations on one device, a frame of all of them at each tick.
+
+One thread owns the device. Every round it does what clients ordered (cancel, close), then a bounded piece of what conversations
+have to read (so that nobody's next frame is late), then asks for a tick, and only then fetches the frames of the tick before.
+`chroma_jax.streaming.rounds` is that thread's work; here is what clients see.
+"""
+
+import dataclasses
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import jax
+import numpy as np
+
+from chroma_jax.audio.log_mel import FeatureConfig, num_frames
+from chroma_jax.inference.generator import counted_compilations
+from chroma_jax.inference.placement import on_first
+from chroma_jax.inference.slots import BUCKETS, FRAMES_PER_CALL, TICKS, Chunk, Slots
+from chroma_jax.inference.state import Capacity, Kept
+from chroma_jax.inference.streaming_audio_encoder import MelBlocks
+from chroma_jax.models.audio_encoder import num_outputs
+from chroma_jax.models.chroma import Chroma
+from chroma_jax.models.codec import Codec
+from chroma_jax.sequence.chat_template import Encode, system_turn
+from chroma_jax.sequence.interleave import FRAMES_PER_PAIR
+from chroma_jax.serving.conversation import Conversation, around_a_turn
+from chroma_jax.serving.metrics import Meter
+from chroma_jax.serving.scheduler import Rounds, beginning
+from chroma_jax.serving.session import Reply, SamplingSettings, Session
+from chroma_jax.serving.voices import FRAMES_PER_PIECE, Recorder, Voice, fingerprint, load_voice, save_voice
+from chroma_jax.utils.errors import ChromaError, near
+
+Decode = Callable[[list[int]], str]  # token ids → text
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+    """slots: conversations at once, one of 1, 2, 4 … 64. text_positions: that the Reasoner keeps of a conversation; when it is
+    full the oldest turns are dropped whole. voice_positions: of the longest voice prompt, 12.5 a second and one a token.
+    max_seconds: of a reply. chunk: positions that are read at once between ticks. frames_per_call: most frames asked for in one
+    call. lead_seconds: how far ahead of its listeners a reply is spoken; None is as fast as the device can. cache: "int8" for
+    caches of a byte a number; weights of a byte come with the model, see `chroma_jax.models.quantized`.
+    """
+
+    slots: int = 8
+    text_positions: int = 2048
+    voice_positions: int = 256
+    max_seconds: float = 20.0
+    chunk: int = 64
+    frames_per_call: Literal[1, 2, 4, 8] = 8
+    lead_seconds: float | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    cache: Kept = "as_dtype"
+
+    def __post_init__(self):
+        if self.slots not in BUCKETS:
+            raise ChromaError(f"slots is {self.slots}, must be one of {', '.join(map(str, BUCKETS))}")
+        if self.frames_per_call not in FRAMES_PER_CALL:
+            raise ChromaError(f"frames_per_call is {self.frames_per_call}, must be one of {', '.join(map(str, FRAMES_PER_CALL))}")
+        for name in ("text_positions", "voice_positions", "chunk", "max_seconds"):
+            if getattr(self, name) <= 0:
+                raise ChromaError(f"{name} is {getattr(self, name)}, must be more than 0")
+
+
+class Engine:
+    """Conversations with a model. To be closed, or used in a ``with`` block.
+
+    encode, decode: text → token ids and back. Its thread starts with ``start``, or on entering a ``with`` block, after
+    ``warm_up``; without it, ``advance`` does one round at a time. Methods may be called by any thread.
+    Raises: ChromaError for sizes that do not fit together.
+    """
+
+    def __init__(self, model: Chroma, codec: Codec, encode: Encode, decode: Decode, config: EngineConfig = EngineConfig()):
+        c, chroma = config, model.config
+        self.config, self.config_of_codec = c, chroma.codec
+        self._encode, self._tokens = encode, chroma.tokens
+        frame_seconds = 1 / chroma.codec.frame_rate
+        self.max_frames = int(c.max_seconds / frame_seconds)
+        if self.max_frames < 1:
+            raise ChromaError(f"max_seconds {c.max_seconds:g} is less than one frame")
+        pairs = -(-self.max_frames // FRAMES_PER_PAIR)
+        self._reserved = pairs + around_a_turn(encode, chroma.tokens)  # positions that a turn needs beside what the user says
+        self.features = FeatureConfig(mel_bins=chroma.reasoner.audio.mel_bins)
+        if c.text_positions <= self._reserved:
+            raise ChromaError(
+                f"text_positions is {c.text_positions}; a reply of {c.max_seconds:g} s alone needs {self._reserved}"
+            )
+        capacity = Capacity(
+            c.text_positions, c.voice_positions + self.max_frames + FRAMES_PER_PAIR * pairs, self.max_frames, c.cache
+        )
+        self._slots = Slots(model, codec, c.slots, capacity, voice_positions=c.voice_positions, chunk=c.chunk, dtype=c.dtype)
+        self._recorder, self._made_by = Recorder(self._slots, on_first(codec), encode), fingerprint(model)
+        self.meter = Meter()
+        self.compiled, self.compilations = 0, 0  # programs, by the warm-up and since
+        self.rounds = Rounds(
+            self._slots,
+            self.meter,
+            decode,
+            reserved=self._reserved,
+            frames_per_call=c.frames_per_call,
+            lead_seconds=c.lead_seconds,
+        )
+        self._voices: dict[str, Voice] = {}
+        self._news = threading.Condition()
+        self._fresh = False  # whether something came that the engine's thread has not looked at
+        self._thread: threading.Thread | None = None
+        self._closing = False
+        self._failure: BaseException | None = None
+
+    # What clients ask for
+
+    def warm_up(self) -> None:
+        """Compiles every program by running it, and takes the time of ticks. Before the first session; takes minutes for a large
+        model."""
+        with counted_compilations() as compiled, jax.transfer_guard("disallow"):
+            slots, text = self._slots, np.zeros(self._slots.chunk, np.int32)
+            frames = FRAMES_PER_PIECE + 1  # the second piece meets another state than the first
+            *_, voice = self._recorder.make(np.zeros(frames * self.config_of_codec.samples_per_frame, np.float32), "")
+            block = np.zeros((slots.config.reasoner.audio.block_frames, self.features.mel_bins), np.float32)
+            _, outputs = slots.encode(slots.empty_carry(), block, len(block))
+            slots.adopt(0, voice.cache)
+            slots.hear(0, Chunk(text, text, outputs, np.int32(1)))
+            slots.begin(0, beginning(voice.length, SamplingSettings(), 0))
+            for tick in TICKS:
+                jax.device_get(slots.tick(*tick))
+            for count, pairs in TICKS:
+                taken = []
+                for _ in range(3):
+                    began = time.perf_counter()
+                    jax.device_get(slots.tick(count, pairs))
+                    taken.append(time.perf_counter() - began)
+                self.rounds.costs.took(count, min(taken))
+            slots.stop(0, 0)
+        self.front_end().feed(np.zeros(self.features.n_fft, np.float32))  # the filters are made at their first use
+        self.compiled = compiled.count
+
+    def add_voice(self, name: str, samples: np.ndarray, transcript: str) -> None:
+        """Encodes a recording and reads it with its transcript, once; sessions then name it. Waits until that is done; replies go
+        on meanwhile.
+
+        samples: float [S] at the Codec's rate. Raises: ChromaError for an empty or too long recording, or a name that is taken.
+        """
+        if name in self._voices:
+            raise ChromaError(f"voice {name!r} exists already")
+        pieces, done = self._recorder.make(np.asarray(samples), transcript), threading.Event()
+        found: list[Voice | BaseException] = []
+
+        def job() -> bool:
+            try:
+                voice = next(pieces)
+            except Exception as e:
+                voice = e
+            if voice is not None:
+                found.append(voice)
+                done.set()
+            return voice is None
+
+        self._notify(lambda: self.rounds.jobs.append(job))
+        self._until(done.is_set)
+        if isinstance(found[0], BaseException):
+            raise found[0]
+        self._voices[name] = found[0]
+
+    def save_voice(self, name: str, path: Path) -> None:
+        """Keeps a voice as a file. Raises: ChromaError for an unknown one."""
+        save_voice(self._voice(name), self._made_by, path)
+
+    def load_voice(self, name: str, path: Path) -> None:
+        """Takes a voice from a file of `save_voice`. Raises: ChromaError when it is none, of another model or too long, or when
+        the name is taken."""
+        if name in self._voices:
+            raise ChromaError(f"voice {name!r} exists already")
+        self._voices[name] = load_voice(path, self._made_by, self._slots)
+
+    def open(
+        self,
+        voice: str,
+        *,
+        system: str = "",
+        sampling: SamplingSettings = SamplingSettings(),
+        max_frames: int | None = None,
+    ) -> Session:
+        """A conversation in a free slot. voice: of the replies; max_frames: of each, by default as of ``max_seconds``.
+
+        Raises: ChromaError for an unknown voice, a system text that is too long, or when all slots are taken.
+        """
+        self.check()
+        found, most = self._voice(voice), self.max_frames if max_frames is None else max_frames
+        if not 1 <= most <= self.max_frames:
+            raise ChromaError(f"max_frames is {most}, must be 1 … {self.max_frames}, which max_seconds is")
+        head = len(system_turn(self._encode, self._tokens, system))
+        if self._room(head) < 1:
+            raise ChromaError(
+                f"system: has {head} positions; text_positions {self.config.text_positions} leaves no room beside it"
+            )
+        conversation = Conversation(
+            self._encode, self._tokens, size=self.config.chunk, no_audio=self._slots.no_audio, system=system
+        )
+        sessions = self.rounds.sessions
+        self._until(lambda: None in sessions or not any(s.closed for s in sessions))  # those that are closed will be gone
+        with self._news:
+            if None not in sessions:
+                raise ChromaError(f"all {self.config.slots} slots are taken; close a session, or make an engine with more slots")
+            slot = sessions.index(None)
+            session = sessions[slot] = Session(self, slot, conversation, sampling, most)
+        self.submit(session, [lambda: self.rounds.enter(session, found)])
+        return session
+
+    def start(self) -> "Engine":
+        """Starts the engine's thread. Raises: ChromaError when it runs."""
+        if self._thread is not None:
+            raise ChromaError("the engine runs already")
+        self._thread = threading.Thread(target=self._run, name="chroma-engine", daemon=True)
+        self._thread.start()
+        return self
+
+    def close(self) -> None:
+        """Ends all sessions and the thread."""
+        for session in [s for s in self.rounds.sessions if s is not None]:
+            session.close()
+        self._notify(lambda: setattr(self, "_closing", True))
+        if self._thread is not None:
+            self._thread.join()
+
+    def __enter__(self) -> "Engine":
+        return self if self._thread is not None else self.start()
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def measures(self) -> dict:
+        """What was measured since the warm-up, or since ``meter.clear()``: see `chroma_jax.streaming.meter`."""
+        return {
+            "slots": self.config.slots,
+            "dtype": self.config.dtype,
+            "device": jax.devices()[0].device_kind,
+            "state": "warm" if self.compiled else "cold",
+            "compilations_after_warm_up": self.compilations,
+            **self.meter.summary(),
+        }
+
+    # What sessions ask for
+
+    def front_end(self) -> MelBlocks:
+        return MelBlocks(self.features, self._slots.config.reasoner.audio.block_frames)
+
+    def check(self) -> None:
+        """Raises: ChromaError when the engine failed or is closed."""
+        if self._failure is not None:
+            raise ChromaError(f"the engine failed: {type(self._failure).__name__}: {self._failure}") from self._failure
+        if self._closing:
+            raise ChromaError("the engine is closed")
+
+    def check_turn(self, session: Session, samples: int, said: str) -> None:
+        """Raises: ChromaError for a turn with which alone a conversation would be too long. samples: of its speech."""
+        room = self._room(sum(int(chunk.length) for chunk in session.conversation.head))
+        needed = num_outputs(num_frames(samples, self.features)) if samples else 0
+        if needed + len(self._encode(said)) > room:
+            raise ChromaError(
+                f"the turn is too long: text_positions {self.config.text_positions} leaves room for {room} positions,"
+                f" {room * samples / self.features.sample_rate / max(needed, 1):.0f} s of speech"
+                if samples
+                else f"the text is too long: text_positions {self.config.text_positions} leaves room for {room} tokens"
+            )
+
+    def _room(self, head: int) -> int:
+        """Positions that the user's part of a turn may have. head: those of the system text."""
+        return self.config.text_positions - self._reserved - head
+
+    def submit(self, session: Session, units: list[Callable[[], list | None]]) -> None:
+        """More work for a session, to be done in order; a unit may return others that come right after it."""
+        self._notify(lambda: session.work.extend(units))
+
+    def cancel(self, session: Session, reply: Reply, heard: int) -> None:
+        """The device stops before its next tick; heard: frames of the reply that its listener knows."""
+        asked = time.perf_counter()
+        self._notify(lambda: self.rounds.orders.append(lambda: self.rounds.cut(session, reply, heard, asked)))
+
+    def release(self, session: Session) -> None:
+        if not session.closed:
+            session.closed = True
+            self._notify(lambda: self.rounds.orders.append(lambda: self.rounds.leave(session)))
+
+    # The engine's thread
+
+    def advance(self) -> float | None:
+        """One round, for an engine without a thread; see `Rounds.advance`."""
+        return self.rounds.advance()
+
+    def _run(self) -> None:
+        try:
+            with jax.transfer_guard("disallow"), counted_compilations(here=True) as compiled:
+                while not self._closing:
+                    with self._news:
+                        self._fresh = False
+                    due = self.advance()
+                    self.compilations = compiled.count
+                    with self._news:
+                        self._news.notify_all()
+                        if due != 0:
+                            self._news.wait_for(lambda: self._fresh or self._closing, due)
+        except BaseException as e:
+            self._failure = e
+            for session in [s for s in self.rounds.sessions if s is not None]:
+                for reply in {session.current, session.reply} - {None}:
+                    reply.end("failed", e)
+            with self._news:
+                self._news.notify_all()
+
+    def _notify(self, change: Callable[[], object]) -> None:
+        with self._news:
+            change()
+            self._fresh = True
+            self._news.notify_all()
+
+    def _until(self, done: Callable[[], bool]) -> None:
+        """Waits, or where no thread runs does the rounds itself."""
+        while not done():
+            if self._thread is None:
+                self.advance()
+                continue
+            self.check()
+            with self._news:
+                self._news.wait_for(lambda: done() or self._failure is not None or self._closing, 0.1)
+
+    def _voice(self, name: str) -> Voice:
+        if name not in self._voices:
+            known = ", ".join(self._voices) or "none"
+            raise ChromaError(f"voice {name!r} is unknown{near(name, self._voices)}; there are: {known}")
+        return self._voices[name]

@@ -1,0 +1,221 @@
+"""One live conversation, as its client sees it: speech in, chunks of sound and text out, from threads or from asyncio."""
+
+import asyncio
+import collections
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from chroma_jax.inference.streaming_audio_encoder import MelBlocks
+from chroma_jax.serving.conversation import Conversation, Turn
+from chroma_jax.utils.errors import ChromaError
+
+if TYPE_CHECKING:
+    from chroma_jax.serving.engine import Engine
+
+
+class SamplingSettings(NamedTuple):
+    """How codes are chosen: temperature 0 is greedy; top_k 0 and top_p 1 keep every code."""
+
+    temperature: float = 0.0
+    top_k: int = 50
+    top_p: float = 1.0
+    seed: int = 0
+
+
+class Said(NamedTuple):
+    """A frame of a reply: samples float32 [S] at the Codec's rate, and the text that begins to be said with it."""
+
+    samples: np.ndarray
+    text: str
+
+
+class Reply:
+    """A reply, from the end of the user's turn on. The engine's thread adds to it, a client takes from it.
+
+    tokens: (frame that it stands before, id) of each token. taken: chunks that the client took. asked: when the turn ended, in
+    seconds of time.perf_counter. turn: the conversation's record of it, once it is all heard. ended: "" while it is under way,
+    then "eos", "limit", "cancelled", "closed" or "failed".
+    """
+
+    def __init__(self, number: int):
+        self.number, self.asked = number, time.perf_counter()
+        self.tokens: list[tuple[int, int]] = []
+        self.frames, self.taken, self.ended = 0, 0, ""
+        self.first: float | None = None  # when the first frame came
+        self.audible = False
+        self.turn: Turn | None = None
+        self._chunks: collections.deque[Said] = collections.deque()
+        self._failure: BaseException | None = None
+        self._news = threading.Condition()
+        self._waiting: list[tuple[asyncio.AbstractEventLoop, asyncio.Future]] = []
+
+    def add(self, chunk: Said) -> None:
+        """Gives a chunk to the client, unless the reply has ended."""
+        self._change(lambda: self.ended or self._chunks.append(chunk))
+
+    def end(self, how: str, failure: BaseException | None = None) -> None:
+        """Ends it; what the client has not taken yet it still gets, unless it did not want any more."""
+
+        def change():
+            if how in ("cancelled", "closed"):
+                self._chunks.clear()
+                self.ended = how
+            self.ended, self._failure = self.ended or how, self._failure or failure
+
+        self._change(change)
+
+    def _change(self, change: Callable[[], object]) -> None:
+        with self._news:
+            change()
+            self._news.notify_all()
+            waiting, self._waiting = self._waiting, []
+        for loop, future in waiting:
+            loop.call_soon_threadsafe(lambda f=future: f.done() or f.set_result(None))
+
+    def _take(self) -> Said | None:
+        """The next chunk, or None at the end or where there is none yet. Raises: ChromaError when the engine failed."""
+        if self._chunks:
+            self.taken += 1
+            return self._chunks.popleft()
+        if self._failure is not None:
+            raise ChromaError(f"the engine failed: {type(self._failure).__name__}: {self._failure}") from self._failure
+        return None
+
+    def __iter__(self) -> Iterator[Said]:
+        while True:
+            with self._news:
+                self._news.wait_for(lambda: self._chunks or self.ended)
+                chunk = self._take()
+            if chunk is None:
+                return
+            yield chunk
+
+    async def __aiter__(self) -> AsyncIterator[Said]:
+        loop = asyncio.get_running_loop()
+        while True:
+            with self._news:
+                chunk, ended = self._take(), self.ended
+                if chunk is None and not ended:
+                    news = loop.create_future()
+                    self._waiting.append((loop, news))
+            if chunk is not None:
+                yield chunk
+            elif ended:
+                return
+            else:
+                await news
+
+
+class Session:
+    """A conversation in a slot of an `Engine`, which makes it. To be closed, or used in a ``with`` block.
+
+    ``feed`` takes the user's speech while it is spoken, ``end_turn`` asks for the reply; iterating over the session, with ``for``
+    or ``async for``, gives it chunk by chunk. Then comes the user's next turn. What is fed during a reply is heard when that is
+    over: to interrupt, ``cancel`` first. Nothing here waits for the device but iterating.
+
+    For the engine's thread: conversation, what the slot has read; work, what is to be done, in order; phase, "listening", "asked"
+    (for a reply, before all is heard), "ready" or "speaking"; current, the reply that this is about.
+    """
+
+    def __init__(self, engine: "Engine", slot: int, conversation: Conversation, sampling: SamplingSettings, max_frames: int):
+        self.engine, self.slot, self.sampling, self.max_frames = engine, slot, sampling, max_frames
+        self.conversation, self.voice_length = conversation, 0
+        self.work: collections.deque[Callable[[], list | None]] = collections.deque()
+        self.phase = "listening"
+        self.carry, self.positions = None, 0  # of the audio encoder, in the turn that is heard
+        self.opened, self.closed = time.perf_counter(), False
+        self.current: Reply | None = None  # the one that the engine is at
+        self.reply: Reply | None = None  # the one that was asked for last
+        self._mel: MelBlocks | None = None
+        self._samples = 0  # of the turn
+        self.in_turn = False  # whether the user is speaking
+        self._replies = 0
+
+    def feed(self, samples: np.ndarray) -> None:
+        """samples: float [S] at 16 kHz, S ≥ 0, a piece of any size of what the user says.
+
+        Raises: ChromaError for samples of another kind, for a turn longer than a conversation may be, for a closed session.
+        """
+        self._check_open()
+        self.engine.check_turn(self, self._samples + len(samples), "")
+        mel = self._mel or self.engine.front_end()
+        blocks = mel.feed(samples)
+        self._mel, self._samples = mel, self._samples + len(samples)
+        self._heard(blocks)
+
+    def end_turn(self, said: str = "") -> None:
+        """The user is done and wants a reply. said: what is written beside the speech, or instead of it.
+
+        Raises: ChromaError for a turn without speech and text, one that is too long, or a closed session.
+        """
+        self._check_open()
+        if not self._samples and not said:
+            raise ChromaError("end_turn: the turn is empty; feed samples, or give a text")
+        self.engine.check_turn(self, self._samples, said)
+        reply = Reply(self._replies)
+        self._heard(self._mel.finish() if self._samples else [], more=False)
+        self.reply, self._replies = reply, self._replies + 1
+        self._mel, self._samples, self.in_turn = None, 0, False
+        self.engine.submit(self, [lambda: self.engine.rounds.close_turn(self, reply, said)])
+
+    def cancel(self, played_samples: int | None = None) -> None:
+        """Stops the reply: no chunk is given out after this call, and the device stops before its next tick. The conversation
+        goes on as if the reply had ended where its listener was: with the last frame that was played, even in part.
+
+        played_samples: of the reply; by default all that were taken. Cuts the conversation also when the reply has been computed
+        to its end, as long as nothing of the next turn was fed. Does nothing before the first ``end_turn``.
+        """
+        if self.reply is None:
+            return
+        if played_samples is not None and played_samples < 0:
+            raise ChromaError(f"cancel: played_samples is {played_samples}, must be at least 0")
+        frame = self.engine.config_of_codec.samples_per_frame
+        heard = self.reply.taken if played_samples is None else -(-played_samples // frame)
+        self.reply.end("cancelled")
+        self.engine.cancel(self, self.reply, heard)
+
+    def close(self) -> None:
+        """Ends the conversation and frees its slot. Closing again does nothing."""
+        if self.reply is not None:
+            self.reply.end("closed")
+        self.engine.release(self)
+
+    def _heard(self, blocks: list, more: bool = True) -> None:
+        """more: whether any may come behind these."""
+        units = [] if self.in_turn else [lambda: self.engine.rounds.open_turn(self)]
+        self.in_turn = True
+        for block in blocks:
+            units.append(lambda b=block: self.engine.rounds.hear(self, b, more or b is not blocks[-1]))
+        self.engine.submit(self, units)
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise ChromaError("the session is closed; open another one")
+        self.engine.check()
+
+    def _asked(self) -> Reply:
+        if self.reply is None:
+            raise ChromaError("no reply was asked for; end_turn does")
+        return self.reply
+
+    def __iter__(self) -> Iterator[Said]:
+        return iter(self._asked())
+
+    def __aiter__(self) -> AsyncIterator[Said]:
+        return aiter(self._asked())
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    async def __aenter__(self) -> "Session":
+        return self
+
+    async def __aexit__(self, *_) -> None:
+        self.close()

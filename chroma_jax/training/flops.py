@@ -1,0 +1,236 @@
+"""Parameters, bytes and floating-point operations of a configuration, counted from its shapes."""
+
+import collections
+import math
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.extend as jex
+import jax.numpy as jnp
+from flax import nnx
+
+from chroma_jax.layers.transformer import LlamaConfig
+from chroma_jax.models.audio_encoder import AudioEncoderConfig
+from chroma_jax.models.chroma import Chroma, ChromaConfig
+from chroma_jax.models.codec import Codec, CodecConfig
+from chroma_jax.sequence.batch import RowShape
+from chroma_jax.training.codec.discriminator import Discriminator
+from chroma_jax.training.loss import LossConfig
+from chroma_jax.utils.errors import ChromaError
+
+# Peak dense bf16 FLOP/s of a device, by how its ``device_kind`` begins; a device that is not here has no utilisation.
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6": 918e12,
+    "TPU7": 2307e12 / 2,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA A100": 312e12,
+}
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """Peak bf16 FLOP/s of one device, or None when it is not known."""
+    matches = [peak for kind, peak in PEAK_FLOPS.items() if device.device_kind.startswith(kind)]
+    return matches[0] if matches else None
+
+
+def llama(c: LlamaConfig, positions: int, context: float) -> float:
+    """Forward FLOPs of a stack over ``positions`` positions that see ``context`` positions each, on average."""
+    attention = c.width * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)
+    weights = c.num_layers * (attention + 3 * c.width * c.mlp_width)
+    return 2 * positions * weights + 4 * positions * context * c.num_layers * c.num_heads * c.head_dim
+
+
+def audio_encoder(c: AudioEncoderConfig) -> float:
+    """Forward FLOPs of one block."""
+    frames, positions = c.block_frames, c.block_frames // 2
+    convolutions = 6 * frames * c.mel_bins * c.width + 6 * positions * c.width**2
+    layers = c.num_layers * (2 * positions * (4 * c.width**2 + 2 * c.width * c.mlp_width) + 4 * positions**2 * c.width)
+    return convolutions + layers + positions * c.width * c.output_width
+
+
+class PartFlops(NamedTuple):
+    """Forward FLOPs of one packed row, by part, at the row's full capacity (padding is computed too)."""
+
+    audio_encoder: float
+    text_model: float
+    backbone: float
+    decoder: float
+
+
+def forward_flops(model: ChromaConfig, row: RowShape, loss: LossConfig) -> PartFlops:
+    """Causal attention counts half of the square; heads count the positions they are applied to."""
+    c, q = model, model.codebooks
+    text = llama(c.reasoner.text, row.text, row.text / 2)
+    if loss.text_weight:
+        text += 2 * row.answers * c.reasoner.text.width * c.reasoner.vocab_size
+    if loss.hearing_weight:
+        text += 2 * row.blocks * (c.reasoner.audio.block_frames // 4) * c.reasoner.text.width * c.reasoner.vocab_size
+    if not loss.speech_weight:
+        return PartFlops(row.blocks * audio_encoder(c.reasoner.audio), text, 0, 0)
+    targets = row.frames + loss.prompt_slots
+    backbone = llama(c.backbone, row.positions, row.positions / 2) + 2 * targets * c.backbone.width * c.audio_vocab
+    frame = llama(c.decoder, q, q / 2) + 2 * q * c.backbone.width * c.decoder.width
+    frame += 2 * (q - 1) * c.decoder.width * c.audio_vocab
+    frames = sum(math.ceil(slots * loss.decoder_frames) for slots in (row.frames, loss.prompt_slots))
+    return PartFlops(row.blocks * audio_encoder(c.reasoner.audio), text, backbone, frames * frame)
+
+
+def train_flops(forward: PartFlops, trained: set[str]) -> PartFlops:
+    """FLOPs of one row's training step. trained: first two path elements of the trained weights, such as "reasoner/text".
+
+    The backward pass costs twice the forward one where weights are trained, once where gradients only pass through, and
+    nothing below the last trained weight.
+    """
+    has = PartFlops(
+        audio_encoder=any(t.startswith("reasoner/audio") for t in trained),
+        text_model=any(t.startswith("reasoner/") and not t.startswith("reasoner/audio") for t in trained),
+        backbone=any(t.startswith(("backbone/", "audio_embedding/")) for t in trained),
+        decoder=any(t.startswith("decoder/") for t in trained),
+    )
+    below = (False, has.audio_encoder, has.audio_encoder or has.text_model, has.backbone)
+    passes = (1 + 2 * own + (through and not own) for own, through in zip(has, below))
+    return PartFlops(*(part * times for part, times in zip(forward, passes)))
+
+
+class PartSize(NamedTuple):
+    """Weights of one part."""
+
+    name: str
+    parameters: int
+
+
+def part_sizes(model: ChromaConfig) -> list[PartSize]:
+    """Parameters by part; counted from abstract shapes, so the 4B configuration costs no memory. The table of audio
+    embeddings is the Decoder's, as in the released checkpoint's names."""
+    speaking = nnx.eval_shape(lambda: Chroma(nnx.Rngs(0), model))
+    codec = nnx.eval_shape(lambda: Codec(nnx.Rngs(0), model.codec))
+
+    def count(module) -> int:
+        return sum(math.prod(x.shape) for x in jax.tree.leaves(nnx.state(module)))
+
+    reasoner, audio = count(speaking.reasoner), count(speaking.reasoner.audio)
+    return [
+        PartSize("Reasoner: audio encoder", audio),
+        PartSize("Reasoner: text model", reasoner - audio),
+        PartSize("Backbone", count(speaking.backbone)),
+        PartSize("Decoder (with the audio embedding)", count(speaking.decoder) + count(speaking.audio_embedding)),
+        PartSize("Codec", count(codec) - codebook_values(model.codec)),
+    ]
+
+
+def frame_bytes(model: ChromaConfig, dtype=jnp.bfloat16) -> float:
+    """Weight bytes that one reply frame has to read: the text model every other frame, Backbone, the Decoder seven times,
+    the Codec's decoder half, each once; the embedding tables only by row."""
+    c, size = model, jnp.dtype(dtype).itemsize
+    text = sum(p.parameters for p in part_sizes(model) if p.name == "Reasoner: text model")
+    text -= c.reasoner.vocab_size * c.reasoner.text.width  # the input embedding is read by row
+    backbone = next(p.parameters for p in part_sizes(model) if p.name == "Backbone")
+    decoder = next(p.parameters for p in part_sizes(model) if p.name.startswith("Decoder"))
+    table = c.codebooks * c.audio_vocab * c.backbone.width
+    heads = (c.codebooks - 1) * c.decoder.width * c.audio_vocab
+    codec = next(p.parameters for p in part_sizes(model) if p.name == "Codec") / 2
+    return size * (text / 2 + backbone + (c.codebooks - 1) * (decoder - table - heads) + heads + codec)
+
+
+def counted(program: jex.core.ClosedJaxpr | jex.core.Jaxpr, scopes: Sequence[str], within: str = "other") -> dict[str, float]:
+    """FLOPs of the products and convolutions of a traced program, by the first of ``scopes`` in the names that it was traced
+    under, else ``within``. A loop counts as often as it turns, of branches the longest; zeros that a convolution is spread with
+    are not computed with. Raises: ChromaError for a loop that does not say how often it turns."""
+    found: dict[str, float] = collections.defaultdict(float)
+    for e in getattr(program, "jaxpr", program).eqns:
+        names = str(e.source_info.name_stack)
+        scope = next((scope for scope in scopes if re.search(rf"\b{scope}\b", names)), within)
+        name, p = e.primitive.name, e.params
+        if name == "dot_general":
+            (left, _), _ = p["dimension_numbers"]
+            found[scope] += 2 * e.outvars[0].aval.size * math.prod(e.invars[0].aval.shape[i] for i in left)
+        elif name == "conv_general_dilated":
+            kernel, lanes = e.invars[1].aval, p["dimension_numbers"].rhs_spec[0]
+            reads = kernel.size / kernel.shape[lanes] / math.prod(p["lhs_dilation"])
+            found[scope] += 2 * e.outvars[0].aval.size * reads
+        inner = [counted(x, scopes, scope) for x in jax.tree.leaves(p, is_leaf=is_program) if is_program(x)]
+        if name == "while" and any(sum(counts.values()) for counts in inner):
+            raise ChromaError("a loop with products in it does not say how often it turns")
+        inner = [max(inner, key=lambda counts: sum(counts.values()))] if name == "cond" else inner
+        for counts in inner:
+            for key, value in counts.items():
+                found[key] += value * p.get("length", 1)
+    return dict(found)
+
+
+def is_program(x) -> bool:
+    return isinstance(x, (jex.core.ClosedJaxpr, jex.core.Jaxpr))
+
+
+def describe_codec(config) -> str:
+    """A table of a Codec's parts: parameters, bytes in float32, and forward GFLOPs of a second of sound."""
+    model = config.model
+    codec = nnx.eval_shape(lambda: Codec(nnx.Rngs(0), model))
+    judge = nnx.eval_shape(lambda: Discriminator(nnx.Rngs(0), config.recipe.discriminator))
+    seconds = 8
+    samples = -(-seconds * model.sampling_rate // model.samples_per_frame) * model.samples_per_frame
+    wave = jax.ShapeDtypeStruct((1, samples), jnp.float32)
+    codes = jax.ShapeDtypeStruct((1, model.num_frames(samples), model.num_codebooks), jnp.int32)
+
+    def per_second(module, method, x) -> float:
+        graph, state = nnx.split(module)
+        program = jax.make_jaxpr(lambda state, x: method(nnx.merge(graph, state), x))(state, x)
+        return sum(counted(program, ()).values()) / seconds / 1e9
+
+    parts = {
+        "encoder": ((codec.encoder, codec.encoder_transformer, codec.downsample), per_second(codec, Codec.encode, wave)),
+        "quantizer, projections": ((codec.quantizer,), None),
+        "decoder": ((codec.decoder, codec.decoder_transformer, codec.upsample), per_second(codec, Codec.decode, codes)),
+        "discriminator (training only)": ((judge,), per_second(judge, lambda judge, x: [v.logits for v in judge(x)], wave)),
+    }
+    lines = [f"{'part':<36}{'parameters':>16}{'float32 GB':>12}{'GFLOP per second of sound':>28}"]
+    books = codebook_values(model)
+    for name, (modules, gflop) in parts.items():
+        count = sum(math.prod(x.shape) for x in jax.tree.leaves([nnx.state(m) for m in modules if m is not None]))
+        count -= books if name.startswith("quantizer") else 0
+        lines.append(
+            f"{name:<36}{count:>16,}{4 * count / 1e9:>12.3f}" + (f"{gflop:>28.3f}" if gflop is not None else f"{'–':>28}")
+        )
+    crop = config.training.global_batch * config.data.crop_frames / model.frame_rate
+    bits = model.num_codebooks * math.log2(model.codebook_size) * model.frame_rate
+    lines += [
+        f"The codebooks hold {books:,} values, which are running sums, not parameters; {bits:,.0f} bits per second of sound.",
+        f"A step: {config.training.global_batch} crops of {config.data.crop_frames} frames, {crop:.1f} s of sound.",
+    ]
+    return "\n".join(lines)
+
+
+def describe(config) -> str:
+    """A table of a configuration's parts: parameters, bytes in float32 and bf16, forward GFLOPs of one packed row."""
+    model, row = config.model, config.data.row
+    forward = forward_flops(model, row, config.loss)
+    per_part = {"Reasoner: audio encoder": forward.audio_encoder, "Reasoner: text model": forward.text_model}
+    per_part |= {"Backbone": forward.backbone, "Decoder (with the audio embedding)": forward.decoder}
+    lines = [f"{'part':<36}{'parameters':>16}{'float32 GB':>12}{'bf16 GB':>10}{'GFLOP per row':>15}"]
+    sizes = part_sizes(model)
+    for part in [*sizes, PartSize("total", sum(p.parameters for p in sizes))]:
+        flop = per_part.get(part.name) if part.name != "total" else sum(forward)
+        shown = f"{flop / 1e9:15,.2f}" if flop is not None else f"{'–':>15}"
+        gigabytes = f"{4 * part.parameters / 1e9:>12.3f}{2 * part.parameters / 1e9:>10.3f}"
+        lines.append(f"{part.name:<36}{part.parameters:>16,}{gigabytes}{shown}")
+    books = codebook_values(model.codec)
+    lines += [
+        f"Reasoner in all: {sizes[0].parameters + sizes[1].parameters:,}. The Codec also holds {books:,} codebook values, "
+        "which are running sums, not parameters.",
+        f"A row: {row.blocks} blocks of speech, {row.text} text, {row.positions} Backbone positions, {row.frames} target frames.",
+        f"Weight bytes read per reply frame in bf16: {frame_bytes(model) / 1e9:.3f} GB.",
+    ]
+    return "\n".join(lines)
+
+
+def codebook_values(codec: CodecConfig) -> int:
+    """embed_sum, cluster_usage and initialized of every codebook."""
+    q = codec.quantizer
+    return q.num_codebooks * (q.codebook_size * (q.codebook_dim + 1) + 1)

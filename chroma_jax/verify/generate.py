@@ -1,0 +1,272 @@
+"""Golden cases of whole generations, by our own streaming step.
+
+As "reference" (see `chroma_jax.streaming.compatibility`) every number of every step is compared, and what a `Speaker` gives
+away; as "corrected", what each row of a batch says with what the reference says for it alone.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from chroma_jax.inference import step as steps
+from chroma_jax.inference.compatibility import Compatibility, Positions, codec_used
+from chroma_jax.inference.generator import Speaker, settings
+from chroma_jax.inference.prefill import Prompt, prefill, voice
+from chroma_jax.inference.prompt import rounded_up, stack
+from chroma_jax.inference.state import Capacity, StreamState
+from chroma_jax.inference.step import StepTrace
+from chroma_jax.models.chroma import Chroma
+from chroma_jax.models.codec import Codec
+from chroma_jax.sequence.interleave import NOTHING
+from chroma_jax.verify.case import AUDIO, EXACT, HIDDEN, Case, Checks
+from chroma_jax.verify.models import recordings
+
+FRAMES_BUCKET = 32  # so that generations of about the same length share their compiled programs
+
+encode = jax.jit(lambda codec, audio: codec.encode(audio))
+decode = jax.jit(lambda codec, codes: codec.decode(codes))
+start = jax.jit(prefill, static_argnames=("capacity", "dtype"))
+traced_frame = jax.jit(steps.traced_frame, static_argnames="positions")
+prompt_vectors = jax.jit(voice, static_argnames="dtype")
+token_logits = jax.jit(lambda model, hidden: model.reasoner.logits(hidden))
+
+
+class Generation(NamedTuple):
+    """state: after the last frame. traces: of the T frames, on the host. codes: int32 [B, T, Q], as they were fed."""
+
+    state: StreamState
+    traces: list[StepTrace]
+    codes: np.ndarray
+
+
+def generated(
+    model: Chroma, codec: Codec, prompt: Prompt, frames: int, positions: Positions, pad: int | None = None
+) -> Generation:
+    """Greedy, until no row is speaking, at most ``frames``. pad: the code that frames of finished rows become, if any."""
+    sampling, keys = settings(len(prompt.text), temperature=0.0, top_k=0, seed=0)
+    capacity = Capacity.of(prompt.text.shape[1], prompt.voice_token.shape[1], rounded_up(frames, FRAMES_BUCKET))
+    state = start(model, codec, prompt, sampling, keys, capacity=capacity, dtype=jnp.float32)
+    traces, codes = [], []
+    while len(traces) < frames and (speaking := np.asarray(state.speaking)).any():
+        state, trace = traced_frame(model, state, positions=positions)
+        traces.append(jax.device_get(trace))
+        codes.append(traces[-1].codes)
+        if pad is not None:
+            codes[-1] = np.where(speaking[:, None], codes[-1], pad)
+            state = state._replace(codes=jnp.asarray(codes[-1]))
+    return Generation(state, traces, np.stack(codes, axis=1))
+
+
+def generation(case: Case) -> Checks:
+    """All outputs of a ``gen_*`` case."""
+    model, o = case.model("reasoner", "backbone", "decoder"), case.outputs
+    codec = codec_used(case.codec(), "reference")
+    voice_codes = np.asarray(encode(codec, case.inputs["input_values"][:, 0]))
+    yield case.check("prompt_audio_codes", np.swapaxes(voice_codes, 1, 2), EXACT)
+    prompt, length = reference_prompt(case, voice_codes)
+    given = np.asarray(prompt_vectors(model, prompt, dtype=jnp.float32))[:, :length]
+    frames = o["backbone_logits"].shape[0]
+    run = functools.partial(generated, model, codec, prompt, frames)
+
+    plain = run("reference")
+    yield case.check("codes", returned(case, plain), EXACT)
+    yield from compared(case, model, given, plain)
+    yield from reasoner_positions(case, len(texts(plain)))
+    yield from sounds(case, codec, returned(case, plain), "")
+    yield case.check("decoder_cache_position", np.maximum(np.arange(case.config.codebooks - 1), 0), EXACT)
+    if "fixed_codes" in o:
+        fixed = run("trained")
+        yield case.check("fixed_codes", returned(case, fixed), EXACT)
+        yield case.check("fixed_backbone_logits", np.stack([t.logits for t in fixed.traces]), HIDDEN)
+        yield case.check("fixed_decoder_logits", decoder_logits(fixed), HIDDEN)
+    if "eoskw_codes" in o:
+        stopped = run("reference", pad=case.config.codebook_pad)
+        yield case.check("eoskw_codes", returned(case, stopped), EXACT)
+        yield case.check("eoskw_backbone_inputs_embeds", inputs(given, stopped), HIDDEN)
+        yield case.check("eoskw_backbone_logits", np.stack([t.logits for t in stopped.traces]), HIDDEN)
+        yield case.check("eoskw_decoder_logits", decoder_logits(stopped), HIDDEN)
+        yield case.check("eoskw_thinker_tokens", np.stack([t.text.token for t in texts(stopped)]), EXACT)
+        yield from sounds(case, codec, returned(case, stopped), "eoskw_")
+    yield from spoken(case, model, voice_codes, frames)
+    yield from rows_alone(case, model, codec, frames)
+
+
+def compared(case: Case, model: Chroma, given: np.ndarray, run: Generation) -> Checks:
+    """The numbers of every step. given: [B, P, D], the voice prompt as the Backbone is fed it."""
+    said = texts(run)
+    hidden = np.stack([t.text.vectors[:, 0] for t in said])
+    lengths = np.array([t.fed[0].sum() for t in run.traces])
+    lengths[0] += given.shape[1]
+    padding = np.asarray(run.state.reference.padding)[:, : run.state.backbone_position[0]]
+    yield case.check("backbone_step_len", lengths, EXACT)
+    yield case.check("backbone_attention_mask", ~padding, EXACT)
+    yield case.check("backbone_inputs_embeds", inputs(given, run), HIDDEN)
+    yield case.check("backbone_logits", np.stack([t.logits for t in run.traces]), HIDDEN)
+    yield case.check("backbone_last_hidden", np.stack([t.hidden for t in run.traces]), HIDDEN)
+    yield case.check("decoder_logits", decoder_logits(run), HIDDEN)
+    yield case.check("thinker_tokens", np.stack([t.text.token for t in said]), EXACT)
+    yield case.check("thinker_logits", np.stack([t.text.logits for t in said]), HIDDEN)
+    yield case.check("thinker_last_hidden", hidden, HIDDEN)
+    yield case.check("thinker_step_of_frame", np.array([i for i, t in enumerate(run.traces) if t.text.fed.any()]), EXACT)
+
+
+def texts(run: Generation) -> list[StepTrace]:
+    """The steps in which the Reasoner spoke."""
+    return [t for t in run.traces if t.text.fed.any()]
+
+
+def inputs(given: np.ndarray, run: Generation) -> np.ndarray:
+    """Everything that the Backbone was fed, [B, positions, D]."""
+    return np.concatenate([given, *(t.inputs[:, t.fed[0]] for t in run.traces)], axis=1)
+
+
+def decoder_logits(run: Generation) -> np.ndarray:
+    """[T, Q−1, B, V]."""
+    return np.stack([np.moveaxis(t.decoder_logits, 1, 0) for t in run.traces])
+
+
+def returned(case: Case, run: Generation) -> np.ndarray:
+    """Codes as the reference returns them: a last frame in which every row ends is not part of the reply. [B, T, Q]."""
+    return run.codes[:, :-1] if (run.codes[:, -1] == case.config.codebook_eos).all() else run.codes
+
+
+def reasoner_positions(case: Case, calls: int) -> Checks:
+    """Positions and mask of the reference's left-padded Reasoner batch, which ours follow without the padding."""
+    valid = case.inputs["thinker_attention_mask"].astype(bool)
+    rows = len(valid)
+    positions = np.where(valid, np.cumsum(valid, 1) - 1, 1)
+    yield case.check("thinker_prefill_position_ids", np.broadcast_to(positions, (3, *positions.shape)), EXACT)
+    decode = valid.sum(1)[:, None] + np.arange(calls - 1)
+    yield case.check("thinker_decode_position_ids", np.broadcast_to(decode, (3, *decode.shape)), EXACT)
+    final = np.concatenate([valid, np.ones((rows, calls - 1), bool)], axis=1)
+    yield case.check("thinker_attention_mask_final", final, EXACT)
+
+
+def sounds(case: Case, codec: Codec, codes: np.ndarray, prefix: str) -> Checks:
+    """Each row's audio, up to its first frame of zeros."""
+    for row, said in enumerate(codes):
+        said = said[: replied(said, case.config.codebook_eos)]
+        yield case.check(f"{prefix}audio_{row}", decode(codec, said[None]), AUDIO)
+
+
+def replied(codes: np.ndarray, eos: int) -> int:
+    """Frames before the first one of EOS. codes: [T, Q]."""
+    ends = np.flatnonzero((codes == eos).all(1))
+    return int(ends[0]) if len(ends) else len(codes)
+
+
+def spoken(case: Case, model: Chroma, voice_codes: np.ndarray, frames: int) -> Checks:
+    """Codes and samples that a user gets of the padded batch with ``compatibility="reference"``."""
+    rows = [row_prompt(case, row, codes) for row, codes in enumerate(voice_codes)]
+    outputs = heard(Speaker(model, case.codec(), compatibility="reference"), rows, "reference", frames)
+    for row, (ours, samples) in enumerate(outputs):
+        theirs = case.outputs["codes"][row]
+        theirs = theirs[: replied(theirs, case.config.codebook_eos)]
+        check = case.check("codes", ours, EXACT, theirs)
+        yield check._replace(quantity=f"{check.quantity} of row {row}, spoken")
+        check = case.check(f"audio_{row}", samples[None], AUDIO)
+        yield check._replace(quantity=f"{check.quantity}, spoken")
+
+
+def rows_alone(case: Case, model: Chroma, codec: Codec, frames: int) -> Checks:
+    """All rows in one batch without padding: each gives what the reference gives for it alone.
+
+    With its own Decoder positions, and with the trained ones, as a `Speaker` has them.
+    """
+    rows = []
+    for row, (wave, cutoff) in enumerate(zip(case.inputs["input_values"], case.inputs["input_values_cutoffs"])):
+        rows.append(row_prompt(case, row, np.asarray(encode(codec, wave[:, : int(cutoff)]))[0]))
+    if expected := single(case, "codes"):
+        traces = generated(model, codec, stack(rows), frames, "reference").traces
+        ours = [np.array([t.codes[row] for t in traces if t.live[row]]) for row in range(len(rows))]
+        yield from agreed(case, "codes", ours, expected, "rows apart")
+    if expected := single(case, "fixed_codes"):
+        ours = [codes for codes, _ in heard(Speaker(model, case.codec()), rows, "corrected", frames)]
+        yield from agreed(case, "fixed_codes", ours, expected, "spoken")
+
+
+def single(case: Case, name: str) -> dict[int, np.ndarray]:
+    """Row → what the reference says for it alone, of those that the case has."""
+    if len(case.inputs["input_ids"]) == 1:
+        return {0: case.outputs[name][0]} if name in case.outputs else {}
+    prefix = f"single_{name}_"
+    return {int(n.removeprefix(prefix)): x for n, x in case.outputs.items() if n.startswith(prefix)}
+
+
+def agreed(case: Case, name: str, ours: list[np.ndarray], expected: dict[int, np.ndarray], how: str) -> Checks:
+    for row, theirs in expected.items():
+        theirs = theirs[: replied(theirs, case.config.codebook_eos)]
+        # the reference also stops at a frame of zeros but for its last code; ours then goes on
+        check = case.check(name if len(ours) == 1 else f"single_{name}_{row}", ours[row][: len(theirs)], EXACT, theirs)
+        yield check._replace(quantity=f"{check.quantity}, {how}")
+
+
+def heard(speaker: Speaker, rows: list[Prompt], compatibility: Compatibility, frames: int):
+    """What a user gets: (codes [T, Q], samples [S]) of each row."""
+    sampling, keys = settings(len(rows), temperature=0.0, top_k=0, seed=0)
+    outputs = list(speaker.stream(stack(rows, compatibility), sampling, keys, frames))
+    live = [[x for x in outputs if x.live[row]] for row in range(len(rows))]
+    return [
+        (
+            np.array([x.codes[row] for x in said], np.int32).reshape(-1, speaker.config.codebooks),
+            np.concatenate([x.samples[row] for x in said]) if said else np.zeros(0, np.float32),
+        )
+        for row, said in enumerate(live)
+    ]
+
+
+def row_prompt(case: Case, row: int, voice_codes: np.ndarray) -> Prompt:
+    """One row's question and voice prompt without any padding. voice_codes: [≥ F, ≥ Q] of its recording."""
+    i, c = case.inputs, case.config
+    mel, lengths, _ = recordings(
+        i["thinker_input_features"][row : row + 1],
+        i["thinker_feature_attention_mask"][row : row + 1],
+        c.reasoner.audio.block_frames,
+    )
+    text = i["thinker_input_ids"][row][i["thinker_attention_mask"][row].astype(bool)].astype(np.int32)
+    is_audio = text == c.tokens.audio
+    transcript = i["input_ids"][row][i["attention_mask"][row].astype(bool)]
+    frames = -(-int(i["input_values_cutoffs"][row]) // c.codec.samples_per_frame)
+    token, codes = voice_arrays(case, transcript, voice_codes[:frames])
+    return Prompt(
+        mel=mel[0],
+        mel_length=lengths[0],
+        text=text,
+        audio_index=np.where(is_audio, np.cumsum(is_audio) - 1, NOTHING).astype(np.int32),
+        text_length=np.int32(len(text)),
+        voice_token=token,
+        voice_codes=codes,
+        voice_length=np.int32(len(token)),
+    )
+
+
+def voice_arrays(case: Case, transcript: np.ndarray, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens [T] and codes [T, Q] of a voice prompt. codes: [F, ≥ Q]."""
+    t, frames = case.config.tokens, len(codes)
+    token = np.concatenate([[t.text_start], transcript, [t.text_end], np.full(frames + 1, NOTHING)]).astype(np.int32)
+    voice = np.full((len(token), case.config.codebooks), NOTHING, np.int32)
+    voice[-1 - frames : -1] = codes[:, : case.config.codebooks]
+    return token, voice
+
+
+def reference_prompt(case: Case, voice_codes: np.ndarray) -> tuple[Prompt, int]:
+    """The whole batch with the very padding that the reference feeds, and the length of its voice prompts."""
+    i, rows = case.inputs, []
+    for row, codes in enumerate(voice_codes):
+        alone = row_prompt(case, row, codes)
+        token, padded = voice_arrays(case, i["input_ids"][row], codes)
+        text = i["attention_mask"][row].astype(bool)
+        recording = np.arange(len(codes)) < np.sum(alone.voice_token == NOTHING) - 1
+        one = np.ones(1, bool)
+        rows.append(
+            alone._replace(
+                voice_token=token,
+                voice_codes=padded,
+                voice_length=np.int32(len(token)),
+                voice_padding=~np.concatenate([one, text, one, recording, one]),
+            )
+        )
+    return stack(rows), len(token)
