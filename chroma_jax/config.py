@@ -30,9 +30,9 @@ from data_pipelines.waves import CodecDataConfig
 @dataclasses.dataclass(frozen=True)
 class ReplyConfig:
     """temperature 0 is greedy; top_k 0 and top_p 1 keep every code. max_seconds bounds a reply. dtype: that is computed in.
-    weights, cache: "int8" keeps kernels, and keys and values, in a byte each, see `chroma_jax.models.quantized`. tensor: devices
-    that the model is divided over. compatibility: "reference" repeats the reference implementation's faults, see
-    `chroma_jax.streaming.compatibility`."""
+    weights, cache: "int8" keeps kernels, and keys and values, in a byte each, see `chroma_jax.models.quantization`. tensor:
+    devices that the model is divided over. compatibility: "reference" repeats the reference implementation's faults, see
+    `chroma_jax.inference.compatibility`."""
 
     temperature: float = 0.0
     top_k: int = 50

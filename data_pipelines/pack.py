@@ -1,4 +1,4 @@
-"""From one spoken dialogue to arrays, and from several to a packed training row (`chroma_jax.rows`).
+"""From one spoken dialogue to arrays, and from several to a packed training row (`chroma_jax.sequence.batch`).
 
 Pure numpy. A `Conversation` has its own indices, from zero; `place` moves several into one row and shifts the indices.
 """
@@ -177,7 +177,8 @@ def first_fit(sizes: Sequence[RowShape], shape: RowShape) -> list[list[int]]:
 
 
 class Row(NamedTuple):
-    """A packed row as it is stored: everything of `chroma_jax.rows.Batch` but ``mel``, which is computed when it is read.
+    """A packed row as it is stored: everything of `chroma_jax.sequence.batch.Batch` but ``mel``, which is computed when it is
+    read.
 
     ids: of the conversations. waves: int16 [S] each, their users' speech at 16 kHz. arrays: by the names of `Batch`.
     """
@@ -259,7 +260,7 @@ def with_prompt_targets(
     zero vector follows it. The prompt of a conversation is every frame that is fed before its first target is predicted.
 
     Args:
-        arrays: By the names of `chroma_jax.rows.Batch`, with the codes as they were stored, before any augmentation.
+        arrays: By the names of `chroma_jax.sequence.batch.Batch`, with the codes as they were stored, before any augmentation.
         capacity: Number of entries to append. When a sequence has more prompt frames, that many are chosen.
         rng: Chooses them at random; None takes them evenly spaced.
 

@@ -299,7 +299,7 @@ def batches(
     and in which order, depends on the split, ``global_batch`` and ``seed`` alone; each pass over the split is shuffled anew.
     augment: of the users' speech; its chance depends on the seed and on the row's place in the stream alone, so that it too
     repeats after a resume. reasoner: "stored" reads the hidden states that were computed before instead of the speech, see
-    `data_pipelines.hidden`. prompt_frames: see `to_example`.
+    `data_pipelines.hidden_states`. prompt_frames: see `to_example`.
 
     Raises ChromaError: see `open_dataset` and `local_rows`; on damaged records while iterating.
     """

@@ -54,7 +54,7 @@ from launch.background_folder import (  # noqa: E402
 from launch.background_process import LINUX, LOG, read_json, write_json  # noqa: E402
 
 START_SECONDS = 30.0  # for the supervisor's Python to start on a busy machine
-PLOT = "from pathlib import Path; from chroma_jax.training.curves import plot; plot(Path({run!r}), Path({out!r}))"
+PLOT = "from pathlib import Path; from chroma_jax.training.loss_curves import plot; plot(Path({run!r}), Path({out!r}))"
 
 
 def setup(path: Path, args: argparse.Namespace) -> str:
@@ -229,7 +229,7 @@ def export(path: Path, args: argparse.Namespace) -> str:
         shutil.rmtree(partial, ignore_errors=True)
         dest.parent.mkdir(exist_ok=True)
         run(low_priority([str(folder.python), "-m", "chroma_jax", "export", str(folder.run), str(partial)]), "export", cwd=path)
-        logits = [str(folder.python), "-m", "chroma_jax.convert.reference_logits", str(partial)]
+        logits = [str(folder.python), "-m", module(folder.source, "reference_logits"), str(partial)]
         if subprocess.run(low_priority(logits), cwd=path, env=processes.own_environment()).returncode:
             print(f"background: {folder.what.tag} cannot compute reference logits; {dest.name} has none", file=sys.stderr)
         weights = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(partial.glob("*.safetensors"))}
@@ -242,6 +242,12 @@ def export(path: Path, args: argparse.Namespace) -> str:
         facts["milestone"] = True
         write_json(dest / "export.json", facts)
     return f"{dest}: step {step} of {folder.what.tag}" + (", a milestone" if facts["milestone"] else "")
+
+
+def module(source: Path, name: str) -> str:
+    """The dotted name of a module of the clone's package, whose layout is that of its tag."""
+    file = next((source / "chroma_jax").rglob(f"{name}.py"))
+    return ".".join(file.relative_to(source).with_suffix("").parts)
 
 
 def low_priority(command: list[str]) -> list[str]:

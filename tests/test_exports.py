@@ -28,7 +28,7 @@ def test_an_export_loads_to_the_same_bits_and_gives_the_logits_of_its_tag(export
     """In a process of its own, as this one's XLA flags change the order of sums. It exits with 1 for a tensor of other bits, for
     logits of other bits in the environment that wrote them, and elsewhere for a difference beyond `TOLERANCE`."""
     settings = {"PYTHONPATH": str(ROOT), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    command = [sys.executable, "-m", "chroma_jax.convert.reference_logits", export, "--check"]
+    command = [sys.executable, "-m", "chroma_jax.runs.reference_logits", export, "--check"]
     result = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr + result.stdout
 

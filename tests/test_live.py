@@ -111,7 +111,7 @@ def test_through_a_microphone_enter_begins_ends_and_interrupts(speaker, recordin
         except StopIteration:
             raise EOFError from None
 
-    monkeypatch.setattr("chroma_jax.streaming.live.input", line, raising=False)
+    monkeypatch.setattr("chroma_jax.serving.live.input", line, raising=False)
     monkeypatch.setattr(Lines.__init__, "__defaults__", (line,))
     config = Config(model=CONFIG, reply=ReplyConfig(max_seconds=SECONDS))
     measured = chat(

@@ -146,7 +146,7 @@ def test_evaluation_weights_each_metric_by_its_own_targets(tiny_prepared, monkey
             | {"residual_loss": 6.0, "loss": 9.0, "frames": 30.0, "residual_frames": 2.0, "tokens": 1.0},
         ]
     )
-    monkeypatch.setattr("chroma_jax.training.train.evaluation_batches", lambda *_, **__: [None, None])
+    monkeypatch.setattr("chroma_jax.runs.train.evaluation_batches", lambda *_, **__: [None, None])
     task = Speaking.__new__(Speaking)
     task.config, task.prepared, task.share, task.reading, task.place = config, prepared, {}, {}, lambda batch: batch
     task.trainer = type("Trainer", (), {"eval_step": lambda self, state, batch: next(steps) | {"heard_tokens": 0.0}})()

@@ -77,7 +77,7 @@ def test_slots_of_a_divided_model_say_what_they_say_on_one_device(modules, tmp_p
     # from jaxlib 0.11 on, float32 matmuls are rounded by their shape on CPUs with AVX-512; without it, Eigen's are by their rows
     with_avx512 = CPUINFO.is_file() and "avx512f" in CPUINFO.read_text()
     plainly = {"xla_cpu_experimental_ynn_fusion_type": ""} if jax.__version_info__ >= (0, 11) and with_avx512 else None
-    monkeypatch.setattr("chroma_jax.streaming.slots.compiler_options", lambda platform: plainly)
+    monkeypatch.setattr("chroma_jax.inference.slots.compiler_options", lambda platform: plainly)
     one, other = (in_slots(*given, tmp_path) for given in (modules, on_mesh(*modules, make_mesh(MeshConfig(tensor=2)))))
     assert one.live.all() and (one.token[::2] != NOTHING).all()  # else this would compare nothing
     np.testing.assert_array_equal(one.token, other.token)

@@ -80,7 +80,7 @@ def test_norms_and_their_gradients(width, mesh):
 
 FAULTS = """
 import resource, statistics, jax, jax.numpy as jnp
-from chroma_jax.training.memory import keep_freed, run_by_caller
+from chroma_jax.training.runtime.malloc import keep_freed, run_by_caller
 run_by_caller()
 keep_freed(jax.devices()[0])
 step = jax.jit(lambda x: x + 1)

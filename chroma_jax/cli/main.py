@@ -57,7 +57,7 @@ def usage() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code; see `chroma_jax.errors.EXIT_CODES`."""
+    """Returns the exit code; see `chroma_jax.utils.errors.EXIT_CODES`."""
     argv = sys.argv[1:] if argv is None else argv
     try:
         if not argv or argv[0] in ("-h", "--help", "help"):

@@ -226,7 +226,7 @@ def summary(rows: Sequence[dict]) -> dict:
 
 
 def timed(speaker: Speaker, tokenizer: Tokenizer, suite: Suite, config: ReplyConfig, system: str) -> dict:
-    """Medians over a few replies spoken alone: time to the first audio and real-time factor, see `chroma_jax.streaming.reply`."""
+    """Medians over a few replies spoken alone: time to the first audio and real-time factor, see `chroma_jax.runs.generate`."""
     rate, frames = speaker.config.codec.sampling_rate, int(config.max_seconds * speaker.config.codec.frame_rate)
     found = []
     for dialogue in suite.dialogues[:TIMED]:

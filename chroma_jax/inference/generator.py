@@ -67,7 +67,7 @@ def programs(
 
 class Speaker:
     """A model and its Codec with their compiled programs, on the device that holds the weights, or the mesh that divides them
-    (`chroma_jax.streaming.placing`).
+    (`chroma_jax.inference.placement`).
 
     dtype: that activations and caches are in, "float32" or "bfloat16"; the Codec always computes in float32. cache: "int8" for
     caches of a byte a number.

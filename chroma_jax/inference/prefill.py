@@ -19,7 +19,7 @@ class Prompt(NamedTuple):
     The question: mel [B, blocks, block frames, bins], mel_length [B, blocks], text [B, L], audio_index [B, L],
     text_length [B]. The voice prompt, in the Backbone's order: voice_token [B, T] (NOTHING where there is none),
     voice_codes [B, T, Q] (likewise), voice_length [B]. voice_padding: bool [B, T], padding that the reference has inside of
-    the voice prompt; None where there is none to be, see `chroma_jax.streaming.compatibility`.
+    the voice prompt; None where there is none to be, see `chroma_jax.inference.compatibility`.
     """
 
     mel: jax.Array

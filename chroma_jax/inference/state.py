@@ -45,7 +45,7 @@ class Capacity:
 
 
 class ReferenceRows(NamedTuple):
-    """What only the reference's batches need (see `chroma_jax.streaming.compatibility`).
+    """What only the reference's batches need (see `chroma_jax.inference.compatibility`).
 
     padding: entries of the Backbone's cache that no position attends to. heard: the row had no frame of zeros so far.
     """

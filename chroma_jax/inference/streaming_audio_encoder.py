@@ -3,7 +3,7 @@
 A block of mel frames is finished as soon as its last window is full, 2.5 ms after its last frame, and is never touched again.
 It depends on nothing outside of it but for the range of Whisper's features, which lies below the loudest value of the whole
 turn. Either that value is given, and the result is that of the whole turn at once. Or the loudest value so far takes its place,
-which is causal; `chroma_jax.streaming.running` measures what that changes.
+which is causal; `chroma_jax.inference.running_maximum` measures what that changes.
 """
 
 from functools import partial

@@ -189,26 +189,27 @@ def causal_mask(segments: jax.Array) -> jax.Array:
 
 
 class Segments(NamedTuple):
-    """A causal mask within segments that is never spelled out: `chroma_jax.layers.flash` and `splash` compute with it. ids: int32
-    [B, T]."""
+    """A causal mask within segments that is never spelled out: `chroma_jax.kernels.flash` and `splash` compute with it. ids:
+    int32 [B, T]."""
 
     ids: jax.Array
 
 
 class Blocks(NamedTuple):
-    """The same for `chroma_jax.layers.blocks`. ids: int32 [B, T]."""
+    """The same for `chroma_jax.kernels.chunked_attention`. ids: int32 [B, T]."""
 
     ids: jax.Array
 
 
 class Fused(NamedTuple):
-    """The same for `chroma_jax.layers.cudnn`. ids: int32 [B, T]."""
+    """The same for `chroma_jax.kernels.cudnn`. ids: int32 [B, T]."""
 
     ids: jax.Array
 
 
 class Lengths(NamedTuple):
-    """All positions see the first so many of their row, and `chroma_jax.layers.short` may compute it. count: int32 [B]."""
+    """All positions see the first so many of their row, and `chroma_jax.kernels.encoder_attention` may compute it. count: int32
+    [B]."""
 
     count: jax.Array
 

@@ -84,7 +84,7 @@ class Linear(nnx.Module):
         dims = tuple(inputs.items()) + tuple(outputs.items())
         self.kernel = weight(rngs, dims, normal(fan_in**-0.5), layers=layers, inputs=len(inputs))
         self.bias = None if bias is None else weight(rngs, outputs, bias, layers=layers)
-        self.scale: nnx.Param | None = None  # of an int8 kernel, see `chroma_jax.models.quantized`
+        self.scale: nnx.Param | None = None  # of an int8 kernel, see `chroma_jax.models.quantization`
         self.lora: Lora | None = None  # see `chroma_jax.training.lora`
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -18,7 +18,7 @@ class Decoder(nnx.Module):
         self.model = Llama(rngs, config)
         dims = (("codebook", codebooks - 1), ("embed", config.width), ("codes", audio_vocab))
         self.heads = weight(rngs, dims, normal(config.width**-0.5), inputs=1)
-        self.heads_scale: nnx.Param | None = None  # [Q−1, audio_vocab], of int8 heads, see `chroma_jax.models.quantized`
+        self.heads_scale: nnx.Param | None = None  # [Q−1, audio_vocab], of int8 heads, see `chroma_jax.models.quantization`
 
     def __call__(self, hidden: jax.Array, code_embeddings: jax.Array) -> jax.Array:
         """All levels at once, teacher-forced; positions 0 … Q−1.
@@ -39,7 +39,7 @@ class Decoder(nnx.Module):
 
     @property
     def apart(self) -> bool:
-        """Whether each level's head is an array of its own, as `chroma_jax.streaming.placing.taken_apart` makes them."""
+        """Whether each level's head is an array of its own, as `chroma_jax.inference.placement.taken_apart` makes them."""
         return isinstance(self.heads, nnx.List)
 
     def level_logits(self, x: jax.Array, level: jax.Array | int) -> jax.Array:

@@ -61,8 +61,8 @@ class Reasoner(nnx.Module):
         return self.text(embeddings, positions, packed(segments, self.config.text.attention))
 
     def read(self, audio, tokens, positions, segments, audio_index) -> jax.Array:
-        """Hidden states of packed rows from encoded speech [B, A, D] and tokens (shapes as in `chroma_jax.rows`). Returns
-        [B, L, D]."""
+        """Hidden states of packed rows from encoded speech [B, A, D] and tokens (shapes as in `chroma_jax.sequence.batch`).
+        Returns [B, L, D]."""
         embeddings = constrain(self.embed(tokens, audio_index, audio), "batch", "sequence", None, rules=self.config.text.rules)
         return self(embeddings, positions, segments)
 

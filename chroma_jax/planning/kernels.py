@@ -31,7 +31,7 @@ class Schedule(NamedTuple):
 
 
 class Loops(NamedTuple):
-    """Instruction words of a kernel of `chroma_jax.layers.flash`. row: of a row's register of key/value heads, once; queries: of
+    """Instruction words of a kernel of `chroma_jax.kernels.flash`. row: of a row's register of key/value heads, once; queries: of
     each of its blocks of queries, with itself as keys; keys: of each earlier block of keys of such a block, where all are seen.
     Blocks of several segments take a tenth more, those that share none are left out."""
 

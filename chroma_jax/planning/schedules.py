@@ -77,8 +77,8 @@ def parts(printed: str) -> kernels.Schedule:
 
 
 def loops(printed: str) -> kernels.Loops:
-    """The words of the three loops of a kernel of `chroma_jax.layers.flash`, the innermost of which jumps over one of two pieces:
-    the first is for keys that are all seen.
+    """The words of the three loops of a kernel of `chroma_jax.kernels.flash`, the innermost of which jumps over one of two
+    pieces: the first is for keys that are all seen.
 
     Raises: ValueError for a text without such loops.
     """

@@ -48,7 +48,7 @@ def train_codec(
         run: the run folder, created if it does not exist.
         prepared: a folder that ``chroma-jax prepare`` wrote.
         init_from: weights that a new run begins with, see `initial_weights`.
-        progress: of the process, see `chroma_jax.training.multihost.joined`.
+        progress: of the process, see `chroma_jax.parallel.multihost.joined`.
 
     Returns:
         The last state.

@@ -23,7 +23,7 @@ from data_pipelines.records import RowReader, feature_config, open_dataset, stac
 
 
 def store_hidden(prepared: Path, run: Path, *, rows_at_once: int = 8) -> str:
-    """Writes what ``data_pipelines.hidden`` describes into a prepared folder, in bfloat16; files that are there already stay.
+    """Writes what ``data_pipelines.hidden_states`` describes into a prepared folder, in bfloat16; files that are there already stay.
 
     run: of a speaking model, or an import; its newest checkpoint's Reasoner is used, divided among this host's devices. Several
     hosts share the files among them. rows_at_once: of each device. Returns a line that says what was done.

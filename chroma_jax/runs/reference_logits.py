@@ -1,7 +1,7 @@
 """Reference logits of an export: what the code that wrote it computes, so that later code can be compared with it.
 
-    python -m chroma_jax.convert.reference_logits EXPORT            # writes EXPORT/logits.npz
-    python -m chroma_jax.convert.reference_logits EXPORT --check    # compares EXPORT with its logits.npz
+    python -m chroma_jax.runs.reference_logits EXPORT            # writes EXPORT/logits.npz
+    python -m chroma_jax.runs.reference_logits EXPORT --check    # compares EXPORT with its logits.npz
 
 The file holds the inputs (integers only, so that no random generator has to stay the same), the teacher-forced logits, and as
 JSON under ``facts`` the environment and a SHA-256 of every tensor as it is after loading, under its released name and in float32.

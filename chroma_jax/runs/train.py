@@ -44,8 +44,8 @@ def train(
     """Trains from the run folder's newest checkpoint (or from ``init_from``, or from scratch) to ``config.training.steps``.
 
     run: created when absent. prepared: a folder that ``chroma-jax prepare`` wrote. init_from: another run folder or an imported
-    one, whose weights a new run begins with. progress: of the process, see `chroma_jax.training.multihost.joined`. program: file
-    with the compiled step, see `chroma_jax.training.program`.
+    one, whose weights a new run begins with. progress: of the process, see `chroma_jax.parallel.multihost.joined`. program: file
+    with the compiled step, see `chroma_jax.training.runtime.aot_executable`.
     Returns the last state. Raises: Ended when it stops before; ChromaError for a run folder, data or weights of another model, a
     mesh or batch that does not fit.
     """

@@ -2,7 +2,7 @@
 
 One thread owns the device. Every round it does what clients ordered (cancel, close), then a bounded piece of what conversations
 have to read (so that nobody's next frame is late), then asks for a tick, and only then fetches the frames of the tick before.
-`chroma_jax.streaming.rounds` is that thread's work; here is what clients see.
+`chroma_jax.serving.scheduler` is that thread's work; here is what clients see.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ class EngineConfig:
     full the oldest turns are dropped whole. voice_positions: of the longest voice prompt, 12.5 a second and one a token.
     max_seconds: of a reply. chunk: positions that are read at once between ticks. frames_per_call: most frames asked for in one
     call. lead_seconds: how far ahead of its listeners a reply is spoken; None is as fast as the device can. cache: "int8" for
-    caches of a byte a number; weights of a byte come with the model, see `chroma_jax.models.quantized`.
+    caches of a byte a number; weights of a byte come with the model, see `chroma_jax.models.quantization`.
     """
 
     slots: int = 8
@@ -232,7 +232,7 @@ class Engine:
         self.close()
 
     def measures(self) -> dict:
-        """What was measured since the warm-up, or since ``meter.clear()``: see `chroma_jax.streaming.meter`."""
+        """What was measured since the warm-up, or since ``meter.clear()``: see `chroma_jax.serving.metrics`."""
         return {
             "slots": self.config.slots,
             "dtype": self.config.dtype,

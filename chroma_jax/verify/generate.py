@@ -1,6 +1,6 @@
 """Golden cases of whole generations, by our own streaming step.
 
-As "reference" (see `chroma_jax.streaming.compatibility`) every number of every step is compared, and what a `Speaker` gives
+As "reference" (see `chroma_jax.inference.compatibility`) every number of every step is compared, and what a `Speaker` gives
 away; as "corrected", what each row of a batch says with what the reference says for it alone.
 """
 

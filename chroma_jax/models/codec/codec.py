@@ -5,7 +5,7 @@
 
 Every stage is causal. Streaming runs the same stages over pieces of whole frames, with the convolutions' memories and the
 last keys and values of the attention window in a `CodecState`, and gives what the whole utterance gives. A recording whose
-last frame is partial ends inside of a piece; `chroma_jax.models.codec.pieces` cuts a recording of any length.
+last frame is partial ends inside of a piece; `chroma_jax.models.codec.voice_encoder` cuts a recording of any length.
 """
 
 import dataclasses

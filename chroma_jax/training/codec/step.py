@@ -61,7 +61,7 @@ class CodecRecipe:
         quantize_from: the step at which the quantizer joins.
         judge_from: the step at which the discriminator joins.
         teacher: of the semantic codebook, ``module:function`` or the run folder of a speaking model, see
-            `chroma_jax.training.codec.teacher`; empty for none.
+            `chroma_jax.runs.codec_teacher`; empty for none.
         pitch_weight: weight of the pitch teacher's loss, which takes part while the quantizer does, see
             `chroma_jax.training.codec.pitch`; 0 for none.
         pitch_codebooks: indices of the codebooks that the pitch teacher reads; negative ones count from the last.

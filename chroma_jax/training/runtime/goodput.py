@@ -13,7 +13,7 @@ when metrics are, so that all time between two log lines is accounted for, by ki
     stop             no time: ``why`` a process ended
 
 Of a killed process the time since its last line appears as idle. Steps that a restart has to do again stay in the file as they
-were; `chroma_jax.training.status` counts them as lost.
+were; `chroma_jax.runs.status` counts them as lost.
 """
 
 import contextlib
