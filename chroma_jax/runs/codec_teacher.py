@@ -11,16 +11,16 @@ from flax import nnx
 from jax.sharding import SingleDeviceSharding
 
 from chroma_jax import config as configs
-from chroma_jax.config import Config
-from chroma_jax.utils.errors import ChromaError
 from chroma_jax.audio.log_mel import FLOOR, RANGE, FeatureConfig, mel_filters
-from chroma_jax.parallel.sharding import reshape_rows
+from chroma_jax.config import Config
 from chroma_jax.models.audio_encoder import AudioEncoder, num_blocks
-from chroma_jax.utils.tree_paths import filled, values
+from chroma_jax.parallel.sharding import reshape_rows
 from chroma_jax.training.checkpoint import Checkpoints
 from chroma_jax.training.codec.distillation import Teacher
 from chroma_jax.training.codec.spectra import stft
 from chroma_jax.training.lora import restored
+from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.tree_paths import filled, values
 
 
 def load_teacher(name: str, sampling_rate: int) -> Teacher | None:

@@ -12,20 +12,20 @@ import soundfile
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from chroma_jax.config import Config, ReplyConfig
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.audio import load as audio
 from chroma_jax.audio.log_mel import FeatureConfig
-from chroma_jax.utils.atomic_io import replaced_files
-from chroma_jax.models.chroma import Chroma
-from chroma_jax.sequence.interleave import NOTHING
-from chroma_jax.runs.load import load_run
-from chroma_jax.runs.generation_plot import Picture, Recording, draw
+from chroma_jax.config import Config, ReplyConfig
+from chroma_jax.inference.generator import Speaker, counted_compilations, settings
 from chroma_jax.inference.prefill import Prompt
 from chroma_jax.inference.prompt import make_prompt, stack
 from chroma_jax.inference.running_maximum import deviation
-from chroma_jax.inference.generator import Speaker, counted_compilations, settings
+from chroma_jax.models.chroma import Chroma
+from chroma_jax.runs.generation_plot import Picture, Recording, draw
+from chroma_jax.runs.load import load_run
+from chroma_jax.sequence.interleave import NOTHING
 from chroma_jax.training.metrics import read_lines
-from chroma_jax.audio import load as audio
+from chroma_jax.utils.atomic_io import replaced_files
+from chroma_jax.utils.errors import ChromaError
 from data_pipelines.tokenizer import encoder
 
 LOSSES = {"c0": "c0_loss", "residual": "residual_loss", "text": "text_loss"}  # our name → that in metrics.jsonl

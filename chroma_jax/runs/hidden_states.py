@@ -12,12 +12,12 @@ from tqdm import tqdm
 
 from chroma_jax import config as configs
 from chroma_jax.config import Config
-from chroma_jax.utils.errors import ChromaError
-from chroma_jax.parallel.sharding import RULES, MeshConfig, make_mesh, state_shardings
 from chroma_jax.models.chroma import Chroma
-from chroma_jax.utils.tree_paths import filled, values
+from chroma_jax.parallel.sharding import RULES, MeshConfig, make_mesh, state_shardings
 from chroma_jax.training.checkpoint import Checkpoints
 from chroma_jax.training.lora import restored
+from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.tree_paths import filled, values
 from data_pipelines import hidden_states as hidden
 from data_pipelines.records import RowReader, feature_config, open_dataset, stack, to_example
 

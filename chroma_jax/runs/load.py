@@ -13,18 +13,18 @@ from flax import nnx
 from tokenizers import Tokenizer
 
 from chroma_jax.config import CodecRun, Config
-from chroma_jax.models.io.hf_config import codec_from_hf, from_hf
-from chroma_jax.models.io.name_tables import chroma_rows
 from chroma_jax.convert.sources import PARTS, read_codec
-from chroma_jax.models.io.weight_files import import_weights
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.inference.placement import Place, abstract_model, codec_on, place_for, running
 from chroma_jax.models.chroma import Chroma, ChromaConfig
 from chroma_jax.models.codec import Codec
+from chroma_jax.models.io.hf_config import codec_from_hf, from_hf
+from chroma_jax.models.io.name_tables import chroma_rows
+from chroma_jax.models.io.weight_files import import_weights
 from chroma_jax.models.quantization import quantized
-from chroma_jax.utils.tree_paths import filled, values
-from chroma_jax.inference.placement import Place, abstract_model, codec_on, place_for, running
 from chroma_jax.training.checkpoint import Checkpoints
 from chroma_jax.training.lora import restored
+from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.tree_paths import filled, values
 from data_pipelines.tokenizer import load_tokenizer
 
 

@@ -29,12 +29,12 @@ from flax import nnx
 from chroma_jax import config as configs
 from chroma_jax.config import Config
 from chroma_jax.convert.export import tensors_of
-from chroma_jax.utils.errors import ChromaError
-from chroma_jax.parallel.sharding import take_rows
 from chroma_jax.models.chroma import Chroma, ChromaConfig
-from chroma_jax.utils.tree_paths import values
-from chroma_jax.sequence.batch import Batch
+from chroma_jax.parallel.sharding import take_rows
 from chroma_jax.runs.load import exported_run, load_run
+from chroma_jax.sequence.batch import Batch
+from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.tree_paths import values
 
 NAME = "logits.npz"
 FORMAT = 1

@@ -7,9 +7,9 @@ from pathlib import Path
 import jax
 
 from chroma_jax import config as configs
-from chroma_jax.utils.errors import ChromaError
-from chroma_jax.utils.atomic_io import write_whole
 from chroma_jax.parallel.multihost import agreed, everywhere
+from chroma_jax.utils.atomic_io import write_whole
+from chroma_jax.utils.errors import ChromaError
 
 
 def has_checkpoint(run: Path) -> bool:

@@ -5,8 +5,8 @@ import time
 from pathlib import Path
 
 from chroma_jax import config as configs
-from chroma_jax.training.runtime.goodput import read_ledger, when
 from chroma_jax.training.metrics import read_lines
+from chroma_jax.training.runtime.goodput import read_ledger, when
 
 RECENT = 5  # log lines that the rate is a mean of
 

@@ -13,23 +13,23 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from chroma_jax import config as configs
-from chroma_jax.training import flops
 from chroma_jax.config import Config
-from chroma_jax.utils.errors import ChromaError
-from chroma_jax.parallel.sharding import make_mesh
 from chroma_jax.models.chroma import Chroma
-from chroma_jax.utils.tree_paths import values
+from chroma_jax.parallel.multihost import say, share_of_rows
+from chroma_jax.parallel.sharding import make_mesh
+from chroma_jax.runs.run_folder import check_run, has_checkpoint, keep
 from chroma_jax.sequence.batch import Batch, empty_batch
+from chroma_jax.training import flops
 from chroma_jax.training.checkpoint import Checkpoints
 from chroma_jax.training.loop import check_batch, train_on
 from chroma_jax.training.lora import MARK, restored
 from chroma_jax.training.metrics import MetricsWriter, flat
-from chroma_jax.parallel.multihost import say, share_of_rows
 from chroma_jax.training.optimizer import split_trainable
 from chroma_jax.training.runtime.aot_executable import with_program
-from chroma_jax.runs.run_folder import check_run, has_checkpoint, keep
-from chroma_jax.training.state import Trainer, TrainState, make_trainer
 from chroma_jax.training.runtime.watchdog import Progress
+from chroma_jax.training.state import Trainer, TrainState, make_trainer
+from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.tree_paths import values
 from data_pipelines.records import batches, evaluation_batches, open_dataset
 
 
