@@ -12,7 +12,6 @@ import struct
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import grain
 import ml_dtypes
@@ -21,9 +20,7 @@ from array_record.python import array_record_module
 
 from chroma_jax.utils.atomic_io import write_whole
 from chroma_jax.utils.errors import ChromaError
-
-if TYPE_CHECKING:
-    from data_pipelines.records import Dataset
+from data_pipelines.dataset import Dataset
 
 FOLDER = "reasoner"
 ROWS_PER_FILE = 1024
@@ -31,7 +28,7 @@ HEAD = struct.Struct("<4sII")  # magic, crc32 of the states, width
 MAGIC = b"ChH1"
 
 
-def files(dataset: "Dataset", split: str) -> list[tuple[Path, range]]:
+def files(dataset: Dataset, split: str) -> list[tuple[Path, range]]:
     """Every file of a split and the rows that it holds."""
     rows = dataset.rows(split)
     starts = range(0, rows, ROWS_PER_FILE)
@@ -68,7 +65,7 @@ def write_file(path: Path, rows: Iterator[np.ndarray]) -> None:
     aside.replace(path)
 
 
-def check(dataset: "Dataset", made_with: dict) -> None:
+def check(dataset: Dataset, made_with: dict) -> None:
     """Writes what the states are computed with, or compares it with what is there. Raises ChromaError when that differs."""
     path = dataset.folder / FOLDER / "reasoner.json"
     if path.is_file():
@@ -84,7 +81,7 @@ def check(dataset: "Dataset", made_with: dict) -> None:
 class HiddenReader:
     """Random access to the states of a split's rows."""
 
-    def __init__(self, dataset: "Dataset", split: str, width: int):
+    def __init__(self, dataset: Dataset, split: str, width: int):
         self.width, self.sources, self.starts = width, [], []
         for path, rows in files(dataset, split):
             if not path.is_file():

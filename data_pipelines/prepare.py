@@ -38,6 +38,7 @@ from data_pipelines.codes import (
     seconds_in_header,
 )
 from data_pipelines.curriculum import CurriculumConfig, Example, drawn, held_out_examples, unwritten, written
+from data_pipelines.dataset import VERSION, Dataset, check_same, model_facts, open_dataset, read_manifest
 from data_pipelines.dialogues import (
     SPLITS,
     Corpus,
@@ -50,16 +51,7 @@ from data_pipelines.dialogues import (
     read_corpus,
 )
 from data_pipelines.pack import Conversation, conversation, excess, first_fit, pack_config, place, spread
-from data_pipelines.records import (
-    VERSION,
-    Dataset,
-    check_same,
-    feature_config,
-    model_facts,
-    open_dataset,
-    read_manifest,
-    write_rows,
-)
+from data_pipelines.records import feature_config, write_rows
 from data_pipelines.tokenizer import encoder, load_tokenizer, train_tokenizer
 
 

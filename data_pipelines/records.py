@@ -1,14 +1,9 @@
-"""Prepared datasets on disk, and the batches that training reads from them.
-
-    dataset.json            what was prepared, from what, by which configuration
-    tokenizer.json
-    <split>.array_record    one packed row per record
+"""Packed rows as records, and the batches that training reads from them.
 
 The whole state of the training iterator is one integer, the number of global batches consumed: the order of the rows is a
 function of the seed alone, and every host reads its contiguous slice of the same global batch.
 """
 
-import dataclasses
 import json
 import struct
 import sys
@@ -27,12 +22,12 @@ from chroma_jax.audio.load import from_int16
 from chroma_jax.audio.log_mel import FeatureConfig, log_mel
 from chroma_jax.models.audio_encoder import cut_blocks
 from chroma_jax.models.chroma import ChromaConfig
-from chroma_jax.sequence.batch import Batch, RowShape
-from chroma_jax.utils.errors import ChromaError, near
+from chroma_jax.sequence.batch import Batch
+from chroma_jax.utils.errors import ChromaError
+from data_pipelines.dataset import Dataset, open_dataset
 from data_pipelines.hidden_states import HiddenReader
 from data_pipelines.pack import FIELDS, Row, pack_config, place, with_prompt_targets
 
-VERSION = 1
 MAGIC = b"ChR1"
 HEAD = struct.Struct("<4sII")  # magic, crc32 of the rest, bytes of the JSON header
 DTYPES = ("int16", "int32")
@@ -79,104 +74,6 @@ def write_rows(path: Path, rows: Iterator[Row]) -> int:
         count += 1
     writer.close()
     return count
-
-
-# A dataset folder
-
-
-def model_facts(model: ChromaConfig) -> dict:
-    """What of the model the stored rows depend on."""
-    return {
-        "block_frames": model.reasoner.audio.block_frames,
-        "mel_bins": model.reasoner.audio.mel_bins,
-        "vocab_size": model.reasoner.vocab_size,
-        "codebooks": model.codebooks,
-        "codebook_eos": model.codebook_eos,
-        "audio_vocab": model.audio_vocab,
-        "samples_per_frame": model.codec.samples_per_frame,
-        "tokens": dataclasses.asdict(model.tokens),
-    }
-
-
-def differences(there: dict, here: dict, prefix: str = "") -> list[str]:
-    """The leaves in which two nested dictionaries differ: 'data.row.text: 384 there, 512 here'."""
-    found = []
-    for key in sorted({*there, *here}):
-        a, b = there.get(key), here.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            found += differences(a, b, f"{prefix}{key}.")
-        elif a != b:
-            found.append(f"{prefix}{key}: {a!r} there, {b!r} here")
-    return found
-
-
-def check_same(folder: Path, there: dict, here: dict, progress: str) -> None:
-    """Raises ChromaError that says what differs when a folder holds another dataset than would be prepared; else says that it is
-    used."""
-    if different := differences(there, here):
-        raise ChromaError(f"{folder}: already holds a dataset that differs: {'; '.join(different)}; choose another folder")
-    if progress == "bar":
-        print(f"{folder}: already prepared with the same configuration; using it")
-
-
-@dataclasses.dataclass(frozen=True)
-class Dataset:
-    """A prepared folder that has been checked. manifest: the contents of its dataset.json."""
-
-    folder: Path
-    manifest: dict
-
-    @property
-    def shape(self) -> RowShape:
-        return RowShape(**self.manifest["config"]["data"]["row"])
-
-    @property
-    def tokenizer(self) -> Path:
-        return self.folder / "tokenizer.json"
-
-    def rows(self, split: str) -> int:
-        """Number of rows of a split. Raises ChromaError when there is no such split."""
-        splits = self.manifest["splits"]
-        if split not in splits:
-            raise ChromaError(f"{self.folder}: no split {split!r}{near(split, splits)}; it has {', '.join(splits)}")
-        return splits[split]["rows"]
-
-
-def read_manifest(folder: Path) -> dict:
-    """dataset.json of a prepared folder. Raises ChromaError when it is missing or broken."""
-    path = folder / "dataset.json"
-    if not path.is_file():
-        raise ChromaError(f"{folder}: not a prepared dataset (no dataset.json)")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        version = manifest["version"]
-        if version == VERSION:
-            RowShape(**manifest["config"]["data"]["row"])
-            _ = manifest["config"]["model"], [s["rows"] + s["bytes"] for s in manifest["splits"].values()]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ChromaError(f"{path}: damaged ({type(error).__name__}: {error}); remove the folder and prepare it again") from error
-    if version != VERSION:
-        raise ChromaError(f"{path}: version {version}, this code reads {VERSION}; prepare the data again")
-    return manifest
-
-
-def open_dataset(folder: Path | str, model: ChromaConfig | None = None) -> Dataset:
-    """Opens a prepared folder.
-
-    Raises ChromaError when it is not one, a file in it is missing or has another size than was written, or, given
-    ``model``, when it was prepared for a model that differs in what the rows depend on.
-    """
-    folder = Path(folder)
-    manifest = read_manifest(folder)
-    for split, facts in manifest["splits"].items():
-        path = folder / f"{split}.array_record"
-        if not path.is_file():
-            raise ChromaError(f"{path}: missing; remove the folder and prepare it again")
-        if path.stat().st_size != facts["bytes"]:
-            raise ChromaError(f"{path}: {path.stat().st_size} bytes, {facts['bytes']} were written; prepare the data again")
-    if model is not None and (wrong := differences(manifest["config"]["model"], model_facts(model), "model.")):
-        raise ChromaError(f"{folder}: prepared for another model: {'; '.join(wrong)}")
-    return Dataset(folder, manifest)
 
 
 # Rows and batches

@@ -21,10 +21,11 @@ from chroma_jax.models.codec import CodecConfig
 from chroma_jax.utils.atomic_io import write_json, written_aside
 from chroma_jax.utils.errors import ChromaError
 from data_pipelines.codes import Progress, bad_audio, bar, loaded
+from data_pipelines.dataset import check_same
 from data_pipelines.dialogues import OnProblem, Problem, counted, licence, raise_problems
 from data_pipelines.pack import Row
 from data_pipelines.recordings import Recording, corpus_folder, corpus_recordings, digest
-from data_pipelines.records import BatchIterator, RowReader, check_same, local_rows, write_rows
+from data_pipelines.records import BatchIterator, RowReader, local_rows, write_rows
 
 VERSION = 2  # version 1 has no targets
 READABLE = (1, 2)

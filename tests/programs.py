@@ -61,7 +61,7 @@ def lowered_here(out: Path) -> None:
 
     from chroma_jax import config as configs
     from chroma_jax.parallel.sharding import make_mesh
-    from chroma_jax.runs.train import abstract_batch, trainer_of
+    from chroma_jax.planning.training_step import abstract_batch, trainer_of
     from chroma_jax.training.codec.step import Phase, make_codec_trainer
     from data_pipelines.waves import WaveBatch
 

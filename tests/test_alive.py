@@ -22,13 +22,15 @@ from chroma_jax.cli import main as cli
 from chroma_jax.config import Config, dump
 from chroma_jax.parallel import multihost
 from chroma_jax.parallel.multihost import DistributedConfig, StopRequest, share_of_rows
+from chroma_jax.parallel.progress import Progress
 from chroma_jax.parallel.sharding import MeshConfig, make_mesh
+from chroma_jax.planning.training_step import trainer_of
 from chroma_jax.runs.status import described, status
-from chroma_jax.runs.train import place, train, trainer_of
+from chroma_jax.runs.train import place, train
 from chroma_jax.training.loop import TrainingConfig
 from chroma_jax.training.metrics import read_lines
 from chroma_jax.training.runtime.goodput import read_ledger, when
-from chroma_jax.training.runtime.watchdog import Progress, StallWatch
+from chroma_jax.training.runtime.watchdog import StallWatch
 from chroma_jax.training.state import applied
 from chroma_jax.utils.errors import DIVERGED, STOPPED, ChromaError, Ended
 from data_pipelines.records import batches

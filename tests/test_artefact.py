@@ -22,8 +22,6 @@ from tiny_speaker import drawn
 
 from chroma_jax.cli.main import main
 from chroma_jax.config import Config, ReplyConfig
-from chroma_jax.convert import stablehlo
-from chroma_jax.convert.stablehlo import Sizes, by_name, export_stablehlo, save_prompt
 from chroma_jax.inference.generator import Speaker
 from chroma_jax.inference.prefill import Prompt
 from chroma_jax.inference.prompt import make_prompt, stack
@@ -34,7 +32,9 @@ from chroma_jax.models.codec import Codec
 from chroma_jax.models.io.hf_config import to_hf
 from chroma_jax.models.io.name_tables import chroma_rows, codec_rows
 from chroma_jax.models.io.weight_files import all_tensors
+from chroma_jax.runs import serving_artifact as stablehlo
 from chroma_jax.runs.load import load_run
+from chroma_jax.runs.serving_artifact import Sizes, by_name, export_stablehlo, save_prompt
 from chroma_jax.utils.errors import ChromaError
 from chroma_jax.utils.tree_paths import values
 from data_pipelines.tokenizer import train_tokenizer

@@ -12,7 +12,7 @@ from chroma_jax.bench.rows import full_rows
 from chroma_jax.bench.train import bench_train
 from chroma_jax.cli.main import main
 from chroma_jax.parallel.sharding import make_mesh
-from chroma_jax.runs.train import abstract_batch, step_flops, trainer_of
+from chroma_jax.planning.training_step import abstract_batch, step_flops, trainer_of
 from chroma_jax.training.loss import count
 from chroma_jax.training.state import PrecisionConfig
 from chroma_jax.utils.errors import ChromaError

@@ -8,7 +8,8 @@ import pytest
 from toy import ToyConfig, run_toy
 
 from chroma_jax.training import loss_curves as curves
-from chroma_jax.training.metrics import AUDIO_HOURS, Meter, audio_hours_at, read_lines
+from chroma_jax.training.metrics import AUDIO_HOURS, audio_hours_at, read_lines
+from chroma_jax.training.task import Meter
 from chroma_jax.utils.errors import ChromaError
 
 

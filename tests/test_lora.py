@@ -9,7 +9,8 @@ from tiny import replace
 
 from chroma_jax.models.chroma import Chroma
 from chroma_jax.parallel.sharding import MeshConfig, make_mesh
-from chroma_jax.runs.train import place, train, trainer_of
+from chroma_jax.planning.training_step import trainer_of
+from chroma_jax.runs.train import place, train
 from chroma_jax.training.checkpoint import Checkpoints
 from chroma_jax.training.lora import MARK, LoraConfig, adapted, merged, restored
 from chroma_jax.training.loss import loss

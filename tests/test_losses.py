@@ -13,7 +13,8 @@ from tiny import replace
 
 from chroma_jax.models.chroma import Chroma
 from chroma_jax.parallel.sharding import MeshConfig, make_mesh
-from chroma_jax.runs.train import Speaking, abstract_batch, counted_by, train, trainer_of
+from chroma_jax.planning.training_step import abstract_batch, trainer_of
+from chroma_jax.runs.train import Speaking, counted_by, train
 from chroma_jax.sequence.batch import is_present
 from chroma_jax.training.loss import Counts, FrameLosses, LossConfig, count, frame_losses, speech_losses
 from chroma_jax.training.metrics import read_lines

@@ -14,7 +14,8 @@ from chroma_jax.training.checkpoint import Checkpoints
 from chroma_jax.training.metrics import read_lines
 from chroma_jax.utils.errors import ChromaError
 from data_pipelines import hidden_states as hidden
-from data_pipelines.records import RowReader, batches, open_dataset
+from data_pipelines.dataset import open_dataset
+from data_pipelines.records import RowReader, batches
 
 
 @pytest.fixture(scope="module")

@@ -24,8 +24,9 @@ from chroma_jax.config import dump
 from chroma_jax.models.audio_encoder import cut_blocks
 from chroma_jax.models.chroma import Chroma
 from chroma_jax.parallel.sharding import AxisRules, MeshConfig, make_mesh, state_shardings
+from chroma_jax.planning.training_step import trainer_of
 from chroma_jax.runs.codec_teacher import audio_encoder, hearing
-from chroma_jax.runs.train import place, train, trainer_of
+from chroma_jax.runs.train import place, train
 from chroma_jax.training.checkpoint import Checkpoints
 from chroma_jax.training.loss import LossConfig, choose_frames, cross_entropy, frame_losses, hearing_loss, text_losses
 from chroma_jax.training.metrics import read_lines

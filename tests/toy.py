@@ -20,10 +20,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from chroma_jax.parallel.multihost import DistributedConfig, joined, share_of_rows
+from chroma_jax.parallel.progress import Progress
 from chroma_jax.parallel.sharding import MeshConfig, make_mesh
 from chroma_jax.training.checkpoint import CheckpointConfig
 from chroma_jax.training.loop import TrainingConfig, train_on
-from chroma_jax.training.runtime.watchdog import Progress
 from chroma_jax.training.state import applied
 from chroma_jax.utils.errors import ChromaError, Ended
 

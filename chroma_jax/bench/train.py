@@ -17,7 +17,7 @@ from chroma_jax.bench.rows import full_rows
 from chroma_jax.config import Config
 from chroma_jax.parallel.compiler_options import options
 from chroma_jax.parallel.sharding import make_mesh
-from chroma_jax.runs.train import step_flops, trainer_of
+from chroma_jax.planning.training_step import step_flops, trainer_of
 from chroma_jax.training.runtime.malloc import keep_freed
 from chroma_jax.utils.errors import ChromaError
 from chroma_jax.utils.tree_paths import values

@@ -192,6 +192,7 @@ def plan(args: Plan, config) -> int:
     from chroma_jax.planning import report
     from chroma_jax.planning.plan import DoesNotFit, plan_step, without_tpu
     from chroma_jax.planning.search import search
+    from chroma_jax.runs.codec_teacher import load_teacher
     from chroma_jax.utils.chips import parse_topology
 
     codec = isinstance(config, CodecRun)
@@ -205,7 +206,8 @@ def plan(args: Plan, config) -> int:
         print(report.table(search(config, topology)), end="")
         return 0
     try:
-        found, compiled = plan_step(config, topology, effort=args.effort)
+        teacher = load_teacher(config.recipe.teacher, config.model.sampling_rate) if codec else None
+        found, compiled = plan_step(config, topology, effort=args.effort, teacher=teacher)
     except DoesNotFit as e:
         print(report.does_not_fit(e), end="")
         return 1
@@ -213,9 +215,10 @@ def plan(args: Plan, config) -> int:
     if args.out is not None:
         write_whole(args.out, json.dumps(found.json(), indent=1) + "\n")
     if args.program is not None:
+        from chroma_jax.planning.training_step import compiled_from
         from chroma_jax.training.runtime.aot_executable import save_program
 
-        save_program(compiled, config, topology.name, args.program)
+        save_program(compiled, compiled_from(config), topology.name, args.program)
     return 0
 
 
@@ -352,7 +355,7 @@ def transcript(given: str) -> str:
 
 
 def prompt(args: Prompt, config) -> int:
-    from chroma_jax.convert.stablehlo import write_prompt
+    from chroma_jax.runs.serving_artifact import write_prompt
 
     said = transcript(args.transcript)
     print(write_prompt(args.run, config, args.artefact, args.question, args.reference, said, args.out))
@@ -404,7 +407,7 @@ def export(args: Export) -> int:
 
 
 def export_artefact(args: Export) -> int:
-    from chroma_jax.convert.stablehlo import Sizes, export_stablehlo
+    from chroma_jax.runs.serving_artifact import Sizes, export_stablehlo
 
     config = run_configuration([str(args.run)])
     if args.dtype != "stored":

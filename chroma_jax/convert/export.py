@@ -14,11 +14,10 @@ from chroma_jax import config as configs
 from chroma_jax.audio.log_mel import FeatureConfig
 from chroma_jax.config import Config
 from chroma_jax.convert.importer import BESIDE, CODEC, SOURCE_CONFIG, UNUSED, copied
-from chroma_jax.convert.sources import read_codec
+from chroma_jax.convert.sources import check_complete, read_codec
 from chroma_jax.models.io.hf_config import to_hf
 from chroma_jax.models.io.name_tables import chroma_rows, codec_rows
 from chroma_jax.models.io.weight_files import Output, abstract_weights, outputs, read_header, write_safetensors
-from chroma_jax.runs.load import check_complete
 from chroma_jax.training.checkpoint import Checkpoints
 from chroma_jax.training.lora import restored
 from chroma_jax.utils.atomic_io import check_new, write_json, written_aside

@@ -282,3 +282,10 @@ def read_codec(source: Path, config: ChromaConfig) -> Codec:
     if not rows:
         raise ChromaError(f"{source}: {naming.title}, which has no Codec")
     return import_weights(abstract_codec(config), rows, source, "codec/")
+
+
+def check_complete(run: Path, missing: set[str]) -> None:
+    """Raises ChromaError when weights are missing, naming the parts that they belong to."""
+    parts = sorted({path.split("/")[0] for path in missing}, key=lambda part: (*PARTS, part).index(part))
+    if missing:
+        raise ChromaError(f"{run}: has no weights of {', '.join(parts)}; import them too, or train with --init-from {run}")

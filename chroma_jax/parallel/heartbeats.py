@@ -24,7 +24,7 @@ from typing import Literal
 
 from tqdm import tqdm
 
-from chroma_jax.training.runtime.watchdog import Progress
+from chroma_jax.parallel.progress import Progress
 from chroma_jax.utils.errors import PEER_LOST, ChromaError
 
 GRACE = 5.0  # seconds in which what another process failed from may be found here too, or by which it is known who was lost

@@ -27,9 +27,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from chroma_jax.parallel.heartbeats import Peers, on_abort
+from chroma_jax.parallel.progress import Progress, process_started
 from chroma_jax.parallel.sharding import MeshConfig
-from chroma_jax.training.runtime.goodput import process_started
-from chroma_jax.training.runtime.watchdog import Progress
 from chroma_jax.utils.errors import PEER_LOST, ChromaError, Ended
 
 

@@ -16,8 +16,8 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 from chroma_jax.config import CodecRun, Config
 from chroma_jax.parallel.sharding import MESH_AXES, MeshConfig, make_mesh
 from chroma_jax.planning import hlo, kernels
-from chroma_jax.runs.codec_teacher import load_teacher
-from chroma_jax.runs.train import abstract_batch, step_flops, trainer_of
+from chroma_jax.planning.training_step import abstract_batch, step_flops, trainer_of
+from chroma_jax.training.codec.distillation import Teacher
 from chroma_jax.training.codec.step import Phase, make_codec_trainer
 from chroma_jax.training.flops import counted
 from chroma_jax.utils.chips import Chip, Topology, compile_only_devices, compiling_afresh, ring_bandwidth
@@ -159,9 +159,13 @@ def without_tpu() -> None:
     jax.config.update("jax_platforms", "cpu")
 
 
-def plan_step(config: Config | CodecRun, topology: Topology, *, effort: str = "full") -> tuple[Plan, jax.stages.Compiled]:
-    """`plan_training` or `plan_codec`, by what the configuration is of."""
-    return (plan_codec if isinstance(config, CodecRun) else plan_training)(config, topology, effort=effort)
+def plan_step(
+    config: Config | CodecRun, topology: Topology, *, effort: str = "full", teacher: Teacher | None = None
+) -> tuple[Plan, jax.stages.Compiled]:
+    """`plan_training` or, with the teacher, `plan_codec`, by what the configuration is of."""
+    if isinstance(config, CodecRun):
+        return plan_codec(config, topology, effort=effort, teacher=teacher)
+    return plan_training(config, topology, effort=effort)
 
 
 def plan_training(config: Config, topology: Topology, *, effort: str = "full") -> tuple[Plan, jax.stages.Compiled]:
@@ -188,12 +192,14 @@ def plan_training(config: Config, topology: Topology, *, effort: str = "full") -
         )
 
 
-def plan_codec(config: CodecRun, topology: Topology, *, effort: str = "full") -> tuple[Plan, jax.stages.Compiled]:
-    """The same for a Codec, in the last phase of its training, in which most takes part."""
+def plan_codec(
+    config: CodecRun, topology: Topology, *, effort: str = "full", teacher: Teacher | None = None
+) -> tuple[Plan, jax.stages.Compiled]:
+    """The same for a Codec, in the last phase of its training, in which most takes part. teacher: what ``config.recipe.teacher``
+    names."""
     mesh, rows, recipe = mesh_on(topology, config.mesh), config.training.global_batch, config.recipe
     model, frames, last = config.model, config.data.crop_frames, config.training.steps - 1
     phase = Phase(quantized=last >= recipe.quantize_from, judged=last >= recipe.judge_from)
-    teacher = load_teacher(recipe.teacher, model.sampling_rate)
     parts = {"quantizer": phase.quantized, "discriminator": phase.judged, "teacher": teacher is not None}
     with jax.set_mesh(mesh):
         trainer = make_codec_trainer(model, recipe, config.training.seed, mesh, teacher, config.training.skip_norm)

@@ -77,8 +77,8 @@ def hearing(encoder: AudioEncoder, sampling_rate: int) -> Teacher:
 
 
 def log_mel(wave: jax.Array, sampling_rate: int, bins: int) -> jax.Array:
-    """`chroma_jax.audio.log_mel.log_mel` on the accelerator, of sound at a higher rate than 16 kHz, in single precision and with both
-    edges reflected. wave: float32 [B, S]. Returns float32 [B, S / hop, bins], a hop being 10 ms."""
+    """`chroma_jax.audio.log_mel.log_mel` on the accelerator, of sound at a higher rate than 16 kHz, in single precision and with
+    both edges reflected. wave: float32 [B, S]. Returns float32 [B, S / hop, bins], a hop being 10 ms."""
     at = FeatureConfig(mel_bins=bins)
     n_fft, hop = (n * sampling_rate // at.sample_rate for n in (at.n_fft, at.hop))
     config = FeatureConfig(sample_rate=sampling_rate, n_fft=n_fft, hop=hop, mel_bins=bins)

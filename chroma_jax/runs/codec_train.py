@@ -19,6 +19,7 @@ from chroma_jax.metric_models.pitch import match_pitch, pitch, pitch_measures
 from chroma_jax.metric_models.speech import stoi
 from chroma_jax.models.codec import CodecConfig, FitConfig, fit_quantizer
 from chroma_jax.parallel.multihost import say, share_of_rows
+from chroma_jax.parallel.progress import Progress
 from chroma_jax.parallel.sharding import make_mesh
 from chroma_jax.runs.codec_teacher import load_teacher
 from chroma_jax.runs.run_folder import check_run, has_checkpoint, keep
@@ -27,7 +28,6 @@ from chroma_jax.training.codec.quantize import perplexity
 from chroma_jax.training.codec.step import CodecTrainer, CodecTrainState, Phase, make_codec_trainer
 from chroma_jax.training.loop import check_batch, train_on
 from chroma_jax.training.metrics import MetricsWriter
-from chroma_jax.training.runtime.watchdog import Progress
 from chroma_jax.utils.errors import ChromaError
 from chroma_jax.utils.tree_paths import values
 from data_pipelines.waves import WaveBatch, crops, held_out, open_waves

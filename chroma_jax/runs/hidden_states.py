@@ -19,11 +19,13 @@ from chroma_jax.training.lora import restored
 from chroma_jax.utils.errors import ChromaError
 from chroma_jax.utils.tree_paths import filled, values
 from data_pipelines import hidden_states as hidden
-from data_pipelines.records import RowReader, feature_config, open_dataset, stack, to_example
+from data_pipelines.dataset import open_dataset
+from data_pipelines.records import RowReader, feature_config, stack, to_example
 
 
 def store_hidden(prepared: Path, run: Path, *, rows_at_once: int = 8) -> str:
-    """Writes what ``data_pipelines.hidden_states`` describes into a prepared folder, in bfloat16; files that are there already stay.
+    """Writes what ``data_pipelines.hidden_states`` describes into a prepared folder, in bfloat16; files that are there already
+    stay.
 
     run: of a speaking model, or an import; its newest checkpoint's Reasoner is used, divided among this host's devices. Several
     hosts share the files among them. rows_at_once: of each device. Returns a line that says what was done.

@@ -13,7 +13,7 @@ from flax import nnx
 from tokenizers import Tokenizer
 
 from chroma_jax.config import CodecRun, Config
-from chroma_jax.convert.sources import PARTS, read_codec
+from chroma_jax.convert.sources import check_complete, read_codec
 from chroma_jax.inference.placement import Place, abstract_model, codec_on, place_for, running
 from chroma_jax.models.chroma import Chroma, ChromaConfig
 from chroma_jax.models.codec import Codec
@@ -102,10 +102,3 @@ def from_checkpoint(run: Path, config: Config, dtype, place: Place) -> Chroma:
     with Checkpoints(run, config.checkpoint, access="read") as checkpoints:
         check_complete(run, values(state).keys() - checkpoints.held().keys())
         return nnx.merge(graph, filled(state, restored(checkpoints, values(state), config.lora)))
-
-
-def check_complete(run: Path, missing: set[str]) -> None:
-    """Raises ChromaError when weights are missing, naming the parts that they belong to."""
-    parts = sorted({path.split("/")[0] for path in missing}, key=lambda part: (*PARTS, part).index(part))
-    if missing:
-        raise ChromaError(f"{run}: has no weights of {', '.join(parts)}; import them too, or train with --init-from {run}")

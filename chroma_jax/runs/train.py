@@ -10,15 +10,16 @@ from pathlib import Path
 
 import jax
 from flax import nnx
-from jax.sharding import Mesh
 
 from chroma_jax import config as configs
 from chroma_jax.config import Config
 from chroma_jax.models.chroma import Chroma
 from chroma_jax.parallel.multihost import say, share_of_rows
+from chroma_jax.parallel.progress import Progress
 from chroma_jax.parallel.sharding import make_mesh
+from chroma_jax.planning.training_step import abstract_batch, compiled_from, step_flops, trainer_of
 from chroma_jax.runs.run_folder import check_run, has_checkpoint, keep
-from chroma_jax.sequence.batch import Batch, empty_batch
+from chroma_jax.sequence.batch import Batch
 from chroma_jax.training import flops
 from chroma_jax.training.checkpoint import Checkpoints
 from chroma_jax.training.loop import check_batch, train_on
@@ -26,11 +27,11 @@ from chroma_jax.training.lora import MARK, restored
 from chroma_jax.training.metrics import MetricsWriter, flat
 from chroma_jax.training.optimizer import split_trainable
 from chroma_jax.training.runtime.aot_executable import with_program
-from chroma_jax.training.runtime.watchdog import Progress
-from chroma_jax.training.state import Trainer, TrainState, make_trainer
+from chroma_jax.training.state import Trainer, TrainState
 from chroma_jax.utils.errors import ChromaError
 from chroma_jax.utils.tree_paths import values
-from data_pipelines.records import batches, evaluation_batches, open_dataset
+from data_pipelines.dataset import open_dataset
+from data_pipelines.records import batches, evaluation_batches
 
 
 def train(
@@ -60,7 +61,7 @@ def train(
     with jax.set_mesh(mesh):
         trainer = trainer_of(config, mesh)
         if program is not None:
-            trainer = with_program(trainer, config, abstract_batch(config, trainer), program)
+            trainer = with_program(trainer, compiled_from(config), abstract_batch(config, trainer), program)
         given = init_from if init_from is not None and not has_checkpoint(run) else None
         if given is not None:
             check_tokenizer(prepared, given)
@@ -89,36 +90,6 @@ def check_stored(config: Config) -> None:
     _, trained, _ = split_trainable(shapes, config.optimizer)
     if config.lora.targets or any(path.startswith("reasoner/") for path in values(trained)):
         raise ChromaError("loss.reasoner is 'stored', but the Reasoner is trained; freeze it: --optimizer.freeze reasoner/")
-
-
-def trainer_of(config: Config, mesh: Mesh) -> Trainer:
-    """What a configuration's run is made of, on a mesh, which must be set."""
-    c, t = config, config.training
-    more = {"accumulate": t.accumulate, "lora": c.lora, "skip_norm": t.skip_norm}
-    return make_trainer(c.model, c.optimizer, c.loss, c.precision, t.seed, mesh, **more)
-
-
-def abstract_batch(config: Config, trainer: Trainer):
-    """Shapes and places of a global batch."""
-    c = config.model
-    audio = c.reasoner.audio
-    batch = empty_batch(
-        config.data.row,
-        rows=config.training.global_batch,
-        block_frames=audio.block_frames,
-        mel_bins=audio.mel_bins,
-        codebooks=c.codebooks,
-        stored_width=c.reasoner.text.width if config.loss.reasoner == "stored" else 0,
-        prompt_frames=config.loss.prompt_slots,
-    )
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=trainer.batch_sharding), batch)
-
-
-def step_flops(config: Config, trainer: Trainer) -> flops.PartFlops:
-    """FLOPs of a training step on full rows, by part."""
-    trained = {"/".join(path.split("/")[:2]) for path in values(trainer.abstract.trained)}
-    forward = flops.forward_flops(config.model, config.data.row, config.loss)
-    return flops.PartFlops(*(config.training.global_batch * part for part in flops.train_flops(forward, trained)))
 
 
 def starting_weights(config: Config, trainer: Trainer, start: Path) -> dict[str, jax.Array]:

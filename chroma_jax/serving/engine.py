@@ -75,7 +75,7 @@ class Engine:
 
     def __init__(self, model: Chroma, codec: Codec, encode: Encode, decode: Decode, config: EngineConfig = EngineConfig()):
         c, chroma = config, model.config
-        self.config, self.config_of_codec = c, chroma.codec
+        self.config, self.config_of_codec, self.samples_per_frame = c, chroma.codec, chroma.codec.samples_per_frame
         self._encode, self._tokens = encode, chroma.tokens
         frame_seconds = 1 / chroma.codec.frame_rate
         self.max_frames = int(c.max_seconds / frame_seconds)
@@ -118,7 +118,7 @@ class Engine:
         with counted_compilations() as compiled, jax.transfer_guard("disallow"):
             slots, text = self._slots, np.zeros(self._slots.chunk, np.int32)
             frames = FRAMES_PER_PIECE + 1  # the second piece meets another state than the first
-            *_, voice = self._recorder.make(np.zeros(frames * self.config_of_codec.samples_per_frame, np.float32), "")
+            *_, voice = self._recorder.make(np.zeros(frames * self.samples_per_frame, np.float32), "")
             block = np.zeros((slots.config.reasoner.audio.block_frames, self.features.mel_bins), np.float32)
             _, outputs = slots.encode(slots.empty_carry(), block, len(block))
             slots.adopt(0, voice.cache)
@@ -269,6 +269,17 @@ class Engine:
     def _room(self, head: int) -> int:
         """Positions that the user's part of a turn may have. head: those of the system text."""
         return self.config.text_positions - self._reserved - head
+
+    def hear(self, session: Session, blocks: list, *, opens: bool, more: bool) -> None:
+        """Blocks of the user's turn. opens: whether they are its first; more: whether any may come behind them."""
+        units = [lambda: self.rounds.open_turn(session)] if opens else []
+        for block in blocks:
+            units.append(lambda b=block: self.rounds.hear(session, b, more or b is not blocks[-1]))
+        self.submit(session, units)
+
+    def answer(self, session: Session, reply: Reply, said: str) -> None:
+        """The turn is over. said: what is written beside the speech, or instead of it."""
+        self.submit(session, [lambda: self.rounds.close_turn(session, reply, said)])
 
     def submit(self, session: Session, units: list[Callable[[], list | None]]) -> None:
         """More work for a session, to be done in order; a unit may return others that come right after it."""

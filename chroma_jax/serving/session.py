@@ -5,16 +5,13 @@ import collections
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from chroma_jax.inference.streaming_audio_encoder import MelBlocks
 from chroma_jax.serving.conversation import Conversation, Turn
 from chroma_jax.utils.errors import ChromaError
-
-if TYPE_CHECKING:
-    from chroma_jax.serving.engine import Engine
 
 
 class SamplingSettings(NamedTuple):
@@ -110,6 +107,26 @@ class Reply:
                 await news
 
 
+class Host(Protocol):
+    """What a session asks of its engine; all of it returns at once, the engine's thread does the work."""
+
+    samples_per_frame: int
+
+    def check(self) -> None: ...
+
+    def check_turn(self, session: "Session", samples: int, said: str) -> None: ...
+
+    def front_end(self) -> MelBlocks: ...
+
+    def hear(self, session: "Session", blocks: list, *, opens: bool, more: bool) -> None: ...
+
+    def answer(self, session: "Session", reply: Reply, said: str) -> None: ...
+
+    def cancel(self, session: "Session", reply: Reply, heard: int) -> None: ...
+
+    def release(self, session: "Session") -> None: ...
+
+
 class Session:
     """A conversation in a slot of an `Engine`, which makes it. To be closed, or used in a ``with`` block.
 
@@ -121,7 +138,7 @@ class Session:
     (for a reply, before all is heard), "ready" or "speaking"; current, the reply that this is about.
     """
 
-    def __init__(self, engine: "Engine", slot: int, conversation: Conversation, sampling: SamplingSettings, max_frames: int):
+    def __init__(self, engine: Host, slot: int, conversation: Conversation, sampling: SamplingSettings, max_frames: int):
         self.engine, self.slot, self.sampling, self.max_frames = engine, slot, sampling, max_frames
         self.conversation, self.voice_length = conversation, 0
         self.work: collections.deque[Callable[[], list | None]] = collections.deque()
@@ -160,7 +177,7 @@ class Session:
         self._heard(self._mel.finish() if self._samples else [], more=False)
         self.reply, self._replies = reply, self._replies + 1
         self._mel, self._samples, self.in_turn = None, 0, False
-        self.engine.submit(self, [lambda: self.engine.rounds.close_turn(self, reply, said)])
+        self.engine.answer(self, reply, said)
 
     def cancel(self, played_samples: int | None = None) -> None:
         """Stops the reply: no chunk is given out after this call, and the device stops before its next tick. The conversation
@@ -173,7 +190,7 @@ class Session:
             return
         if played_samples is not None and played_samples < 0:
             raise ChromaError(f"cancel: played_samples is {played_samples}, must be at least 0")
-        frame = self.engine.config_of_codec.samples_per_frame
+        frame = self.engine.samples_per_frame
         heard = self.reply.taken if played_samples is None else -(-played_samples // frame)
         self.reply.end("cancelled")
         self.engine.cancel(self, self.reply, heard)
@@ -186,11 +203,8 @@ class Session:
 
     def _heard(self, blocks: list, more: bool = True) -> None:
         """more: whether any may come behind these."""
-        units = [] if self.in_turn else [lambda: self.engine.rounds.open_turn(self)]
+        self.engine.hear(self, blocks, opens=not self.in_turn, more=more)
         self.in_turn = True
-        for block in blocks:
-            units.append(lambda b=block: self.engine.rounds.hear(self, b, more or b is not blocks[-1]))
-        self.engine.submit(self, units)
 
     def _check_open(self) -> None:
         if self.closed:

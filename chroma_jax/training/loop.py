@@ -6,19 +6,21 @@ what it decides, it decides in all of them at the same step.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 from tqdm import tqdm
 
 from chroma_jax.parallel.multihost import StopRequest, agreed, say
+from chroma_jax.parallel.progress import Progress
 from chroma_jax.training.checkpoint import Checkpoints
-from chroma_jax.training.metrics import Meter, MetricsWriter, audio_hours_at, read_lines
+from chroma_jax.training.metrics import MetricsWriter, audio_hours_at, read_lines
 from chroma_jax.training.runtime.goodput import CompileClock, Ledger
 from chroma_jax.training.runtime.malloc import keep_freed
-from chroma_jax.training.runtime.watchdog import Progress, StallWatch
+from chroma_jax.training.runtime.watchdog import StallWatch
+from chroma_jax.training.task import Meter, Task
 from chroma_jax.utils.errors import DIVERGED, STOPPED, ChromaError, Ended
 
 
@@ -56,31 +58,6 @@ class TrainingConfig:
         at = self.profile_steps
         if at and (len(at) != 2 or not 0 <= at[0] < at[1]):
             raise ValueError(f"training.profile_steps is {at}, expected two steps, the first before the last")
-
-
-class Task(Protocol):
-    """What the loop does not know: what is trained, and on what.
-
-    shown: losses for the progress bar. batches: from a position on, as this host reads them. place: a host's batch on the mesh.
-    step: (how many went before, state, batch) → (state, metrics), the old state being given up; ``skipped`` among the metrics is
-    1 when it was not applied. evaluate: metrics by name; the writer (None on all hosts but one) is for what is no number. rates:
-    from the mean metrics of some steps, what is done per second; it may take those out that only count. audio_seconds: of the
-    targets that a step trained on, from its metrics.
-    """
-
-    shown: Sequence[str]
-
-    def batches(self, position: int) -> Iterator[Any]: ...
-
-    def place(self, batch: Any) -> Any: ...
-
-    def step(self, step: int, state: Any, batch: Any) -> tuple[Any, dict[str, jax.Array]]: ...
-
-    def evaluate(self, step: int, state: Any, writer: MetricsWriter | None) -> dict[str, float]: ...
-
-    def rates(self, metrics: dict[str, float], steps_per_second: float) -> dict[str, float]: ...
-
-    def audio_seconds(self, metrics: dict[str, float]) -> float: ...
 
 
 def train_on(task: Task, config, run: Path, abstract: Any, init: Callable[[], Any], progress: Progress | None = None) -> Any:

@@ -6,18 +6,11 @@ Names begin with ``train/`` (means since the last line), ``valid/`` (means over 
 
 import json
 import math
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import jax
 import numpy as np
 
 from chroma_jax.utils.atomic_io import write_whole
-
-if TYPE_CHECKING:
-    from chroma_jax.training.loop import Task
-
 
 AUDIO_HOURS = "progress/audio_hours"  # hours of target audio trained on since step 0, across resumes
 
@@ -32,60 +25,6 @@ def flat(metrics: dict, prefix: str = "") -> dict[str, float]:
         else:
             out |= {f"{prefix}{name}_{i}": float(v) for i, v in enumerate(value)}
     return out
-
-
-class Meter:
-    """Sums up what happens between two log lines; reads the device only when a line is due.
-
-    Of the last `read`: skipped: the steps that were not applied; streak: how many such there were without another one after them.
-    """
-
-    def __init__(self, task: "Task", audio_hours: float | None = 0.0):
-        """audio_hours: those of earlier steps, see `audio_hours_at`; None leaves the metric out."""
-        self.task, self.streak, self.audio_hours = task, 0, audio_hours
-        self.reset()
-
-    def reset(self) -> None:
-        self.metrics: list[tuple[int, dict[str, jax.Array]]] = []
-        self.started = time.perf_counter()
-
-    def count(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        self.metrics.append((step, metrics))
-
-    def progress(self) -> dict[str, float]:
-        """Cumulative metrics up to the last step counted; waits for the device. The running means stay as they are."""
-        return self.advanced([flat(metrics) for _, metrics in jax.device_get(self.metrics)])
-
-    def advanced(self, steps: list[dict[str, float]]) -> dict[str, float]:
-        """Cumulative metrics after further steps, by their metrics. Skipped steps add nothing."""
-        if self.audio_hours is None:
-            return {}
-        seconds = sum(self.task.audio_seconds(m) for m in steps if not m.get("skipped"))
-        return {AUDIO_HOURS: self.audio_hours + seconds / 3600}
-
-    def read(self, waited: float) -> dict[str, float]:
-        """Means since the last call, and rates; waits for the device. A metric that only some steps have is averaged over
-        these; of steps that were skipped, if others were not, only the number counts. waited: seconds, for data."""
-        found = [(step, flat(metrics)) for step, metrics in jax.device_get(self.metrics)]
-        seconds = time.perf_counter() - self.started
-        self.reset()
-        progress = self.advanced([metrics for _, metrics in found])
-        self.audio_hours = progress.get(AUDIO_HOURS)
-        self.skipped = []
-        for step, metrics in found:
-            bad = bool(metrics.pop("skipped", 0))
-            self.streak = self.streak + 1 if bad else 0
-            self.skipped += [step] if bad else []
-        if not found:
-            return {}
-        taken = [m for step, m in found if step not in self.skipped] or [m for _, m in found]
-        names = dict.fromkeys(name for m in taken for name in m)
-        means = {name: float(np.mean([m[name] for m in taken if name in m])) for name in names}
-        rates = self.task.rates(means, len(found) / seconds)
-        rates |= {"steps_per_second": len(found) / seconds, "data_wait": waited / seconds}
-        means["skipped"] = float(len(self.skipped))
-        lines = {f"train/{name}": value for name, value in means.items()} | {f"speed/{n}": v for n, v in rates.items()}
-        return lines | progress
 
 
 class MetricsWriter:

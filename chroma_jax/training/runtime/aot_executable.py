@@ -6,39 +6,29 @@ what is in it, as loading any program does: use your own.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
 from jax.experimental import serialize_executable
 
-from chroma_jax import config as configs
-from chroma_jax.config import Config
 from chroma_jax.training.state import Trainer
 from chroma_jax.utils.errors import ChromaError
 
-# Fields of a configuration that a program does not depend on.
-OUTSIDE = ("data.", "checkpoint.", "augment.", "reply.", "training.")
-INSIDE = ("data.row.", "training.global_batch", "training.accumulate", "training.skip_norm", "training.seed")
 
-
-def compiled_from(config: Config) -> dict[str, str]:
-    """What a program is made from, by name, as text."""
-    fields = configs.fields(config).items()
-    return {name: repr(value) for name, value in fields if name.startswith(INSIDE) or not name.startswith(OUTSIDE)}
-
-
-def save_program(compiled: jax.stages.Compiled, config: Config, topology: str, path: Path) -> None:
-    """Writes a file, whole or not at all."""
+def save_program(compiled: jax.stages.Compiled, config: Mapping[str, str], topology: str, path: Path) -> None:
+    """Writes a file, whole or not at all. config: what the step was compiled from, by field."""
     payload, *_ = serialize_executable.serialize(compiled)
-    header = {"topology": topology, "jax": jax.__version__, "config": compiled_from(config)}
+    header = {"topology": topology, "jax": jax.__version__, "config": dict(config)}
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + ".tmp")
     aside.write_bytes(json.dumps(header).encode() + b"\n" + payload)
     aside.replace(path)
 
 
-def with_program(trainer: Trainer, config: Config, batch, path: Path) -> Trainer:
-    """The trainer with the training step of a file in place of one that is yet to be compiled. batch: shapes of a global one.
+def with_program(trainer: Trainer, config: Mapping[str, str], batch, path: Path) -> Trainer:
+    """The trainer with the training step of a file in place of one that is yet to be compiled. config: as for `save_program`.
+    batch: shapes of a global one.
 
     Raises: ChromaError for a file that is none, or was compiled from another configuration or by another version of JAX; it says
     what differs.
@@ -51,7 +41,7 @@ def with_program(trainer: Trainer, config: Config, batch, path: Path) -> Trainer
         raise ChromaError(f"--program {path}: {e.strerror}") from e
     except (ValueError, KeyError, TypeError) as e:
         raise ChromaError(f"--program {path}: not a file that plan --program wrote") from e
-    ours = compiled_from(config)
+    ours = dict(config)
     apart = [f"{n} {theirs.get(n)} there, {ours.get(n)} here" for n in sorted(ours | theirs) if ours.get(n) != theirs.get(n)]
     if version != jax.__version__:
         apart.insert(0, f"jax {version} there, {jax.__version__} here")

@@ -19,14 +19,13 @@ were; `chroma_jax.runs.status` counts them as lost.
 import contextlib
 import datetime
 import json
-import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
 
-from chroma_jax.training.runtime.watchdog import Progress
+from chroma_jax.parallel.progress import Progress
 from chroma_jax.utils.errors import Ended
 
 NAME = "ledger.jsonl"
@@ -155,12 +154,3 @@ def read_ledger(run: Path) -> list[dict]:
 def when(line: dict) -> float:
     """Seconds since the epoch at which a line was written."""
     return datetime.datetime.fromisoformat(line["time"]).timestamp()
-
-
-def process_started() -> float:
-    """Seconds since the epoch at which this process started; where that cannot be known, now."""
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-        up = float(Path("/proc/uptime").read_text().split()[0])
-        return time.time() - up + ticks / os.sysconf("SC_CLK_TCK")
-    return time.time()

@@ -1,36 +1,14 @@
-"""Where a training is, for the threads that watch it; and the one that speaks up when it no longer moves."""
+"""The watchdog of a training: it prints every thread's stack when no step finishes any more."""
 
 import faulthandler
 import sys
 import threading
 import time
-from collections.abc import Callable
 from typing import TextIO
 
+from chroma_jax.parallel.progress import Progress
+
 PATIENCE = 6  # how much longer than a step may last what compiles, or reads or writes much
-
-
-class Progress:
-    """Written by the loop, read by threads. step: the last finished one, −1 before there is any; doing: what goes on since then.
-
-    The state is replaced as a whole, so that a reader never sees halves of two. began: when work on the training began, in
-    seconds since the epoch. last_words: called with the reason before a thread ends the process. others: what is known of the
-    other processes. give_up: ends this process with a message, when there are others, who would wait for it for ever.
-    """
-
-    def __init__(self):
-        self.began = time.time()
-        self.state = (-1, "starting", time.monotonic())
-        self.last_words: Callable[[str], None] = lambda reason: None
-        self.others: Callable[[], str] = lambda: ""
-        self.give_up: Callable[[str], None] = lambda message: None
-
-    def now(self, doing: str, step: int | None = None) -> None:
-        self.state = (self.step if step is None else step, doing, time.monotonic())
-
-    @property
-    def step(self) -> int:
-        return self.state[0]
 
 
 class StallWatch:

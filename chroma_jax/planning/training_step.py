@@ -1,0 +1,51 @@
+"""The training step of a configuration: what `plan` compiles for a pod is what a run trains with."""
+
+import jax
+from jax.sharding import Mesh
+
+from chroma_jax import config as configs
+from chroma_jax.config import Config
+from chroma_jax.sequence.batch import empty_batch
+from chroma_jax.training import flops
+from chroma_jax.training.state import Trainer, make_trainer
+from chroma_jax.utils.tree_paths import values
+
+# Fields of a configuration that a program does not depend on.
+OUTSIDE = ("data.", "checkpoint.", "augment.", "reply.", "training.")
+INSIDE = ("data.row.", "training.global_batch", "training.accumulate", "training.skip_norm", "training.seed")
+
+
+def compiled_from(config: Config) -> dict[str, str]:
+    """What a program is made from, by name, as text."""
+    fields = configs.fields(config).items()
+    return {name: repr(value) for name, value in fields if name.startswith(INSIDE) or not name.startswith(OUTSIDE)}
+
+
+def trainer_of(config: Config, mesh: Mesh) -> Trainer:
+    """What a configuration's run is made of, on a mesh, which must be set."""
+    c, t = config, config.training
+    more = {"accumulate": t.accumulate, "lora": c.lora, "skip_norm": t.skip_norm}
+    return make_trainer(c.model, c.optimizer, c.loss, c.precision, t.seed, mesh, **more)
+
+
+def abstract_batch(config: Config, trainer: Trainer):
+    """Shapes and places of a global batch."""
+    c = config.model
+    audio = c.reasoner.audio
+    batch = empty_batch(
+        config.data.row,
+        rows=config.training.global_batch,
+        block_frames=audio.block_frames,
+        mel_bins=audio.mel_bins,
+        codebooks=c.codebooks,
+        stored_width=c.reasoner.text.width if config.loss.reasoner == "stored" else 0,
+        prompt_frames=config.loss.prompt_slots,
+    )
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=trainer.batch_sharding), batch)
+
+
+def step_flops(config: Config, trainer: Trainer) -> flops.PartFlops:
+    """FLOPs of a training step on full rows, by part."""
+    trained = {"/".join(path.split("/")[:2]) for path in values(trainer.abstract.trained)}
+    forward = flops.forward_flops(config.model, config.data.row, config.loss)
+    return flops.PartFlops(*(config.training.global_batch * part for part in flops.train_flops(forward, trained)))
