@@ -11,7 +11,7 @@ from typing import Any
 
 from chroma_jax.audio.augmentation import AugmentConfig
 from chroma_jax.inference.compatibility import Compatibility
-from chroma_jax.inference.state import Kept
+from chroma_jax.inference.state import CacheDType
 from chroma_jax.models.chroma import ChromaConfig
 from chroma_jax.models.codec import CodecConfig
 from chroma_jax.parallel.sharding import MeshConfig
@@ -22,7 +22,7 @@ from chroma_jax.training.lora import LoraConfig
 from chroma_jax.training.loss import LossConfig
 from chroma_jax.training.optimizer import OptimizerConfig
 from chroma_jax.training.state import PrecisionConfig
-from chroma_jax.utils.errors import ChromaError, near
+from chroma_jax.utils.errors import InputError, near
 from data_pipelines.prepare import DataConfig
 from data_pipelines.waves import CodecDataConfig
 
@@ -40,8 +40,8 @@ class ReplyConfig:
     seed: int = 0
     max_seconds: float = 20.0
     dtype: typing.Literal["float32", "bfloat16"] = "float32"
-    weights: Kept = "as_dtype"
-    cache: Kept = "as_dtype"
+    weights: CacheDType = "as_dtype"
+    cache: CacheDType = "as_dtype"
     tensor: int = 1
     compatibility: Compatibility = "corrected"
 
@@ -90,22 +90,22 @@ def read_python(source: str) -> Config | CodecRun:
     """The configuration that a configuration file's ``config()`` returns.
 
     source: a path, or the bare name of a shipped one (``nano``); behind an ``@``, the pod that it is wanted for, where the file
-    has a mesh for some (``chroma_4b_stage1@v5e:16x16``). Raises: ChromaError naming the file and what is wrong with it.
+    has a mesh for some (``chroma_4b_stage1@v5e:16x16``). Raises: InputError naming the file and what is wrong with it.
     """
     source, _, pod = source.partition("@")
     path, module = module_of(source)
     pods = getattr(module, "PODS", {})
     if pod and pod not in pods:
         known = ", ".join(pods) or "none"
-        raise ChromaError(f"{path}: no mesh for {pod!r}{near(pod, pods)}; it has {known}; or set --mesh")
+        raise InputError(f"{path}: no mesh for {pod!r}{near(pod, pods)}; it has {known}; or set --mesh")
     try:
         config = module.config(pod) if pod else module.config()
-    except ChromaError:
+    except InputError:
         raise
     except Exception as e:
-        raise ChromaError(f"{path}: {type(e).__name__}: {e}") from e
+        raise InputError(f"{path}: {type(e).__name__}: {e}") from e
     if not isinstance(config, tuple(KINDS.values())):
-        raise ChromaError(f"{path}: config() returned {type(config).__name__}, expected chroma_jax.config.Config or CodecRun")
+        raise InputError(f"{path}: config() returned {type(config).__name__}, expected chroma_jax.config.Config or CodecRun")
     return config
 
 
@@ -121,19 +121,19 @@ def module_of(source: str) -> tuple[Path, types.ModuleType]:
     if not path.suffix and not path.exists():
         path, names = SHIPPED / f"{source}.py", shipped()
         if source not in names:
-            raise ChromaError(f"configuration {source!r} is neither a file nor one of {', '.join(names)}{near(source, names)}")
+            raise InputError(f"configuration {source!r} is neither a file nor one of {', '.join(names)}{near(source, names)}")
     if not path.is_file():
-        raise ChromaError(f"{path}: no such configuration file")
+        raise InputError(f"{path}: no such configuration file")
     spec = importlib.util.spec_from_file_location(f"chroma_config_{path.stem}", path)
     if spec is None:
-        raise ChromaError(f"{path}: not a Python file")
+        raise InputError(f"{path}: not a Python file")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except ChromaError:
+    except InputError:
         raise
     except Exception as e:
-        raise ChromaError(f"{path}: {type(e).__name__}: {e}") from e
+        raise InputError(f"{path}: {type(e).__name__}: {e}") from e
     return path, module
 
 
@@ -165,7 +165,7 @@ def parse(text: str, source: str) -> Config | CodecRun:
     """The inverse of `dump`. source: for messages. A field that the text does not name has its default: it is younger than the
     run.
 
-    Raises: ChromaError naming the line or field that is unknown or ill-typed.
+    Raises: InputError naming the line or field that is unknown or ill-typed.
     """
     tree: dict[str, Any] = {}
     for number, line in enumerate(text.splitlines(), 1):
@@ -175,7 +175,7 @@ def parse(text: str, source: str) -> Config | CodecRun:
             name, value = line.split(" = ", 1)
             value = ast.literal_eval(value)
         except (ValueError, SyntaxError) as e:
-            raise ChromaError(f"{source}:{number}: not a 'name = value' line: {line[:80]!r}") from e
+            raise InputError(f"{source}:{number}: not a 'name = value' line: {line[:80]!r}") from e
         *parents, leaf = name.split(".")
         node = tree
         for parent in parents:
@@ -183,7 +183,7 @@ def parse(text: str, source: str) -> Config | CodecRun:
         node[leaf] = value
     kind = tree.pop("kind", "speaking")
     if kind not in KINDS:
-        raise ChromaError(f"{source}: kind {kind!r} is none of {', '.join(KINDS)}{near(str(kind), KINDS)}")
+        raise InputError(f"{source}: kind {kind!r} is none of {', '.join(KINDS)}{near(str(kind), KINDS)}")
     return _build(KINDS[kind], tree, source, "")
 
 
@@ -192,19 +192,19 @@ def _build(cls: type, tree: dict, source: str, prefix: str):
     names = [f.name for f in dataclasses.fields(cls)]
     for name in tree:
         if name not in names:
-            raise ChromaError(f"{source}: unknown field {prefix + name!r}{near(name, names)}")
+            raise InputError(f"{source}: unknown field {prefix + name!r}{near(name, names)}")
     values = {}
     for name, value in tree.items():
         if isinstance(value, dict):
             nested = [t for t in _options(hints[name]) if dataclasses.is_dataclass(t)]
             if not nested:
-                raise ChromaError(f"{source}: {prefix + name!r} has no fields of its own")
+                raise InputError(f"{source}: {prefix + name!r} has no fields of its own")
             value = _build(nested[0], value, source, f"{prefix}{name}.")
         values[name] = value
     try:
         return cls(**values)
     except (TypeError, ValueError) as e:
-        raise ChromaError(f"{source}: {prefix.rstrip('.') or 'config'}: {e}") from e
+        raise InputError(f"{source}: {prefix.rstrip('.') or 'config'}: {e}") from e
 
 
 def _options(hint) -> tuple:
@@ -215,9 +215,9 @@ def _options(hint) -> tuple:
 def load(run: Path) -> Config | CodecRun:
     """The configuration kept in a run folder (``config.txt``).
 
-    Raises: ChromaError when the folder is not a run.
+    Raises: InputError when the folder is not a run.
     """
     path = Path(run) / "config.txt"
     if not path.is_file():
-        raise ChromaError(f"{run}: not a run folder (no config.txt in it)")
+        raise InputError(f"{run}: not a run folder (no config.txt in it)")
     return parse(path.read_text(), str(path))

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from chroma_jax.audio import load as audio
 from chroma_jax.audio.load import Clip
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 from data_pipelines.dialogues import Problem
 
 ROWS = 16  # recordings encoded together
@@ -60,13 +60,13 @@ def seconds_in_header(path: Path) -> float:
         return 0.0
 
 
-def loaded(clips: Sequence[Clip], rate: int, max_seconds: float) -> Iterator[tuple[Clip, np.ndarray | ChromaError]]:
+def loaded(clips: Sequence[Clip], rate: int, max_seconds: float) -> Iterator[tuple[Clip, np.ndarray | InputError]]:
     """Reads recordings in several threads, in order; one that is unusable comes as the error that says why."""
 
     def read(clip: Clip):
         try:
             return clip, clip.load(rate, max_seconds=max_seconds)
-        except ChromaError as error:
+        except InputError as error:
             return clip, error
 
     with ThreadPoolExecutor() as pool:
@@ -93,7 +93,7 @@ def padded_batches(
         return batch, [(clip, n) for (clip, _), n in zip(group, frames, strict=True)]
 
     for clip, wave in bar(loaded(order, audio.CODEC_RATE, max_seconds), name, len(order), "recording", progress):
-        if isinstance(wave, ChromaError):
+        if isinstance(wave, InputError):
             problems.append(bad_audio(clip, wave))
             continue
         group.append((clip, wave))
@@ -104,7 +104,7 @@ def padded_batches(
         yield flush()
 
 
-def bad_audio(clip: Clip, error: ChromaError) -> Problem:
+def bad_audio(clip: Clip, error: InputError) -> Problem:
     return Problem("bad audio", str(clip.path), str(error).removeprefix(f"{clip.path}: "))
 
 
@@ -137,5 +137,5 @@ def latents(
     for batch, rows in padded_batches(clips, samples_per_frame, max_seconds, problems, "fit codec", progress):
         found += [row[:frames] for row, (_, frames) in zip(np.asarray(function(batch)), rows, strict=False)]
     if not found:
-        raise ChromaError(f"no usable recording to fit codebooks on: {next(iter(problems), 'none given')}")
+        raise InputError(f"no usable recording to fit codebooks on: {next(iter(problems), 'none given')}")
     return np.concatenate(found).astype(np.float32)

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from chroma_jax.audio.load import Clip
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 from data_pipelines.dialogues import SPLITS, Corpus
 from data_pipelines.facts import Exchange, exchanges, normalised
 from data_pipelines.recordings import SOUNDS
@@ -262,12 +262,12 @@ def held_out(corpus: Corpus, split: str) -> list[Exchange]:
 
 
 def unwritten(config: CurriculumConfig) -> list[Path]:
-    """Recordings without a transcript. Raises ChromaError for a folder that is not there or holds none."""
+    """Recordings without a transcript. Raises InputError for a folder that is not there or holds none."""
     found = []
     for folder in map(Path, config.unwritten):
         paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SOUNDS) if folder.is_dir() else []
         if not paths:
-            raise ChromaError(f"{folder}: no recording there (data.curriculum.unwritten)")
+            raise InputError(f"{folder}: no recording there (data.curriculum.unwritten)")
         found += paths
     return found
 

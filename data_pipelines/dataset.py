@@ -11,7 +11,7 @@ from pathlib import Path
 
 from chroma_jax.models.chroma import ChromaConfig
 from chroma_jax.sequence.batch import RowShape
-from chroma_jax.utils.errors import ChromaError, near
+from chroma_jax.utils.errors import InputError, near
 
 VERSION = 1
 
@@ -43,10 +43,10 @@ def differences(there: dict, here: dict, prefix: str = "") -> list[str]:
 
 
 def check_same(folder: Path, there: dict, here: dict, progress: str) -> None:
-    """Raises ChromaError that says what differs when a folder holds another dataset than would be prepared; else says that it is
+    """Raises InputError that says what differs when a folder holds another dataset than would be prepared; else says that it is
     used."""
     if different := differences(there, here):
-        raise ChromaError(f"{folder}: already holds a dataset that differs: {'; '.join(different)}; choose another folder")
+        raise InputError(f"{folder}: already holds a dataset that differs: {'; '.join(different)}; choose another folder")
     if progress == "bar":
         print(f"{folder}: already prepared with the same configuration; using it")
 
@@ -67,18 +67,18 @@ class Dataset:
         return self.folder / "tokenizer.json"
 
     def rows(self, split: str) -> int:
-        """Number of rows of a split. Raises ChromaError when there is no such split."""
+        """Number of rows of a split. Raises InputError when there is no such split."""
         splits = self.manifest["splits"]
         if split not in splits:
-            raise ChromaError(f"{self.folder}: no split {split!r}{near(split, splits)}; it has {', '.join(splits)}")
+            raise InputError(f"{self.folder}: no split {split!r}{near(split, splits)}; it has {', '.join(splits)}")
         return splits[split]["rows"]
 
 
 def read_manifest(folder: Path) -> dict:
-    """dataset.json of a prepared folder. Raises ChromaError when it is missing or broken."""
+    """dataset.json of a prepared folder. Raises InputError when it is missing or broken."""
     path = folder / "dataset.json"
     if not path.is_file():
-        raise ChromaError(f"{folder}: not a prepared dataset (no dataset.json)")
+        raise InputError(f"{folder}: not a prepared dataset (no dataset.json)")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         version = manifest["version"]
@@ -86,16 +86,16 @@ def read_manifest(folder: Path) -> dict:
             RowShape(**manifest["config"]["data"]["row"])
             _ = manifest["config"]["model"], [s["rows"] + s["bytes"] for s in manifest["splits"].values()]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ChromaError(f"{path}: damaged ({type(error).__name__}: {error}); remove the folder and prepare it again") from error
+        raise InputError(f"{path}: damaged ({type(error).__name__}: {error}); remove the folder and prepare it again") from error
     if version != VERSION:
-        raise ChromaError(f"{path}: version {version}, this code reads {VERSION}; prepare the data again")
+        raise InputError(f"{path}: version {version}, this code reads {VERSION}; prepare the data again")
     return manifest
 
 
 def open_dataset(folder: Path | str, model: ChromaConfig | None = None) -> Dataset:
     """Opens a prepared folder.
 
-    Raises ChromaError when it is not one, a file in it is missing or has another size than was written, or, given
+    Raises InputError when it is not one, a file in it is missing or has another size than was written, or, given
     ``model``, when it was prepared for a model that differs in what the rows depend on.
     """
     folder = Path(folder)
@@ -103,9 +103,9 @@ def open_dataset(folder: Path | str, model: ChromaConfig | None = None) -> Datas
     for split, facts in manifest["splits"].items():
         path = folder / f"{split}.array_record"
         if not path.is_file():
-            raise ChromaError(f"{path}: missing; remove the folder and prepare it again")
+            raise InputError(f"{path}: missing; remove the folder and prepare it again")
         if path.stat().st_size != facts["bytes"]:
-            raise ChromaError(f"{path}: {path.stat().st_size} bytes, {facts['bytes']} were written; prepare the data again")
+            raise InputError(f"{path}: {path.stat().st_size} bytes, {facts['bytes']} were written; prepare the data again")
     if model is not None and (wrong := differences(manifest["config"]["model"], model_facts(model), "model.")):
-        raise ChromaError(f"{folder}: prepared for another model: {'; '.join(wrong)}")
+        raise InputError(f"{folder}: prepared for another model: {'; '.join(wrong)}")
     return Dataset(folder, manifest)

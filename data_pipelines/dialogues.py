@@ -15,7 +15,7 @@ import json
 from pathlib import Path
 from typing import Literal
 
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 
 SPLITS = ("train", "valid", "test")
 EMBEDDED = Path(__file__).parent / "corpus"
@@ -84,10 +84,10 @@ class Corpus:
 
 
 def raise_problems(problems: list[Problem] | tuple[Problem, ...], *, shown: int = 10) -> None:
-    """Raises ChromaError that lists the first problems and says how many there are; returns when there are none."""
+    """Raises InputError that lists the first problems and says how many there are; returns when there are none."""
     if problems:
         lines = [f"{len(problems)} problems:"] + [f"  {p}" for p in problems[:shown]]
-        raise ChromaError("\n".join(lines + ([f"  … and {len(problems) - shown} more"] if len(problems) > shown else [])))
+        raise InputError("\n".join(lines + ([f"  … and {len(problems) - shown} more"] if len(problems) > shown else [])))
 
 
 def counted(problems: list[Problem] | tuple[Problem, ...]) -> dict[str, int]:
@@ -98,7 +98,7 @@ def counted(problems: list[Problem] | tuple[Problem, ...]) -> dict[str, int]:
 def read_lines(path: Path, fields: tuple[str, ...]) -> tuple[list[tuple[str, dict]], list[Problem]]:
     """Reads a JSON-lines file. Returns ('file:line', entry) for each usable line, and the problems of the others."""
     if not path.is_file():
-        raise ChromaError(f"{path}: no such file; a corpus folder has dialogues.jsonl and references.jsonl")
+        raise InputError(f"{path}: no such file; a corpus folder has dialogues.jsonl and references.jsonl")
     entries, problems = [], []
     for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         where = f"{path}:{number}"
@@ -195,12 +195,12 @@ def read_corpus(source: str | Path = "embedded", *, on_problem: OnProblem = "ski
 
     An entry is left out, and named in ``problems``, when its line is not JSON, a field or transcript is missing or empty,
     its audio is not there, its split is unknown, its id was seen before, or no reference of the assistant's voice exists.
-    Raises ChromaError when the folder or a manifest is missing, when no dialogue and no utterance is usable, and, with
+    Raises InputError when the folder or a manifest is missing, when no dialogue and no utterance is usable, and, with
     ``on_problem="strict"``, at any problem: the first ten are listed.
     """
     folder = EMBEDDED if str(source) == "embedded" else Path(source)
     if not folder.is_dir():
-        raise ChromaError(f"{folder}: no such corpus folder")
+        raise InputError(f"{folder}: no such corpus folder")
     references, problems = read_references(folder)
     utterances, more = read_utterances(folder)
     optional = utterances and not (folder / "dialogues.jsonl").is_file()
@@ -214,7 +214,7 @@ def read_corpus(source: str | Path = "embedded", *, on_problem: OnProblem = "ski
     if on_problem == "strict":
         raise_problems(problems)
     if not usable and not utterances:
-        raise ChromaError(f"{folder}: no usable dialogue; {len(problems)} problems, the first: {next(iter(problems), 'empty')}")
+        raise InputError(f"{folder}: no usable dialogue; {len(problems)} problems, the first: {next(iter(problems), 'empty')}")
     return Corpus(folder, usable, tuple(references), tuple(problems), tuple(utterances))
 
 

@@ -19,7 +19,7 @@ import soundfile
 from tqdm import tqdm
 
 from chroma_jax.audio import load as audio
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 
 SAMPLE_RATE = 24_000  # what the Codec reads; Opus keeps it in the header
 COMPRESSION = 0.88  # libsndfile's scale from 0 (256 kbit/s) to 1 (6 kbit/s): about 34 kbit/s for these voices
@@ -74,9 +74,9 @@ def convert(source: Path, out: Path, name: str, fields: tuple[str, ...]) -> int:
 
 
 def embed(source: Path, out: Path) -> int:
-    """Converts a corpus folder. Returns the bytes written. Raises ChromaError when ``out`` already holds a corpus."""
+    """Converts a corpus folder. Returns the bytes written. Raises InputError when ``out`` already holds a corpus."""
     if (out / "dialogues.jsonl").exists():
-        raise ChromaError(f"{out}: already holds a corpus; remove its .jsonl files and recordings first")
+        raise InputError(f"{out}: already holds a corpus; remove its .jsonl files and recordings first")
     return convert(source, out, "references.jsonl", ("audio",)) + convert(
         source, out, "dialogues.jsonl", ("question_audio", "answer_audio")
     )

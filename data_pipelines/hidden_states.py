@@ -19,7 +19,7 @@ import numpy as np
 from array_record.python import array_record_module
 
 from chroma_jax.utils.atomic_io import write_whole
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 from data_pipelines.dataset import Dataset
 
 FOLDER = "reasoner"
@@ -66,14 +66,12 @@ def write_file(path: Path, rows: Iterator[np.ndarray]) -> None:
 
 
 def check(dataset: Dataset, made_with: dict) -> None:
-    """Writes what the states are computed with, or compares it with what is there. Raises ChromaError when that differs."""
+    """Writes what the states are computed with, or compares it with what is there. Raises InputError when that differs."""
     path = dataset.folder / FOLDER / "reasoner.json"
     if path.is_file():
         there = json.loads(path.read_text())
         if there != made_with:
-            raise ChromaError(
-                f"{path.parent}: holds the states of another Reasoner ({there}); remove the folder, or keep to that"
-            )
+            raise InputError(f"{path.parent}: holds the states of another Reasoner ({there}); remove the folder, or keep to that")
         return
     write_whole(path, json.dumps(made_with, indent=1) + "\n")
 
@@ -85,22 +83,22 @@ class HiddenReader:
         self.width, self.sources, self.starts = width, [], []
         for path, rows in files(dataset, split):
             if not path.is_file():
-                raise ChromaError(
+                raise InputError(
                     f"{path}: missing; compute the Reasoner's states first: chroma-jax prepare … --cache_reasoner RUN"
                 )
             source = grain.sources.ArrayRecordDataSource([str(path)])
             if len(source) != len(rows):
-                raise ChromaError(f"{path}: {len(source)} rows, expected {len(rows)}; remove it and compute it again")
+                raise InputError(f"{path}: {len(source)} rows, expected {len(rows)}; remove it and compute it again")
             self.sources.append(source)
             self.starts.append(rows.start)
 
     def __getitem__(self, row: int) -> np.ndarray:
-        """bfloat16 [N, D]. Raises ChromaError naming file and record when it is damaged or of another width."""
+        """bfloat16 [N, D]. Raises InputError naming file and record when it is damaged or of another width."""
         file, at = divmod(row, ROWS_PER_FILE)
         try:
             states = from_bytes(self.sources[file][at])
         except Exception as error:
-            raise ChromaError(f"{FOLDER}: record {row} is damaged ({error}); remove the file and compute it again") from error
+            raise InputError(f"{FOLDER}: record {row} is damaged ({error}); remove the file and compute it again") from error
         if states.shape[1] != self.width:
-            raise ChromaError(f"{FOLDER}: states of width {states.shape[1]}, the model's text model has {self.width}")
+            raise InputError(f"{FOLDER}: states of width {states.shape[1]}, the model's text model has {self.width}")
         return states

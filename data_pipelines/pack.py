@@ -14,8 +14,8 @@ from chroma_jax.models.audio_encoder import num_blocks, num_outputs
 from chroma_jax.models.chroma import ChromaConfig
 from chroma_jax.sequence.batch import RowShape
 from chroma_jax.sequence.chat_template import Encode, SpecialTokens, answer, question, voice_prompt
-from chroma_jax.sequence.interleave import NOTHING, Counts, Kind, layout
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.sequence.interleave import NONE_TOKEN, PositionKind, StreamLengths, layout
+from chroma_jax.utils.errors import InputError
 
 OPEN_ROWS = 64  # rows that first-fit looks at: keeps packing linear in the number of conversations
 
@@ -33,7 +33,7 @@ class PackConfig:
 
     def __post_init__(self):
         if self.block_frames % 4:  # else encoder outputs of one recording would straddle the next one's block
-            raise ChromaError(f"reasoner.audio.block_frames {self.block_frames} is not a multiple of 4: rows cannot be packed")
+            raise InputError(f"reasoner.audio.block_frames {self.block_frames} is not a multiple of 4: rows cannot be packed")
 
     @property
     def outputs_per_block(self) -> int:
@@ -103,7 +103,7 @@ def conversation(
         asked = np.array(question(encode, c.tokens, heard=there, said=said, system=c.system), np.int32)
         answered = np.array(answer(encode, c.tokens, answer_text), np.int32)
         text = np.concatenate([asked, answered[:-1]])  # the last token is predicted, never read
-    audio_index = np.full(len(text), NOTHING, np.int32)
+    audio_index = np.full(len(text), NONE_TOKEN, np.int32)
     audio_index[: len(asked)][asked == c.tokens.audio] = np.arange(outputs)
 
     prompt, reply, reference = nothing, np.zeros((0, c.codebooks), np.int32), np.zeros((0, c.codebooks), np.int32)
@@ -113,11 +113,11 @@ def conversation(
         prompt = np.array(voice_prompt(encode, c.tokens, transcript), np.int32)
         reply = np.asarray(answer_codes, np.int32)[:, : c.codebooks]
         reference = reference if reference_codes is None else np.asarray(reference_codes, np.int32)[:, : c.codebooks]
-        kind, index, target = layout(Counts(len(prompt), len(reference), len(answered), len(reply)))
+        kind, index, target = layout(StreamLengths(len(prompt), len(reference), len(answered), len(reply)))
         targets = np.concatenate([reply, np.full((1, c.codebooks), c.codebook_eos, np.int32)])
 
-    def fill(shape: tuple[int, ...], pieces: dict[Kind, np.ndarray]) -> np.ndarray:
-        out = np.full(shape, NOTHING, np.int32)
+    def fill(shape: tuple[int, ...], pieces: dict[PositionKind, np.ndarray]) -> np.ndarray:
+        out = np.full(shape, NONE_TOKEN, np.int32)
         for k, stream in pieces.items():
             out[kind == k] = stream[index[kind == k]]
         return out
@@ -131,11 +131,11 @@ def conversation(
         audio_index=audio_index,
         answer_position=np.arange(len(answered), dtype=np.int32) + len(asked) - 1,
         answer_token=answered,
-        token=fill(kind.shape, {Kind.PROMPT_TEXT: prompt, Kind.TOKEN: answered}),
-        hidden_index=fill(kind.shape, {Kind.HIDDEN: np.arange(len(answered), dtype=np.int32)}),
-        codes=fill((*kind.shape, c.codebooks), {Kind.PROMPT_FRAME: reference, Kind.FRAME: reply}),
+        token=fill(kind.shape, {PositionKind.PROMPT_TEXT: prompt, PositionKind.TOKEN: answered}),
+        hidden_index=fill(kind.shape, {PositionKind.HIDDEN: np.arange(len(answered), dtype=np.int32)}),
+        codes=fill((*kind.shape, c.codebooks), {PositionKind.PROMPT_FRAME: reference, PositionKind.FRAME: reply}),
         # targets come in the order of their positions, so frame f is target number f
-        target_position=np.flatnonzero(target != NOTHING).astype(np.int32),
+        target_position=np.flatnonzero(target != NONE_TOKEN).astype(np.int32),
         target_codes=targets,
         heard_token=np.array(encode(heard) if len(wave) else [], np.int32),
     )
@@ -195,24 +195,24 @@ FIELDS = {
     "text": ("text", 0),
     "text_segment": ("text", 0),
     "text_position": ("text", 0),
-    "audio_index": ("text", NOTHING),
-    "answer_position": ("answers", NOTHING),
-    "answer_token": ("answers", NOTHING),
-    "token": ("positions", NOTHING),
-    "hidden_index": ("positions", NOTHING),
-    "codes": ("positions", NOTHING),
+    "audio_index": ("text", NONE_TOKEN),
+    "answer_position": ("answers", NONE_TOKEN),
+    "answer_token": ("answers", NONE_TOKEN),
+    "token": ("positions", NONE_TOKEN),
+    "hidden_index": ("positions", NONE_TOKEN),
+    "codes": ("positions", NONE_TOKEN),
     "segment": ("positions", 0),
     "position": ("positions", 0),
-    "target_position": ("frames", NOTHING),
-    "target_codes": ("frames", NOTHING),
-    "heard_token": ("heard", NOTHING),
+    "target_position": ("frames", NONE_TOKEN),
+    "target_codes": ("frames", NONE_TOKEN),
+    "heard_token": ("heard", NONE_TOKEN),
 }
 
 
 def place(conversations: Sequence[Conversation], shape: RowShape, config: PackConfig) -> Row:
     """Puts conversations one after the other into a row; none at all gives an empty row.
 
-    Raises ChromaError when they do not fit.
+    Raises InputError when they do not fit.
     """
     arrays = {}
     for name, (capacity, empty) in FIELDS.items():
@@ -222,10 +222,10 @@ def place(conversations: Sequence[Conversation], shape: RowShape, config: PackCo
     for segment, c in enumerate(conversations, 1):
         end = RowShape(*(a + b for a, b in zip(dataclasses.astuple(start), dataclasses.astuple(c.size), strict=True)))
         if over := excess(end, shape):
-            raise ChromaError(f"{c.id}: does not fit into the row: {', '.join(over)}")
+            raise InputError(f"{c.id}: does not fit into the row: {', '.join(over)}")
 
         def shifted(index: np.ndarray, by: int) -> np.ndarray:
-            return np.where(index == NOTHING, NOTHING, index + by)
+            return np.where(index == NONE_TOKEN, NONE_TOKEN, index + by)
 
         values = {
             "mel_length": c.mel_length,
@@ -275,9 +275,9 @@ def with_prompt_targets(
     if len(frames) > capacity:
         every = np.linspace(0, len(frames) - 1, capacity).round().astype(int)
         frames = frames[every] if rng is None else np.sort(rng.choice(frames, capacity, replace=False))
-    position = np.full(capacity, NOTHING, np.int32)
+    position = np.full(capacity, NONE_TOKEN, np.int32)
     position[: len(frames)] = frames - 1
-    target = np.full((capacity, codes.shape[1]), NOTHING, np.int32)
+    target = np.full((capacity, codes.shape[1]), NONE_TOKEN, np.int32)
     target[: len(frames)] = codes[frames]
     more = {"target_position": position, "target_codes": target}
     return arrays | {name: np.concatenate([arrays[name], x]) for name, x in more.items()}

@@ -25,7 +25,7 @@ from chroma_jax.models.io.name_tables import codec_rows
 from chroma_jax.models.io.weight_files import all_tensors
 from chroma_jax.sequence.batch import RowShape
 from chroma_jax.utils.atomic_io import written_aside
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 from data_pipelines.codes import (
     CodecLike,
     Progress,
@@ -90,7 +90,7 @@ def prepare(
 
     codec: a trained `chroma_jax.models.codec.Codec`; None makes one from ``config.seed``, its codebooks fitted to the
     corpus: the codes then tell recordings apart, but decoding them gives noise. Its weights are kept in the folder. Raises
-    ChromaError when ``out`` exists and is not a dataset or was prepared otherwise (it says what differs), when nothing
+    InputError when ``out`` exists and is not a dataset or was prepared otherwise (it says what differs), when nothing
     usable is left, and at the first problems when ``config.on_problem`` is "strict".
     """
     out = Path(out)
@@ -127,7 +127,7 @@ def fill(
     """Writes all files of a dataset into an empty folder."""
     problems = list(corpus.problems)
     if not corpus.dialogues and config.curriculum.dialogue > 0:
-        raise ChromaError(f"{corpus.folder}: has utterances but no dialogues; set --data.curriculum.dialogue 0")
+        raise InputError(f"{corpus.folder}: has utterances but no dialogues; set --data.curriculum.dialogue 0")
     if codec is None:
         codec = fitted_codec(config, model, corpus, progress)
     if isinstance(codec, Codec):
@@ -161,7 +161,7 @@ def fill(
         raise_problems(problems)
     if not splits["train"]:
         first = next(iter(problems), "no training dialogue")
-        raise ChromaError(f"{corpus.folder}: nothing left to train on; {len(problems)} problems, the first: {first}")
+        raise InputError(f"{corpus.folder}: nothing left to train on; {len(problems)} problems, the first: {first}")
     manifest = {
         "version": VERSION,
         "config": wanted,
@@ -183,7 +183,7 @@ def usable(paths: Sequence[Path], max_seconds: float, problems: list[Problem]) -
     """Seconds of every recording that by its header can be read and is not too long; the others are added to ``problems``."""
     seconds = {path: seconds_in_header(path) for path in paths}
     others = [Clip(path) for path, length in seconds.items() if not 0 < length <= max_seconds]
-    problems += [bad_audio(clip, e) for clip, e in loaded(others, audio.CODEC_RATE, max_seconds) if isinstance(e, ChromaError)]
+    problems += [bad_audio(clip, e) for clip, e in loaded(others, audio.CODEC_RATE, max_seconds) if isinstance(e, InputError)]
     return {path: length for path, length in seconds.items() if 0 < length <= max_seconds}
 
 
@@ -202,7 +202,7 @@ def user_speech(clips: list[Clip], max_seconds: float, problems: list[Problem], 
     """What users are heard to say: clip → int16 [S] at 16 kHz. Unusable ones are added to ``problems``."""
     clips, found = list(dict.fromkeys(clips)), {}
     for clip, wave in bar(loaded(clips, audio.REASONER_RATE, max_seconds), "speech", len(clips), "recording", progress):
-        if isinstance(wave, ChromaError):
+        if isinstance(wave, InputError):
             problems.append(bad_audio(clip, wave))
         else:
             found[clip] = audio.to_int16(wave)

@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 from data_pipelines.dialogues import EMBEDDED, Problem, read_corpus, read_utterances
 
 SOUNDS = (".flac", ".wav", ".ogg", ".opus", ".mp3")
@@ -45,11 +45,11 @@ def corpus_recordings(corpus: str) -> tuple[dict[str, list[Recording]], list[Pro
         ({"train": …, "valid": …}, problems of utterances.jsonl), each recording once.
 
     Raises:
-        ChromaError: there is no such folder.
+        InputError: there is no such folder.
     """
     root = corpus_folder(corpus)
     if not root.is_dir():
-        raise ChromaError(f"{root}: no such corpus folder")
+        raise InputError(f"{root}: no such corpus folder")
     found: dict[str, list[Path]] = {split: [] for split in USED}
     problems: list[Problem] = []
     manifests = [name for name in ("dialogues.jsonl", "utterances.jsonl") if (root / name).is_file()]

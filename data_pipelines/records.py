@@ -23,7 +23,7 @@ from chroma_jax.audio.log_mel import FeatureConfig, log_mel
 from chroma_jax.models.audio_encoder import cut_blocks
 from chroma_jax.models.chroma import ChromaConfig
 from chroma_jax.sequence.batch import Batch
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 from data_pipelines.dataset import Dataset, open_dataset
 from data_pipelines.hidden_states import HiddenReader
 from data_pipelines.pack import FIELDS, Row, pack_config, place, with_prompt_targets
@@ -89,19 +89,19 @@ class RowReader:
             self.source = grain.sources.ArrayRecordDataSource([str(self.path)])
             count = len(self.source)
         except Exception as error:  # the reader raises its own types, by kind of damage
-            raise ChromaError(f"{self.path}: not a readable ArrayRecord file ({error})") from error
+            raise InputError(f"{self.path}: not a readable ArrayRecord file ({error})") from error
         if count != expected:
-            raise ChromaError(f"{self.path}: {count} rows, dataset.json says {expected}")
+            raise InputError(f"{self.path}: {count} rows, dataset.json says {expected}")
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, index: int) -> Row:
-        """Raises ChromaError naming file and record when it is damaged."""
+        """Raises InputError naming file and record when it is damaged."""
         try:
             return from_bytes(self.source[index])
         except Exception as error:
-            raise ChromaError(f"{self.path}: record {index} is damaged ({error})") from error
+            raise InputError(f"{self.path}: record {index} is damaged ({error})") from error
 
 
 def to_example(
@@ -133,7 +133,7 @@ def to_example(
             continue
         cut, valid = cut_blocks(augment.features(log_mel(augment.wave(from_int16(wave), rng), features), rng), block_frames)
         if not np.array_equal(lengths[block : block + len(cut)], valid):
-            raise ChromaError(f"conversation {name}: {valid.sum()} mel frames, packed for {lengths[block : block + len(cut)]}")
+            raise InputError(f"conversation {name}: {valid.sum()} mel frames, packed for {lengths[block : block + len(cut)]}")
         mel[block : block + len(cut)] = cut
         block += len(cut)
     arrays = {name: row.arrays[name] for name in FIELDS}
@@ -147,11 +147,11 @@ def stack(examples: list[Batch]) -> Batch:
 
 
 def local_rows(global_batch: int, process_index: int, process_count: int) -> slice:
-    """Which rows of a global batch a host reads. Raises ChromaError when they cannot be divided evenly."""
+    """Which rows of a global batch a host reads. Raises InputError when they cannot be divided evenly."""
     if global_batch < 1 or global_batch % process_count:
-        raise ChromaError(f"global batch of {global_batch} rows cannot be divided among {process_count} hosts")
+        raise InputError(f"global batch of {global_batch} rows cannot be divided among {process_count} hosts")
     if not 0 <= process_index < process_count:
-        raise ChromaError(f"process_index {process_index} is outside 0 … {process_count - 1}")
+        raise InputError(f"process_index {process_index} is outside 0 … {process_count - 1}")
     rows = global_batch // process_count
     return slice(process_index * rows, (process_index + 1) * rows)
 
@@ -198,12 +198,12 @@ def batches(
     repeats after a resume. reasoner: "stored" reads the hidden states that were computed before instead of the speech, see
     `data_pipelines.hidden_states`. prompt_frames: see `to_example`.
 
-    Raises ChromaError: see `open_dataset` and `local_rows`; on damaged records while iterating.
+    Raises InputError: see `open_dataset` and `local_rows`; on damaged records while iterating.
     """
     dataset = open_dataset(folder, model)
     reader = RowReader(dataset, split)
     if not len(reader):
-        raise ChromaError(f"{reader.path}: holds no rows")
+        raise InputError(f"{reader.path}: holds no rows")
     mine = local_rows(global_batch, process_index, process_count)
     features, block_frames = feature_config(model), model.reasoner.audio.block_frames
     order = grain.MapDataset.range(len(reader)).shuffle(seed=seed).repeat()

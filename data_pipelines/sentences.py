@@ -11,7 +11,7 @@ import tomllib
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 from data_pipelines.facts import DAYS, MONTHS, ORDINALS, TABLES, normalised, number
 
 GRAMMAR = Path(__file__).with_name("sentences.toml")
@@ -200,7 +200,7 @@ def sentences(count: int, seed: int, excluded: Collection[str] = ()) -> list[str
         Sentences of 5 to 16 words, and replies of 2 to 5 words, none equal to another one when normalized.
 
     Raises:
-        ChromaError: when the grammar has fewer sentences.
+        InputError: when the grammar has fewer sentences.
     """
     grammar, rng = read_grammar(), random.Random(f"sentences {seed}")
     order = iter(())
@@ -227,7 +227,7 @@ def sentences(count: int, seed: int, excluded: Collection[str] = ()) -> list[str
             if key not in seen and low <= len(text.split()) <= high:
                 break
         else:
-            raise ChromaError(f"--sentences: the grammar has no more than about {len(found)} different sentences; ask for fewer")
+            raise InputError(f"--sentences: the grammar has no more than about {len(found)} different sentences; ask for fewer")
         seen.add(key)
         found.append(text)
     return found

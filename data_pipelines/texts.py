@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from chroma_jax.utils.atomic_io import write_whole
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 from data_pipelines.dialogues import EMBEDDED, SPLITS, read_lines
 from data_pipelines.facts import Exchange, everything, normalised, of_share
 from data_pipelines.sentences import sentences
@@ -51,9 +51,9 @@ class TextsConfig:
     def __post_init__(self):
         for name in ("dialogues", "sentences", "held_out_sentences"):
             if getattr(self, name) < 0:
-                raise ChromaError(f"--{name} must not be negative, got {getattr(self, name)}")
+                raise InputError(f"--{name} must not be negative, got {getattr(self, name)}")
         if not 0 <= self.withhold < 0.5:
-            raise ChromaError(f"--withhold is a share from 0 up to 0.5, got {self.withhold}")
+            raise InputError(f"--withhold is a share from 0 up to 0.5, got {self.withhold}")
 
 
 def texts(config: TextsConfig, held_out: Iterable[Exchange] | None = None) -> list[dict[str, str]]:
@@ -67,7 +67,7 @@ def texts(config: TextsConfig, held_out: Iterable[Exchange] | None = None) -> li
         One dictionary per line, in the order of the file; equal for equal arguments.
 
     Raises:
-        ChromaError: when more dialogues or sentences are asked for than the generator has.
+        InputError: when more dialogues or sentences are asked for than the generator has.
     """
     held_out = embedded_test_split() if held_out is None else list(held_out)
     found = dialogues(config, held_out)
@@ -146,10 +146,10 @@ def write_texts(config: TextsConfig, out: Path) -> dict[str, dict[str, int]]:
         Number of lines by kind and split.
 
     Raises:
-        ChromaError: when ``out`` exists, or as `texts` does.
+        InputError: when ``out`` exists, or as `texts` does.
     """
     if out.exists():
-        raise ChromaError(f"{out}: exists already; choose another file")
+        raise InputError(f"{out}: exists already; choose another file")
     lines = texts(config)
     write_whole(out, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     counts: dict[str, dict[str, int]] = {}
@@ -177,7 +177,7 @@ def drawn(known: Mapping[str, list[Exchange]], count: int, seed: int, needed: Co
     """
     total = sum(map(len, known.values()))
     if count > total:
-        raise ChromaError(f"--dialogues {count}: the generator has {total} for train; ask for fewer")
+        raise InputError(f"--dialogues {count}: the generator has {total} for train; ask for fewer")
     rng = random.Random(f"dialogues {seed}")
     orders = {kind: turns(rng.sample(found, len(found)), needed) for kind, found in known.items()}
     taken = dict.fromkeys(orders, 0)

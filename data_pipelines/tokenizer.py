@@ -14,7 +14,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from chroma_jax.sequence.chat_template import Encode, SpecialTokens
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 
 # Qwen2.5's pattern: contractions, words with the character before them, single digits, punctuation, line ends, spaces
 PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -60,17 +60,17 @@ def added(content: str) -> AddedToken:
 def train_tokenizer(texts: Iterable[str], vocab_size: int, tokens: SpecialTokens) -> Tokenizer:
     """Learns a tokenizer. Special tokens get the ids of ``tokens``; ordinary ones fill the other ids from 0 on.
 
-    A corpus too small for ``vocab_size`` leaves ids unused. Raises ChromaError when a special id is not below
+    A corpus too small for ``vocab_size`` leaves ids unused. Raises InputError when a special id is not below
     ``vocab_size``, two are equal, or there is no room for the 256 bytes.
     """
     special = {getattr(tokens, field): content for field, content in CONTENT.items()}
     if len(special) < len(CONTENT):
-        raise ChromaError(f"special token ids are not distinct: {dataclasses.asdict(tokens)}")
+        raise InputError(f"special token ids are not distinct: {dataclasses.asdict(tokens)}")
     if max(special) >= vocab_size:
-        raise ChromaError(f"special token id {max(special)} does not fit in vocab_size {vocab_size}")
+        raise InputError(f"special token id {max(special)} does not fit in vocab_size {vocab_size}")
     room = vocab_size - len(special)
     if room < 256:
-        raise ChromaError(f"vocab_size {vocab_size} is too small: 256 bytes and {len(special)} special tokens need room")
+        raise InputError(f"vocab_size {vocab_size} is too small: 256 bytes and {len(special)} special tokens need room")
     tokenizer = assembled(models.BPE())
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=room, initial_alphabet=alphabet, show_progress=False)
@@ -91,16 +91,16 @@ def read_bpe(tokenizer: Tokenizer) -> Mapping:
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:
-    """A ``.tiktoken`` file: a base64 token and its rank on each line. Raises ChromaError naming the line."""
+    """A ``.tiktoken`` file: a base64 token and its rank on each line. Raises InputError naming the line."""
     ranks = {}
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except ValueError as error:
-            raise ChromaError(f"{path}:{number}: not a token and its rank ({error})") from error
+            raise InputError(f"{path}:{number}: not a token and its rank ({error})") from error
     if sorted(ranks.values()) != list(range(len(ranks))) or any(bytes([b]) not in ranks for b in range(256)):
-        raise ChromaError(f"{path}: ranks are not 0 … {len(ranks) - 1} with all 256 bytes among them")
+        raise InputError(f"{path}: ranks are not 0 … {len(ranks) - 1} with all 256 bytes among them")
     return ranks
 
 
@@ -121,7 +121,7 @@ def last_merge(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes]:
             break
         parts[best : best + 2] = [parts[best] + parts[best + 1]]
     if len(parts) != 2:
-        raise ChromaError(f"token {token!r} of rank {ranks[token]} is not a merge of two tokens of lower rank")
+        raise InputError(f"token {token!r} of rank {ranks[token]} is not a merge of two tokens of lower rank")
     return parts[0], parts[1]
 
 
@@ -143,11 +143,11 @@ def from_ranks(path: Path) -> Tokenizer:
 
 
 def qwen_ranks() -> Path:
-    """Qwen's rank file inside the optional package ``dashscope`` (Apache-2.0). Raises ChromaError when it is not there."""
+    """Qwen's rank file inside the optional package ``dashscope`` (Apache-2.0). Raises InputError when it is not there."""
     spec = importlib.util.find_spec("dashscope")  # found, not imported: importing it opens network clients
     path = Path(spec.origin).parent / "resources" / "qwen.tiktoken" if spec and spec.origin else None
     if path is None or not path.is_file():
-        raise ChromaError('tokenizer "qwen" needs the package dashscope, which carries qwen.tiktoken: pip install dashscope')
+        raise InputError('tokenizer "qwen" needs the package dashscope, which carries qwen.tiktoken: pip install dashscope')
     return path
 
 
@@ -158,26 +158,26 @@ def read_tokenizer(source: Path | str) -> Tokenizer:
     path = Path(source)
     path = path / "tokenizer.json" if path.is_dir() else path
     if not path.is_file():
-        raise ChromaError(f'{path}: no such tokenizer; give a tokenizer.json, a folder that has one, a .tiktoken file or "qwen"')
+        raise InputError(f'{path}: no such tokenizer; give a tokenizer.json, a folder that has one, a .tiktoken file or "qwen"')
     if path.suffix == ".tiktoken":
         return from_ranks(path)
     try:
         return Tokenizer.from_str(path.read_text(encoding="utf-8"))
     except Exception as error:  # the library raises bare Exception
-        raise ChromaError(f"{path}: not a tokenizer.json ({error})") from error
+        raise InputError(f"{path}: not a tokenizer.json ({error})") from error
 
 
 def load_tokenizer(source: Path | str, tokens: SpecialTokens, vocab_size: int) -> Tokenizer:
     """Loads a tokenizer and checks that it fits the model.
 
-    source: a tokenizer.json, a folder that contains one, a ``.tiktoken`` rank file, or "qwen". Raises ChromaError when it
+    source: a tokenizer.json, a folder that contains one, a ``.tiktoken`` rank file, or "qwen". Raises InputError when it
     is missing or broken, when an ordinary token has an id at or past ``vocab_size``, when a special token is known to it
     under another id than in ``tokens``, or when such an id is an ordinary token there.
     """
     tokenizer = read_tokenizer(source)
     largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
     if largest >= vocab_size:
-        raise ChromaError(f"tokenizer {source}: token id {largest} does not fit in vocab_size {vocab_size}")
+        raise InputError(f"tokenizer {source}: token id {largest} does not fit in vocab_size {vocab_size}")
     known = tokenizer.get_added_tokens_decoder()
     wrong = []
     for field, content in CONTENT.items():
@@ -187,7 +187,7 @@ def load_tokenizer(source: Path | str, tokens: SpecialTokens, vocab_size: int) -
         elif actual is None and expected not in known and tokenizer.id_to_token(expected) is not None:
             wrong.append(f"{field} is configured as {expected}, which is the word {tokenizer.id_to_token(expected)!r}")
     if wrong:
-        raise ChromaError(f"tokenizer {source}: special tokens differ from the configuration: {'; '.join(wrong)}")
+        raise InputError(f"tokenizer {source}: special tokens differ from the configuration: {'; '.join(wrong)}")
     return tokenizer
 
 

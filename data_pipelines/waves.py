@@ -19,7 +19,7 @@ from chroma_jax.audio import load as audio
 from chroma_jax.audio.load import Clip
 from chroma_jax.models.codec import CodecConfig
 from chroma_jax.utils.atomic_io import write_json, written_aside
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 from data_pipelines.codes import Progress, bad_audio, bar, loaded
 from data_pipelines.dataset import check_same
 from data_pipelines.dialogues import OnProblem, Problem, counted, licence, raise_problems
@@ -117,7 +117,7 @@ class WaveDataset:
 def prepare_waves(config: CodecDataConfig, codec: CodecConfig, out: Path | str, *, progress: Progress = "bar") -> WaveDataset:
     """Prepares a folder, or opens the one that is already there with the same recordings.
 
-    Raises ChromaError when ``out`` exists and is something else (it says what differs), when a corpus is not there, when nothing
+    Raises InputError when ``out`` exists and is something else (it says what differs), when a corpus is not there, when nothing
     usable is left of a split, and at the first problems when ``config.on_problem`` is "strict".
     """
     out = Path(out)
@@ -144,7 +144,7 @@ def prepare_waves(config: CodecDataConfig, codec: CodecConfig, out: Path | str, 
         for split, facts in splits.items():
             if not facts["recordings"]:
                 why = next(iter(problems), "a corpus without a manifest has no held-out recordings")
-                raise ChromaError(f"{', '.join(config.corpora)}: no recording for the {split} split ({why})")
+                raise InputError(f"{', '.join(config.corpora)}: no recording for the {split} split ({why})")
         manifest = {
             "version": VERSION,
             "kind": "waves",
@@ -174,7 +174,7 @@ def write_waves(
         read = loaded(clips, codec.sampling_rate, config.max_seconds)
         for recording in bar(recordings, f"{path.stem} recordings", len(recordings), "recording", progress):
             waves = [next(read) for file in recording if file is not None]
-            if bad := [(clip, error) for clip, error in waves if isinstance(error, ChromaError)]:
+            if bad := [(clip, error) for clip, error in waves if isinstance(error, InputError)]:
                 problems.append(bad_audio(*bad[0]))
                 continue
             samples = [len(wave) for _, wave in waves]
@@ -197,31 +197,31 @@ def write_waves(
 
 
 def open_waves(path: Path | str, codec: CodecConfig | None = None) -> WaveDataset:
-    """Opens a prepared folder. Raises ChromaError when it is not one, was cut short, or has another sampling rate than
+    """Opens a prepared folder. Raises InputError when it is not one, was cut short, or has another sampling rate than
     ``codec``."""
     path = Path(path)
     manifest = path / "dataset.json"
     if not manifest.is_file():
-        raise ChromaError(f"{path}: not a prepared dataset (no dataset.json)")
+        raise InputError(f"{path}: not a prepared dataset (no dataset.json)")
     try:
         facts = json.loads(manifest.read_text(encoding="utf-8"))
         if facts.get("kind") != "waves":
-            raise ChromaError(f"{path}: holds packed dialogues, not waves; prepare it with a codec configuration")
+            raise InputError(f"{path}: holds packed dialogues, not waves; prepare it with a codec configuration")
         sizes = {split: facts["splits"][split]["bytes"] for split in SPLITS}
         version, rate = facts["version"], facts["config"]["sampling_rate"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ChromaError(
+        raise InputError(
             f"{manifest}: damaged ({type(error).__name__}: {error}); remove the folder and prepare it again"
         ) from error
     if version not in READABLE:
         known = " and ".join(map(str, READABLE))
-        raise ChromaError(f"{manifest}: version {version}, this code reads {known}; prepare the data again")
+        raise InputError(f"{manifest}: version {version}, this code reads {known}; prepare the data again")
     for split, size in sizes.items():
         file = path / f"{split}.array_record"
         if not file.is_file() or file.stat().st_size != size:
-            raise ChromaError(f"{file}: missing or not of the {size} bytes that were written; prepare the data again")
+            raise InputError(f"{file}: missing or not of the {size} bytes that were written; prepare the data again")
     if codec is not None and rate != codec.sampling_rate:
-        raise ChromaError(f"{path}: waves at {rate} Hz, the codec has {codec.sampling_rate} Hz")
+        raise InputError(f"{path}: waves at {rate} Hz, the codec has {codec.sampling_rate} Hz")
     return WaveDataset(path, facts)
 
 
@@ -248,7 +248,7 @@ def crops(
         An iterator of `WaveBatch` with S = crop_frames · samples_per_frame.
 
     Raises:
-        ChromaError: ``path`` is not a prepared dataset, or has no recordings of a kind that ``real_share`` asks for.
+        InputError: ``path`` is not a prepared dataset, or has no recordings of a kind that ``real_share`` asks for.
     """
     dataset = open_waves(path, codec)
     reader = RowReader(dataset, "train")
@@ -313,7 +313,7 @@ def crop_order(dataset: WaveDataset, config: CodecDataConfig, length: int, seed:
         return stream(np.arange(len(samples)))
     if (share > 0 and paired.all()) or (share < 1 and not paired.any()):
         kind = "real recordings" if paired.all() else "recordings with a target in canonical phase"
-        raise ChromaError(f"{dataset.folder}: data.real_share is {share:g}, but the train split has no {kind}; leave it unset")
+        raise InputError(f"{dataset.folder}: data.real_share is {share:g}, but the train split has no {kind}; leave it unset")
     if share in (0, 1):
         return stream(np.flatnonzero(paired == (share == 0)))
     real, synthetic = stream(np.flatnonzero(~paired)), stream(np.flatnonzero(paired))

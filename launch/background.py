@@ -37,7 +37,7 @@ from typing import NoReturn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # chroma-jax need not be installed where trainings are managed from
 
-from chroma_jax.utils.errors import STOPPED, ChromaError  # noqa: E402
+from chroma_jax.utils.errors import STOPPED, InputError  # noqa: E402
 from launch import background_process as processes  # noqa: E402
 from launch.background_folder import (  # noqa: E402
     STATE,
@@ -60,12 +60,12 @@ PLOT = "from pathlib import Path; from chroma_jax.training.loss_curves import pl
 def setup(path: Path, args: argparse.Namespace) -> str:
     """Makes source, environment and data, each unless it exists."""
     if path.resolve().is_relative_to(ROOT):
-        raise ChromaError(f"{path}: is inside the repository; choose a folder outside of it")
+        raise InputError(f"{path}: is inside the repository; choose a folder outside of it")
     before = read_json(path / STATE)
     values = read_description(args.description) if args.description else before["what"] if before else {}
     what = from_dict(values | overrides(args), str(args.description or "flags"))
     if before and before["what"]["tag"] != what.tag:
-        raise ChromaError(f"{path}: is set up for {before['what']['tag']}; use retag {what.tag}")
+        raise InputError(f"{path}: is set up for {before['what']['tag']}; use retag {what.tag}")
     path.mkdir(parents=True, exist_ok=True)
     folder = Folder(path, what, tuple(before["runs"]) if before else (new_run(what, 0),))
     prepare(folder)
@@ -105,7 +105,7 @@ def start(path: Path, args: argparse.Namespace) -> str:
     processes.reconcile(path)
     process = processes.running(path)
     if process:
-        raise ChromaError(f"{path}: runs already (process {process['pid']}); stop or pause it first")
+        raise InputError(f"{path}: runs already (process {process['pid']}); stop or pause it first")
     if args.cores is not None:
         folder = dataclasses.replace(folder, what=dataclasses.replace(folder.what, cores=checked_cores(args.cores)))
     folder = prepare(next_stage(folder))
@@ -120,10 +120,10 @@ def start(path: Path, args: argparse.Namespace) -> str:
     wait(past, args.settle)
     ended = past()
     if ended and ended[0]["exit_code"] != 0:
-        raise ChromaError(f"the training ended at once with exit code {ended[0]['exit_code']}; see {path / LOG}")
+        raise InputError(f"the training ended at once with exit code {ended[0]['exit_code']}; see {path / LOG}")
     process = processes.running(path)
     if not ended and not process:
-        raise ChromaError(f"the training did not start within {START_SECONDS:g} s; see {path / LOG}")
+        raise InputError(f"the training did not start within {START_SECONDS:g} s; see {path / LOG}")
     return f"{folder.run}: " + (f"runs as process {process['pid']}, log in {path / LOG}" if process else "had nothing left to do")
 
 
@@ -146,10 +146,10 @@ def next_stage(folder: Folder) -> Folder:
 
 
 def needed(path: Path) -> dict:
-    """The running training. Raises ChromaError when none runs."""
+    """The running training. Raises InputError when none runs."""
     process = processes.running(path)
     if process is None:
-        raise ChromaError(f"{path}: no training runs; start it with start {path}")
+        raise InputError(f"{path}: no training runs; start it with start {path}")
     return process
 
 
@@ -181,10 +181,10 @@ def cores(path: Path, args: argparse.Namespace) -> str:
 
 
 def checked_cores(text: str) -> str:
-    """The same text. Raises ChromaError for cores that this machine does not have."""
+    """The same text. Raises InputError for cores that this machine does not have."""
     absent = sorted(core for core in core_set(text) if core >= (os.cpu_count() or 1))
     if absent:
-        raise ChromaError(f"--cores {text}: core {absent[0]} does not exist; there are 0 to {(os.cpu_count() or 1) - 1}")
+        raise InputError(f"--cores {text}: core {absent[0]} does not exist; there are 0 to {(os.cpu_count() or 1) - 1}")
     return text
 
 
@@ -200,14 +200,14 @@ def stop(path: Path, args: argparse.Namespace) -> str:
         os.kill(process["pid"], signal.SIGTERM)  # once: the second one would end it without a checkpoint
     wait(lambda: not processes.is_alive(process), args.timeout)
     if processes.is_alive(process):
-        raise ChromaError(f"{path}: process {process['pid']} still runs after --timeout {args.timeout:g} s; try stop again")
+        raise InputError(f"{path}: process {process['pid']} still runs after --timeout {args.timeout:g} s; try stop again")
     processes.reconcile(path)
     code = (read_json(path / processes.INVOCATIONS, []) or [{"exit_code": None}])[-1]["exit_code"]
     if code not in (0, STOPPED, None):  # None: the supervisor was killed before
-        raise ChromaError(f"{path}: ended with exit code {code}, expected {STOPPED}; see {path / LOG}")
+        raise InputError(f"{path}: ended with exit code {code}, expected {STOPPED}; see {path / LOG}")
     step = newest(folder.run)
     if step is None:
-        raise ChromaError(f"{folder.run}: ended with exit code {code}, but has no checkpoint")
+        raise InputError(f"{folder.run}: ended with exit code {code}, but has no checkpoint")
     return f"{folder.run}: stopped at step {step} with a checkpoint, exit code {code}"
 
 
@@ -221,7 +221,7 @@ def export(path: Path, args: argparse.Namespace) -> str:
     folder = Folder.read(path)
     step = newest(folder.run)
     if step is None:
-        raise ChromaError(f"{folder.run}: has no checkpoint to export yet")
+        raise InputError(f"{folder.run}: has no checkpoint to export yet")
     dest = path / "exports" / f"{folder.current['run']}-{step}"
     facts = read_json(dest / "export.json")
     if facts is None:
@@ -300,7 +300,7 @@ def retag(path: Path, args: argparse.Namespace) -> str:
         return f"{path}: is at {args.tag} already"
     lines = [stop(path, args)]
     if newest(folder.run) is None:
-        raise ChromaError(f"{folder.run}: has no checkpoint that a new run could be initialized from")
+        raise InputError(f"{folder.run}: has no checkpoint that a new run could be initialized from")
     lines.append(export(path, args))
     what = dataclasses.replace(folder.what, **overrides(args))
     stage = folder.current["stage"]
@@ -327,7 +327,7 @@ COMMANDS: dict[str, tuple[Callable[[Path, argparse.Namespace], str], bool]] = { 
 
 @contextlib.contextmanager
 def locked(path: Path, exclusive: bool) -> Iterator[None]:
-    """Raises ChromaError while another command changes the folder."""
+    """Raises InputError while another command changes the folder."""
     if not exclusive or not path.is_dir():
         yield
         return
@@ -335,13 +335,13 @@ def locked(path: Path, exclusive: bool) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e:
-            raise ChromaError(f"{path}: another command is at work on it; wait for it") from e
+            raise InputError(f"{path}: another command is at work on it; wait for it") from e
         yield
 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise ChromaError(f"{message}; see --help")
+        raise InputError(f"{message}; see --help")
 
 
 def parser() -> Parser:
@@ -393,7 +393,7 @@ def main(argv: list[str] | None = None) -> int:
         with locked(path, exclusive):
             print(function(path, args))
         return 0
-    except ChromaError as e:
+    except InputError as e:
         print(f"background: error: {' '.join(str(e).split())}", file=sys.stderr)
         return 2
 

@@ -30,7 +30,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from chroma_jax.utils.errors import ChromaError, near
+from chroma_jax.utils.errors import InputError, near
 from launch.background_process import own_environment, read_json, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -92,29 +92,29 @@ class Background:
     def __post_init__(self):
         for name in (self.tag, self.name, *(stage.name for stage in self.stages)):
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._/-]*", name):
-                raise ChromaError(f"{name!r} is not a name: expected letters, digits, '.', '_', '-' for tag, name and stages")
+                raise InputError(f"{name!r} is not a name: expected letters, digits, '.', '_', '-' for tag, name and stages")
         if not 0 <= self.nice <= 19:
-            raise ChromaError(f"nice is {self.nice}, expected 0 to 19")
+            raise InputError(f"nice is {self.nice}, expected 0 to 19")
         if len({stage.name for stage in self.stages}) < len(self.stages):
-            raise ChromaError("stages: two have the same name")
+            raise InputError("stages: two have the same name")
         core_set(self.cores)
 
 
 def core_set(text: str) -> set[int]:
-    """The cores of "0", "0,1" or "0-3". Raises ChromaError for anything else."""
+    """The cores of "0", "0,1" or "0-3". Raises InputError for anything else."""
     cores: set[int] = set()
     for part in text.split(","):
         bounds = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
         if bounds is None:
-            raise ChromaError(f"cores is {text!r}, expected numbers such as 0 or 0,1 or 0-3")
+            raise InputError(f"cores is {text!r}, expected numbers such as 0 or 0,1 or 0-3")
         cores |= set(range(int(bounds[1]), int(bounds[2] or bounds[1]) + 1))
     if not cores:
-        raise ChromaError(f"cores is {text!r}, which is no core")
+        raise InputError(f"cores is {text!r}, which is no core")
     return cores
 
 
 def from_dict(values: dict[str, Any], source: str) -> Background:
-    """A description from plain values. Raises ChromaError naming ``source`` and the field."""
+    """A description from plain values. Raises InputError naming ``source`` and the field."""
     return _built(Background, values, source)
 
 
@@ -122,10 +122,10 @@ def _built(cls: type, values: dict[str, Any], source: str):
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for name in values:
         if name not in fields:
-            raise ChromaError(f"{source}: unknown field {name!r}{near(name, fields)}; fields: {', '.join(fields)}")
+            raise InputError(f"{source}: unknown field {name!r}{near(name, fields)}; fields: {', '.join(fields)}")
     required = [name for name, field in fields.items() if field.default is dataclasses.MISSING and name not in values]
     if required:
-        raise ChromaError(f"{source}: {required[0]} is missing")
+        raise InputError(f"{source}: {required[0]} is missing")
     converted = {}
     for name, value in values.items():
         kind = str(fields[name].type)
@@ -133,29 +133,29 @@ def _built(cls: type, values: dict[str, Any], source: str):
             value = tuple(_built(Stage, dict(stage), f"{source}: stages") for stage in value)
         elif "tuple" in kind:
             if not isinstance(value, list | tuple) or not all(isinstance(x, str) for x in value):
-                raise ChromaError(f"{source}: {name} is {value!r}, expected a list of strings")
+                raise InputError(f"{source}: {name} is {value!r}, expected a list of strings")
             value = tuple(value)
         elif "bool" in kind and not isinstance(value, bool):
-            raise ChromaError(f"{source}: {name} is {value!r}, expected true or false")
+            raise InputError(f"{source}: {name} is {value!r}, expected true or false")
         elif "int" in kind and not isinstance(value, int):
-            raise ChromaError(f"{source}: {name} is {value!r}, expected an integer")
+            raise InputError(f"{source}: {name} is {value!r}, expected an integer")
         elif "str" in kind and not (isinstance(value, str) or (value is None and "None" in kind)):
-            raise ChromaError(f"{source}: {name} is {value!r}, expected a string")
+            raise InputError(f"{source}: {name} is {value!r}, expected a string")
         converted[name] = value
     try:
         return cls(**converted)
-    except ChromaError as e:
-        raise ChromaError(f"{source}: {e}") from e
+    except InputError as e:
+        raise InputError(f"{source}: {e}") from e
 
 
 def read_description(path: Path) -> dict[str, Any]:
-    """The values of a committed description. Raises ChromaError when it cannot be read."""
+    """The values of a committed description. Raises InputError when it cannot be read."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as e:
-        raise ChromaError(f"{path}: cannot be read ({e.strerror})") from e
+        raise InputError(f"{path}: cannot be read ({e.strerror})") from e
     except tomllib.TOMLDecodeError as e:
-        raise ChromaError(f"{path}: not TOML ({e})") from e
+        raise InputError(f"{path}: not TOML ({e})") from e
 
 
 # The folder
@@ -178,10 +178,10 @@ class Folder:
 
     @staticmethod
     def read(path: Path) -> "Folder":
-        """Raises ChromaError when the folder was not set up."""
+        """Raises InputError when the folder was not set up."""
         state = read_json(path / STATE)
         if state is None:
-            raise ChromaError(f"{path / STATE}: no such file; run `python -m launch.background setup {path} …` first")
+            raise InputError(f"{path / STATE}: no such file; run `python -m launch.background setup {path} …` first")
         return Folder(path, from_dict(state["what"], str(path / STATE)), tuple(state["runs"]))
 
     def write(self) -> None:
@@ -235,13 +235,13 @@ class Folder:
 
 
 def git(*args: str) -> str:
-    """The output of git. Raises ChromaError with its last line."""
+    """The output of git. Raises InputError with its last line."""
     try:
         result = subprocess.run(["git", *args], capture_output=True, text=True)
     except FileNotFoundError as e:
-        raise ChromaError("git is not on PATH; install it") from e
+        raise InputError("git is not on PATH; install it") from e
     if result.returncode:
-        raise ChromaError(f"git {args[0]} failed: {(result.stderr.strip().splitlines() or ['no message'])[-1]}")
+        raise InputError(f"git {args[0]} failed: {(result.stderr.strip().splitlines() or ['no message'])[-1]}")
     return result.stdout
 
 
@@ -274,7 +274,7 @@ def make_data(folder: Folder) -> None:
     """Runs the data command, unless the folder has its result.
 
     Raises:
-        ChromaError: the command fails, or the data there were made by another command.
+        InputError: the command fails, or the data there were made by another command.
     """
     if not folder.what.data_command:
         return
@@ -284,7 +284,7 @@ def make_data(folder: Folder) -> None:
     if made is not None and made["sha256"] == digest:
         return
     if made is not None:
-        raise ChromaError(f"{mark}: the data were made by another command; move {mark.parent} away to make them again")
+        raise InputError(f"{mark}: the data were made by another command; move {mark.parent} away to make them again")
     mark.parent.mkdir(exist_ok=True)
     command = folder.filled(folder.what.data_command)
     run(command, "data_command", cwd=folder.path)
@@ -295,12 +295,12 @@ def initial(folder: Folder, name: str) -> str:
     """The run or import that ``init_from`` means; an export is imported into data/ first.
 
     Raises:
-        ChromaError: there is no such folder.
+        InputError: there is no such folder.
     """
     places = [folder.path / name, folder.source / name, folder.source / "chroma_jax" / "pretrained" / name]
     start = next((place for place in places if place.is_dir()), None)
     if start is None:
-        raise ChromaError(f"init_from is {name!r}: no such folder, neither in {folder.path} nor in {folder.source}")
+        raise InputError(f"init_from is {name!r}: no such folder, neither in {folder.path} nor in {folder.source}")
     if not (start / "config.json").is_file() or (start / "config.txt").is_file():
         return str(start)
     imported = folder.path / "data" / f"init-{start.name}"
@@ -312,10 +312,10 @@ def initial(folder: Folder, name: str) -> str:
 
 
 def run(command: list[str], what: str, cwd: Path | None = None) -> None:
-    """Runs a step. Raises ChromaError naming ``what`` when it fails; its own output is shown."""
+    """Runs a step. Raises InputError naming ``what`` when it fails; its own output is shown."""
     try:
         code = subprocess.run(command, cwd=cwd, env=own_environment(), stdin=subprocess.DEVNULL).returncode
     except OSError as e:
-        raise ChromaError(f"{what}: {command[0]} cannot be run ({e.strerror})") from e
+        raise InputError(f"{what}: {command[0]} cannot be run ({e.strerror})") from e
     if code:
-        raise ChromaError(f"{what}: {' '.join(command[:6])} … ended with exit code {code}; its output is above")
+        raise InputError(f"{what}: {' '.join(command[:6])} … ended with exit code {code}; its output is above")

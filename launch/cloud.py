@@ -20,7 +20,7 @@ from typing import NoReturn
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # chroma-jax need not be installed where trainings are started from
 
-from chroma_jax.utils.errors import PEER_LOST, STOPPED, ChromaError, near  # noqa: E402
+from chroma_jax.utils.errors import PEER_LOST, STOPPED, InputError, near  # noqa: E402
 from launch import jobset  # noqa: E402
 from launch.description import BUCKET, Description, read  # noqa: E402
 
@@ -69,7 +69,7 @@ def startup_script(d: Description) -> str:
 
 def gke(d: Description) -> Plan:
     if d.slices > 1 and d.slice.hosts == 1:
-        raise ChromaError(f"slices is {d.slices}: GKE joins only slices of several hosts, and {d.topology} has one")
+        raise InputError(f"slices is {d.slices}: GKE joins only slices of several hosts, and {d.topology} has one")
     where = [f"--project={d.project}", f"--location={d.location}"]
     name = f"--namespace={d.namespace}"
     return Plan(
@@ -175,13 +175,13 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...], Callable[[Description], Plan]]] 
 
 
 def planned(command: str, d: Description) -> Plan:
-    """Raises: ChromaError for a command that does not exist, or that the description says too little for."""
+    """Raises: InputError for a command that does not exist, or that the description says too little for."""
     if command not in COMMANDS:
-        raise ChromaError(f"unknown command {command!r}{near(command, COMMANDS)}; commands: {', '.join(COMMANDS)}")
+        raise InputError(f"unknown command {command!r}{near(command, COMMANDS)}; commands: {', '.join(COMMANDS)}")
     _, needed, plan = COMMANDS[command]
     for name in needed:
         if getattr(d, name) is None:
-            raise ChromaError(f"{name} is missing, which {command} needs")
+            raise InputError(f"{name} is missing, which {command} needs")
     return plan(d)
 
 
@@ -210,11 +210,11 @@ def shell(step: list[str]) -> str:
 def run(plan: Plan) -> int:
     """The exit code of the first step that fails, or 0.
 
-    Raises: ChromaError, before anything is run, when a tool is not there.
+    Raises: InputError, before anything is run, when a tool is not there.
     """
     for tool in dict.fromkeys(step[0] for step in plan.steps):
         if shutil.which(tool) is None:
-            raise ChromaError(f"{tool} is not on PATH; --dry-run shows what it would be asked to do")
+            raise InputError(f"{tool} is not on PATH; --dry-run shows what it would be asked to do")
     with tempfile.TemporaryDirectory() as folder:
         for name, text in plan.files.items():
             (Path(folder) / name).write_text(text)
@@ -230,7 +230,7 @@ def run(plan: Plan) -> int:
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise ChromaError(f"{message}; see --help")
+        raise InputError(f"{message}; see --help")
 
 
 def parser() -> Parser:
@@ -258,8 +258,8 @@ def main(argv: list[str] | None = None) -> int:
         d = read(args.description, args.set)
         try:
             plan = planned(args.command, d)
-        except ChromaError as e:
-            raise ChromaError(f"{args.description}: {e}") from e
+        except InputError as e:
+            raise InputError(f"{args.description}: {e}") from e
         if args.dry_run:
             print(show(plan), end="")
             return 0
@@ -267,7 +267,7 @@ def main(argv: list[str] | None = None) -> int:
         if code == 0 and plan.hints:
             print("\n".join(["Then, as needed:", *plan.hints]))
         return code
-    except ChromaError as e:
+    except InputError as e:
         print(f"cloud: error: {' '.join(str(e).split())}", file=sys.stderr)
         return 2
 

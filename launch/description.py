@@ -8,7 +8,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from chroma_jax.utils.errors import ChromaError, near
+from chroma_jax.utils.errors import InputError, near
 from launch.tpu import Slice, slice_of
 
 BUCKET = "/bucket"  # where a job sees the bucket
@@ -75,19 +75,19 @@ class Description:
     def __post_init__(self):
         # it becomes part of Pods' names (NAME-slice-7-63-abcde, 63 letters at most) and of TPU VMs'; xpk allows 40 letters
         if not re.fullmatch(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?", self.run):
-            raise ChromaError(f"run is {self.run!r}, expected a name of a-z, 0-9 and -, from a letter on, of at most 40")
+            raise InputError(f"run is {self.run!r}, expected a name of a-z, 0-9 and -, from a letter on, of at most 40")
         if self.bucket is not None and not re.fullmatch(r"gs://[a-z0-9][a-z0-9._-]+[a-z0-9]", self.bucket):
-            raise ChromaError(f"bucket is {self.bucket!r}, expected gs://NAME, without a folder")
+            raise InputError(f"bucket is {self.bucket!r}, expected gs://NAME, without a folder")
         if self.zone is not None and not re.fullmatch(r"[a-z]+-[a-z]+\d+-[a-z]", self.zone):
-            raise ChromaError(f"zone is {self.zone!r}, expected a zone such as us-central1-a")
+            raise InputError(f"zone is {self.zone!r}, expected a zone such as us-central1-a")
         if self.spot and self.reservation:
-            raise ChromaError(f"spot is true and reservation is {self.reservation!r}; capacity is of one kind")
+            raise InputError(f"spot is true and reservation is {self.reservation!r}; capacity is of one kind")
         for name, least in (("slices", 1), ("restarts", 0), ("grace_seconds", 1), ("image_user", 0)):
             if getattr(self, name) < least:
-                raise ChromaError(f"{name} is {getattr(self, name)}, must be at least {least}")
+                raise InputError(f"{name} is {getattr(self, name)}, must be at least {least}")
         for name in ("nodes", "gpus"):
             if self.slurm is not None and getattr(self.slurm, name) < 1:
-                raise ChromaError(f"slurm.{name} is {getattr(self.slurm, name)}, must be at least 1")
+                raise InputError(f"slurm.{name} is {getattr(self.slurm, name)}, must be at least 1")
         if self.topology is not None:
             slice_of(self.topology)
         for name in ("config", "prepared", "init_from"):
@@ -123,39 +123,39 @@ class Description:
             return None
         if value.startswith("gs://"):
             if self.bucket is None or not value.startswith(f"{self.bucket}/"):
-                raise ChromaError(f"{name} is {value!r}, which is not in the bucket {self.bucket}")
+                raise InputError(f"{name} is {value!r}, which is not in the bucket {self.bucket}")
             value = value.removeprefix(f"{self.bucket}/")
         if value.startswith("/") or ".." in value.split("/") or not value:
-            raise ChromaError(f"{name} is {value!r}, expected a path in the bucket, such as data/chroma_4b")
+            raise InputError(f"{name} is {value!r}, expected a path in the bucket, such as data/chroma_4b")
         return f"{root}/{value}"
 
 
 def read(path: Path, changes: list[str]) -> Description:
     """The description in a file. changes: "FIELD=VALUE", which take precedence; VALUE as in TOML, or text.
 
-    Raises: ChromaError naming the file, or --set, and the field.
+    Raises: InputError naming the file, or --set, and the field.
     """
     if not path.is_file():
-        raise ChromaError(f"{path}: no such description; launch/example.toml is one")
+        raise InputError(f"{path}: no such description; launch/example.toml is one")
     try:
         tree = tomllib.loads(path.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
-        raise ChromaError(f"{path}: not TOML: {e}") from e
+        raise InputError(f"{path}: not TOML: {e}") from e
     for change in changes:
         name, equals, value = change.partition("=")
         if not equals:
-            raise ChromaError(f"--set {change!r}: expected FIELD=VALUE")
+            raise InputError(f"--set {change!r}: expected FIELD=VALUE")
         *tables, leaf = name.split(".")
         node = tree
         for table in tables:
             node = node.setdefault(table, {})
             if not isinstance(node, dict):
-                raise ChromaError(f"--set {change!r}: {table} has no fields")
+                raise InputError(f"--set {change!r}: {table} has no fields")
         node[leaf] = parsed(value)
     try:
         return build(Description, tree, "")
-    except ChromaError as e:
-        raise ChromaError(f"{path}: {e}") from e
+    except InputError as e:
+        raise InputError(f"{path}: {e}") from e
 
 
 def parsed(value: str) -> Any:
@@ -171,10 +171,10 @@ def build(cls: type, tree: dict[str, Any], prefix: str) -> Any:
     hints, fields = typing.get_type_hints(cls), dataclasses.fields(cls)
     for name in tree:
         if name not in hints:
-            raise ChromaError(f"unknown field {prefix + name!r}{near(name, hints) or '; known: ' + ', '.join(hints)}")
+            raise InputError(f"unknown field {prefix + name!r}{near(name, hints) or '; known: ' + ', '.join(hints)}")
     for field in fields:
         if field.default is dataclasses.MISSING and field.name not in tree:
-            raise ChromaError(f"{prefix + field.name} is missing")
+            raise InputError(f"{prefix + field.name} is missing")
     return cls(**{name: checked(prefix + name, value, hints[name]) for name, value in tree.items()})
 
 
@@ -187,12 +187,12 @@ def checked(name: str, value: Any, hint: Any) -> Any:
         hint = next(option for option in typing.get_args(hint) if option is not types.NoneType)
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):
-            raise ChromaError(f"{name} is {value!r}, expected a table [{name}]")
+            raise InputError(f"{name} is {value!r}, expected a table [{name}]")
         return build(hint, value, f"{name}.")
     if typing.get_origin(hint) is tuple:
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise ChromaError(f'{name} is {value!r}, expected a list of texts, such as ["--mesh.fsdp", "16"]')
+            raise InputError(f'{name} is {value!r}, expected a list of texts, such as ["--mesh.fsdp", "16"]')
         return tuple(value)
     if type(value) is not hint:
-        raise ChromaError(f"{name} is {value!r}, expected {EXPECTED[hint]}")
+        raise InputError(f"{name} is {value!r}, expected {EXPECTED[hint]}")
     return value

@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import math
 
-from chroma_jax.utils.errors import ChromaError, near
+from chroma_jax.utils.errors import InputError, near
 
 FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 
@@ -83,10 +83,10 @@ class Slice:
     def gcloud(self) -> list[str]:
         """Flags that ask for it. Of three-dimensional slices, several shapes have as many chips, so the shape is given.
 
-        Raises: ChromaError where there are no TPU VMs of this kind.
+        Raises: InputError where there are no TPU VMs of this kind.
         """
         if self.facts.gcloud is None:
-            raise ChromaError(f"topology is {self.family}:{self.shape}, but {self.family} has no queued resources; use jobset")
+            raise InputError(f"topology is {self.family}:{self.shape}, but {self.family} has no queued resources; use jobset")
         if self.shape.count("x") == 1:
             return [f"--accelerator-type={self.facts.gcloud}-{self.chips}"]
         return [f"--type={self.facts.gcloud}", f"--topology={self.shape}"]
@@ -99,16 +99,16 @@ class Slice:
 def slice_of(topology: str) -> Slice:
     """The slice that a text such as "v5e:4x4" names.
 
-    Raises: ChromaError that lists what there is.
+    Raises: InputError that lists what there is.
     """
     family, _, shape = topology.partition(":")
     if family not in FAMILIES:
         known = f"FAMILY:SHAPE such as v5e:4x4, of {', '.join(FAMILIES)}{near(family, FAMILIES)}"
-        raise ChromaError(f"topology is {topology!r}, expected {known}")
+        raise InputError(f"topology is {topology!r}, expected {known}")
     shapes = FAMILIES[family].shapes
     if shape not in shapes:
         small = [s for s in shapes if Slice(family, s).chips <= 512]
         largest = Slice(family, shapes[-1]).chips
         more = f", and AxBxC of multiples of 4, A ≤ B ≤ C, of up to {largest} chips" if len(small) < len(shapes) else ""
-        raise ChromaError(f"topology is {topology!r}, but {family} has only the shapes {', '.join(small)}{more}")
+        raise InputError(f"topology is {topology!r}, but {family} has only the shapes {', '.join(small)}{more}")
     return Slice(family, shape)

@@ -21,7 +21,7 @@ from toy import ToyConfig, ToyState, run_toy
 from chroma_jax.cli import main as cli
 from chroma_jax.config import Config, dump
 from chroma_jax.parallel import multihost
-from chroma_jax.parallel.multihost import DistributedConfig, StopRequest, share_of_rows
+from chroma_jax.parallel.multihost import DistributedConfig, StopRequest, data_shard
 from chroma_jax.parallel.progress import Progress
 from chroma_jax.parallel.sharding import MeshConfig, make_mesh
 from chroma_jax.planning.training_step import trainer_of
@@ -29,10 +29,10 @@ from chroma_jax.runs.status import described, status
 from chroma_jax.runs.train import place, train
 from chroma_jax.training.loop import TrainingConfig
 from chroma_jax.training.metrics import read_lines
-from chroma_jax.training.runtime.goodput import read_ledger, when
-from chroma_jax.training.runtime.watchdog import StallWatch
+from chroma_jax.training.runtime.goodput import read_goodput_log, when
+from chroma_jax.training.runtime.watchdog import Watchdog
 from chroma_jax.training.state import applied
-from chroma_jax.utils.errors import DIVERGED, STOPPED, ChromaError, Ended
+from chroma_jax.utils.errors import DIVERGED, STOPPED, InputError, TrainingStopped
 from data_pipelines.records import batches
 
 CONFIG = ToyConfig()
@@ -97,7 +97,9 @@ def test_a_batch_with_nan_leaves_weights_and_moments_of_a_speaking_model_as_they
 def test_skipped_steps_are_counted_and_too_many_in_a_row_end_the_run_naming_the_last_good_checkpoint(tmp_path):
     run = tmp_path / "run"
     config = replace(replace(CONFIG, "training.max_skipped", 3), "checkpoint.keep", 1)
-    with pytest.raises(Ended, match=rf"3 steps in a row, up to step 8.*last good checkpoint is {run}/checkpoints/4$") as end:
+    with pytest.raises(
+        TrainingStopped, match=rf"3 steps in a row, up to step 8.*last good checkpoint is {run}/checkpoints/4$"
+    ) as end:
         run_toy(config, run, {"nan": 5})
     assert end.value.code == DIVERGED
     lines = {line["step"]: line for line in lines_of(run) if "train/loss" in line}
@@ -118,7 +120,7 @@ def test_a_skipped_step_among_good_ones_leaves_their_means_finite(tmp_path):
     _, _ = run_toy(config, tmp_path / "run", {"spike": 5})
     line = next(line for line in lines_of(tmp_path / "run") if line["step"] == 8 and "train/loss" in line)
     assert line["train/skipped"] == 1 and line["train/gradient_norm"] < 1e3
-    assert read_ledger(tmp_path / "run")[-1]["why"] == "finished"
+    assert read_goodput_log(tmp_path / "run")[-1]["why"] == "finished"
 
 
 # Checkpoints
@@ -187,7 +189,7 @@ def test_without_any_whole_checkpoint_the_newest_is_the_error_and_nothing_is_mov
     for step in ("4", "6", "8"):
         changed(largest(run / "checkpoints" / step / "weights"))
     before = sorted(run.rglob("*"))
-    with pytest.raises(ChromaError, match=r"checkpoints/8: damaged"):
+    with pytest.raises(InputError, match=r"checkpoints/8: damaged"):
         run_toy(CONFIG, run)
     assert sorted(run.rglob("*")) == before
 
@@ -199,7 +201,7 @@ def test_without_any_whole_checkpoint_the_newest_is_the_error_and_nothing_is_mov
 def test_sigterm_saves_after_the_running_step_and_the_run_goes_on_bit_for_bit(at, straight, tmp_path):
     run = tmp_path / "run"
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Ended, match=rf"asked to stop at step {at + 1} of 8; .*checkpoints/{at + 1} is saved") as end:
+    with pytest.raises(TrainingStopped, match=rf"asked to stop at step {at + 1} of 8; .*checkpoints/{at + 1} is saved") as end:
         run_toy(CONFIG, run, {"terminate": at})
     assert end.value.code == STOPPED and signal.getsignal(signal.SIGTERM) is before
     state, read = run_toy(CONFIG, run)
@@ -255,10 +257,10 @@ def test_the_time_limit_saves_and_exits_with_75_and_the_run_resumes_bit_for_bit(
     run = tmp_path / "run"
     limited = replace(CONFIG, "training.max_minutes", 1e-6)
     said = r"time limit \(training.max_minutes 1e-06\) reached at step 1 of 8; .*checkpoints/1 is saved"
-    with pytest.raises(Ended, match=said) as end:
+    with pytest.raises(TrainingStopped, match=said) as end:
         run_toy(limited, run)
     assert end.value.code == STOPPED and "the same command resumes" in str(end.value)
-    with pytest.raises(Ended, match="reached at step 2 of 8"):
+    with pytest.raises(TrainingStopped, match="reached at step 2 of 8"):
         run_toy(limited, run)
     state, read = run_toy(CONFIG, run)
     assert read[0] == 2 and lines_of(run) == lines_of(straight[0])
@@ -277,7 +279,7 @@ def test_a_negative_time_limit_is_named():
 def test_a_stall_is_reported_once_and_what_compiles_may_take_longer(tmp_path):
     progress, gave_up = Progress(), []
     progress.give_up = gave_up.append
-    with (tmp_path / "out").open("w+") as out, StallWatch(progress, 0.2, "process 7", out):
+    with (tmp_path / "out").open("w+") as out, Watchdog(progress, 0.2, "process 7", out):
         progress.now("first step", 4)
         time.sleep(0.5)
         assert not (tmp_path / "out").read_text()
@@ -301,7 +303,7 @@ def status_of(run: Path) -> dict:
 
 
 def test_the_ledger_accounts_for_all_the_time_of_a_process(straight):
-    lines = read_ledger(straight[0])
+    lines = read_goodput_log(straight[0])
     assert lines[0]["kind"] == "start" and lines[-1]["why"] == "finished"
     assert {"compile", "evaluate", "checkpoint", "step"} <= {line["kind"] for line in lines}
     before = [line["seconds"] for line in lines if line["kind"] in ("start", "compile") and line["to_step"] == 0]
@@ -420,7 +422,7 @@ def test_every_process_reads_the_rows_that_its_devices_hold(name, grid, expected
 
 
 def test_processes_that_share_some_of_their_rows_are_an_error(monkeypatch):
-    with pytest.raises(ChromaError, match="share some of their rows"):
+    with pytest.raises(InputError, match="share some of their rows"):
         share_in([[0, 0], [0, 1], [1, 1]], 0, monkeypatch)
 
 
@@ -440,7 +442,7 @@ def share_in(grid: list[list[int]], process: int, monkeypatch) -> dict:
 
     monkeypatch.setattr(multihost, "NamedSharding", Sharding)
     monkeypatch.setattr(jax, "process_index", lambda: process)
-    return share_of_rows(Sharding(), 12)
+    return data_shard(Sharding(), 12)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,9 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("chroma_jax", "configs", "data_pipelines")
 LONGEST = 450  # lines of a module
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-FOLDERS = sorted(p.parent for name in PACKAGES for p in (ROOT / name).glob("*/__init__.py")) + [ROOT / name for name in PACKAGES[1:]]
+FOLDERS = sorted(p.parent for name in PACKAGES for p in (ROOT / name).glob("*/__init__.py")) + [
+    ROOT / name for name in PACKAGES[1:]
+]
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +34,9 @@ def test_contracts_have_no_exceptions():
 def test_every_folder_is_in_a_layer():
     layers = PROJECT["tool"]["importlinter"]["contracts"][0]["layers"]
     named = {name.strip() for layer in layers for name in layer.split(":")}
-    found = {f"chroma_jax.{p.stem}" for p in (ROOT / "chroma_jax").iterdir() if p.suffix == ".py" or (p / "__init__.py").is_file()}
+    found = {
+        f"chroma_jax.{p.stem}" for p in (ROOT / "chroma_jax").iterdir() if p.suffix == ".py" or (p / "__init__.py").is_file()
+    }
     assert found - {"chroma_jax.__init__"} == {name for name in named if name.startswith("chroma_jax.")}
 
 

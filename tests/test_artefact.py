@@ -22,7 +22,7 @@ from tiny_speaker import drawn
 
 from chroma_jax.cli.main import main
 from chroma_jax.config import Config, ReplyConfig
-from chroma_jax.inference.generator import Speaker
+from chroma_jax.inference.generator import Generator
 from chroma_jax.inference.prefill import Prompt
 from chroma_jax.inference.prompt import make_prompt, stack
 from chroma_jax.inference.sampling import Sampling
@@ -35,7 +35,7 @@ from chroma_jax.models.io.weight_files import all_tensors
 from chroma_jax.runs import serving_artifact as stablehlo
 from chroma_jax.runs.load import load_run
 from chroma_jax.runs.serving_artifact import Sizes, by_name, export_stablehlo, save_prompt
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 from chroma_jax.utils.tree_paths import values
 from data_pipelines.tokenizer import train_tokenizer
 
@@ -117,7 +117,7 @@ def test_the_example_gives_the_same_frames_without_the_model_code(run, artefact,
     command = [sys.executable, "-c", WITHOUT, EXAMPLE, artefact, tmp_path / "prompt.safetensors", tmp_path / "out"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
-    speaker = Speaker(*load_run(run, Config())[:2])
+    speaker = Generator(*load_run(run, Config())[:2])
     outputs = list(speaker.stream(stack(prompts()), SAMPLING, keys(), SIZES.max_frames))
     expected = StepOutput(*(np.stack(x) for x in zip(*outputs, strict=True)))
     found = np.load(tmp_path / "out" / "frames.npz")
@@ -208,7 +208,7 @@ def test_the_state_that_goes_round_is_the_speakers(run, artefact, programs, desc
     before, after = (description["programs"]["step"][part] for part in ("arguments", "results"))
     state = [x for x in after if x["name"].startswith("state/")]
     assert state == [x for x in before if x["name"].startswith("state/")] == description["programs"]["prefill"]["results"]
-    speaker = Speaker(*load_run(run, Config())[:2])
+    speaker = Generator(*load_run(run, Config())[:2])
     prompt = {name: x for name, x in stablehlo.input_shapes(artefact).items() if name.startswith("prompt/")}
     own = jax.eval_shape(
         lambda p: by_name(speaker.start(p, SAMPLING, keys(), SIZES.max_frames)),
@@ -261,7 +261,7 @@ def test_weights_are_those_of_the_run_in_the_replys_type(run, artefact, tmp_path
 
 def test_a_folder_with_something_in_it_is_left_alone(run, artefact):
     before = {path: path.read_bytes() for path in artefact.iterdir()}
-    with pytest.raises(ChromaError, match="exists already"):
+    with pytest.raises(InputError, match="exists already"):
         export_stablehlo(run, artefact, Config(), SIZES, PLATFORMS)
     assert {path: path.read_bytes() for path in artefact.iterdir()} == before
 
@@ -282,7 +282,7 @@ def test_a_failure_leaves_nothing_behind(run, tmp_path, monkeypatch, failing):
 def test_what_an_artefact_cannot_be_is_named(run, tmp_path, monkeypatch):
     def refused(match: str, *, config: Config = Config(), **changes) -> None:
         arguments = {"run": run, "dest": tmp_path / "dest", "config": config, "sizes": SIZES, "platforms": PLATFORMS}
-        with pytest.raises(ChromaError, match=match):
+        with pytest.raises(InputError, match=match):
             export_stablehlo(**arguments | changes)
         assert not list(tmp_path.iterdir())
 
@@ -295,7 +295,7 @@ def test_what_an_artefact_cannot_be_is_named(run, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "flatbuffers", None)
     assert importlib.util.find_spec("flatbuffers") is None
     refused("pip install flatbuffers")
-    with pytest.raises(ChromaError, match="max_frames is 0"):
+    with pytest.raises(InputError, match="max_frames is 0"):
         dataclasses.replace(SIZES, max_frames=0)
 
 
@@ -303,7 +303,7 @@ def test_a_prompt_that_does_not_fit_is_named(artefact, tmp_path):
     dest = tmp_path / "prompt.safetensors"
 
     def refused(match: str, rows=None, sampling=SAMPLING) -> None:
-        with pytest.raises(ChromaError, match=match):
+        with pytest.raises(InputError, match=match):
             save_prompt(artefact, dest, prompts() if rows is None else rows, sampling, keys())
         assert not dest.exists()
 
@@ -321,5 +321,5 @@ def test_a_prompt_that_does_not_fit_is_named(artefact, tmp_path):
 def test_a_damaged_description_is_named(tmp_path, damage):
     if damage != "absent":
         (tmp_path / "artefact.json").write_text(damage)
-    with pytest.raises(ChromaError, match="artefact.json"):
+    with pytest.raises(InputError, match="artefact.json"):
         save_prompt(tmp_path, tmp_path / "prompt.safetensors", prompts(), SAMPLING, keys())

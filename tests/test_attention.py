@@ -17,7 +17,7 @@ from chroma_jax.kernels import cudnn
 from chroma_jax.layers import attention, rope
 from chroma_jax.layers.transformer import Llama, LlamaConfig
 from chroma_jax.parallel.sharding import MeshConfig, make_mesh
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 
 ROWS, POSITIONS, KV, GROUP, WIDTH = 4, 384, 2, 2, 16
 # float32 sums in another order; the kernel's running maximum rescales them once a block
@@ -136,7 +136,7 @@ def test_blocks_of_any_length(length, given):
 
 def test_a_length_that_the_kernel_does_not_take_is_named():
     x = jnp.zeros((1, 100, 1, 1, 8))
-    with pytest.raises(ChromaError, match="multiple of 128 positions, got 100; use 'plain'"):
+    with pytest.raises(InputError, match="multiple of 128 positions, got 100; use 'plain'"):
         attention.attend(x, x[:, :, :, 0], x[:, :, :, 0], attention.packed(jnp.ones((1, 100), jnp.int32), "splash"))
 
 
@@ -154,10 +154,10 @@ def test_the_kernel_of_gpus_is_for_gpus_and_16_bits(monkeypatch):
         attention.attend(x, x[:, :, :, 0], x[:, :, :, 0], attention.packed(jnp.ones((1, 8), jnp.int32), "cudnn"))
 
     monkeypatch.setattr(cudnn, "device_kind", lambda: "TPU v4")
-    with pytest.raises(ChromaError, match="'cudnn' is for NVIDIA GPUs, this is TPU v4: set 'blocks'"):
+    with pytest.raises(InputError, match="'cudnn' is for NVIDIA GPUs, this is TPU v4: set 'blocks'"):
         attend(jnp.bfloat16)
     monkeypatch.setattr(cudnn, "device_kind", lambda: "NVIDIA H200")
-    with pytest.raises(ChromaError, match="16-bit floats, not float32: set precision.compute bfloat16"):
+    with pytest.raises(InputError, match="16-bit floats, not float32: set precision.compute bfloat16"):
         attend(jnp.float32)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 from launch import background, background_process
 from launch.background_folder import Background, Folder, Stage, core_set, from_dict, read_description
 
@@ -70,7 +70,7 @@ def command(tmp_path, repository, capsys):
         out, err = capsys.readouterr()
         if code:
             assert code == 2 and len(err.splitlines()) == 1, err
-            raise ChromaError(err)
+            raise InputError(err)
         return out
 
     call.folder = folder
@@ -107,7 +107,7 @@ def test_a_training_starts_once_pauses_continues_reports_and_stops(command):
     assert "runs as process" in command("start", "--settle", 0.1)
     process = background_process.running(command.folder)
     assert os.getsid(process["pid"]) != os.getsid(0) and os.sched_getaffinity(process["pid"]) == {0}
-    with pytest.raises(ChromaError, match=r"runs already \(process \d+\)"):
+    with pytest.raises(InputError, match=r"runs already \(process \d+\)"):
         command("start")
     until(lambda: steps(command.folder) > 1)
 
@@ -123,7 +123,7 @@ def test_a_training_starts_once_pauses_continues_reports_and_stops(command):
         assert os.sched_getaffinity(process["pid"]) == {0, 1}
         command("cores", "1")
         assert os.sched_getaffinity(process["pid"]) == {1}
-    with pytest.raises(ChromaError, match=r"core 9999 does not exist"):
+    with pytest.raises(InputError, match=r"core 9999 does not exist"):
         command("cores", "9999")
 
     line = command("report").strip()
@@ -162,7 +162,7 @@ def test_after_kill_9_of_everything_it_resumes_and_the_cpu_time_is_not_lost(comm
     command("start", "--settle", 0.1)
     os.kill(background_process.supervisor(command.folder)["pid"], signal.SIGKILL)  # the supervisor alone: the training continues
     until(lambda: background_process.supervisor(command.folder) is None)
-    with pytest.raises(ChromaError, match="runs already"):
+    with pytest.raises(InputError, match="runs already"):
         command("start")
     assert "exit code None" in command("stop", "--timeout", 20) and background_process.running(command.folder) is None
 
@@ -174,7 +174,7 @@ def test_a_recycled_pid_is_not_taken_for_the_training(command):
     stale = {"training": here | {"started": "before"}, "supervisor": here | {"started": "before"}, "run": "speaking", "tag": "v1"}
     (command.folder / "pid.json").write_text(json.dumps(stale))
     assert background_process.running(command.folder) is None
-    with pytest.raises(ChromaError, match="no training runs"):
+    with pytest.raises(InputError, match="no training runs"):
         command("pause")
     assert "no training runs" in command("stop")  # and this test's process got no signal
     assert "runs as process" in command("start", "--settle", 0.1)
@@ -182,7 +182,7 @@ def test_a_recycled_pid_is_not_taken_for_the_training(command):
 
 def test_a_training_that_fails_at_once_is_an_error_and_one_that_is_finished_is_not(command):
     command.setup("--flags=--fail")
-    with pytest.raises(ChromaError, match=r"ended at once with exit code 2; see .*log.txt"):
+    with pytest.raises(InputError, match=r"ended at once with exit code 2; see .*log.txt"):
         command("start", "--settle", 10)
     command.setup("--flags=--finish")
     assert "nothing left to do" in command("start", "--settle", 10)
@@ -193,7 +193,7 @@ def test_retag_keeps_the_old_run_and_starts_from_it(command, monkeypatch):
     command.setup()
     command("start", "--settle", 0.1)
     until(lambda: steps(command.folder) > 0)
-    with pytest.raises(ChromaError, match=r"is set up for v1; use retag v2"):
+    with pytest.raises(InputError, match=r"is set up for v1; use retag v2"):
         command("setup", "--tag", "v2")
     assert "run-speaking-v2 of v2" in command("retag", "v2", "--flags=--new 1", "--timeout", 20)
     folder = Folder.read(command.folder)
@@ -221,24 +221,24 @@ def test_stages_follow_each_other(command, tmp_path, repository):
 
 
 def test_errors_name_the_file_and_the_field(command, tmp_path):
-    with pytest.raises(ChromaError, match=r"background.json: no such file; run `python -m launch.background setup"):
+    with pytest.raises(InputError, match=r"background.json: no such file; run `python -m launch.background setup"):
         command("start")
-    with pytest.raises(ChromaError, match="tag is missing"):
+    with pytest.raises(InputError, match="tag is missing"):
         command("setup")
-    with pytest.raises(ChromaError, match="Remote branch v9 not found"):
+    with pytest.raises(InputError, match="Remote branch v9 not found"):
         command.setup("--tag", "v9")
-    with pytest.raises(ChromaError, match=r"unknown field 'flag' \(near: flags"):
+    with pytest.raises(InputError, match=r"unknown field 'flag' \(near: flags"):
         from_dict({"tag": "v1", "flag": []}, "file.toml")
-    with pytest.raises(ChromaError, match="file.toml: flags is 'x', expected a list of strings"):
+    with pytest.raises(InputError, match="file.toml: flags is 'x', expected a list of strings"):
         from_dict({"tag": "v1", "flags": "x"}, "file.toml")
-    with pytest.raises(ChromaError, match="file.toml: nice is 20, expected 0 to 19"):
+    with pytest.raises(InputError, match="file.toml: nice is 20, expected 0 to 19"):
         from_dict({"tag": "v1", "nice": 20}, "file.toml")
-    with pytest.raises(ChromaError, match="cores is '0;1'"):
+    with pytest.raises(InputError, match="cores is '0;1'"):
         core_set("0;1")
-    with pytest.raises(ChromaError, match="is inside the repository"):
+    with pytest.raises(InputError, match="is inside the repository"):
         background.setup(Path(background.__file__).parent / "x", background.parser().parse_args(["setup", "x"]))
     (tmp_path / "broken.toml").write_text("tag = ")
-    with pytest.raises(ChromaError, match="broken.toml: not TOML"):
+    with pytest.raises(InputError, match="broken.toml: not TOML"):
         read_description(tmp_path / "broken.toml")
     assert core_set("0-2,5") == {0, 1, 2, 5}
 

@@ -21,14 +21,14 @@ from tiny_speaker import CODES, CONFIG, LEVELS, Case, drawn, edited, rescored
 
 from chroma_jax.inference import state as states
 from chroma_jax.inference import step as steps
-from chroma_jax.inference.generator import Speaker, counted_compilations
+from chroma_jax.inference.generator import Generator, counted_compilations
 from chroma_jax.inference.prompt import stack
 from chroma_jax.inference.sampling import Sampling
 from chroma_jax.inference.state import Capacity, StreamState
 from chroma_jax.layers.attention import KVCache
 from chroma_jax.models.chroma import Chroma
 from chroma_jax.models.codec import Codec
-from chroma_jax.sequence.interleave import NOTHING, opens_pair
+from chroma_jax.sequence.interleave import NONE_TOKEN, opens_pair
 
 SLOTS, MAX_FRAMES = 3, 12
 # every conversation below fits into these buckets, so that few programs are compiled
@@ -89,7 +89,7 @@ class Programs:
         model, codec = drawn(lambda: Chroma(nnx.Rngs(0), CONFIG), rng), drawn(lambda: Codec(nnx.Rngs(0), CONFIG.codec), rng)
         heads = {"backbone/head/kernel": CODE_SCALE, "decoder/heads": CODE_SCALE, "reasoner/head/kernel": TOKEN_SCALE}
         self.model = edited(model, {name: lambda w, by=by: w * by for name, by in heads.items()})
-        self.speaker = Speaker(self.model, codec)
+        self.speaker = Generator(self.model, codec)
         self.idle = jax.jit(lambda: states.idle(CONFIG, codec, SLOTS, CAPACITY, jnp.float32))
         self.join, self.cancel = jax.jit(states.join), jax.jit(states.cancel)
         self.traced = jax.jit(lambda model, state: steps.traced_frame(model, state, "trained"))
@@ -183,7 +183,7 @@ def converse(programs: Programs, rows: list[Row], *, together: bool, even: bool,
         output = jax.device_get(output)
         for slot, i in enumerate(slots):
             if i is None:
-                assert not output.live[slot] and output.token[slot] == NOTHING
+                assert not output.live[slot] and output.token[slot] == NONE_TOKEN
             elif len(said[i].codes) < rows[i].most:
                 np.testing.assert_array_equal(trace.codes[slot], output.codes[slot])
                 said[i].add(output, slot, trace)

@@ -15,7 +15,7 @@ from chroma_jax.parallel.sharding import make_mesh
 from chroma_jax.planning.training_step import abstract_batch, step_flops, trainer_of
 from chroma_jax.training.loss import count
 from chroma_jax.training.state import PrecisionConfig
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_the_peer_has_the_same_weights_and_learns(compute):
 
 @pytest.mark.skipif(importlib.util.find_spec("transformers") is not None, reason="the peer is installed")
 def test_a_peer_that_is_not_installed_is_named(config):
-    with pytest.raises(ChromaError, match="install the extra 'dev'"):
+    with pytest.raises(InputError, match="install the extra 'dev'"):
         bench_train(config, rows=1, rounds=1, peer="torch")
 
 

@@ -17,7 +17,7 @@ from chroma_jax.config import ReplyConfig
 from chroma_jax.models.audio_encoder import num_outputs
 from chroma_jax.sequence.chat_template import voice_prompt
 from chroma_jax.training.flops import part_sizes
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 
 TALK = Talk(question_seconds=0.5, voice_seconds=0.05, voice_tokens=3, frames=8)
 
@@ -54,7 +54,7 @@ def test_what_is_said_has_the_lengths_that_were_asked_for():
     assert text.count(config.tokens.audio) == heard and len(text) - heard == TALK.question_tokens
     assert len(voice_prompt(str.split, config.tokens, TALK.transcript())) == TALK.voice_tokens + 2
     assert len(TALK.voice(config)) == 0.05 * config.codec.sampling_rate
-    with pytest.raises(ChromaError, match="question_tokens is 8, must be at least 11"):
+    with pytest.raises(InputError, match="question_tokens is 8, must be at least 11"):
         dataclasses.replace(TALK, question_tokens=8).system(config)
 
 

@@ -31,10 +31,10 @@ from chroma_jax.models.codec import (
     fit_quantizer,
     reset_rows,
 )
-from chroma_jax.models.codec.voice_encoder import PieceEncoder
+from chroma_jax.models.codec.voice_encoder import ChunkedEncoder
 from chroma_jax.models.io.hf_config import from_hf
 from chroma_jax.utils import tree_paths as paths
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "codec"
 # Float32 sums of some hundred terms in another order than the reference's, through about twenty layers.
@@ -180,7 +180,7 @@ def test_streaming_decode_equals_the_references_sliding_window(given, expected, 
 def test_streaming_encode_gives_the_references_codes(given, expected, window, step):
     codec, prefix = golden_codec(window), "sliding_" if window else ""
     for wave in range(5):  # two end with a whole frame, two with a fraction of one, one with a single sample
-        encoder = PieceEncoder(codec, frames_per_step=step, max_frames=26)
+        encoder = ChunkedEncoder(codec, frames_per_step=step, max_frames=26)
         pieces = np.split(given[f"wave_{wave}"][0], range(0, given[f"wave_{wave}"].shape[1], 3001))
         codes = np.concatenate([*(encoder.feed(piece) for piece in pieces), encoder.finish()])
         np.testing.assert_array_equal(codes.T, expected[f"{prefix}codes_{wave}"])
@@ -254,7 +254,7 @@ def test_a_recording_in_pieces_of_any_size_encodes_as_the_whole(window, step):
     @settings(deadline=None, max_examples=25)
     @drawn(samples=st.sampled_from(LENGTHS), cuts=st.lists(st.integers(0, max(LENGTHS)), max_size=8))
     def check(samples, cuts):
-        encoder = PieceEncoder(windowed(window), frames_per_step=step, max_frames=MOST)
+        encoder = ChunkedEncoder(windowed(window), frames_per_step=step, max_frames=MOST)
         pieces = np.split(recording(samples), sorted(min(cut, samples) for cut in cuts))
         codes = [encoder.feed(piece) for piece in pieces] + [encoder.finish()]
         np.testing.assert_array_equal(np.concatenate(codes), encoded_whole(window, samples)[1])
@@ -263,9 +263,9 @@ def test_a_recording_in_pieces_of_any_size_encodes_as_the_whole(window, step):
 
 
 def test_a_finished_recording_takes_no_more():
-    encoder = PieceEncoder(windowed(6))
+    encoder = ChunkedEncoder(windowed(6))
     assert len(encoder.feed(recording(44))) == 0 and len(encoder.finish()) == 1
-    with pytest.raises(ChromaError, match="finished"):
+    with pytest.raises(InputError, match="finished"):
         encoder.feed(recording(1))
 
 
@@ -361,11 +361,11 @@ def test_bad_codes_are_named(given):
     config, codes = golden_codec(True).config, frames_first(given["codes"]).copy()
     check_codes(codes, config)
     codes[1, 3, 2] = 64
-    with pytest.raises(ChromaError, match="code 64 at row 1, frame 3, codebook 2 is outside 0 … 63"):
+    with pytest.raises(InputError, match="code 64 at row 1, frame 3, codebook 2 is outside 0 … 63"):
         check_codes(codes, config)
-    with pytest.raises(ChromaError, match="9 codebooks"):
+    with pytest.raises(InputError, match="9 codebooks"):
         check_codes(np.zeros((4, 9), np.int32), config)
-    with pytest.raises(ChromaError, match="integers"):
+    with pytest.raises(InputError, match="integers"):
         check_codes(np.zeros((4, 8), np.float32), config)
 
 

@@ -15,7 +15,7 @@ from chroma_jax.convert.codec import export_codec, load_codec, trained_codec
 from chroma_jax.parallel.sharding import make_mesh
 from chroma_jax.runs.codec_train import collapsed, initial_weights
 from chroma_jax.training.codec.step import make_codec_trainer
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 
 SHIPPED = pretrained.found("codec_nano")
 CONFIG = configs.read_python("codec_nano")
@@ -68,16 +68,16 @@ def test_weights_of_another_shape_are_drawn_at_random_and_named(shipped, capsys)
 
 
 def test_constants_that_no_shape_shows_must_agree():
-    with pytest.raises(ChromaError, match=r"other constants.*norm_eps 1e-05.*--model\.window 32"):
+    with pytest.raises(InputError, match=r"other constants.*norm_eps 1e-05.*--model\.window 32"):
         config = replace(replace(CONFIG, "model.window", 16), "model.transformer.norm_eps", 1e-6)
         weights(SHIPPED, config)
 
 
 def test_what_holds_no_codec_is_named(tmp_path, capsys):
-    with pytest.raises(ChromaError, match="nowhere: no such file or folder"):
+    with pytest.raises(InputError, match="nowhere: no such file or folder"):
         load_codec(tmp_path / "nowhere", CONFIG.model)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(ChromaError, match="describes no Mimi codec.*'upsampling_ratios'|describes no Mimi codec"):
+    with pytest.raises(InputError, match="describes no Mimi codec.*'upsampling_ratios'|describes no Mimi codec"):
         load_codec(tmp_path, CONFIG.model)
     assert main(["convert", "import", "codec_nano", str(tmp_path / "x"), "--onto", "codec_mimi"]) == 2
     assert "another model than the configuration" in capsys.readouterr().err

@@ -17,7 +17,7 @@ from chroma_jax.training.codec.quantize import QuantizerTraining
 from chroma_jax.training.codec.spectra import log_mel
 from chroma_jax.training.codec.step import CodecRecipe, Phase, make_codec_trainer
 from chroma_jax.training.optimizer import OptimizerConfig
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 from data_pipelines.waves import WaveBatch
 
 CODEC = tiny_model().codec
@@ -79,7 +79,7 @@ def test_the_loss_falls_to_nothing_when_the_vectors_tell_the_pitch():
 
 def test_codebooks_count_from_either_end():
     assert codebook_indices((1, -1, 7), 8) == (1, 7)
-    with pytest.raises(ChromaError, match=r"recipe\.pitch_codebooks: 8 is out of range; the codec has 8 codebooks"):
+    with pytest.raises(InputError, match=r"recipe\.pitch_codebooks: 8 is out of range; the codec has 8 codebooks"):
         codebook_indices((8,), 8)
     with pytest.raises(ValueError, match="pitch_weight must not be negative"):
         CodecRecipe(pitch_weight=-1.0)

@@ -25,7 +25,7 @@ from chroma_jax.training.codec.step import CodecLossConfig, CodecRecipe, make_co
 from chroma_jax.training.loop import TrainingConfig
 from chroma_jax.training.metrics import read_lines
 from chroma_jax.training.optimizer import OptimizerConfig
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 from chroma_jax.utils.tree_paths import values
 from data_pipelines.waves import CodecDataConfig, crops, held_out, open_waves, prepare_waves
 
@@ -134,15 +134,15 @@ def test_held_out_recordings_come_once_each_and_the_last_batch_is_filled_up(corp
 
 def test_what_does_not_fit_is_named(corpus, prepared, tmp_path):
     config = config_for(corpus).data
-    with pytest.raises(ChromaError, match="sampling_rate|24000 Hz"):
+    with pytest.raises(InputError, match="sampling_rate|24000 Hz"):
         open_waves(prepared, dataclasses.replace(CODEC, sampling_rate=16_000))
-    with pytest.raises(ChromaError, match="max_seconds"):
+    with pytest.raises(InputError, match="max_seconds"):
         prepare_waves(dataclasses.replace(config, max_seconds=1.0), CODEC, prepared, progress="none")
-    with pytest.raises(ChromaError, match="no such corpus folder"):
+    with pytest.raises(InputError, match="no such corpus folder"):
         prepare_waves(dataclasses.replace(config, corpora=("nowhere",)), CODEC, tmp_path / "x", progress="none")
     (tmp_path / "sounds").mkdir()
     soundfile.write(tmp_path / "sounds" / "a.wav", tone(1.0, 1), RATE)
-    with pytest.raises(ChromaError, match="valid split"):
+    with pytest.raises(InputError, match="valid split"):
         prepare_waves(CodecDataConfig((str(tmp_path / "sounds"),)), CODEC, tmp_path / "x", progress="none")
     assert not (tmp_path / "x").exists() and not list(tmp_path.glob("*.partial"))
     assert prepare_waves(config, CODEC, prepared, progress="none").rows("train") == 22  # the same again
@@ -221,9 +221,9 @@ def test_a_teacher_is_learnt_from(corpus, prepared, tmp_path):
 
 def test_a_teacher_that_is_none_is_named(corpus, prepared, tmp_path):
     config = config_for(corpus, training__steps=40, recipe__judge_from=100)
-    with pytest.raises(ChromaError, match="recipe.teacher.*no_such"):
+    with pytest.raises(InputError, match="recipe.teacher.*no_such"):
         train_codec(replace(config, "recipe.teacher", "no_such:thing"), tmp_path / "other", prepared)
-    with pytest.raises(ChromaError, match="expected.*features"):
+    with pytest.raises(InputError, match="expected.*features"):
         train_codec(replace(config, "recipe.teacher", "jax.numpy:square"), tmp_path / "other", prepared)
     assert not (tmp_path / "other").exists()
 
@@ -245,7 +245,7 @@ def test_with_all_but_the_decoder_frozen_codes_stay_as_they_are(corpus, prepared
     after = train_codec(config, tmp_path / "run", prepared, init_from=finished[0]).weights()
     moved = {path for path, x in finished[1].weights().items() if path.startswith("codec/") and np.any(x != after[path])}
     assert moved and all(path.startswith(("codec/decoder", "codec/upsample")) for path in moved)
-    with pytest.raises(ChromaError, match=r"'encodr' matches no weight"):
+    with pytest.raises(InputError, match=r"'encodr' matches no weight"):
         broken = replace(config, "recipe.optimizer.freeze", ("encodr",))
         train_codec(broken, tmp_path / "broken", prepared)
 
@@ -264,9 +264,9 @@ def test_a_collapsed_codebook_is_an_alarm(corpus, prepared, finished, capsys):
 
 
 def test_a_run_of_something_else_is_refused(corpus, prepared, finished, tmp_path):
-    with pytest.raises(ChromaError, match="holds another run.*crop_frames"):
+    with pytest.raises(InputError, match="holds another run.*crop_frames"):
         train_codec(config_for(corpus, data__crop_frames=4), finished[0], prepared)
-    with pytest.raises(ChromaError, match="not a multiple"):
+    with pytest.raises(InputError, match="not a multiple"):
         train_codec(config_for(corpus, training__global_batch=3, mesh=MeshConfig(data=2)), tmp_path / "run", prepared)
 
 
@@ -276,7 +276,7 @@ def test_a_run_of_something_else_is_refused(corpus, prepared, finished, tmp_path
 def test_a_configuration_is_read_back_as_its_kind(corpus, tmp_path):
     config = config_for(corpus)
     assert configs.parse(configs.dump(config), "x") == config
-    with pytest.raises(ChromaError, match="kind 'codek'.*codec"):
+    with pytest.raises(InputError, match="kind 'codek'.*codec"):
         configs.parse(configs.dump(config).replace("'codec'", "'codek'"), "x")
 
 
@@ -290,7 +290,7 @@ def test_a_trained_codec_makes_the_codes_of_a_dataset(corpus, finished, tmp_path
     for (path, x), y in zip(values(codec).items(), values(exported).values(), strict=True):
         np.testing.assert_array_equal(x, y, err_msg=path)
     assert json.loads((tmp_path / "export/config.json").read_text())["codebook_size"] == CODEC.codebook_size
-    with pytest.raises(ChromaError, match="codebook_dim"):
+    with pytest.raises(InputError, match="codebook_dim"):
         trained_codec(finished[0], replace(model, "codec.quantizer.codebook_dim", 4))
 
 

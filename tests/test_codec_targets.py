@@ -20,7 +20,7 @@ from chroma_jax.training.codec.losses import (
     reconstruction_losses,
     wave_distance,
 )
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 from data_pipelines.recordings import corpus_recordings
 from data_pipelines.waves import CodecDataConfig, crops, held_out, open_waves, prepare_waves
 
@@ -93,7 +93,7 @@ def test_a_target_of_another_length_is_left_out_and_named(corpus, tmp_path):
     config = config_for(root)
     skipped = prepare_waves(config, CODEC, tmp_path / "waves", progress="none").manifest["skipped"]
     assert skipped["kinds"] == {"target of another length": 1} and "d0_answer.flac" in skipped["entries"][0]
-    with pytest.raises(ChromaError, match="d0_answer.flac"):
+    with pytest.raises(InputError, match="d0_answer.flac"):
         prepare_waves(dataclasses.replace(config, on_problem="strict"), CODEC, tmp_path / "other", progress="none")
 
 
@@ -108,7 +108,7 @@ def test_datasets_of_version_1_are_read(tmp_path):
     assert prepare_waves(config, CODEC, tmp_path / "waves", progress="none").manifest["config"] == dataset.manifest["config"]
     assert not open_waves(tmp_path / "waves").paired("train").any()
     file.write_text(file.read_text().replace('"version": 1', '"version": 7'))
-    with pytest.raises(ChromaError, match="version 7, this code reads 1 and 2"):
+    with pytest.raises(InputError, match="version 7, this code reads 1 and 2"):
         open_waves(tmp_path / "waves")
 
 
@@ -157,7 +157,7 @@ def test_the_input_is_the_target_as_often_as_asked_for(corpus, prepared):
 def test_a_share_of_recordings_that_are_not_there_is_named(tmp_path):
     config = config_for(write_corpus(tmp_path / "corpus"), real_share=0.5)
     prepare_waves(config, CODEC, tmp_path / "waves", progress="none")
-    with pytest.raises(ChromaError, match=r"data\.real_share is 0\.5, but the train split has no recordings with a target"):
+    with pytest.raises(InputError, match=r"data\.real_share is 0\.5, but the train split has no recordings with a target"):
         crops(tmp_path / "waves", CODEC, config, global_batch=2, seed=0)
     for name in ("real_share", "free_input"):
         with pytest.raises(ValueError, match=name):

@@ -15,7 +15,13 @@ from tiny import model as tiny_model
 from chroma_jax.models.codec import Codec
 from chroma_jax.parallel.sharding import AxisRules, MeshConfig, make_mesh
 from chroma_jax.training.codec import quantize as q
-from chroma_jax.training.codec.discriminator import Conv2d, Discriminator, DiscriminatorConfig, PeriodDiscriminator, Verdict
+from chroma_jax.training.codec.discriminator import (
+    Conv2d,
+    Discriminator,
+    DiscriminatorConfig,
+    DiscriminatorOutput,
+    PeriodDiscriminator,
+)
 from chroma_jax.training.codec.losses import (
     BalancerState,
     MelLossConfig,
@@ -249,7 +255,7 @@ def test_the_discriminator_learns_to_tell_and_the_losses_say_so(config):
 
 
 def test_least_squares_are_to_1_for_real_and_to_0_for_made_sound():
-    verdict = lambda *logits: [Verdict(jnp.array([[x]]), ()) for x in logits]
+    verdict = lambda *logits: [DiscriminatorOutput(jnp.array([[x]]), ()) for x in logits]
     assert float(discriminator_loss(verdict(0.0, 2.0), verdict(1.0, 3.0), "least_squares")) == pytest.approx((0 + 8) / 2)
     assert float(adversarial_loss(verdict(1.0, 3.0), "least_squares")) == pytest.approx((0 + 4) / 2)
     assert float(adversarial_loss(verdict(1.0, 3.0))) == 0

@@ -8,7 +8,7 @@ import pytest
 from chroma_jax import config as configs
 from chroma_jax.config import ReplyConfig
 from chroma_jax.training.flops import part_sizes
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 
 DUMPS = Path(__file__).parent / "golden" / "configs"
 SHIPPED = sorted(p.stem for p in (Path(__file__).parents[1] / "configs").glob("*.py") if p.stem != "__init__")
@@ -51,7 +51,7 @@ def test_mini_has_about_fifty_million_parameters():
 def test_broken_text_is_an_error_that_names_the_field(before, after, message):
     text = configs.dump(configs.read_python("nano"))
     assert before in text
-    with pytest.raises(ChromaError, match="config.txt") as error:
+    with pytest.raises(InputError, match="config.txt") as error:
         configs.parse(text.replace(before, after, 1), "config.txt")
     assert message in str(error.value)
 

@@ -36,7 +36,7 @@ from chroma_jax.runs.load import load_run
 from chroma_jax.runs.train import starting_weights
 from chroma_jax.training.checkpoint import Checkpoints
 from chroma_jax.training.state import make_trainer
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 from chroma_jax.utils.tree_paths import values
 
 MANIFEST = Path(__file__).parent / "golden" / "manifest.json"
@@ -378,7 +378,7 @@ def test_prepare_takes_a_codec_in_mimis_own_names(checkpoints):
     source, ours = checkpoints["Mimi"]
     found = values(read_codec(source, MODEL), "codec/")
     assert all(np.array_equal(found[path], x) for path, x in ours.items())
-    with pytest.raises(ChromaError, match="has no Codec"):
+    with pytest.raises(InputError, match="has no Codec"):
         read_codec(checkpoints["CSM in Sesame's naming"][0], MODEL)
 
 
@@ -404,7 +404,7 @@ def test_training_refuses_weights_of_another_model_and_says_the_flags(checkpoint
     mesh = make_mesh(MeshConfig())
     with jax.set_mesh(mesh):
         trainer = make_trainer(MODEL, CONFIG.optimizer, CONFIG.loss, CONFIG.precision, 0, mesh)
-        with pytest.raises(ChromaError, match=r"--model\.backbone\.rope\.scaling llama3 .*--model\.decoder\.rope"):
+        with pytest.raises(InputError, match=r"--model\.backbone\.rope\.scaling llama3 .*--model\.decoder\.rope"):
             starting_weights(CONFIG, trainer, run)
 
 
@@ -430,7 +430,7 @@ def test_a_run_starts_from_an_import_and_leaves_it_alone(source, tiny_prepared, 
 def test_a_part_that_is_missing_is_named(checkpoints, tmp_path):
     run = imported(tmp_path / "run", checkpoints["Qwen2.5-Omni"][0], checkpoints["Mimi"][0])
     for use in (lambda: load_run(run, configs.load(run)), lambda: export(run, tmp_path / "back")):
-        with pytest.raises(ChromaError, match="no weights of backbone, decoder, audio_embedding.*--init-from"):
+        with pytest.raises(InputError, match="no weights of backbone, decoder, audio_embedding.*--init-from"):
             use()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
 
@@ -440,7 +440,7 @@ def test_a_part_that_is_missing_is_named(checkpoints, tmp_path):
 
 def refused(sources, tmp_path: Path, *words: str, config: Config | None = CONFIG) -> None:
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(ChromaError) as error:
+    with pytest.raises(InputError) as error:
         imported(tmp_path / "dest", *sources, config=config)
     for word in words:
         assert word in str(error.value), str(error.value)

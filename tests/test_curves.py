@@ -9,8 +9,8 @@ from toy import ToyConfig, run_toy
 
 from chroma_jax.training import loss_curves as curves
 from chroma_jax.training.metrics import AUDIO_HOURS, audio_hours_at, read_lines
-from chroma_jax.training.task import Meter
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.training.task import StepMetrics
+from chroma_jax.utils.errors import InputError
 
 
 def hours_of(run) -> list[tuple[int, float]]:
@@ -40,7 +40,7 @@ class Task:
 
 
 def test_skipped_steps_add_no_hours_and_reading_ahead_changes_nothing():
-    meter = Meter(Task(), 1.0)
+    meter = StepMetrics(Task(), 1.0)
     for step, (frames, skipped) in enumerate([(3600.0, 0), (9000.0, 1), (1800.0, 0)]):
         meter.count(step, {"frames": np.float32(frames), "skipped": np.int32(skipped)})
     assert meter.progress() == meter.progress() == {AUDIO_HOURS: 2.5}
@@ -53,7 +53,7 @@ def test_skipped_steps_add_no_hours_and_reading_ahead_changes_nothing():
 def test_a_run_of_an_older_version_has_no_hours(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 4, "train/loss": 1.0}\n')
     assert audio_hours_at(tmp_path, 4) is None and audio_hours_at(tmp_path, 0) == 0
-    meter = Meter(Task(), None)
+    meter = StepMetrics(Task(), None)
     meter.count(5, {"frames": np.float32(1.0)})
     assert meter.progress() == {} and AUDIO_HOURS not in meter.read(0.0)
 
@@ -79,11 +79,11 @@ def test_curves_of_a_run(tmp_path):
 
 
 def test_runs_without_the_numbers_are_errors(tmp_path):
-    with pytest.raises(ChromaError, match="no such file"):
+    with pytest.raises(InputError, match="no such file"):
         curves.table(tmp_path)
     write(tmp_path, [{"step": 10, AUDIO_HOURS: 1.0}])
-    with pytest.raises(ChromaError, match="has not evaluated yet"):
+    with pytest.raises(InputError, match="has not evaluated yet"):
         curves.table(tmp_path)
     write(tmp_path, [{"step": 10, "valid/nll_0": 1.0}])
-    with pytest.raises(ChromaError, match="no progress/audio_hours"):
+    with pytest.raises(InputError, match="no progress/audio_hours"):
         curves.table(tmp_path)

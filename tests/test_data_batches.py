@@ -9,7 +9,7 @@ from chroma_jax.audio.load import from_int16
 from chroma_jax.audio.log_mel import log_mel
 from chroma_jax.models.audio_encoder import cut_blocks
 from chroma_jax.sequence.batch import Batch, empty_batch
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 from data_pipelines import records
 from data_pipelines.prepare import prepare
 
@@ -160,9 +160,9 @@ def test_noise_has_the_level_that_is_asked_for_and_masks_hide_what_they_say():
 
 
 def test_impossible_divisions_and_splits_are_errors(dataset):
-    with pytest.raises(ChromaError, match="global batch of 4 rows cannot be divided among 3 hosts"):
+    with pytest.raises(InputError, match="global batch of 4 rows cannot be divided among 3 hosts"):
         stream(dataset, 1, process_count=3)
-    with pytest.raises(ChromaError, match="process_index 2"):
+    with pytest.raises(InputError, match="process_index 2"):
         stream(dataset, 1, process_index=2, process_count=2)
-    with pytest.raises(ChromaError, match=r"no split 'vaild' \(near: valid\)"):
+    with pytest.raises(InputError, match=r"no split 'vaild' \(near: valid\)"):
         records.evaluation_batches(dataset.folder, "vaild", MODEL, global_batch=1)

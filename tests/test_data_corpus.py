@@ -8,7 +8,7 @@ import soundfile
 from tiny_corpus import RATE, read_manifest, tone, write_corpus, write_manifest
 
 from chroma_jax.audio import load as audio
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 from data_pipelines.dialogues import EMBEDDED, counted, read_corpus
 from data_pipelines.embed_corpus import embed
 
@@ -48,7 +48,7 @@ def test_embedding_a_corpus_twice_gives_the_same_bytes(folder, tmp_path):
     assert sizes[0] == sizes[1] == sum((tmp_path / "a" / f).stat().st_size for f in files)
     original, embedded = read_corpus(folder), read_corpus(tmp_path / "a", on_problem="strict")
     assert [d.id for d in original.dialogues] == [d.id for d in embedded.dialogues]
-    with pytest.raises(ChromaError, match="already holds a corpus"):
+    with pytest.raises(InputError, match="already holds a corpus"):
         embed(folder, tmp_path / "a")
 
 
@@ -79,7 +79,7 @@ def test_every_unusable_dialogue_is_named_and_counted(folder, fields, kind):
     assert len(corpus.dialogues) == 13
     assert counted(corpus.problems) == {kind: 1}
     assert "dialogues.jsonl:4" in str(corpus.problems[0]) or "d3" in str(corpus.problems[0])
-    with pytest.raises(ChromaError, match=f"1 problems:\n.*{kind}"):
+    with pytest.raises(InputError, match=f"1 problems:\n.*{kind}"):
         read_corpus(folder, on_problem="strict")
 
 
@@ -95,19 +95,19 @@ def test_a_broken_line_is_named_by_its_number(folder):
 def test_strict_lists_the_first_ten_problems_and_the_count(folder):
     entries = read_manifest(folder / "dialogues.jsonl")
     write_manifest(folder / "dialogues.jsonl", [e | {"split": "dev"} for e in entries])
-    with pytest.raises(ChromaError) as error:
+    with pytest.raises(InputError) as error:
         read_corpus(folder, on_problem="strict")
     lines = str(error.value).splitlines()
     assert lines[0] == "14 problems:" and len(lines) == 12 and lines[-1].strip() == "… and 4 more"
-    with pytest.raises(ChromaError, match="no usable dialogue; 14 problems"):
+    with pytest.raises(InputError, match="no usable dialogue; 14 problems"):
         read_corpus(folder)
 
 
 def test_a_missing_folder_or_manifest_is_named(folder, tmp_path):
-    with pytest.raises(ChromaError, match="nowhere: no such corpus folder"):
+    with pytest.raises(InputError, match="nowhere: no such corpus folder"):
         read_corpus(tmp_path / "nowhere")
     (folder / "references.jsonl").unlink()
-    with pytest.raises(ChromaError, match="references.jsonl: no such file"):
+    with pytest.raises(InputError, match="references.jsonl: no such file"):
         read_corpus(folder)
 
 
@@ -123,7 +123,7 @@ def test_channels_are_averaged_and_the_rate_is_changed(tmp_path, rate):
 
 def test_every_unusable_recording_is_named(tmp_path):
     def raises(name, words, **limits):
-        with pytest.raises(ChromaError, match=f"{name}.*{words}"):
+        with pytest.raises(InputError, match=f"{name}.*{words}"):
             audio.load(tmp_path / name, 16_000, **limits)
 
     raises("missing.wav", "no such recording")

@@ -9,8 +9,8 @@ from tiny_corpus import MODEL, RATE, StandInCodec, data_config, tone, write_corp
 
 from chroma_jax.audio.load import Clip
 from chroma_jax.sequence.batch import RowShape
-from chroma_jax.sequence.interleave import NOTHING
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.sequence.interleave import NONE_TOKEN
+from chroma_jax.utils.errors import InputError
 from data_pipelines import curriculum, records
 from data_pipelines.codes import seconds_in_header
 from data_pipelines.curriculum import READ_ALOUD, WRITE_DOWN, CurriculumConfig
@@ -142,7 +142,7 @@ def test_rows_hold_only_the_parts_that_take_part(prepared):
         for segment, (name, wave) in enumerate(zip(row.ids, row.waves, strict=True), 1):
             kind, a = name.split()[0] if " " in name else "dialogue", row.arrays
             text, positions = a["text_segment"] == segment, a["segment"] == segment
-            targets = a["target_position"] != NOTHING
+            targets = a["target_position"] != NONE_TOKEN
             mine = targets & (a["segment"][np.maximum(a["target_position"], 0)] == segment)
             seen.add(kind)
             assert bool(len(wave)) == (kind in ("dialogue", "listen", "write")), kind
@@ -151,7 +151,7 @@ def test_rows_hold_only_the_parts_that_take_part(prepared):
             if mine.any():
                 np.testing.assert_array_equal(a["target_codes"][mine][-1], MODEL.codebook_eos)
             if kind == "proceed":
-                assert not (a["hidden_index"][positions] != NOTHING).any()
+                assert not (a["hidden_index"][positions] != NONE_TOKEN).any()
                 assert list(a["token"][positions][:2]) == [MODEL.tokens.text_start, MODEL.tokens.text_end]
     assert seen == {"dialogue", "listen", "write", "answer", "fact", "read", "proceed"}
     batch = next(records.batches(prepared.folder, "train", MODEL, global_batch=4, seed=0))
@@ -177,5 +177,5 @@ def test_what_cannot_be_is_named(folder, tmp_path):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             CurriculumConfig(**wrong)
     config = data_config(folder, curriculum=CurriculumConfig(unwritten=(str(tmp_path / "nowhere"),)))
-    with pytest.raises(ChromaError, match="nowhere.*unwritten"):
+    with pytest.raises(InputError, match="nowhere.*unwritten"):
         prepare(config, MODEL, StandInCodec(), tmp_path / "set", progress="none")

@@ -5,13 +5,13 @@ import pytest
 from tiny_corpus import TOKENS
 
 from chroma_jax.sequence.batch import RowShape
-from chroma_jax.sequence.interleave import NOTHING
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.sequence.interleave import NONE_TOKEN
+from chroma_jax.utils.errors import InputError
 from data_pipelines.pack import FIELDS, PackConfig, conversation, excess, first_fit, place, with_prompt_targets
 
 CONFIG = PackConfig(TOKENS, block_frames=8, hop=160, codebooks=2, codebook_eos=0)
 SHAPE = RowShape(blocks=12, text=160, answers=24, positions=96, frames=32)
-NO = NOTHING
+NO = NONE_TOKEN
 
 
 def encode(text):
@@ -173,7 +173,7 @@ def test_first_fit_fills_rows_in_order_and_within_all_capacities():
 def test_what_does_not_fit_is_named():
     c = example("long", frames=40)
     assert excess(c.size, SHAPE) == ["frames 41 > 32"]
-    with pytest.raises(ChromaError, match="long: does not fit into the row: frames 41 > 32"):
+    with pytest.raises(InputError, match="long: does not fit into the row: frames 41 > 32"):
         place([c], SHAPE, CONFIG)
-    with pytest.raises(ChromaError, match="multiple of 4"):
+    with pytest.raises(InputError, match="multiple of 4"):
         PackConfig(TOKENS, block_frames=6, hop=160, codebooks=2, codebook_eos=0)

@@ -10,8 +10,8 @@ from tiny_corpus import MODEL, RATE, StandInCodec, data_config, read_manifest, w
 
 from chroma_jax.audio import load as audio
 from chroma_jax.sequence.batch import RowShape
-from chroma_jax.sequence.interleave import NOTHING
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.sequence.interleave import NONE_TOKEN
+from chroma_jax.utils.errors import InputError
 from data_pipelines import records
 from data_pipelines.prepare import prepare
 
@@ -39,7 +39,7 @@ def test_every_dialogue_is_packed_with_different_references(prepared):
     for row in rows:
         for segment, name in enumerate(row.ids, 1):
             at = row.arrays["segment"] == segment
-            first_frame = np.flatnonzero(row.arrays["codes"][at][:, 0] != NOTHING)[0]
+            first_frame = np.flatnonzero(row.arrays["codes"][at][:, 0] != NONE_TOKEN)[0]
             prompts.add((name, tuple(row.arrays["token"][at][:first_frame])))
     assert len(prompts) == 18
     assert sorted(name for row in all_rows(prepared, "valid") for name in row.ids) == ["d10", "d11", "d9"]
@@ -56,7 +56,7 @@ def test_a_row_keeps_the_user_s_speech_and_the_codec_s_codes(prepared, corpus):
             padded = np.pad(spoken, (0, frames * StandInCodec.samples_per_frame - len(spoken)))
             codes = StandInCodec().encode(padded[None])[0][:, : MODEL.codebooks]
             a = row.arrays
-            mine = (a["target_position"] != NOTHING) & (a["segment"][np.maximum(a["target_position"], 0)] == segment)
+            mine = (a["target_position"] != NONE_TOKEN) & (a["segment"][np.maximum(a["target_position"], 0)] == segment)
             np.testing.assert_array_equal(a["target_codes"][mine], np.concatenate([codes, np.zeros((1, 4), int)]))
 
 
@@ -74,7 +74,7 @@ def test_dataset_json_says_what_is_in_the_folder(prepared):
 def test_the_unigram_baseline_is_the_cross_entropy_of_smoothed_counts(prepared):
     def tokens(split, passes):
         found = np.concatenate([r.arrays["answer_token"] for r in all_rows(prepared, split)])
-        return found[found != NOTHING]
+        return found[found != NONE_TOKEN]
 
     seen = np.bincount(tokens("train", 2), minlength=512) + 1
     expected = -np.mean(np.log(seen / seen.sum())[tokens("valid", 1)])
@@ -90,7 +90,7 @@ def test_the_same_configuration_reuses_the_folder(prepared, corpus, capsys):
 
 def test_another_configuration_is_an_error_that_says_what_differs(prepared, corpus):
     def raises(words, config=data_config(corpus), model=MODEL, codec=StandInCodec()):
-        with pytest.raises(ChromaError, match=words):
+        with pytest.raises(InputError, match=words):
             prepare(config, model, codec, prepared.folder, progress="none")
 
     raises(r"data.row.text: 256 there, 300 here", data_config(corpus, row=RowShape(6, 300, 64, 192, 64)))
@@ -123,7 +123,7 @@ def test_unusable_entries_are_left_out_and_named(tmp_path):
     assert "d0_question.flac: bad audio (not a readable" in text and "not finite" in text and "9.0 s long" in text
     assert "d2: too long for a row (answers 102 > 64)" in text and "'dev'" in text
     assert done.manifest["splits"]["train"]["conversations"] == 4
-    with pytest.raises(ChromaError, match="1 problems"):
+    with pytest.raises(InputError, match="1 problems"):
         prepare(dataclasses.replace(config, on_problem="strict"), MODEL, StandInCodec(), tmp_path / "strict", progress="none")
 
 
@@ -134,8 +134,8 @@ def test_a_failure_leaves_nothing_behind(corpus, tmp_path):
 
     for config, error in (
         (data_config(corpus), KeyboardInterrupt),
-        (data_config(corpus, row=RowShape(1, 8, 8, 8, 8)), ChromaError),
-        (data_config(corpus, tokenizer=str(tmp_path / "none.json")), ChromaError),
+        (data_config(corpus, row=RowShape(1, 8, 8, 8, 8)), InputError),
+        (data_config(corpus, tokenizer=str(tmp_path / "none.json")), InputError),
     ):
         with pytest.raises(error):
             codec = Broken() if error is KeyboardInterrupt else StandInCodec()
@@ -145,7 +145,7 @@ def test_a_failure_leaves_nothing_behind(corpus, tmp_path):
 
 def test_a_folder_that_is_no_dataset_is_not_touched(corpus, tmp_path):
     (tmp_path / "mine.txt").write_text("keep me")
-    with pytest.raises(ChromaError, match="not a prepared dataset"):
+    with pytest.raises(InputError, match="not a prepared dataset"):
         prepare(data_config(corpus), MODEL, StandInCodec(), tmp_path, progress="none")
     assert (tmp_path / "mine.txt").read_text() == "keep me"
 
@@ -165,10 +165,10 @@ def test_a_damaged_manifest_is_named(copy):
         (json.dumps(good | {"version": 99}), "version 99, this code reads 1"),
     ):
         path.write_text(text)
-        with pytest.raises(ChromaError, match=words):
+        with pytest.raises(InputError, match=words):
             records.open_dataset(copy, MODEL)
     path.unlink()
-    with pytest.raises(ChromaError, match="no dataset.json"):
+    with pytest.raises(InputError, match="no dataset.json"):
         records.open_dataset(copy)
 
 
@@ -176,20 +176,20 @@ def test_damaged_records_are_named(copy):
     path = copy / "train.array_record"
     data = path.read_bytes()
     path.write_bytes(data[:-100])
-    with pytest.raises(ChromaError, match="train.array_record: .* bytes"):
+    with pytest.raises(InputError, match="train.array_record: .* bytes"):
         records.open_dataset(copy, MODEL)
     path.unlink()
-    with pytest.raises(ChromaError, match="train.array_record: missing"):
+    with pytest.raises(InputError, match="train.array_record: missing"):
         records.open_dataset(copy, MODEL)
     path.write_bytes(bytes(len(data)))
-    with pytest.raises(ChromaError, match="train.array_record"):
+    with pytest.raises(InputError, match="train.array_record"):
         records.batches(copy, "train", MODEL, global_batch=1, seed=0)
     damaged = bytearray(data)
     damaged[2000:2400] = bytes(400)  # inside the first record
     path.write_bytes(damaged)
-    with pytest.raises(ChromaError, match="train.array_record: record 0 is damaged"):
+    with pytest.raises(InputError, match="train.array_record: record 0 is damaged"):
         records.RowReader(records.open_dataset(copy, MODEL), "train")[0]
-    with pytest.raises(ChromaError, match="train.array_record: record 0 is damaged"):
+    with pytest.raises(InputError, match="train.array_record: record 0 is damaged"):
         iterator = records.batches(copy, "train", MODEL, global_batch=4, seed=0)
         for _ in range(20):
             next(iterator)
@@ -205,5 +205,5 @@ def test_a_record_that_was_altered_is_noticed(prepared):
 
 
 def test_a_dataset_for_another_model_is_an_error(prepared):
-    with pytest.raises(ChromaError, match="prepared for another model: model.codebooks: 4 there, 2 here"):
+    with pytest.raises(InputError, match="prepared for another model: model.codebooks: 4 there, 2 here"):
         records.open_dataset(prepared.folder, dataclasses.replace(MODEL, codebooks=2))

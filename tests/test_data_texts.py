@@ -7,7 +7,7 @@ import re
 import pytest
 
 from chroma_jax.cli import main as cli
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 from data_pipelines.dialogues import SPLITS
 from data_pipelines.facts import Exchange, normalised, of_share
 from data_pipelines.sentences import LONG, SHORT, inflected, sentences
@@ -179,11 +179,11 @@ def test_the_command_writes_lines_and_counts_them(tmp_path, capsys):
 
 
 def test_impossible_requests_are_named(tmp_path):
-    with pytest.raises(ChromaError, match=r"--dialogues 100000: the generator has \d+ for train"):
+    with pytest.raises(InputError, match=r"--dialogues 100000: the generator has \d+ for train"):
         write_texts(TextsConfig(dialogues=100_000), tmp_path / "a.jsonl")
-    with pytest.raises(ChromaError, match="--withhold is a share"):
+    with pytest.raises(InputError, match="--withhold is a share"):
         TextsConfig(withhold=0.5)
-    with pytest.raises(ChromaError, match="--sentences must not be negative"):
+    with pytest.raises(InputError, match="--sentences must not be negative"):
         TextsConfig(sentences=-1)
     assert not (tmp_path / "a.jsonl").exists()
 

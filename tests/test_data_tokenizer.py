@@ -8,7 +8,7 @@ import pytest
 from tiny_corpus import TOKENS
 
 from chroma_jax.sequence.chat_template import SpecialTokens, question
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 from data_pipelines import tokenizer as t
 
 TEXTS = ["What is one plus seven?", "One plus seven is eight.", "The capital of France is Paris."] * 4
@@ -47,21 +47,21 @@ def test_markup_in_a_transcript_is_plain_text():
     ],
 )
 def test_impossible_vocabularies_are_errors(size, tokens, words):
-    with pytest.raises(ChromaError, match=words):
+    with pytest.raises(InputError, match=words):
         t.train_tokenizer(TEXTS, size, tokens)
 
 
 def test_a_tokenizer_that_does_not_fit_the_model_is_an_error(tmp_path):
     path = tmp_path / "tokenizer.json"
     t.train_tokenizer(TEXTS, 512, TOKENS).save(str(path))
-    with pytest.raises(ChromaError, match="im_end.*is 506, configured 5"):
+    with pytest.raises(InputError, match="im_end.*is 506, configured 5"):
         t.load_tokenizer(path, dataclasses.replace(TOKENS, im_end=5), 512)
-    with pytest.raises(ChromaError, match="511 does not fit in vocab_size 400"):
+    with pytest.raises(InputError, match="511 does not fit in vocab_size 400"):
         t.load_tokenizer(path, TOKENS, 400)
     path.write_text('{"model": ')
-    with pytest.raises(ChromaError, match="tokenizer.json: not a tokenizer.json"):
+    with pytest.raises(InputError, match="tokenizer.json: not a tokenizer.json"):
         t.load_tokenizer(path, TOKENS, 512)
-    with pytest.raises(ChromaError, match="nowhere: no such tokenizer"):
+    with pytest.raises(InputError, match="nowhere: no such tokenizer"):
         t.load_tokenizer(tmp_path / "nowhere", TOKENS, 512)
 
 
@@ -77,16 +77,16 @@ def test_a_rank_file_becomes_a_tokenizer_with_the_qwen_family_s_special_tokens(t
     assert t.encoder(loaded)("hello hello he") == [259, 260, 32, 256]
     assert loaded.token_to_id("<|AUDIO|>") == 264
     write_ranks(path, [bytes([b]) for b in range(255)])
-    with pytest.raises(ChromaError, match="tiny.tiktoken: ranks"):
+    with pytest.raises(InputError, match="tiny.tiktoken: ranks"):
         t.load_tokenizer(path, tokens, 300)
     path.write_text("aGU= 0\nnot a rank\n")
-    with pytest.raises(ChromaError, match="tiny.tiktoken:2"):
+    with pytest.raises(InputError, match="tiny.tiktoken:2"):
         t.load_tokenizer(path, tokens, 300)
 
 
 def test_qwen_without_its_package_says_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ChromaError, match="pip install dashscope"):
+    with pytest.raises(InputError, match="pip install dashscope"):
         t.load_tokenizer("qwen", SpecialTokens(), 151_936)
 
 

@@ -15,7 +15,7 @@ from flax import nnx
 from tiny_speaker import CONFIG, drawn, edited, encode, written
 
 from chroma_jax.inference import placement as placing
-from chroma_jax.inference.generator import Speaker, settings
+from chroma_jax.inference.generator import Generator, settings
 from chroma_jax.inference.prompt import make_prompt, stack
 from chroma_jax.inference.slots import frames
 from chroma_jax.inference.state import Capacity, idle
@@ -25,8 +25,8 @@ from chroma_jax.models.codec import Codec
 from chroma_jax.models.quantization import quantized
 from chroma_jax.serving.engine import Engine, EngineConfig
 from chroma_jax.serving.scheduler import CallCosts, beginning
-from chroma_jax.serving.session import SamplingSettings
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.serving.session import SamplingParams
+from chroma_jax.utils.errors import InputError
 
 MAX_FRAMES, SLOTS = 16, 4
 VOICE = 12 * CONFIG.codec.samples_per_frame
@@ -93,7 +93,7 @@ def same(one, other) -> None:
 
 def test_a_reply_is_the_one_that_the_whole_question_gets_at_once(modules, engine):
     """The engine reads in pieces what a batch of one reads at once; sums differ in their last digits."""
-    speaker = Speaker(*modules)
+    speaker = Generator(*modules)
     for seed, samples in ((3, 5000), (4, 9000), (5, 400)):
         with engine.open("low") as session:
             sound, tokens = answer(session, seed, samples)
@@ -118,7 +118,7 @@ def test_speech_may_come_in_pieces_of_any_size(engine):
 
 
 def test_the_text_of_the_chunks_is_the_reply_s(engine):
-    with engine.open("high", sampling=SamplingSettings(0.9, seed=5)) as session:
+    with engine.open("high", sampling=SamplingParams(0.9, seed=5)) as session:
         fed(session, speech(7, 3000))
         session.end_turn("and")
         text = "".join(c.text for c in session)
@@ -171,7 +171,7 @@ def script(seed: int) -> dict:
         (int(rng.integers(1000)), int(rng.integers(400, 9000)), int(rng.integers(1, 9)) if rng.random() < 0.4 else None)
         for _ in range(rng.integers(1, 4))
     ]
-    sampling = SamplingSettings(float(rng.choice([0.0, 1.0])), int(rng.choice([0, 5])), float(rng.choice([1.0, 0.9])), seed)
+    sampling = SamplingParams(float(rng.choice([0.0, 1.0])), int(rng.choice([0, 5])), float(rng.choice([1.0, 0.9])), seed)
     return {"voice": str(rng.choice(["low", "high"])), "sampling": sampling, "turns": turns}
 
 
@@ -223,7 +223,7 @@ def test_a_model_taken_apart_says_the_same(modules, weights, slots, monkeypatch)
         text_hidden=jax.random.normal(jax.random.key(0), state.text_hidden.shape),
         **{name: jnp.ones(slots, bool) for name in ("text_open", "speaking")},
     )
-    apart = placing.taken_apart(model, codec, slots)
+    apart = placing.optimize_for_cpu(model, codec, slots)
     turned = [x for _, x in linears(apart[0].backbone.model.blocks[0]) if "turned" in x.kernel.get_metadata()]
     assert bool(turned) == (weights == "as_dtype") and apart[0].decoder.apart and not model.decoder.apart
     (_, one), (_, two) = (jax.jit(partial(frames, *m, count=8, pairs="all"))(state) for m in ((model, codec), apart))
@@ -307,7 +307,7 @@ def test_a_conversation_without_room_goes_on_as_if_it_had_begun_with_the_turns_t
     for chunk in [*session.conversation.head, *(c for t in before for c in t.chunks), *last.asked]:
         slots.hear(1, chunk)
     slots.adopt(1, voice.cache)
-    slots.begin(1, beginning(voice.length, SamplingSettings(), turn))
+    slots.begin(1, beginning(voice.length, SamplingParams(), turn))
     ticks = [jax.device_get(slots.tick(1, "none" if i % 2 else "all")) for i in range(MAX_FRAMES)]
     frames = [(t.samples[0, 1], int(t.token[0, 1])) for t in ticks if t.live[0, 1]][: len(said[0]) // len(ticks[0].samples[0, 1])]
     same(said, (np.concatenate([f[0] for f in frames]), [f[1] for f in frames if f[1] >= 0]))
@@ -408,7 +408,7 @@ def test_a_voice_that_was_saved_is_the_same_voice(engine, tmp_path):
     engine.load_voice(f"low from {tmp_path}", path)
     with engine.open("low") as one, engine.open(f"low from {tmp_path}") as other:
         same(answer(one, 17), answer(other, 17))
-    with pytest.raises(ChromaError, match="exists already"):
+    with pytest.raises(InputError, match="exists already"):
         engine.load_voice("low", path)
 
 
@@ -417,16 +417,16 @@ def test_a_file_that_is_no_voice_of_this_model_is_refused(modules, engine, tmp_p
     engine.save_voice("low", path)
     other = edited(modules[0], {"backbone/model/blocks/mlp_norm/scale": lambda w: w * 2})  # one kind of weight is enough
     config = EngineConfig(slots=1, text_positions=160, voice_positions=48, max_seconds=SIZES.max_seconds, chunk=16)
-    with pytest.raises(ChromaError, match="low.safetensors: a voice of another model"):
+    with pytest.raises(InputError, match="low.safetensors: a voice of another model"):
         Engine(other, modules[1], encode, written, config).load_voice("low", path)
     shorter = Engine(*modules, encode, written, dataclasses.replace(config, voice_positions=8))
-    with pytest.raises(ChromaError, match="has 18 positions; voice_positions is 8"):
+    with pytest.raises(InputError, match="has 18 positions; voice_positions is 8"):
         shorter.load_voice("low", path)
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ChromaError, match="low.safetensors: not a readable voice"):
+    with pytest.raises(InputError, match="low.safetensors: not a readable voice"):
         engine.load_voice("cut", path)
     (tmp_path / "text").write_text("hello, this is no voice")
-    with pytest.raises(ChromaError, match="text: not a readable voice"):
+    with pytest.raises(InputError, match="text: not a readable voice"):
         engine.load_voice("text", tmp_path / "text")
 
 
@@ -438,32 +438,32 @@ def test_what_does_not_fit_is_refused_with_a_reason(modules, engine):
         ({"max_seconds": 1e-5}, "less than one frame"),
         ({"text_positions": 20}, "text_positions is 20; a reply of .* alone needs"),
     ):
-        with pytest.raises(ChromaError, match=message):
+        with pytest.raises(InputError, match=message):
             Engine(*modules, encode, written, dataclasses.replace(SIZES, **change))
-    with pytest.raises(ChromaError, match=r"voice 'lov' is unknown \(near: low"):
+    with pytest.raises(InputError, match=r"voice 'lov' is unknown \(near: low"):
         engine.open("lov")
-    with pytest.raises(ChromaError, match="reference recording is empty"):
+    with pytest.raises(InputError, match="reference recording is empty"):
         engine.add_voice("empty", np.zeros(0, np.float32), "")
-    with pytest.raises(ChromaError, match="voice_positions is 48"):
+    with pytest.raises(InputError, match="voice_positions is 48"):
         engine.add_voice("long", speech(0, 60 * CONFIG.codec.samples_per_frame), "")
-    with pytest.raises(ChromaError, match="text_positions 160 leaves no room"):
+    with pytest.raises(InputError, match="text_positions 160 leaves no room"):
         engine.open("low", system="x" * 160)
     with engine.open("low") as session:
-        with pytest.raises(ChromaError, match="no reply was asked for"):
+        with pytest.raises(InputError, match="no reply was asked for"):
             iter(session)
-        with pytest.raises(ChromaError, match="the turn is empty"):
+        with pytest.raises(InputError, match="the turn is empty"):
             session.end_turn()
-        with pytest.raises(ChromaError, match="samples must be floats"):
+        with pytest.raises(InputError, match="samples must be floats"):
             session.feed(np.zeros(10, np.int16))
-        with pytest.raises(ChromaError, match=r"the turn is too long: .* room for \d+ positions, \d+ s of speech"):
+        with pytest.raises(InputError, match=r"the turn is too long: .* room for \d+ positions, \d+ s of speech"):
             session.feed(np.zeros(10 * 16_000, np.float32))
-        with pytest.raises(ChromaError, match="the text is too long"):
+        with pytest.raises(InputError, match="the text is too long"):
             session.end_turn("x" * 160)
         answer(session, 18)  # nothing of it did any harm
-    with pytest.raises(ChromaError, match="the session is closed"):
+    with pytest.raises(InputError, match="the session is closed"):
         session.feed(speech(0, 10))
     sessions = [engine.open("low") for _ in range(SLOTS)]
-    with pytest.raises(ChromaError, match="all 4 slots are taken"):
+    with pytest.raises(InputError, match="all 4 slots are taken"):
         engine.open("low")
     for session in sessions:
         session.close()
@@ -480,9 +480,9 @@ def test_a_failure_reaches_everybody_who_waits(modules):
     engine._slots.tick = broken
     fed(session, speech(3, 5000))
     session.end_turn()
-    with pytest.raises(ChromaError, match="the engine failed: RuntimeError: the device is gone"):
+    with pytest.raises(InputError, match="the engine failed: RuntimeError: the device is gone"):
         list(session)
-    with pytest.raises(ChromaError, match="the device is gone"):
+    with pytest.raises(InputError, match="the device is gone"):
         engine.open("low")
 
 

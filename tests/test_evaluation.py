@@ -1,5 +1,5 @@
-"""How answers are judged: words, voices, prompts, and a report that holds together. Judges here are simple functions; the real
-ones are asked in a slow test."""
+"""How answers are judged: words, voices, prompts, and a report that holds together. The metric models here are simple functions;
+the real ones are asked in a slow test."""
 
 import json
 import re
@@ -20,11 +20,11 @@ from chroma_jax.evaluation.speaking import ABLATIONS, MAIN, Condition, summary, 
 from chroma_jax.evaluation.suite import read_suite
 from chroma_jax.evaluation.words import error_rate, normalised, same, word_errors
 from chroma_jax.metric_models import speech as real_judges
-from chroma_jax.metric_models.speech import Judges, equal_error_rate
+from chroma_jax.metric_models.speech import MetricModels, equal_error_rate
 from chroma_jax.runs.load import load_run
 from chroma_jax.sequence.chat_template import question
-from chroma_jax.sequence.interleave import NOTHING
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.sequence.interleave import NONE_TOKEN
+from chroma_jax.utils.errors import InputError
 from data_pipelines.tokenizer import encoder
 
 RATE = 24_000
@@ -36,7 +36,7 @@ def loudness_and_brightness(wave: np.ndarray, rate: int) -> np.ndarray:
     return (found / np.linalg.norm(found)).astype(np.float32)
 
 
-STAND_INS = Judges(
+STAND_INS = MetricModels(
     words=lambda wave, rate: "it is three of course" if len(wave) else "",
     voices=loudness_and_brightness,
     stoi=lambda real, made, rate: 0.5,
@@ -166,7 +166,7 @@ def test_the_report_is_complete(judged):
 
 def test_utterances_of_the_corpus_are_read_aloud(tiny_run, corpus, tmp_path):
     config = replace(configs.load(tiny_run), "reply.max_seconds", 0.4)
-    with pytest.raises(ChromaError, match="no utterance in the test split, which --parts reading reads aloud"):
+    with pytest.raises(InputError, match="no utterance in the test split, which --parts reading reads aloud"):
         evaluate(tiny_run, config, tmp_path / "none", corpus=corpus, parts=("reading",), judges=STAND_INS)
     spoken = shutil.copytree(corpus, tmp_path / "spoken")
     lines = [
@@ -195,7 +195,7 @@ def test_knowledge_is_what_would_be_written(tiny_run, corpus, tmp_path):
         for _ in range(5):  # the likeliest token after all before it, one at a time
             tokens = np.array([*given, *written])[None]
             at = (np.zeros((1, 1, width), np.float32), tokens, np.arange(tokens.size)[None], np.ones_like(tokens))
-            hidden = reasoner.read(*at, np.full_like(tokens, NOTHING))
+            hidden = reasoner.read(*at, np.full_like(tokens, NONE_TOKEN))
             written.append(int(reasoner.logits(hidden)[0, -1].argmax()))
         rows += [(given, written), (given, [*written[:4], written[4] ^ 1]), (given, [written[0] ^ 1, *written[1:]])]
     assert would_write(model, rows * 7) == [True, False, False] * 14
@@ -224,9 +224,9 @@ def test_a_codec_run_is_judged_without_answers(tmp_path, corpus):
 
 
 def test_what_is_missing_is_named(tiny_run, corpus, tmp_path, monkeypatch, capsys):
-    with pytest.raises(ChromaError, match="no such suite; there is parley"):
+    with pytest.raises(InputError, match="no such suite; there is parley"):
         read_suite("pareley", "test", corpus)
-    with pytest.raises(ChromaError, match=r"no model\.bin.*CTranslate2|eval"):
+    with pytest.raises(InputError, match=r"no model\.bin.*CTranslate2|eval"):
         real_judges.Recogniser(tmp_path)
     monkeypatch.setitem(__import__("sys").modules, "faster_whisper", None)
     assert cli.main(["evaluate", str(tiny_run), "--out", str(tmp_path / "out"), "--corpus", corpus]) == 2
@@ -241,7 +241,7 @@ def test_what_is_missing_is_named(tiny_run, corpus, tmp_path, monkeypatch, capsy
 @pytest.mark.slow
 def test_the_real_judges_know_words_voices_and_quality():
     """Needs the extra ``eval`` and resemblyzer."""
-    judges = real_judges.appointed()
+    judges = real_judges.load_metric_models()
     suite = read_suite("parley", "test", limit=6)
     rows = [(d, audio.load(d.answer_audio, RATE)) for d in suite.dialogues]
     errors = [word_errors(d.answer, judges.words(wave, RATE)) for d, wave in rows]
@@ -293,7 +293,7 @@ def official(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("whisper", ["whisper", "converted"])
 def test_official_judges_are_taken_by_their_paths(official, whisper, tmp_path):
-    judges = real_judges.appointed(official / whisper, official / "wavlm")
+    judges = real_judges.load_metric_models(official / whisper, official / "wavlm")
     assert whisper in judges.origins["words"] and judges.origins["voices"] == "WavLM from wavlm (proxy)"
     assert "proxy" in judges.origins["words"]  # of the architecture, but not of large-v3's size
     wave = audio.load(read_suite("parley", "test", limit=1).dialogues[0].answer_audio, RATE)
@@ -317,9 +317,9 @@ def test_an_incomplete_judge_is_refused(official, tmp_path):
         for path in whole.iterdir():
             if path.name != missing:
                 (folder / path.name).symlink_to(path)
-        with pytest.raises(ChromaError, match=f"no {missing}"):
+        with pytest.raises(InputError, match=f"no {missing}"):
             real_judges.Recogniser(folder)
-    with pytest.raises(ChromaError, match=r"no model.bin or config.json"):
+    with pytest.raises(InputError, match=r"no model.bin or config.json"):
         real_judges.Recogniser(tmp_path)
-    with pytest.raises(ChromaError, match="not a folder with WavLMForXVector"):
+    with pytest.raises(InputError, match="not a folder with WavLMForXVector"):
         real_judges.Voices(whole)

@@ -11,7 +11,7 @@ import pytest
 
 from chroma_jax.runs import reference_logits as module
 from chroma_jax.runs.reference_logits import LOGITS, TOLERANCE, compare, differing_tensors, read, reference_logits
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = [ROOT / "chroma_jax" / "pretrained", *map(Path, filter(None, os.environ.get("CHROMA_EXPORTS", "").split(os.pathsep)))]
@@ -99,5 +99,5 @@ def test_tensors_that_only_one_side_has_are_named():
 
 def test_a_damaged_file_is_named(tmp_path):
     (tmp_path / "logits.npz").write_bytes(b"PK\x03\x04 cut short")
-    with pytest.raises(ChromaError, match=r"logits.npz: not reference logits"):
+    with pytest.raises(InputError, match=r"logits.npz: not reference logits"):
         read(tmp_path / "logits.npz")

@@ -17,9 +17,9 @@ from chroma_jax.audio import load as audio
 from chroma_jax.audio.log_mel import FeatureConfig, compress, log_mel, log_power_padded
 from chroma_jax.inference.generator import counted_compilations
 from chroma_jax.inference.running_maximum import Difference, describe, deviation
-from chroma_jax.inference.streaming_audio_encoder import Listener, MelBlocks, joined
+from chroma_jax.inference.streaming_audio_encoder import StreamingAudioEncoder, StreamingLogMel, joined
 from chroma_jax.models.audio_encoder import AudioEncoder, AudioEncoderConfig, cut_blocks, num_outputs
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 from configs import nano
 
 AUDIO = Path(data_pipelines.__file__).parent / "corpus" / "audio"
@@ -60,7 +60,7 @@ lengths = st.sampled_from([1, 150, 200, 201, 1559, 1560, 1600, 1601, 3200, 6399,
 def test_given_the_maximum_features_in_pieces_are_those_of_the_whole_turn(samples, cuts, block_frames, features):
     wave = turn(samples)
     loudest = float(log_power_padded(wave, features).max())
-    blocks = fed(MelBlocks(features, block_frames, loudest), wave, cuts)
+    blocks = fed(StreamingLogMel(features, block_frames, loudest), wave, cuts)
     expected, valid = cut_blocks(log_mel(wave, features), block_frames)
     assert [block.length for block in blocks] == valid.tolist()
     np.testing.assert_allclose(np.stack([block.mel for block in blocks]), expected, **FEATURE)
@@ -70,29 +70,29 @@ def test_given_the_maximum_features_in_pieces_are_those_of_the_whole_turn(sample
 @given(samples=lengths, cuts=pieces)
 def test_the_running_maximum_does_not_depend_on_the_pieces(samples, cuts):
     wave = turn(samples)
-    whole, cut = fed(MelBlocks(FEATURES, 10), wave), fed(MelBlocks(FEATURES, 10), wave, cuts)
+    whole, cut = fed(StreamingLogMel(FEATURES, 10), wave), fed(StreamingLogMel(FEATURES, 10), wave, cuts)
     np.testing.assert_allclose([block.loudest for block in cut], [block.loudest for block in whole], **FEATURE)
     np.testing.assert_allclose(frames(cut), frames(whole), **FEATURE)
 
 
 def test_a_block_comes_with_its_last_window_and_is_not_changed_by_what_follows():
-    wave, front = turn(6000), MelBlocks(FEATURES, 10)
+    wave, front = turn(6000), StreamingLogMel(FEATURES, 10)
     full = 9 * FEATURES.hop + FEATURES.n_fft // 2
     assert not front.feed(wave[: full - 1])
     (block,) = front.feed(wave[full - 1 : full])
     early = block.mel.copy()
     later = fed(front, wave[full:])
     np.testing.assert_array_equal(early, block.mel)
-    np.testing.assert_allclose(early, fed(MelBlocks(FEATURES, 10), wave)[0].mel, **FEATURE)
+    np.testing.assert_allclose(early, fed(StreamingLogMel(FEATURES, 10), wave)[0].mel, **FEATURE)
     assert block.loudest < later[-1].loudest
     assert sum(b.length for b in (block, *later)) == 38  # ⌈6000 / 160⌉
 
 
 def test_sample_by_sample_is_as_the_whole_turn():
     wave = turn(2000)
-    one = MelBlocks(FEATURES, 10)
+    one = StreamingLogMel(FEATURES, 10)
     blocks = [block for sample in wave[:, None] for block in one.feed(sample)] + one.finish()
-    np.testing.assert_allclose(frames(blocks), frames(fed(MelBlocks(FEATURES, 10), wave)), **FEATURE)
+    np.testing.assert_allclose(frames(blocks), frames(fed(StreamingLogMel(FEATURES, 10), wave)), **FEATURE)
 
 
 @functools.cache
@@ -123,16 +123,16 @@ def test_outputs_in_pieces_are_those_of_the_whole_turn(block_frames):
     def check(samples, cuts):
         wave = turn(samples)
         loudest = float(log_power_padded(wave, FEATURES).max())
-        heard = fed(Listener(encoder(block_frames), FEATURES, loudest=loudest), wave, cuts)
+        heard = fed(StreamingAudioEncoder(encoder(block_frames), FEATURES, loudest=loudest), wave, cuts)
         np.testing.assert_allclose(joined(heard), offline(wave, block_frames), **OUTPUT)
 
     check()
 
 
 def test_every_turn_runs_the_same_program():
-    fed(Listener(encoder(10), FEATURES), turn(5000), [900])
+    fed(StreamingAudioEncoder(encoder(10), FEATURES), turn(5000), [900])
     with counted_compilations() as compilations:
-        fed(Listener(encoder(10), FEATURES), turn(6001), [17, 1800, 3000])
+        fed(StreamingAudioEncoder(encoder(10), FEATURES), turn(6001), [17, 1800, 3000])
     assert compilations.count == 0
 
 
@@ -142,7 +142,7 @@ def test_the_running_maximum_changes_only_what_is_quieter_than_the_turns_range(s
     wave = turn(samples)
     wave[: samples // 2] *= quiet
     loudest = float(log_power_padded(wave, FEATURES).max())
-    whole, causal = fed(MelBlocks(FEATURES, 10, loudest), wave), fed(MelBlocks(FEATURES, 10), wave)
+    whole, causal = fed(StreamingLogMel(FEATURES, 10, loudest), wave), fed(StreamingLogMel(FEATURES, 10), wave)
     floor = compress(np.float32(-100), loudest)
     for x, y in zip(causal, whole, strict=True):
         # Its own floor lies lower; raised to the turn's, nothing is left of the difference.
@@ -188,18 +188,20 @@ def test_the_deviation_of_the_running_maximum_is_measured_and_printed(name, nano
 
 
 def test_what_a_front_end_cannot_hear_is_an_error():
-    with pytest.raises(ChromaError, match="no samples"):
-        MelBlocks(FEATURES, 10).finish()
-    with pytest.raises(ChromaError, match="16 mel bins, the audio encoder has 32"):
-        Listener(nnx.eval_shape(lambda: AudioEncoder(nnx.Rngs(0), dataclasses.replace(encoder(8).config, mel_bins=32))), FEATURES)
-    with pytest.raises(ChromaError, match="'loud'"):
-        MelBlocks(FEATURES, 10, "loud")
-    front = MelBlocks(FEATURES, 10)
-    with pytest.raises(ChromaError, match="limit is 1 s"):
+    with pytest.raises(InputError, match="no samples"):
+        StreamingLogMel(FEATURES, 10).finish()
+    with pytest.raises(InputError, match="16 mel bins, the audio encoder has 32"):
+        StreamingAudioEncoder(
+            nnx.eval_shape(lambda: AudioEncoder(nnx.Rngs(0), dataclasses.replace(encoder(8).config, mel_bins=32))), FEATURES
+        )
+    with pytest.raises(InputError, match="'loud'"):
+        StreamingLogMel(FEATURES, 10, "loud")
+    front = StreamingLogMel(FEATURES, 10)
+    with pytest.raises(InputError, match="limit is 1 s"):
         fed(front, turn(16_001))
-    front = MelBlocks(FEATURES, 10)
+    front = StreamingLogMel(FEATURES, 10)
     fed(front, turn(100))
-    with pytest.raises(ChromaError, match="turn is over"):
+    with pytest.raises(InputError, match="turn is over"):
         front.feed(turn(1))
-    with pytest.raises(ChromaError, match="turn is over"):
+    with pytest.raises(InputError, match="turn is over"):
         front.finish()

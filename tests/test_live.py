@@ -19,7 +19,7 @@ from chroma_jax.models.io.hf_config import to_hf
 from chroma_jax.models.io.name_tables import chroma_rows, codec_rows
 from chroma_jax.models.io.weight_files import all_tensors
 from chroma_jax.serving.live import Lines, chat
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 from data_pipelines.tokenizer import train_tokenizer
 
 SECONDS = 30 / CONFIG.codec.frame_rate  # of a reply
@@ -132,5 +132,5 @@ def test_through_a_microphone_enter_begins_ends_and_interrupts(speaker, recordin
 def test_without_a_sound_library_it_is_said_what_to_do(speaker, recordings, monkeypatch):
     monkeypatch.setitem(sys.modules, "sounddevice", None)
     arguments = {"questions": (), "pace": "live", "play": True, "keep_voice": None, "out": None}
-    with pytest.raises(ChromaError, match=r"extra 'chat' and PortAudio .* --questions FILES --out FOLDER"):
+    with pytest.raises(InputError, match=r"extra 'chat' and PortAudio .* --questions FILES --out FOLDER"):
         chat(speaker, Config(model=CONFIG), voice=recordings / "voice.wav", transcript="x", **arguments)

@@ -14,7 +14,7 @@ from chroma_jax.runs.train import place, train
 from chroma_jax.training.checkpoint import Checkpoints
 from chroma_jax.training.lora import MARK, LoraConfig, adapted, merged, restored
 from chroma_jax.training.loss import loss
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 from chroma_jax.utils.tree_paths import filled, values
 from data_pipelines.records import batches
 
@@ -80,7 +80,7 @@ def test_a_checkpoint_is_read_with_its_pairs_merged(config, tiny_prepared, tmp_p
 
 def test_targets_that_fit_nothing_are_errors(config):
     abstract = nnx.eval_shape(lambda: Chroma(nnx.Rngs(0), config.model))
-    with pytest.raises(ChromaError, match=r"lora.targets: 'reasoner/text/blocks/attn/q' matches no product.*attention/q"):
+    with pytest.raises(InputError, match=r"lora.targets: 'reasoner/text/blocks/attn/q' matches no product.*attention/q"):
         adapted(abstract, LoraConfig(("reasoner/text/blocks/attn/q",)), nnx.Rngs(0))
     with pytest.raises(ValueError, match="not a regular expression"):
         LoraConfig(("(",))

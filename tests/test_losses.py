@@ -19,7 +19,7 @@ from chroma_jax.sequence.batch import is_present
 from chroma_jax.training.loss import Counts, FrameLosses, LossConfig, count, frame_losses, speech_losses
 from chroma_jax.training.metrics import read_lines
 from chroma_jax.training.state import make_trainer
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 
 MODEL = tiny.model()
 FRAMES = 7
@@ -132,7 +132,7 @@ def test_weights_that_make_no_sense_are_errors(changes, message):
 
 def test_a_wrong_number_of_weights_is_an_error_before_anything_is_built():
     config, mesh = replace(tiny.config(), "loss.codebook_weights", (1.0,) * 8), make_mesh(MeshConfig())
-    with jax.set_mesh(mesh), pytest.raises(ChromaError, match="codebook_weights has 8 weights, model.codebooks is 4"):
+    with jax.set_mesh(mesh), pytest.raises(InputError, match="codebook_weights has 8 weights, model.codebooks is 4"):
         make_trainer(config.model, config.optimizer, config.loss, config.precision, 0, mesh)
 
 

@@ -20,7 +20,7 @@ from chroma_jax.planning.plan import DoesNotFit, compute, plan_step, plan_traini
 from chroma_jax.planning.search import candidates
 from chroma_jax.training.flops import counted
 from chroma_jax.utils.chips import CHIPS, parse_topology, ring_bandwidth
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 
 needs_compiler = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler (extra 'tpu')")
 
@@ -370,7 +370,7 @@ ENTRY %main (a: f32[1024]) -> f32[1024] {{
     ],
 )
 def test_a_topology_that_is_none_is_an_error(name, message):
-    with pytest.raises(ChromaError, match=message):
+    with pytest.raises(InputError, match=message):
         parse_topology(name)
 
 
@@ -497,7 +497,7 @@ def test_flops_of_a_program_are_those_of_its_products():
     both = counted(jax.make_jaxpr(jax.grad(step, argnums=(0, 1, 2)))(*shapes), ("first",))
     # backwards twice as much; a checkpointed product whose result nobody needs again is not made again
     assert both["first"] in (3 * products, 4 * products) and both["other"] == 3 * (convolution + chosen)
-    with pytest.raises(ChromaError, match="how often it turns"):
+    with pytest.raises(InputError, match="how often it turns"):
         counted(jax.make_jaxpr(lambda x: jax.lax.while_loop(lambda x: x[0, 0] < 1, lambda x: x @ x, x))(jnp.zeros((2, 2))), ())
 
 
@@ -516,13 +516,13 @@ def test_splash_attention_compiles_where_no_tpu_is():
 
 @needs_compiler
 def test_a_mesh_that_the_topology_does_not_fit_is_an_error():
-    with pytest.raises(ChromaError, match="has 8 devices, v5e:2x2 has 4"):
+    with pytest.raises(InputError, match="has 8 devices, v5e:2x2 has 4"):
         planned("v5e:2x2", MeshConfig(fsdp=8))
 
 
 @needs_compiler
 def test_a_mesh_that_the_slices_do_not_divide_is_an_error():
-    with pytest.raises(ChromaError, match="data must be a multiple of the 2 slices"):
+    with pytest.raises(InputError, match="data must be a multiple of the 2 slices"):
         planned("v5e:2x2", MeshConfig(fsdp=8), slices=2)
 
 
@@ -563,7 +563,7 @@ def test_every_pod_has_a_mesh_of_its_devices():
         assert found.training.global_batch % found.mesh.num_row_shards == 0, config
         assert on_pod(config.partition("@")[0], name, slices) == config
     assert on_pod("nano", "v5e:4x4") == "nano" and on_pod("chroma_4b_full@v5p:4x4x4", "v5e:4x4") == "chroma_4b_full@v5p:4x4x4"
-    with pytest.raises(ChromaError, match="no mesh for 'v5e:4x5' .near: v5e:4x4"):
+    with pytest.raises(InputError, match="no mesh for 'v5e:4x5' .near: v5e:4x4"):
         read_python("chroma_4b_full@v5e:4x5")
 
 

@@ -15,9 +15,9 @@ from chroma_jax.convert.codec import trained_codec
 from chroma_jax.evaluation.speaking import MAIN, ROWS, answered, voice_prompt
 from chroma_jax.evaluation.suite import read_suite
 from chroma_jax.evaluation.words import same
-from chroma_jax.inference.generator import Speaker
+from chroma_jax.inference.generator import Generator
 from chroma_jax.runs.load import load_run
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 
 FOLDER = pretrained.found("codec_nano")
 SPEAKING = pretrained.found("nano")
@@ -67,7 +67,7 @@ def test_a_codec_of_other_sizes_is_refused():
     wider = dataclasses.replace(
         configs.read_python("nano").model, codec=configs.read_python("mini").model.codec, audio_vocab=1027
     )
-    with pytest.raises(ChromaError, match="shape"):
+    with pytest.raises(InputError, match="shape"):
         trained_codec(FOLDER, wider)
 
 
@@ -97,7 +97,7 @@ def test_the_speaking_model_answers_in_words_that_fit_and_at_a_length_that_does(
     model, codec, tokenizer = load_run(SPEAKING, config)
     suite = read_suite("parley", "valid", limit=ROWS)
     asked = [(d, voice_prompt(suite, d, MAIN, codec.config.sampling_rate)) for d in suite.dialogues]
-    replies = list(answered(Speaker(model, codec), tokenizer, asked, config.reply, ""))
+    replies = list(answered(Generator(model, codec), tokenizer, asked, config.reply, ""))
     right = [same(r.text, r.dialogue.answer) for r in replies]
     assert sum(right) >= ROWS // 3, [(r.dialogue.question, r.text) for r in replies]
     assert all(r.ended and 1 < len(r.wave) / 24_000 < 8 for r in replies)

@@ -20,7 +20,7 @@ from toy import ToyConfig, run_toy
 from chroma_jax.parallel.sharding import MeshConfig
 from chroma_jax.runs.status import accounts
 from chroma_jax.training.metrics import read_lines
-from chroma_jax.training.runtime.goodput import read_ledger
+from chroma_jax.training.runtime.goodput import read_goodput_log
 from chroma_jax.utils.errors import DIVERGED, PEER_LOST, STOPPED
 
 HERE = Path(__file__).parent
@@ -131,7 +131,7 @@ def test_killed_and_asked_to_stop_two_processes_go_on_bit_for_bit(straight, tmp_
         assert processes.ended() == [0, 0]
         assert f"resuming {run} from step {stopped[0]}" in processes.said(0) and "resuming" not in processes.said(1)
     assert lines_of(run) == lines_of(straight)
-    lost, asked = accounts(read_ledger(run))["restarts"]
+    lost, asked = accounts(read_goodput_log(run))["restarts"]
     assert "process 1 is gone" in lost["why"] and "asked to stop" in asked["why"] and asked["lost_steps"] == 0
 
 

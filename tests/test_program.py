@@ -10,9 +10,9 @@ from tiny import replace
 from chroma_jax.cli.main import main
 from chroma_jax.parallel.sharding import MeshConfig, make_mesh
 from chroma_jax.planning.training_step import abstract_batch, compiled_from, trainer_of
-from chroma_jax.training.runtime.aot_executable import save_program, with_program
+from chroma_jax.training.runtime.aot_executable import save_executable, with_executable
 from chroma_jax.utils.chips import compiling_afresh
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 from data_pipelines.records import batches
 
 
@@ -26,7 +26,7 @@ def saved(tiny_prepared, tmp_path_factory):
     with jax.set_mesh(mesh), compiling_afresh():
         trainer = trainer_of(config, mesh)
         compiled = trainer.train_step.lower(trainer.abstract, abstract_batch(config, trainer)).compile()
-        save_program(compiled, compiled_from(config), "four CPU devices", path)
+        save_executable(compiled, compiled_from(config), "four CPU devices", path)
     return config, data, compiled, path
 
 
@@ -36,7 +36,7 @@ def test_it_computes_what_the_configuration_says(saved):
     t = config.training
     with jax.set_mesh(mesh):
         ours = trainer_of(config, mesh)
-        loaded = with_program(ours, compiled_from(config), abstract_batch(config, ours), path)
+        loaded = with_executable(ours, compiled_from(config), abstract_batch(config, ours), path)
         for name, trainer in (("compiled", ours._replace(train_step=compiled)), ("loaded", loaded)):
             state, reader = trainer.init(), batches(data, "train", config.model, global_batch=t.global_batch, seed=t.seed)
             losses = []
@@ -55,8 +55,8 @@ def test_another_configuration_is_refused_and_what_differs_is_named(saved):
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         trainer = trainer_of(other, mesh)
-        with pytest.raises(ChromaError, match=r"compiled for something else: optimizer.learning_rate .* there, 0.5 here"):
-            with_program(trainer, compiled_from(other), abstract_batch(other, trainer), path)
+        with pytest.raises(InputError, match=r"compiled for something else: optimizer.learning_rate .* there, 0.5 here"):
+            with_executable(trainer, compiled_from(other), abstract_batch(other, trainer), path)
 
 
 def test_what_a_step_does_not_depend_on_may_differ(saved):
@@ -66,7 +66,7 @@ def test_what_a_step_does_not_depend_on_may_differ(saved):
     with jax.set_mesh(mesh):
         trainer = trainer_of(longer, mesh)
         assert (
-            with_program(trainer, compiled_from(longer), abstract_batch(longer, trainer), path).train_step
+            with_executable(trainer, compiled_from(longer), abstract_batch(longer, trainer), path).train_step
             is not trainer.train_step
         )
 
@@ -79,8 +79,8 @@ def test_a_file_that_is_none_is_named(saved, tmp_path, content):
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         trainer = trainer_of(config, mesh)
-        with pytest.raises(ChromaError, match="not a file that plan --program wrote"):
-            with_program(trainer, compiled_from(config), abstract_batch(config, trainer), path)
+        with pytest.raises(InputError, match="not a file that plan --program wrote"):
+            with_executable(trainer, compiled_from(config), abstract_batch(config, trainer), path)
 
 
 def test_a_codec_has_none(tmp_path, capsys):

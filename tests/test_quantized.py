@@ -11,7 +11,7 @@ from flax import nnx
 from tiny_speaker import CONFIG, case, drawn, rescored
 
 from chroma_jax.bench.small import EXACT, Form, bench_small
-from chroma_jax.inference.generator import Speaker, settings
+from chroma_jax.inference.generator import Generator, settings
 from chroma_jax.inference.prompt import stack
 from chroma_jax.layers.attention import KVCache, Past, attend_cached, cached_mask
 from chroma_jax.layers.linear import Linear
@@ -87,7 +87,7 @@ def test_small_weights_say_what_float_weights_of_the_same_values_say(models):
 
 @pytest.mark.parametrize("cache", [pytest.param("as_dtype", marks=pytest.mark.slow), "int8"])
 def test_with_small_weights_a_row_in_a_batch_says_what_it_says_alone(models, cache):
-    speaker = Speaker(*models[1:], cache=cache)
+    speaker = Generator(*models[1:], cache=cache)
     sampling, keys = settings(2, temperature=0.0, top_k=0, seed=1)
     together = list(speaker.stream(stack([c.prompt for c in CASES]), sampling, keys, FRAMES))
     sampling, _ = settings(1, temperature=0.0, top_k=0, seed=1)

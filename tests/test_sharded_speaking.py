@@ -11,21 +11,21 @@ from tiny_speaker import CONFIG, case, drawn
 
 from chroma_jax.bench.stream import random_models
 from chroma_jax.config import ReplyConfig, load
-from chroma_jax.inference.generator import Speaker, settings
+from chroma_jax.inference.generator import Generator, settings
 from chroma_jax.inference.placement import divided, on_mesh
 from chroma_jax.inference.prompt import stack
-from chroma_jax.inference.slots import Chunk, Frames, Slots, VoiceChunk, padded
+from chroma_jax.inference.slots import BatchState, Chunk, Frames, VoiceChunk, padded
 from chroma_jax.inference.state import Capacity
 from chroma_jax.models.chroma import Chroma
 from chroma_jax.models.codec import Codec
 from chroma_jax.models.quantization import quantized
 from chroma_jax.parallel.sharding import MeshConfig, make_mesh
 from chroma_jax.runs.load import load_run
-from chroma_jax.sequence.interleave import NOTHING
+from chroma_jax.sequence.interleave import NONE_TOKEN
 from chroma_jax.serving.scheduler import beginning
-from chroma_jax.serving.session import SamplingSettings
+from chroma_jax.serving.session import SamplingParams
 from chroma_jax.serving.voices import Voice, load_voice, save_voice
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 
 CASES = (case(0, 5000, 5, "abc"), case(1, 9000, 20, "a longer text"))
 FRAMES = 6
@@ -40,7 +40,7 @@ def modules() -> tuple[Chroma, Codec]:
 
 def said(model: Chroma, codec: Codec):
     sampling, keys = settings(2, temperature=0.0, top_k=0, seed=1)
-    return list(Speaker(model, codec).stream(stack([c.prompt for c in CASES]), sampling, keys, FRAMES))
+    return list(Generator(model, codec).stream(stack([c.prompt for c in CASES]), sampling, keys, FRAMES))
 
 
 @pytest.mark.slow
@@ -56,19 +56,19 @@ def test_queries_and_keys_of_a_row_may_be_divided_in_different_ways(modules):
 
 def in_slots(model: Chroma, codec: Codec, folder) -> Frames:
     """Four frames of a conversation in the second slot of two, its voice prompt read, kept in a file and adopted."""
-    slots = Slots(model, codec, 2, Capacity(64, 64, 8), voice_positions=32, chunk=16, dtype="float32")
+    slots = BatchState(model, codec, 2, Capacity(64, 64, 8), voice_positions=32, chunk=16, dtype="float32")
     prompt, piece = CASES[0].prompt, np.arange(16)
     cache = slots.empty_voice()
     chunk = VoiceChunk(
-        *(padded(x[:16], 16, NOTHING) for x in (prompt.voice_token, prompt.voice_codes)),
+        *(padded(x[:16], 16, NONE_TOKEN) for x in (prompt.voice_token, prompt.voice_codes)),
         np.int32(0),
         np.int32(len(prompt.voice_token[:16])),
     )
     save_voice(Voice(slots.read_voice(cache, chunk), int(chunk.length)), "this", folder / "voice")
     voice = load_voice(folder / "voice", "this", slots)
     slots.adopt(1, voice.cache)
-    slots.hear(1, Chunk((piece + 3).astype(np.int32), np.full(16, NOTHING, np.int32), slots.no_audio, np.int32(11)))
-    slots.begin(1, beginning(voice.length, SamplingSettings(), 0))
+    slots.hear(1, Chunk((piece + 3).astype(np.int32), np.full(16, NONE_TOKEN, np.int32), slots.no_audio, np.int32(11)))
+    slots.begin(1, beginning(voice.length, SamplingParams(), 0))
     frames = [slots.tick(1, "all" if i % 2 == 0 else "none") for i in range(4)]
     return jax.tree.map(lambda *x: np.concatenate(x)[:, 1], *map(jax.device_get, frames))
 
@@ -79,7 +79,7 @@ def test_slots_of_a_divided_model_say_what_they_say_on_one_device(modules, tmp_p
     plainly = {"xla_cpu_experimental_ynn_fusion_type": ""} if jax.__version_info__ >= (0, 11) and with_avx512 else None
     monkeypatch.setattr("chroma_jax.inference.slots.compiler_options", lambda platform: plainly)
     one, other = (in_slots(*given, tmp_path) for given in (modules, on_mesh(*modules, make_mesh(MeshConfig(tensor=2)))))
-    assert one.live.all() and (one.token[::2] != NOTHING).all()  # else this would compare nothing
+    assert one.live.all() and (one.token[::2] != NONE_TOKEN).all()  # else this would compare nothing
     np.testing.assert_array_equal(one.token, other.token)
     np.testing.assert_array_equal(one.live, other.live)
     np.testing.assert_allclose(one.samples, other.samples, atol=1e-5)  # float32, sums in another order
@@ -127,7 +127,7 @@ def test_a_run_is_loaded_in_parts(tiny_run, weights):
 def test_more_devices_than_there_are(tiny_run):
     config = load(tiny_run)
     for tensor, said in ((0, "must be at least 1"), (64, "needs 64 devices, 8 present")):
-        with pytest.raises(ChromaError, match=said):
+        with pytest.raises(InputError, match=said):
             load_run(tiny_run, dataclasses.replace(config, reply=dataclasses.replace(config.reply, tensor=tensor)))
 
 

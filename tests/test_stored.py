@@ -12,7 +12,7 @@ from chroma_jax.runs.hidden_states import store_hidden
 from chroma_jax.runs.train import train
 from chroma_jax.training.checkpoint import Checkpoints
 from chroma_jax.training.metrics import read_lines
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 from data_pipelines import hidden_states as hidden
 from data_pipelines.dataset import open_dataset
 from data_pipelines.records import RowReader, batches
@@ -98,12 +98,12 @@ def test_misuse_is_an_error(config, states, run, tmp_path):
     with pytest.raises(ValueError, match="set text_weight and hearing_weight to 0"):
         replace(replace(config, "loss.text_weight", 1.0), "loss.reasoner", "stored")
     trained = replace(replace(config, "loss.reasoner", "stored"), "optimizer.freeze", ())
-    with pytest.raises(ChromaError, match="the Reasoner is trained; freeze it"):
+    with pytest.raises(InputError, match="the Reasoner is trained; freeze it"):
         train(trained, tmp_path / "a", states)
-    with pytest.raises(ChromaError, match="the states of another Reasoner"):
+    with pytest.raises(InputError, match="the states of another Reasoner"):
         store_hidden(states, with_other_weights(run, config, tmp_path / "other"), rows_at_once=1)
     (states / hidden.FOLDER / "valid-00000.array_record").unlink()
-    with pytest.raises(ChromaError, match="cache_reasoner RUN"):
+    with pytest.raises(InputError, match="cache_reasoner RUN"):
         hidden.HiddenReader(open_dataset(states), "valid", 32)
 
 

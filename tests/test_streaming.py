@@ -18,7 +18,7 @@ from chroma_jax.config import Config, ReplyConfig
 from chroma_jax.convert.export import generation_config
 from chroma_jax.inference import step as steps
 from chroma_jax.inference.compatibility import with_window
-from chroma_jax.inference.generator import Speaker, counted_compilations, settings
+from chroma_jax.inference.generator import Generator, counted_compilations, settings
 from chroma_jax.inference.prompt import stack
 from chroma_jax.inference.sampling import Sampling, probabilities, sample
 from chroma_jax.inference.state import Capacity, cancel, join
@@ -29,11 +29,11 @@ from chroma_jax.models.io.name_tables import chroma_rows, codec_rows
 from chroma_jax.models.io.weight_files import all_tensors
 from chroma_jax.runs.generate import reply
 from chroma_jax.runs.load import exported_run, load_run
-from chroma_jax.sequence.interleave import NOTHING
+from chroma_jax.sequence.interleave import NONE_TOKEN
 from chroma_jax.training.checkpoint import Checkpoints
 from chroma_jax.training.optimizer import split_trainable
 from chroma_jax.training.state import TrainState
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 from data_pipelines.tokenizer import train_tokenizer
 
 MAX_FRAMES = 12
@@ -52,11 +52,11 @@ def modules() -> tuple[Chroma, Codec]:
 
 
 @pytest.fixture(scope="session")
-def speaker(modules) -> Speaker:
-    return Speaker(*modules)
+def speaker(modules) -> Generator:
+    return Generator(*modules)
 
 
-def run(speaker: Speaker, cases, *, temperature: float = 0.0, top_k: int = 5, keys=None, frames: int = MAX_FRAMES):
+def run(speaker: Generator, cases, *, temperature: float = 0.0, top_k: int = 5, keys=None, frames: int = MAX_FRAMES):
     """Outputs of all frames, stacked: samples [F, B, S], codes [F, B, Q], token [F, B], live [F, B]."""
     sampling, fresh = settings(len(cases), temperature=temperature, top_k=top_k, seed=7)
     keys = fresh if keys is None else keys
@@ -65,7 +65,7 @@ def run(speaker: Speaker, cases, *, temperature: float = 0.0, top_k: int = 5, ke
 
 
 def tokens_of(output: steps.StepOutput, row: int) -> list[int]:
-    return [int(t) for t in output.token[:, row] if t != NOTHING]
+    return [int(t) for t in output.token[:, row] if t != NONE_TOKEN]
 
 
 @pytest.fixture(scope="session")
@@ -163,11 +163,11 @@ def test_im_end_closes_the_text_and_frames_go_on_alone(modules, greedy):
     # im_end is from now on likelier than a token that the reply contains
     likelier = {"reasoner/head/kernel": lambda w: w.at[:, CONFIG.tokens.im_end].set(1.5 * w[:, last])}
     model = edited(modules[0], likelier)
-    output = run(Speaker(model, modules[1]), CASES)
+    output = run(Generator(model, modules[1]), CASES)
     tokens = tokens_of(output, row)
     assert tokens[-1] == CONFIG.tokens.im_end and 1 < len(tokens) < MAX_FRAMES // 2
     assert tokens.count(CONFIG.tokens.im_end) == 1
-    assert (output.token[2 * len(tokens) :, row] == NOTHING).all() and (output.token[1::2] == NOTHING).all()
+    assert (output.token[2 * len(tokens) :, row] == NONE_TOKEN).all() and (output.token[1::2] == NONE_TOKEN).all()
     assert output.live[:, row].all()
     # the tail is what training would predict with the pair of im_end fed and no text after it
     _, frames = rescored(model, CASES[row].packed(tokens, output.codes[:, row]))
@@ -181,8 +181,8 @@ def mute(modules) -> Chroma:
 
 
 def test_a_first_frame_of_zeros_is_an_empty_reply(mute, modules):
-    output = run(Speaker(mute, modules[1]), CASES)
-    assert len(output.live) == 1 and not output.live.any() and (output.token == NOTHING).all()
+    output = run(Generator(mute, modules[1]), CASES)
+    assert len(output.live) == 1 and not output.live.any() and (output.token == NONE_TOKEN).all()
 
 
 # Compatibility
@@ -203,7 +203,7 @@ def test_the_references_padding_stands_inside_of_the_voice_prompt():
 
 def test_as_the_reference_the_codec_attends_to_everything(modules):
     sampling, keys = settings(1, temperature=0.0, top_k=0, seed=0)
-    speaker = Speaker(*modules, compatibility="reference")
+    speaker = Generator(*modules, compatibility="reference")
     outputs = list(speaker.stream(stack([CASES[0].prompt], "reference"), sampling, keys, MAX_FRAMES))
     assert 2 * len(outputs) > CONFIG.codec.window  # in positions
     samples, codes = (np.concatenate([getattr(x, name) for x in outputs]) for name in ("samples", "codes"))
@@ -215,20 +215,20 @@ def test_as_the_reference_the_codec_attends_to_everything(modules):
 
 
 def test_a_setting_that_does_not_exist_is_named(modules):
-    with pytest.raises(ChromaError, match='compatibility is \'bugs\', expected "corrected" or "reference"'):
-        Speaker(*modules, compatibility="bugs")
+    with pytest.raises(InputError, match='compatibility is \'bugs\', expected "corrected" or "reference"'):
+        Generator(*modules, compatibility="bugs")
 
 
 @pytest.mark.parametrize("speakers, prompts", [("corrected", "reference"), ("reference", "corrected")])
 def test_a_prompt_stacked_otherwise_is_refused(modules, speakers, prompts):
     sampling, keys = settings(1, temperature=0.0, top_k=0, seed=0)
-    with pytest.raises(ChromaError, match=f"not stacked for compatibility '{speakers}'"):
-        Speaker(*modules, compatibility=speakers).start(stack([CASES[0].prompt], prompts), sampling, keys, 1)
+    with pytest.raises(InputError, match=f"not stacked for compatibility '{speakers}'"):
+        Generator(*modules, compatibility=speakers).start(stack([CASES[0].prompt], prompts), sampling, keys, 1)
 
 
 def test_rows_of_the_reference_cannot_come_and_go(modules):
     sampling, keys = settings(1, temperature=0.0, top_k=0, seed=0)
-    speaker = Speaker(*modules, compatibility="reference")
+    speaker = Generator(*modules, compatibility="reference")
     state = speaker.start(stack([CASES[0].prompt], "reference"), sampling, keys, MAX_FRAMES)
     for change in (lambda: join(state, state, 0), lambda: cancel(state, np.ones(1, bool))):
         with pytest.raises(ValueError, match="cannot come and go"):
@@ -366,7 +366,7 @@ def test_an_exported_folder_says_how_codes_are_chosen(folders, tmp_path):
     (tmp_path / "generation_config.json").write_text(json.dumps(greedy | {"temperature": 1.0}))
     assert exported_run(tmp_path).reply.temperature == 0
     (tmp_path / "generation_config.json").write_text('{"max_new_tokens": "many"}')
-    with pytest.raises(ChromaError, match="generation_config.json: damaged"):
+    with pytest.raises(InputError, match="generation_config.json: damaged"):
         exported_run(tmp_path)
 
 
@@ -375,11 +375,11 @@ def test_what_is_missing_from_a_run_is_named(folders, tmp_path, missing):
     for path in (folders / "run").iterdir():
         if path.name != missing:
             (tmp_path / path.name).symlink_to(path, target_is_directory=path.is_dir())
-    with pytest.raises(ChromaError, match=missing):
+    with pytest.raises(InputError, match=missing):
         load_run(tmp_path, settings_of())
 
 
 def test_a_run_without_a_finished_checkpoint_is_named(tmp_path):
     (tmp_path / "checkpoints").mkdir()
-    with pytest.raises(ChromaError, match="no checkpoint"):
+    with pytest.raises(InputError, match="no checkpoint"):
         load_run(tmp_path, settings_of())

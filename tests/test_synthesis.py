@@ -16,7 +16,7 @@ from tiny_corpus import MODEL, StandInCodec, data_config
 
 from chroma_jax.cli.main import main
 from chroma_jax.sequence.batch import RowShape
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 from data_pipelines.curriculum import READ_ALOUD, CurriculumConfig, drawn, held_out_examples
 from data_pipelines.dialogues import counted, read_corpus
 from data_pipelines.prepare import prepare, recordings, usable
@@ -228,20 +228,20 @@ def test_hours_repeat_texts_in_other_voices_or_cut_them(tmp_path):
 def test_a_folder_of_something_else_or_of_other_settings_is_refused(tmp_path):
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus" / "mine.txt").write_text("keep me")
-    with pytest.raises(ChromaError, match="not a folder that synthesize wrote"):
+    with pytest.raises(InputError, match="not a folder that synthesize wrote"):
         made(tmp_path, MIXED)
     made(tmp_path, MIXED[:2], out="other")
-    with pytest.raises(ChromaError, match=r"seed: 0 there, 1 here"):
+    with pytest.raises(InputError, match=r"seed: 0 there, 1 here"):
         made(tmp_path, MIXED[:2], dataclasses.replace(CONFIG, seed=1), out="other")
-    with pytest.raises(ChromaError, match=r"texts: "):
+    with pytest.raises(InputError, match=r"texts: "):
         made(tmp_path, MIXED, out="other")
 
 
 def test_an_engine_that_is_not_there_is_one_line():
     for name, words in (("nope", "expected one of hibari"), ("nowhere:f", "cannot import nowhere"), ("math:nope", "no function")):
-        with pytest.raises(ChromaError, match=words):
+        with pytest.raises(InputError, match=words):
             load_engine(name)
-    with pytest.raises(ChromaError, match="free phase only"):
+    with pytest.raises(InputError, match="free phase only"):
         load_engine("tone_engine:tone", "both")
 
 
@@ -283,7 +283,7 @@ def test_an_explicit_check_without_metric_models_fails_before_synthesis(tmp_path
     from chroma_jax.cli import commands
 
     def missing():
-        raise ChromaError("evaluation needs faster-whisper; install the extra")
+        raise InputError("evaluation needs faster-whisper; install the extra")
 
     monkeypatch.setattr(commands, "metric_models", missing)
     command = ["synthesize", str(write(tmp_path / "texts.jsonl", MIXED[:2])), str(tmp_path / "out"), "--workers", "1"]
@@ -319,7 +319,7 @@ def test_a_corpus_of_utterances_alone_can_be_prepared(tmp_path):
     dataset = prepare(config, MODEL, StandInCodec(), tmp_path / "set", progress="none")
     splits = dataset.manifest["splits"]
     assert splits["train"]["conversations"] > 6 and (splits["valid"]["conversations"], splits["test"]["conversations"]) == (2, 1)
-    with pytest.raises(ChromaError, match="no dialogues; set --data.curriculum.dialogue 0"):
+    with pytest.raises(InputError, match="no dialogues; set --data.curriculum.dialogue 0"):
         prepare(data_config(tmp_path / "corpus", row=row), MODEL, StandInCodec(), tmp_path / "other", progress="none")
 
 

@@ -32,7 +32,7 @@ from chroma_jax.training.loss import LossConfig, choose_frames, cross_entropy, f
 from chroma_jax.training.metrics import read_lines
 from chroma_jax.training.optimizer import OptimizerConfig, split_trainable
 from chroma_jax.training.state import make_trainer
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 from chroma_jax.utils.tree_paths import values
 from data_pipelines.records import batches
 
@@ -295,9 +295,9 @@ def test_frozen_parts_have_no_gradient_and_no_moments(tiny_prepared, batch, weig
 
 def test_a_freeze_pattern_that_fits_nothing_is_an_error(tiny_prepared):
     abstract = nnx.eval_shape(lambda: Chroma(nnx.Rngs(0), tiny_prepared[0].model))
-    with pytest.raises(ChromaError, match=r"'bakbone' matches no weight"):
+    with pytest.raises(InputError, match=r"'bakbone' matches no weight"):
         split_trainable(abstract, OptimizerConfig(freeze=("bakbone",)))
-    with pytest.raises(ChromaError, match="nothing is left to train"):
+    with pytest.raises(InputError, match="nothing is left to train"):
         split_trainable(abstract, OptimizerConfig(freeze=("",)))
 
 
@@ -332,7 +332,7 @@ def test_every_weight_has_logical_axes_with_a_rule(tiny_prepared):
 
 def test_a_mesh_that_does_not_divide_a_weight_is_an_error_that_names_it(tiny_prepared):
     abstract = nnx.eval_shape(lambda: Chroma(nnx.Rngs(0), tiny_prepared[0].model))
-    with pytest.raises(ChromaError, match=r"attention/k/kernel: axis 'heads' of 2 is not divisible"):
+    with pytest.raises(InputError, match=r"attention/k/kernel: axis 'heads' of 2 is not divisible"):
         state_shardings(nnx.state(abstract), make_mesh(MeshConfig(tensor=4)))
 
 
@@ -423,7 +423,7 @@ def test_weights_that_know_other_tokens_than_the_data_are_refused(tiny_prepared,
     vocab = tokenizer["model"]["vocab"]
     vocab[first], vocab[second] = vocab[second], vocab[first]
     (start / "tokenizer.json").write_text(json.dumps(tokenizer))
-    with pytest.raises(ChromaError, match="its tokenizer is not that of .*--data.tokenizer"):
+    with pytest.raises(InputError, match="its tokenizer is not that of .*--data.tokenizer"):
         train(config, tmp_path / "run", prepared, init_from=start)
     assert not (tmp_path / "run").exists()
 

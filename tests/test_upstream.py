@@ -24,7 +24,7 @@ from chroma_jax.models.codec import Codec
 from chroma_jax.models.io.name_tables import chroma_rows, codec_rows, csm_rows
 from chroma_jax.models.io.weight_files import abstract_weights, outputs, write_safetensors
 from chroma_jax.runs.load import exported_config
-from chroma_jax.sequence.interleave import NOTHING
+from chroma_jax.sequence.interleave import NONE_TOKEN
 from chroma_jax.training.checkpoint import Checkpoints
 from chroma_jax.utils.tree_paths import filled
 
@@ -151,7 +151,7 @@ def asked() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     mel = RNG.normal(size=(330, MODEL.reasoner.audio.mel_bins)).astype(np.float32)
     places, t = num_outputs(len(mel)), MODEL.tokens
     tokens = np.concatenate([[5, 9, t.audio_start], np.full(places, t.audio), [t.audio_end, 77, 300]]).astype(np.int32)
-    index = np.full(len(tokens), NOTHING, np.int32)
+    index = np.full(len(tokens), NONE_TOKEN, np.int32)
     index[tokens == t.audio] = np.arange(places)
     return tokens, mel, index
 

@@ -19,13 +19,13 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from chroma_jax.parallel.multihost import DistributedConfig, joined, share_of_rows
+from chroma_jax.parallel.multihost import DistributedConfig, data_shard, joined
 from chroma_jax.parallel.progress import Progress
 from chroma_jax.parallel.sharding import MeshConfig, make_mesh
 from chroma_jax.training.checkpoint import CheckpointConfig
 from chroma_jax.training.loop import TrainingConfig, train_on
 from chroma_jax.training.state import applied
-from chroma_jax.utils.errors import ChromaError, Ended
+from chroma_jax.utils.errors import InputError, TrainingStopped
 
 WIDTH, ROWS = 4096, 8  # so wide that each device's weights have a place of their own in a checkpoint
 
@@ -63,7 +63,7 @@ class Toy:
             place((), jnp.int32, rest), place((WIDTH,), jnp.float32, divided), place((WIDTH,), jnp.float32, divided)
         )
         self.rows = rows
-        self.share = share_of_rows(rows, config.training.global_batch)
+        self.share = data_shard(rows, config.training.global_batch)
 
         def loss(w, batch):
             w = jax.sharding.reshard(w, P())
@@ -154,9 +154,9 @@ if __name__ == "__main__":
     try:
         with joined(distributed if given.distributed else DistributedConfig(), config.mesh) as progress:
             run_toy(config, given.run, {name: int(step) for name, step in given.fault}, progress)
-    except Ended as e:
+    except TrainingStopped as e:
         print(e, file=sys.stderr)
         sys.exit(e.code)
-    except ChromaError as e:
+    except InputError as e:
         print(e, file=sys.stderr)
         sys.exit(2)

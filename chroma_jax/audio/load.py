@@ -7,7 +7,7 @@ import numpy as np
 import soundfile
 
 from chroma_jax.audio.log_mel import FeatureConfig, resample_sinc, resample_soxr
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 
 CODEC_RATE = 24_000
 REASONER_RATE = 16_000
@@ -34,22 +34,22 @@ def load(path: Path | str, sample_rate: int, *, max_seconds: float | None = None
     """Reads any format that libsndfile knows, as mono at ``sample_rate``.
 
     Returns float32 [S] in [−1, 1]; several channels are averaged. Resampling is soxr's high quality, the one that the
-    reference uses for the user's speech. Raises ChromaError, naming the file, for one that is missing, not readable,
+    reference uses for the user's speech. Raises InputError, naming the file, for one that is missing, not readable,
     empty, longer than ``max_seconds`` or holds values that are not finite.
     """
     path = Path(path)
     if not path.is_file():
-        raise ChromaError(f"{path}: no such recording")
+        raise InputError(f"{path}: no such recording")
     try:
         with soundfile.SoundFile(path) as file:
             seconds = file.frames / file.samplerate
             if max_seconds is not None and seconds > max_seconds:  # before the samples are read: it may be hours
-                raise ChromaError(f"{path}: {seconds:.1f} s long, the limit is {max_seconds:g} s")
+                raise InputError(f"{path}: {seconds:.1f} s long, the limit is {max_seconds:g} s")
             import librosa  # here, since importing it takes seconds
 
             wave, source_rate = librosa.load(file, sr=None, mono=False)
     except (soundfile.SoundFileError, OSError) as error:
-        raise ChromaError(f"{path}: not a readable recording ({error})") from error
+        raise InputError(f"{path}: not a readable recording ({error})") from error
     return prepared(wave.T, int(source_rate), sample_rate, str(path))
 
 
@@ -69,9 +69,9 @@ def prepared(wave: np.ndarray, source_rate: int, sample_rate: int, name: str) ->
     """
     wave = wave.mean(axis=1) if wave.ndim == 2 else wave
     if not len(wave):
-        raise ChromaError(f"{name}: holds no samples")
+        raise InputError(f"{name}: holds no samples")
     if not np.all(np.isfinite(wave)):
-        raise ChromaError(f"{name}: holds values that are not finite")
+        raise InputError(f"{name}: holds values that are not finite")
     return resample_soxr(wave, source_rate, sample_rate)
 
 

@@ -15,8 +15,8 @@ import numpy as np
 import scipy.fft
 import scipy.sparse
 
-from chroma_jax.audio.sample_buffer import Pieces
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.audio.sample_buffer import SampleBuffer
+from chroma_jax.utils.errors import InputError
 
 FLOOR = 1e-10  # power below which a mel bin counts as silent
 RANGE = 8.0  # decades below the loudest bin at which features are cut off
@@ -36,21 +36,21 @@ class FeatureConfig:
 
     @classmethod
     def from_json(cls, fields: Mapping) -> "FeatureConfig":
-        """From the contents of a ``preprocessor_config.json``. Raises ChromaError for a missing field."""
+        """From the contents of a ``preprocessor_config.json``. Raises InputError for a missing field."""
         try:
             rate = int(fields["sampling_rate"])
             seconds = fields["n_samples"] / rate if "n_samples" in fields else float(fields["chunk_length"])
             return cls(rate, int(fields["n_fft"]), int(fields["hop_length"]), int(fields["feature_size"]), seconds)
         except KeyError as error:
-            raise ChromaError(f"preprocessor_config.json: no field {error}") from error
+            raise InputError(f"preprocessor_config.json: no field {error}") from error
 
     @classmethod
     def from_preprocessor(cls, path: Path | str) -> "FeatureConfig":
-        """Reads a ``preprocessor_config.json``. Raises ChromaError when it is missing, broken or lacks a field."""
+        """Reads a ``preprocessor_config.json``. Raises InputError when it is missing, broken or lacks a field."""
         try:
             return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
         except (OSError, ValueError) as error:
-            raise ChromaError(f"{path}: not a readable preprocessor configuration ({error})") from error
+            raise InputError(f"{path}: not a readable preprocessor configuration ({error})") from error
 
     @property
     def max_samples(self) -> int:
@@ -133,31 +133,31 @@ class LogPower:
 
     def __init__(self, config: FeatureConfig = FeatureConfig(), at_once: int = 1):
         self._config, self._half, self._at_once = config, config.n_fft // 2, at_once
-        self._pieces, self._reflected = Pieces(), False
+        self._pieces, self._reflected = SampleBuffer(), False
         self.samples = 0  # heard so far
         self.frames = 0  # computed so far
 
     def feed(self, samples: np.ndarray) -> np.ndarray:
         """samples: float [S], S ≥ 0. Returns the frames whose windows are now full, float32 [n · at_once, bins].
 
-        Raises: ChromaError for samples that `Pieces` refuses, or when the recording gets longer than ``config.max_seconds``.
+        Raises: InputError for samples that `Pieces` refuses, or when the recording gets longer than ``config.max_seconds``.
         """
         self._pieces.add(samples)
         self.samples += len(samples)
         if self.samples > self._config.max_samples:
             seconds = self.samples / self._config.sample_rate
-            raise ChromaError(f"log_mel: {seconds:.1f} s long, the limit is {self._config.max_seconds:g} s")
+            raise InputError(f"log_mel: {seconds:.1f} s long, the limit is {self._config.max_seconds:g} s")
         return self._compute(self._at_once)
 
     def finish(self) -> np.ndarray:
         """Returns the other frames that see a sample, float32 [n, bins]. Those at or past ``num_frames(samples)`` are centred
         behind the end: no features are made of them, yet the reference's loudest value counts them.
 
-        Raises: ChromaError for a recording without samples.
+        Raises: InputError for a recording without samples.
         """
         c, half, samples = self._config, self._half, self.samples
         if not samples:
-            raise ChromaError("log_mel: the recording holds no samples")
+            raise InputError("log_mel: the recording holds no samples")
         total = min((samples + half) // c.hop + 1, c.max_samples // c.hop)
         left = max(total - self.frames, 0)
         end = (total - 1) * c.hop + half  # of the last frame's window
@@ -170,7 +170,7 @@ class LogPower:
     def _compute(self, at_once: int) -> np.ndarray:
         c = self._config
         if not self._reflected and len(self._pieces) > self._half:
-            held, self._pieces, self._reflected = self._pieces.joined(), Pieces(), True
+            held, self._pieces, self._reflected = self._pieces.joined(), SampleBuffer(), True
             self._pieces.add(np.pad(held, (self._half, 0), mode="reflect"))
         full = (len(self._pieces) - c.n_fft) // c.hop + 1
         frames = full - full % at_once if self._reflected else 0
@@ -193,7 +193,7 @@ def log_mel_padded(wave: np.ndarray, config: FeatureConfig, frames: int) -> np.n
 
     The padding comes before anything is computed (``padding="max_length"``), so the last frames of the recording see zeros;
     the left edge is reflected. The window of frame t is centred on sample t · hop. wave: float [S], S ≥ 1. Returns float32
-    [frames, bins], at most max_samples / hop frames. Raises: ChromaError as `LogPower` does.
+    [frames, bins], at most max_samples / hop frames. Raises: InputError as `LogPower` does.
     """
     log = log_power_padded(wave, config)
     silent = min(frames, config.max_samples // config.hop) - len(log)

@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 
 
-class Pieces:
+class SampleBuffer:
     """Samples that wait until there are enough of them; joined only then, so that small pieces cost little."""
 
     def __init__(self):
@@ -16,13 +16,13 @@ class Pieces:
         return self._length
 
     def add(self, samples: np.ndarray) -> None:
-        """samples: float [S] in −1 … 1, S ≥ 0; copied. Raises: ChromaError for another type or shape, or for values that are
+        """samples: float [S] in −1 … 1, S ≥ 0; copied. Raises: InputError for another type or shape, or for values that are
         not finite."""
         samples = np.array(samples)  # the caller may use its buffer again
         if samples.ndim != 1 or not np.issubdtype(samples.dtype, np.floating):
-            raise ChromaError(f"samples must be floats [S] in −1 … 1, got {samples.dtype} {list(samples.shape)}")
+            raise InputError(f"samples must be floats [S] in −1 … 1, got {samples.dtype} {list(samples.shape)}")
         if not np.isfinite(samples).all():
-            raise ChromaError("samples hold values that are not finite")
+            raise InputError("samples hold values that are not finite")
         self._parts.append(samples)
         self._length += len(samples)
 

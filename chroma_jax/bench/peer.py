@@ -2,13 +2,13 @@
 
 import jax
 
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 
 
 def torch_device() -> str:
     """PyTorch's name of the device that JAX computes on, "cpu" or "cuda".
 
-    Raises: ChromaError where PyTorch does not reach that.
+    Raises: InputError where PyTorch does not reach that.
     """
     import torch
 
@@ -17,4 +17,4 @@ def torch_device() -> str:
         return "cpu"
     if device.platform == "gpu" and torch.cuda.is_available():
         return "cuda"
-    raise ChromaError(f"JAX computes on {device.device_kind}, which this PyTorch does not reach: give --peer none")
+    raise InputError(f"JAX computes on {device.device_kind}, which this PyTorch does not reach: give --peer none")

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from chroma_jax.inference.state import Kept
+from chroma_jax.inference.state import CacheDType
 from chroma_jax.layers.attention import causal_mask
 from chroma_jax.layers.transformer import Llama
 from chroma_jax.models.chroma import Chroma
@@ -26,8 +26,8 @@ PIECE = 32  # positions that go through a model at once; later ones see them thr
 
 class Form(NamedTuple):
     dtype: str
-    weights: Kept
-    cache: Kept
+    weights: CacheDType
+    cache: CacheDType
 
 
 EXACT = Form("float32", "as_dtype", "as_dtype")
@@ -49,7 +49,7 @@ def bench_small(
     foreseen, and how often the likeliest entry is that of float32.
 
     model: in float32, as `load_run` gives it; rows: of a batch; batches: so many only; forms: the first is what the others are
-    compared with. Raises: ChromaError for data that does not fit.
+    compared with. Raises: InputError for data that does not fit.
     """
     graph, state = nnx.split(model)
     found, started = {form: Sums() for form in forms}, time.perf_counter()

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from chroma_jax.config import Config
 from chroma_jax.runs.load import load_run
 from chroma_jax.serving.engine import Engine, EngineConfig
-from chroma_jax.serving.session import SamplingSettings
+from chroma_jax.serving.session import SamplingParams
 from data_pipelines.tokenizer import encoder
 
 RATE = 16_000  # of the user's speech
@@ -31,7 +31,7 @@ class Script:
     """turns: (seed of the speech, its seconds, after how many frames it is interrupted, or None)."""
 
     voice: str
-    sampling: SamplingSettings
+    sampling: SamplingParams
     turns: tuple[tuple[int, float, int | None], ...]
 
     @classmethod
@@ -41,7 +41,7 @@ class Script:
             (int(rng.integers(2**31)), float(rng.uniform(0.3, 4)), int(rng.integers(1, 30)) if rng.random() < 0.4 else None)
             for _ in range(rng.integers(1, 4))
         ]
-        chosen = SamplingSettings(float(rng.choice([0.0, 0.9])), int(rng.choice([0, 50])), float(rng.choice([0.95, 1.0])), seed)
+        chosen = SamplingParams(float(rng.choice([0.0, 0.9])), int(rng.choice([0, 50])), float(rng.choice([0.95, 1.0])), seed)
         return cls(str(rng.choice(VOICES)), chosen, tuple(turns))
 
 

@@ -31,11 +31,11 @@ from chroma_jax.models.codec import Codec
 from chroma_jax.models.quantization import quantized
 from chroma_jax.planning.stream import weights_read
 from chroma_jax.sequence.chat_template import question, voice_prompt
-from chroma_jax.sequence.interleave import FRAMES_PER_PAIR, NOTHING
+from chroma_jax.sequence.interleave import FRAMES_PER_PAIR, NONE_TOKEN
 from chroma_jax.serving.engine import Engine, EngineConfig
 from chroma_jax.serving.metrics import DEADLINE
-from chroma_jax.serving.session import SamplingSettings
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.serving.session import SamplingParams
+from chroma_jax.utils.errors import InputError
 
 Round = Callable[[], list[list[float]]]  # → for each reply when its frames were there
 
@@ -70,9 +70,9 @@ def bench_stream(
     """Measures ``rounds`` replies in every slot, for each number of slots; with a peer, one more slot in turn with its replies.
 
     reply: how codes are chosen, and the type computed in. text_positions, chunk: of the engine. peer: "torch", or "none".
-    Raises: ChromaError where the peer is not installed, or where the sizes do not fit together.
+    Raises: InputError where the peer is not installed, or where the sizes do not fit together.
     """
-    model.config = dataclasses.replace(model.config, codebook_eos=NOTHING)  # no code is that, so that no reply ends early
+    model.config = dataclasses.replace(model.config, codebook_eos=NONE_TOKEN)  # no code is that, so that no reply ends early
     sizes = EngineSizes(model, codec, reply, talk, text_positions, chunk)
     device, threads = jax.devices()[0], len(os.sched_getaffinity(0))
     read = bandwidth(device)
@@ -117,8 +117,8 @@ class EngineSizes:
         return 1 / self.model.config.codec.frame_rate
 
     @property
-    def sampling(self) -> SamplingSettings:
-        return SamplingSettings(self.reply.temperature, self.reply.top_k, self.reply.top_p, self.reply.seed)
+    def sampling(self) -> SamplingParams:
+        return SamplingParams(self.reply.temperature, self.reply.top_k, self.reply.top_p, self.reply.seed)
 
     @property
     def voice_length(self) -> int:
@@ -239,12 +239,12 @@ def compare(sizes: EngineSizes, rounds: int, threads: int) -> dict:
     way that is fastest for the peer counts. The voice prompt is a named voice here; the peer, as the reference, encodes and
     reads it for every reply, which ``voice_known`` leaves out.
 
-    Raises: ChromaError where the peer is not installed.
+    Raises: InputError where the peer is not installed.
     """
     try:
         from chroma_jax.bench.torch_stream import TorchPeer
     except ModuleNotFoundError as e:
-        raise ChromaError(f"the peer 'torch' needs {e.name}: install the extra 'dev', or give --peer none") from e
+        raise InputError(f"the peer 'torch' needs {e.name}: install the extra 'dev', or give --peer none") from e
     talk, config = sizes.talk, sizes.model.config
     peer = TorchPeer(config, sizes.reply.dtype, threads, torch_device())
     said = (talk.question(), np.array(sizes.text()), np.array(voice_prompt(words, config.tokens, talk.transcript())))

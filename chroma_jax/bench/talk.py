@@ -10,8 +10,8 @@ import numpy as np
 from chroma_jax.models.chroma import ChromaConfig
 from chroma_jax.sequence.chat_template import question
 from chroma_jax.serving.engine import Engine
-from chroma_jax.serving.session import SamplingSettings, Session
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.serving.session import SamplingParams, Session
+from chroma_jax.utils.errors import InputError
 
 RATE = 16_000  # of what the user says
 PIECE = 1280  # samples that a microphone gives at a time, 80 ms
@@ -37,9 +37,9 @@ class Talk:
     def __post_init__(self):
         for name in ("question_seconds", "voice_seconds", "voice_tokens"):
             if getattr(self, name) <= 0:
-                raise ChromaError(f"{name} is {getattr(self, name)}, must be more than 0")
+                raise InputError(f"{name} is {getattr(self, name)}, must be more than 0")
         if self.frames < 2:
-            raise ChromaError(f"frames is {self.frames}, must be at least 2")
+            raise InputError(f"frames is {self.frames}, must be at least 2")
 
     def question(self) -> np.ndarray:
         """float32 [S] at 16 kHz."""
@@ -53,11 +53,11 @@ class Talk:
         return text(self.voice_tokens)
 
     def system(self, config: ChromaConfig) -> str:
-        """The text before the user's turn that makes it as long as is wanted. Raises: ChromaError for too few tokens."""
+        """The text before the user's turn that makes it as long as is wanted. Raises: InputError for too few tokens."""
         around = lambda system: len(question(words, config.tokens, heard=[config.tokens.audio], system=system)) - 1
         missing = self.question_tokens - around(text(1))
         if missing < 0:
-            raise ChromaError(f"question_tokens is {self.question_tokens}, must be at least {around(text(1))}")
+            raise InputError(f"question_tokens is {self.question_tokens}, must be at least {around(text(1))}")
         return text(1 + missing)
 
 
@@ -75,17 +75,17 @@ def words(text: str) -> list[int]:
     return [sum(map(ord, word)) % 251 for word in text.split()]
 
 
-def enter(engine: Engine, talk: Talk, config: ChromaConfig, sampling: SamplingSettings) -> Session:
+def enter(engine: Engine, talk: Talk, config: ChromaConfig, sampling: SamplingParams) -> Session:
     return engine.open(VOICE, system=talk.system(config), sampling=sampling, max_frames=talk.frames)
 
 
 def ask(session: Session, talk: Talk) -> list[float]:
     """Says the question and takes the reply. Returns when each of its frames was there, in seconds since the end of the question.
-    Raises: ChromaError for a reply that ended before its time."""
+    Raises: InputError for a reply that ended before its time."""
     began = say(session, talk)
     arrivals = [time.perf_counter() - began for _ in session]
     if len(arrivals) != talk.frames:
-        raise ChromaError(f"a reply ended after {len(arrivals)} of {talk.frames} frames ({session.reply.ended})")
+        raise InputError(f"a reply ended after {len(arrivals)} of {talk.frames} frames ({session.reply.ended})")
     return arrivals
 
 

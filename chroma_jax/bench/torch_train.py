@@ -13,7 +13,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from chroma_jax.config import Config
 from chroma_jax.layers.transformer import LlamaConfig as Sizes
 from chroma_jax.sequence.batch import Batch
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 
 
 def stack(cls, make, c: Sizes, vocab: int, positions: int):
@@ -113,7 +113,7 @@ class TorchStep:
     def __init__(self, config: Config, batch: Batch, threads: int, device: str):
         """device: PyTorch's name of it, "cpu" or "cuda"."""
         if config.loss.codebook_weights or config.loss.prompt_weight:
-            raise ChromaError(
+            raise InputError(
                 "the peer 'torch' has no codebook_weights and no prompt_weight: unset them in loss, or give --peer none"
             )
         torch.set_num_threads(threads)

@@ -19,7 +19,7 @@ from chroma_jax.parallel.compiler_options import options
 from chroma_jax.parallel.sharding import make_mesh
 from chroma_jax.planning.training_step import step_flops, trainer_of
 from chroma_jax.training.runtime.malloc import keep_freed
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 from chroma_jax.utils.tree_paths import values
 
 
@@ -29,7 +29,7 @@ def bench_train(config: Config, *, rows: int, rounds: int, peer: str) -> dict:
     seconds that processors worked, which tell more than the clock where others use them too; and what either side reaches, in the
     same rounds, in the product of the Backbone's MLP alone, in the type computed in: what of the ratio is theirs.
 
-    peer: "torch", or "none". Raises: ChromaError where the peer is not installed.
+    peer: "torch", or "none". Raises: InputError where the peer is not installed.
     """
     config = dataclasses.replace(config, training=dataclasses.replace(config.training, global_batch=rows))
     batch, threads = full_rows(config, rows), len(os.sched_getaffinity(0))
@@ -39,7 +39,7 @@ def bench_train(config: Config, *, rows: int, rounds: int, peer: str) -> dict:
         try:
             from chroma_jax.bench.torch_train import TorchStep
         except ModuleNotFoundError as e:
-            raise ChromaError(f"the peer 'torch' needs {e.name}: install the extra 'dev', or give --peer none") from e
+            raise InputError(f"the peer 'torch' needs {e.name}: install the extra 'dev', or give --peer none") from e
         sides["torch"] = TorchStep(config, batch, threads, torch_device())
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     worked: dict[str, list[float]] = {name: [] for name in sides}

@@ -318,7 +318,7 @@ class Verify:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluate:
-    """Judges a run on held-out dialogues: its codec, and a speaking model's answers in text and in sound.
+    """MetricModels a run on held-out dialogues: its codec, and a speaking model's answers in text and in sound.
 
     run: run folder of a speaking model or of a codec, or an exported model. out: folder for report.txt, report.json and
     index.html, a page with players. suite: what is asked. split: test, or valid while choosing settings. corpus: another folder

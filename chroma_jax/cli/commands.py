@@ -33,7 +33,7 @@ from chroma_jax.cli.arguments import (
     Verify,
 )
 from chroma_jax.utils.atomic_io import write_whole
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 
 PROGRAM = "chroma-jax"
 
@@ -47,7 +47,7 @@ def prepare(args: Prepare, config) -> int:
 
     if isinstance(config, CodecRun):
         if args.codec is not None:
-            raise ChromaError("--codec is for dialogues, whose codes it makes; recordings for a codec's training need none")
+            raise InputError("--codec is for dialogues, whose codes it makes; recordings for a codec's training need none")
         print(f"{args.out}: {recordings(prepare_waves(config.data, config.model, args.out).manifest)}")
         return 0
     codec = None if args.codec is None else trained_codec(pretrained.found(args.codec), config.model)
@@ -79,7 +79,7 @@ def synthesize(args: Synthesize) -> int:
 
     share = 0.02 if args.check is None else args.check
     if not 0 <= share <= 1 or args.max_wer < 0:
-        raise ChromaError(f"--check is {share:g} and --max-wer {args.max_wer:g}; expected a share of 0 to 1, and 0 or more")
+        raise InputError(f"--check is {share:g} and --max-wer {args.max_wer:g}; expected a share of 0 to 1, and 0 or more")
     config = SynthesisConfig(
         **{name: getattr(args, name) for name in ("engine", "phase", "voices", "held_out_voices", "hours", "seed")}
     )
@@ -87,7 +87,7 @@ def synthesize(args: Synthesize) -> int:
     if args.check is None:
         try:
             metric_models()
-        except ChromaError as error:
+        except InputError as error:
             share, skipped = 0.0, f"check skipped: {error}"
     workers = len(os.sched_getaffinity(0)) if args.workers is None else args.workers
     options = {"workers": workers, "check_share": share, "max_wer": args.max_wer, "models": metric_models}
@@ -107,7 +107,7 @@ def synthesize(args: Synthesize) -> int:
 
 @functools.cache
 def metric_models():
-    """Whisper base and resemblyzer, to check synthesized speech with. Raises ChromaError if the extra "eval" is missing."""
+    """Whisper base and resemblyzer, to check synthesized speech with. Raises InputError if the extra "eval" is missing."""
     from chroma_jax.evaluation.words import normalised, word_errors
     from chroma_jax.metric_models.speech import Recogniser, Voices
     from data_pipelines.synthesis.check import MetricModels
@@ -151,7 +151,7 @@ def train(args: Train, config) -> int:
     from chroma_jax.training.runtime.malloc import run_by_caller
 
     if args.program is not None and isinstance(config, CodecRun):
-        raise ChromaError("--program is for the configuration of a speaking model")
+        raise InputError("--program is for the configuration of a speaking model")
     run_by_caller()
     with joined(args.distributed, config.mesh) as progress:
         if isinstance(config, CodecRun):
@@ -197,7 +197,7 @@ def plan(args: Plan, config) -> int:
 
     codec = isinstance(config, CodecRun)
     if codec and (args.step != "train" or args.search or args.program is not None):
-        raise ChromaError("--step stream, --search and --program are for the configuration of a speaking model")
+        raise InputError("--step stream, --search and --program are for the configuration of a speaking model")
     topology = parse_topology(args.topology, args.slices)
     without_tpu()
     if args.step == "stream":
@@ -216,9 +216,9 @@ def plan(args: Plan, config) -> int:
         write_whole(args.out, json.dumps(found.json(), indent=1) + "\n")
     if args.program is not None:
         from chroma_jax.planning.training_step import compiled_from
-        from chroma_jax.training.runtime.aot_executable import save_program
+        from chroma_jax.training.runtime.aot_executable import save_executable
 
-        save_program(compiled, compiled_from(config), topology.name, args.program)
+        save_executable(compiled, compiled_from(config), topology.name, args.program)
     return 0
 
 
@@ -253,7 +253,7 @@ def bench_small(args: BenchSmall, config) -> int:
     from chroma_jax.runs.load import load_run
 
     if args.rows < 1 or (args.batches is not None and args.batches < 1):
-        raise ChromaError(f"--rows is {args.rows} and --batches {args.batches}; they must be at least 1")
+        raise InputError(f"--rows is {args.rows} and --batches {args.batches}; they must be at least 1")
     reply = dataclasses.replace(config.reply, dtype="float32", weights="as_dtype")
     model, _, _ = load_run(args.run, dataclasses.replace(config, reply=reply))
     found = bench_small(model, args.prepared, split=args.split, rows=args.rows, batches=args.batches)
@@ -270,10 +270,10 @@ def bench_train(args: BenchTrain, config) -> int:
     from chroma_jax.training.runtime.malloc import run_by_caller
 
     if not isinstance(config, Config):
-        raise ChromaError("bench train wants the configuration of a speaking model")
+        raise InputError("bench train wants the configuration of a speaking model")
     for name in ("rows", "rounds"):
         if getattr(args, name) < 1:
-            raise ChromaError(f"--{name} is {getattr(args, name)}, must be at least 1")
+            raise InputError(f"--{name} is {getattr(args, name)}, must be at least 1")
     run_by_caller()
     return measured(bench_train(config, rows=args.rows, rounds=args.rounds, peer=args.peer), args.out)
 
@@ -294,9 +294,9 @@ def bench_stream(args: BenchStream, config) -> int:
     from chroma_jax.runs.load import load_run
 
     if not isinstance(config, Config):
-        raise ChromaError("bench stream wants the configuration of a speaking model, or its run folder")
+        raise InputError("bench stream wants the configuration of a speaking model, or its run folder")
     if args.rounds < 1:
-        raise ChromaError(f"--rounds is {args.rounds}, must be at least 1")
+        raise InputError(f"--rounds is {args.rounds}, must be at least 1")
     lengths = ("question_seconds", "question_tokens", "voice_seconds", "voice_tokens", "frames")
     talk = Talk(**{name: getattr(args, name) for name in lengths}, fed="live" if args.live else "at once")
     given = {name: getattr(args, name) for name in ("slots", "rounds", "text_positions", "chunk", "peer")}
@@ -311,7 +311,7 @@ def bench_soak(args: BenchSoak, config) -> int:
     from chroma_jax.bench.soak import bench_soak
 
     if args.minutes <= 0 or args.scripts < 1:
-        raise ChromaError(f"--minutes is {args.minutes:g} and --scripts {args.scripts}; both must be more than 0")
+        raise InputError(f"--minutes is {args.minutes:g} and --scripts {args.scripts}; both must be more than 0")
     given = {name: getattr(args, name) for name in ("slots", "minutes", "scripts", "max_seconds")}
     found = bench_soak(args.run, config, **given)
     measured(found, args.out)
@@ -330,7 +330,7 @@ def chat(args: Chat, config) -> int:
     from chroma_jax.serving.live import chat
 
     if not args.transcript and args.voice.suffix != ".safetensors":
-        raise ChromaError(f"--voice {args.voice} is a recording, so --transcript has to say what is said in it")
+        raise InputError(f"--voice {args.voice} is a recording, so --transcript has to say what is said in it")
     given = {name: getattr(args, name) for name in ("voice", "questions", "pace", "play", "keep_voice", "out")}
     print(json.dumps(chat(args.run, config, transcript=transcript(args.transcript), **given), indent=1))
     return 0
@@ -339,11 +339,11 @@ def chat(args: Chat, config) -> int:
 def evaluate(args: Evaluate, config) -> int:
     from chroma_jax.evaluation import report
     from chroma_jax.evaluation.evaluate import evaluate
-    from chroma_jax.metric_models.speech import appointed
+    from chroma_jax.metric_models.speech import load_metric_models
     from chroma_jax.utils.atomic_io import check_new
 
     check_new(args.out)
-    judges = appointed(args.recogniser, args.speaker_model)
+    judges = load_metric_models(args.recogniser, args.speaker_model)
     given = {name: getattr(args, name) for name in ("suite", "split", "corpus", "limit", "parts")}
     print(report.text(evaluate(args.run, config, args.out, judges=judges, **given)), end="")
     return 0
@@ -370,10 +370,10 @@ def import_(args: Import, config) -> int:
 
     *sources, dest = args.paths
     if not sources:
-        raise ChromaError("convert import wants SOURCE … DEST, at least one checkpoint and the folder to write")
+        raise InputError("convert import wants SOURCE … DEST, at least one checkpoint and the folder to write")
     if isinstance(config, CodecRun):
         if len(sources) > 1 or args.keep_unused:
-            raise ChromaError(f"--onto {args.onto} is a codec: give one SOURCE and no --keep-unused; got {len(sources)} sources")
+            raise InputError(f"--onto {args.onto} is a codec: give one SOURCE and no --keep-unused; got {len(sources)} sources")
         lines = import_codec(pretrained.found(sources[0]), config, None if args.dry_run else dest)
         print("\n".join([*lines, *(["dry run: nothing was written"] if args.dry_run else [])]))
         return 0
@@ -395,13 +395,13 @@ def export(args: Export) -> int:
 
     if (args.run / "config.txt").is_file() and isinstance(load(args.run), CodecRun):
         if args.format != "huggingface" or args.dtype != "stored":
-            raise ChromaError(f"{args.run}: a codec's run is exported in Hugging Face's layout of Mimi, in float32")
+            raise InputError(f"{args.run}: a codec's run is exported in Hugging Face's layout of Mimi, in float32")
         print(export_codec(args.run, args.dest))
         return 0
     if args.format == "stablehlo":
         return export_artefact(args)
     if args.shard_gb <= 0:
-        raise ChromaError(f"--shard-gb is {args.shard_gb:g}, must be more than 0")
+        raise InputError(f"--shard-gb is {args.shard_gb:g}, must be more than 0")
     print(export(args.run, args.dest, args.dtype, int(args.shard_gb * 2**30)))
     return 0
 
@@ -439,5 +439,5 @@ def run_configuration(argv: list[str], kind: Literal["speaking", "any"] = "speak
     run = Path(argv[0])
     config = exported_run(run) if (run / "config.json").is_file() else configs.load(run)
     if kind == "speaking" and not isinstance(config, configs.Config):
-        raise ChromaError(f"{argv[0]}: a codec, expected a speaking model")
+        raise InputError(f"{argv[0]}: a codec, expected a speaking model")
     return config

@@ -16,7 +16,7 @@ import tyro
 
 from chroma_jax.cli import arguments, commands
 from chroma_jax.cli.commands import PROGRAM, run_configuration, virtual_devices
-from chroma_jax.utils.errors import EXIT_CODES, ChromaError, Ended, near
+from chroma_jax.utils.errors import EXIT_CODES, InputError, TrainingStopped, near
 
 # Command → (its arguments, what it does, where its configuration comes from: a file named first, a run folder, either of them,
 # the file that --onto names, or none). A run may have to be that of a speaking model.
@@ -66,12 +66,12 @@ def main(argv: list[str] | None = None) -> int:
         command = next((c for c in COMMANDS if argv[: len(c.split())] == c.split()), None)
         if command is None:
             given = " ".join(argv[:2] if argv[0] in ("bench", "convert") else argv[:1])
-            raise ChromaError(f"unknown command {given!r}{near(given, COMMANDS)}; commands: {', '.join(COMMANDS)}")
+            raise InputError(f"unknown command {given!r}{near(given, COMMANDS)}; commands: {', '.join(COMMANDS)}")
         return dispatch(command, argv[len(command.split()) :])
-    except ChromaError as e:
+    except InputError as e:
         print(f"{PROGRAM}: error: {' '.join(str(e).split())}", file=sys.stderr)
         return 2
-    except Ended as e:
+    except TrainingStopped as e:
         print(f"{PROGRAM}: {e}", file=sys.stderr)
         return e.code
     except KeyboardInterrupt:
@@ -92,7 +92,7 @@ def dispatch(command: str, argv: list[str]) -> int:
         if set(argv) & {"-h", "--help"}:
             argv = ["nano", *argv]  # help lists the fields of a configuration; any will do
         else:
-            raise ChromaError(f"{command} wants a configuration first: a file, or one of {', '.join(configs.shipped())}")
+            raise InputError(f"{command} wants a configuration first: a file, or one of {', '.join(configs.shipped())}")
     if source == "file":
         named = argv[0]
         if command == "plan":
@@ -149,7 +149,7 @@ def parse(accepted: type, argv: list[str], program: str):
         if not e.code:
             print(out.getvalue(), end="")
             sys.exit(0)
-        raise ChromaError(one_line(err.getvalue())) from e
+        raise InputError(one_line(err.getvalue())) from e
 
 
 def one_line(box: str) -> str:

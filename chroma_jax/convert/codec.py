@@ -9,7 +9,7 @@ from flax import nnx
 from chroma_jax import config as configs
 from chroma_jax.config import CodecRun
 from chroma_jax.convert.importer import CODEC
-from chroma_jax.convert.sources import PARTS, adopt, read_codec, read_config, recognise
+from chroma_jax.convert.sources import PARTS, map_names, read_codec, read_config, recognise
 from chroma_jax.models.chroma import ChromaConfig
 from chroma_jax.models.codec import Codec, CodecConfig
 from chroma_jax.models.io.hf_config import codec_from_hf, codec_to_hf, from_hf
@@ -17,14 +17,14 @@ from chroma_jax.models.io.name_tables import codec_rows
 from chroma_jax.models.io.weight_files import abstract_codec, import_weights, outputs, problems, read_header, write_safetensors
 from chroma_jax.training.checkpoint import Checkpoints
 from chroma_jax.utils.atomic_io import check_new, write_json, written_aside
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 from chroma_jax.utils.tree_paths import filled, values
 
 
 def trained_codec(source: Path, config: ChromaConfig) -> Codec:
     """A Codec from the run folder that trained it, or from safetensors in the released names or Mimi's own.
 
-    Raises: ChromaError when there is none, or it is not what ``config.codec`` describes.
+    Raises: InputError when there is none, or it is not what ``config.codec`` describes.
     """
     if not (Path(source) / "config.txt").is_file():
         return read_codec(source, config)
@@ -32,7 +32,7 @@ def trained_codec(source: Path, config: ChromaConfig) -> Codec:
     now = configs.fields(config.codec)
     apart = [f"{n} {v!r} there, {now[n]!r} here" for n, v in configs.fields(run.model).items() if now[n] != v]
     if apart := [line for line in apart if configs.concerns_weights(line.split()[0])]:
-        raise ChromaError(f"{source}: trained a codec that the configuration describes otherwise: {'; '.join(apart)}")
+        raise InputError(f"{source}: trained a codec that the configuration describes otherwise: {'; '.join(apart)}")
     return stored_codec(source, run)
 
 
@@ -46,7 +46,7 @@ def load_codec(source: Path, default: CodecConfig) -> Codec:
         default: the configuration of safetensors without a config.json.
 
     Raises:
-        ChromaError: there is no Codec, or it does not fit its configuration.
+        InputError: there is no Codec, or it does not fit its configuration.
     """
     source = Path(source)
     if (source / "config.txt").is_file():
@@ -55,7 +55,7 @@ def load_codec(source: Path, default: CodecConfig) -> Codec:
             return stored_codec(source, config)
         return read_codec(source / CODEC, config.model)
     if not source.exists():
-        raise ChromaError(f"{source}: no such file or folder, and no shipped weights of that name")
+        raise InputError(f"{source}: no such file or folder, and no shipped weights of that name")
     about = read_config(source)
     if about is None:
         return read_codec(source, with_codec(default))
@@ -69,7 +69,7 @@ def own_config(source: Path, about: dict) -> CodecConfig:
     try:
         return codec_from_hf(section)
     except (KeyError, ValueError) as e:
-        raise ChromaError(f"{source}: its config.json describes no Mimi codec ({type(e).__name__}: {e})") from e
+        raise InputError(f"{source}: its config.json describes no Mimi codec ({type(e).__name__}: {e})") from e
 
 
 def import_codec(source: Path, config: CodecRun, dest: Path | None) -> list[str]:
@@ -87,23 +87,23 @@ def import_codec(source: Path, config: CodecRun, dest: Path | None) -> list[str]
         Lines that describe what is imported.
 
     Raises:
-        ChromaError: ``dest`` exists, or ``source`` has no Codec of these sizes.
+        InputError: ``dest`` exists, or ``source`` has no Codec of these sizes.
     """
     source = Path(source)
     header = read_header(source)
     naming, prefix = recognise(source, header)
-    model, notes = adopt(with_codec(config.model), source, naming, frozenset(PARTS) - {"codec"})
+    model, notes = map_names(with_codec(config.model), source, naming, frozenset(PARTS) - {"codec"})
     rows = [row for row in naming.rows(model, prefix) if row.part == "codec"]
     shapes = {path: x.shape for path, x in values(abstract_codec(model), "codec/").items()}
     wrong = [problem for row in rows for problem in problems(row, header, shapes[row.path])]
     if wrong or not rows:
-        raise ChromaError(f"{source}: {naming.title} has no Codec of these sizes: {'; '.join(wrong[:10]) or 'no tensors of one'}")
+        raise InputError(f"{source}: {naming.title} has no Codec of these sizes: {'; '.join(wrong[:10]) or 'no tensors of one'}")
     read = sum(len(list(row.foreign_names())) for row in rows)
     lines = [f"{source}: {naming.title}, {len(header)} tensors", f"  read: {read} of the codec", *(f"  {note}" for note in notes)]
     if dest is None:
         return lines
     if any(tensor.file is None for tensor in header.values()):
-        raise ChromaError(f"{source}: a manifest has no weights; it can be imported with --dry-run only")
+        raise InputError(f"{source}: a manifest has no weights; it can be imported with --dry-run only")
     check_new(Path(dest))
     weights = values(import_weights(abstract_codec(model), rows, source, "codec/"), "codec/")
     with written_aside(dest) as folder:
@@ -114,10 +114,10 @@ def import_codec(source: Path, config: CodecRun, dest: Path | None) -> list[str]
 
 
 def codec_run(run: Path) -> CodecRun:
-    """The configuration of a run folder that trained a Codec. Raises ChromaError when it is something else."""
+    """The configuration of a run folder that trained a Codec. Raises InputError when it is something else."""
     config = configs.load(run)
     if not isinstance(config, CodecRun):
-        raise ChromaError(f"{run}: a run of a speaking model, expected one that trained a codec")
+        raise InputError(f"{run}: a run of a speaking model, expected one that trained a codec")
     return config
 
 
@@ -140,7 +140,7 @@ def with_codec(codec: CodecConfig) -> ChromaConfig:
 def export_codec(run: Path, dest: Path) -> str:
     """Writes ``dest``: config.json and model.safetensors in the layout of transformers' Mimi, and its preprocessor_config.json.
 
-    run: a run folder that trained a Codec. Returns a line that says what was written. Raises: ChromaError when ``dest`` exists,
+    run: a run folder that trained a Codec. Returns a line that says what was written. Raises: InputError when ``dest`` exists,
     or for a folder that is none.
     """
     config = codec_run(run)

@@ -21,7 +21,7 @@ from chroma_jax.models.io.weight_files import Output, abstract_weights, outputs,
 from chroma_jax.training.checkpoint import Checkpoints
 from chroma_jax.training.lora import restored
 from chroma_jax.utils.atomic_io import check_new, write_json, written_aside
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 from chroma_jax.utils.tree_paths import values
 
 DType = Literal["stored", "float32", "bfloat16"]
@@ -33,7 +33,7 @@ def export(run: Path, dest: Path, dtype: DType = "stored", shard_bytes: int = 4 
 
     run: a training run or an imported folder; unused tensors that an import kept are exported again. dtype: of the speaking
     model; "stored" keeps every bit. The Codec stays in float32, as in the released checkpoint. shard_bytes: largest file, unless
-    one tensor is larger. Returns a line that says what was written. Raises: ChromaError when ``dest`` exists or the run lacks
+    one tensor is larger. Returns a line that says what was written. Raises: InputError when ``dest`` exists or the run lacks
     something; nothing is written then.
     """
     run, dest = Path(run), Path(dest)
@@ -62,12 +62,12 @@ def export(run: Path, dest: Path, dtype: DType = "stored", shard_bytes: int = 4 
 def stored_weights(run: Path, config: Config) -> dict[str, jax.Array]:
     """All weights by path, the Codec's too, on the first device and in the types that they are stored in.
 
-    Raises: ChromaError when a part is missing, or the checkpoint is another model's.
+    Raises: InputError when a part is missing, or the checkpoint is another model's.
     """
     expected = {p: x.shape for p, x in abstract_weights(config.model).items() if not p.startswith("codec/")}
     first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     if not (run / CODEC).is_file():
-        raise ChromaError(f"{run / CODEC}: no such file; an export needs the Codec")
+        raise InputError(f"{run / CODEC}: no such file; an export needs the Codec")
     with Checkpoints(run, config.checkpoint, access="read") as checkpoints:
         held = checkpoints.held()
         check_complete(run, expected.keys() - held.keys())

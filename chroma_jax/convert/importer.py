@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from chroma_jax import config as configs
 from chroma_jax.config import Config
-from chroma_jax.convert.sources import PARTS, Account, account, adopt, read_config, recognise
+from chroma_jax.convert.sources import PARTS, Coverage, check_coverage, map_names, read_config, recognise
 from chroma_jax.models.chroma import Chroma
 from chroma_jax.models.io import hf_config
 from chroma_jax.models.io.name_tables import codec_rows
@@ -41,7 +41,7 @@ from chroma_jax.models.io.weight_files import (
 from chroma_jax.parallel.sharding import make_mesh, state_shardings
 from chroma_jax.training.checkpoint import Checkpoints
 from chroma_jax.utils.atomic_io import check_new, write_json, written_aside
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 from chroma_jax.utils.tree_paths import values
 
 CODEC, UNUSED, SOURCE_CONFIG = "codec.safetensors", "unused.safetensors", "source_config.json"
@@ -53,7 +53,7 @@ class Plan:
     """What an import will do; made from headers alone. config: with what the sources say of their weights."""
 
     config: Config
-    accounts: tuple[Account, ...]
+    accounts: tuple[Coverage, ...]
 
     @property
     def missing(self) -> list[str]:
@@ -72,7 +72,7 @@ def plan_import(sources: Sequence[Path], config: Config | None, default: Callabl
 
     sources: safetensors files, folders with some, or manifests (see `read_header`). config: whose sizes the weights must have;
     None takes those of the first source that is a whole Chroma and has a config.json, else ``default``'s.
-    Raises: one ChromaError with everything in any source that does not fit.
+    Raises: one InputError with everything in any source that does not fit.
     """
     headers = [read_header(source) for source in sources]
     config = config or _own_config(sources, headers, default) or default()
@@ -80,22 +80,22 @@ def plan_import(sources: Sequence[Path], config: Config | None, default: Callabl
     for source, header in zip(sources, headers):
         naming, _ = recognise(source, header)
         try:
-            model, notes[source] = adopt(model, source, naming, taken)
-        except ChromaError as e:
+            model, notes[source] = map_names(model, source, naming, taken)
+        except InputError as e:
             wrong.append(str(e))
         taken |= set(naming.required)
     shapes = {path: x.shape for path, x in abstract_weights(model).items()}
     taken = frozenset()
     for source, header in zip(sources, headers):
         try:
-            found = account(source, header, model, shapes, taken)
-        except ChromaError as e:
+            found = check_coverage(source, header, model, shapes, taken)
+        except InputError as e:
             wrong.append(str(e))
             continue
         accounts.append(found._replace(notes=found.notes + notes.get(source, [])))
         taken |= {row.part for row in found.rows}
     if wrong:
-        raise ChromaError("nothing was written. " + " | ".join(wrong))
+        raise InputError("nothing was written. " + " | ".join(wrong))
     return Plan(dataclasses.replace(config, model=model), tuple(accounts))
 
 
@@ -110,15 +110,15 @@ def _own_config(sources: Sequence[Path], headers: Sequence[Mapping], default: Ca
 def import_sources(plan: Plan, dest: Path, unused: str = "leave") -> str:
     """Writes the folder ``dest``, all of it or nothing. Returns a line that says what was written.
 
-    unused: "keep" carries the tensors that only a released checkpoint has. Raises: ChromaError when ``dest`` exists or a file
+    unused: "keep" carries the tensors that only a released checkpoint has. Raises: InputError when ``dest`` exists or a file
     is damaged.
     """
     dest = Path(dest)
     check_new(dest)
     manifests = [str(a.source) for a in plan.accounts if any(t.file is None for t in a.header.values())]
     if manifests:
-        raise ChromaError(f"{', '.join(manifests)}: a manifest has no weights; it can be imported with --dry-run only")
-    carried: dict[str, tuple[Account, str]] = {}  # released name → the first source that has it, and its name there
+        raise InputError(f"{', '.join(manifests)}: a manifest has no weights; it can be imported with --dry-run only")
+    carried: dict[str, tuple[Coverage, str]] = {}  # released name → the first source that has it, and its name there
     for a in plan.accounts if unused == "keep" else ():
         carried = {released: (a, name) for name, released in a.carried.items()} | carried
     read = [tensor for a in plan.accounts for tensor in _tensors(a)]
@@ -172,7 +172,7 @@ def _write_codec(plan: Plan, file: Path, progress: Callable[[int], object]) -> N
             write_safetensors(file, list(outputs(weights, codec_rows(plan.config.model))))
 
 
-def _tensors(a: Account) -> Iterator[Tensor]:
+def _tensors(a: Coverage) -> Iterator[Tensor]:
     for row in a.rows:
         for name in row.foreign_names():
             yield a.header[stored_name(row, name, a.header)]

@@ -16,12 +16,12 @@ from chroma_jax.models.io import hf_config
 from chroma_jax.models.io import name_tables as names
 from chroma_jax.models.io.name_tables import Row
 from chroma_jax.models.io.weight_files import DTYPES, Header, abstract_codec, import_weights, problems, read_header, stored_name
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 
 PARTS = ("reasoner", "backbone", "decoder", "codec")
 # What a source knows better than the configuration that it is imported onto: the weights were trained so.
 ADOPTED = re.compile(r".*\b(rope\..*|norm_eps|layer_scale|window)$")
-Said = dict[str, Any]  # part → its configuration, as a source's config.json says it
+PartConfigs = dict[str, Any]  # part → its configuration, as a source's config.json says it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Naming:
     sign: str
     rows: Callable[[ChromaConfig, str], list[Row]]
     required: tuple[str, ...]
-    said: Callable[[dict], Said]
+    said: Callable[[dict], PartConfigs]
     optional: tuple[str, ...] = ()
     prefixes: tuple[str, ...] = ("",)
     unused: tuple[tuple[str, str], ...] = ()
@@ -48,7 +48,7 @@ OMNI = (r"talker\.|token2wav\.", "Qwen2.5-Omni's own voice")
 TEXT = (r"(.*\.)?(embed_text_tokens|text_embeddings)\.weight$", "CSM's text vocabulary; Chroma embeds text by the Reasoner")
 
 
-def _csm_said(config: dict) -> Said:
+def _csm_said(config: dict) -> PartConfigs:
     if "depth_decoder_config" not in config:
         return {}
     said = {
@@ -64,17 +64,17 @@ def csm_rope(original_length: int) -> RopeConfig:
     return RopeConfig(5e5, "llama3", factor=32.0, low_freq_factor=low, high_freq_factor=high, original_length=original_length)
 
 
-def _thinker_said(config: dict) -> Said:
+def _thinker_said(config: dict) -> PartConfigs:
     thinker = config.get("thinker_config", config)
     return {"reasoner": hf_config.reasoner_from_hf(thinker)} if "audio_config" in thinker else {}
 
 
-def _chroma_said(config: dict) -> Said:
+def _chroma_said(config: dict) -> PartConfigs:
     model = hf_config.from_hf(config)
     return {part: getattr(model, part) for part in PARTS}
 
 
-def _mimi_said(config: dict) -> Said:
+def _mimi_said(config: dict) -> PartConfigs:
     codec = config.get("codec_config", config)
     return {"codec": hf_config.codec_from_hf(codec)} if "upsampling_ratios" in codec else {}
 
@@ -125,7 +125,7 @@ NAMINGS = (
 )
 
 
-class Account(NamedTuple):
+class Coverage(NamedTuple):
     """What one source gives.
 
     rows: of the tensors that are read. unused: name → why. carried: unused name → its name in a released checkpoint. notes: what
@@ -156,7 +156,7 @@ class Account(NamedTuple):
 
 
 def recognise(source: Path, header: Header) -> tuple[Naming, str]:
-    """The naming of a checkpoint, and the prefix that its names have. Raises ChromaError when none fits."""
+    """The naming of a checkpoint, and the prefix that its names have. Raises InputError when none fits."""
     for naming in NAMINGS:
         match = next((m for name in header if (m := re.match(naming.sign, name))), None)
         if match:
@@ -164,7 +164,7 @@ def recognise(source: Path, header: Header) -> tuple[Naming, str]:
             return naming, prefix
     begin = ", ".join(sorted({".".join(name.split(".")[:2]) for name in header})[:8])
     known = ", ".join(naming.title for naming in NAMINGS)
-    raise ChromaError(f"{source}: no checkpoint that is known ({known}); its names begin with {begin}")
+    raise InputError(f"{source}: no checkpoint that is known ({known}); its names begin with {begin}")
 
 
 def read_config(source: Path) -> dict | None:
@@ -176,16 +176,16 @@ def read_config(source: Path) -> dict | None:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as e:
-        raise ChromaError(f"{path}: not JSON ({e})") from e
+        raise InputError(f"{path}: not JSON ({e})") from e
 
 
-def account(
+def check_coverage(
     source: Path, header: Header, model: ChromaConfig, shapes: Mapping[str, tuple[int, ...]], taken: frozenset[str] = frozenset()
-) -> Account:
+) -> Coverage:
     """Accounts for every tensor of a source.
 
     shapes: our weights' shapes by path. taken: parts that an earlier source gives; this one's are then not read.
-    Raises: one ChromaError that lists every missing, extra and misshapen tensor and every type that is no weight's.
+    Raises: one InputError that lists every missing, extra and misshapen tensor and every type that is no weight's.
     """
     naming, prefix = recognise(source, header)
     table = naming.rows(model, prefix)
@@ -214,7 +214,7 @@ def account(
             else:
                 unused[name] = why
     if wrong:
-        raise ChromaError(f"{source}: {len(wrong)} tensors do not fit {naming.title}'s names at these sizes: " + "; ".join(wrong))
+        raise InputError(f"{source}: {len(wrong)} tensors do not fit {naming.title}'s names at these sizes: " + "; ".join(wrong))
     for row in rows:
         if row.extent == "first" and row.layers is None:
             theirs, ours = header[stored_name(row, row.foreign, header)].shape[0], shapes[row.path][0]
@@ -222,7 +222,7 @@ def account(
                 notes.append(f"{row.foreign}: the first {ours} of {theirs} rows")
     kept = [name for name in unused if re.match(VISION[0], name) and header[name].dtype in DTYPES]
     carried = {name: name if name.startswith("thinker.") else f"thinker.{name}" for name in kept}
-    return Account(Path(source), naming.title, rows, header, unused, carried, notes)
+    return Coverage(Path(source), naming.title, rows, header, unused, carried, notes)
 
 
 def _later_layers(row: Row) -> str:
@@ -230,19 +230,19 @@ def _later_layers(row: Row) -> str:
     return re.escape(row.foreign).replace(re.escape("{i}"), r"\d+") + "$"
 
 
-def adopt(
+def map_names(
     model: ChromaConfig, source: Path, naming: Naming, taken: frozenset[str] = frozenset()
 ) -> tuple[ChromaConfig, list[str]]:
     """The configuration with what a source's weights were trained with (RoPE, norm epsilons, the Codec's window) taken from its
     config.json, and lines that say so.
 
-    Raises: ChromaError listing the sizes in which the source differs from ``model``.
+    Raises: InputError listing the sizes in which the source differs from ``model``.
     """
     config, notes, wrong = read_config(source), [], []
     try:
         said = {} if config is None else naming.said(config)
     except (KeyError, ValueError) as e:
-        raise ChromaError(f"{Path(source) / 'config.json'}: {e}") from e
+        raise InputError(f"{Path(source) / 'config.json'}: {e}") from e
     if naming.title.startswith("CSM") and not said:
         said = {
             "backbone": dataclasses.replace(model.backbone, rope=csm_rope(1024)),
@@ -263,7 +263,7 @@ def adopt(
                 wrong.append(f"{part}.{name} is {value!r}, the configuration says {before.get(name)!r}")
         model = dataclasses.replace(model, **{part: ours})
     if wrong:
-        raise ChromaError(f"{Path(source) / 'config.json'}: another model than the configuration: " + "; ".join(wrong))
+        raise InputError(f"{Path(source) / 'config.json'}: another model than the configuration: " + "; ".join(wrong))
     return model, notes
 
 
@@ -275,17 +275,17 @@ def _replaced(config, name: str, value):
 def read_codec(source: Path, config: ChromaConfig) -> Codec:
     """A Codec from a safetensors file or folder that holds one, in the released names or Mimi's own.
 
-    Raises: ChromaError for a checkpoint without a Codec, or listing what does not fit.
+    Raises: InputError for a checkpoint without a Codec, or listing what does not fit.
     """
     naming, prefix = recognise(source, read_header(source))
     rows = [row for row in naming.rows(config, prefix) if row.part == "codec"]
     if not rows:
-        raise ChromaError(f"{source}: {naming.title}, which has no Codec")
+        raise InputError(f"{source}: {naming.title}, which has no Codec")
     return import_weights(abstract_codec(config), rows, source, "codec/")
 
 
 def check_complete(run: Path, missing: set[str]) -> None:
-    """Raises ChromaError when weights are missing, naming the parts that they belong to."""
+    """Raises InputError when weights are missing, naming the parts that they belong to."""
     parts = sorted({path.split("/")[0] for path in missing}, key=lambda part: (*PARTS, part).index(part))
     if missing:
-        raise ChromaError(f"{run}: has no weights of {', '.join(parts)}; import them too, or train with --init-from {run}")
+        raise InputError(f"{run}: has no weights of {', '.join(parts)}; import them too, or train with --init-from {run}")

@@ -12,7 +12,7 @@ from chroma_jax.evaluation.suite import Recording
 from chroma_jax.evaluation.words import error_rate, word_errors
 from chroma_jax.inference.prompt import rounded_up
 from chroma_jax.metric_models.pitch import match_pitch, pitch, pitch_measures
-from chroma_jax.metric_models.speech import Judges
+from chroma_jax.metric_models.speech import MetricModels
 from chroma_jax.models.codec import Codec
 
 BUCKET = 16  # frames; lengths are rounded up to a multiple of it, so that few shapes are compiled
@@ -40,7 +40,7 @@ def resynthesised(codec: Codec, recordings: Sequence[Recording], num_codebooks: 
 
 
 def evaluate_codec(
-    codec: Codec, recordings: Sequence[Recording], judges: Judges, num_codebooks: int
+    codec: Codec, recordings: Sequence[Recording], judges: MetricModels, num_codebooks: int
 ) -> tuple[dict, list[np.ndarray]]:
     """Returns the report's part, and what was made of each recording."""
     rate = codec.config.sampling_rate

@@ -1,4 +1,4 @@
-"""Judges a run on a suite: its Codec alone, and, of a speaking model, its answers."""
+"""MetricModels a run on a suite: its Codec alone, and, of a speaking model, its answers."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,11 +14,11 @@ from chroma_jax.evaluation.knowledge import evaluate_knowledge
 from chroma_jax.evaluation.reading import chosen, evaluate_reading
 from chroma_jax.evaluation.speaking import ABLATIONS, MAIN, evaluate_speaking
 from chroma_jax.evaluation.suite import SUITES, Suite, read_suite, recordings
-from chroma_jax.inference.generator import Speaker
-from chroma_jax.metric_models.speech import Judges, appointed
+from chroma_jax.inference.generator import Generator
+from chroma_jax.metric_models.speech import MetricModels, load_metric_models
 from chroma_jax.runs.load import load_run
 from chroma_jax.utils.atomic_io import check_new, written_aside
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 from data_pipelines.curriculum import held_out
 from data_pipelines.dialogues import Corpus, read_corpus
 from data_pipelines.facts import Exchange, withheld
@@ -36,7 +36,7 @@ def evaluate(
     corpus: str | None = None,
     limit: int | None = None,
     parts: Sequence[Part] = ("codec", "answers"),
-    judges: Judges | None = None,
+    judges: MetricModels | None = None,
 ) -> dict:
     """Writes report.json, report.txt and index.html, with the sounds that it plays, into ``out``, all or none; returns the
     report.
@@ -44,19 +44,19 @@ def evaluate(
     run: of a Codec or of a speaking model, or what was exported of one. corpus: a folder of the suite's layout, instead of the
     suite's own. limit: maximum number of dialogues, and of utterances. parts: "ablations" are answers under other voice prompts;
     "reading" reads the corpus's utterances aloud. judges: None appoints those that are installed.
-    Raises: ChromaError for what is missing or does not fit.
+    Raises: InputError for what is missing or does not fit.
     """
     out = Path(out)
     check_new(out)
     asked = read_suite(suite, split, corpus, limit)
-    judges = judges or appointed()
+    judges = judges or load_metric_models()
     speaker = None
     if isinstance(config, CodecRun):
         codec, books, parts = trained_codec(run, with_codec(config.model)), config.model.num_codebooks, ("codec",)
     else:
         model, codec, tokenizer = load_run(run, config)
         c, books = config.reply, model.config.codebooks
-        speaker = Speaker(model, codec, c.dtype, c.compatibility, c.cache)
+        speaker = Generator(model, codec, c.dtype, c.compatibility, c.cache)
     rate = codec.config.sampling_rate
     found: dict = {
         "run": Path(run).name,
@@ -76,7 +76,7 @@ def evaluate(
         spoken_in = read_corpus(corpus or SUITES[suite])
         utterances = chosen(spoken_in, split, limit)
         if not utterances:
-            raise ChromaError(f"{spoken_in.folder}: no utterance in the {split} split, which --parts reading reads aloud")
+            raise InputError(f"{spoken_in.folder}: no utterance in the {split} split, which --parts reading reads aloud")
         prompted = config.data.curriculum.no_prompt < 1
         given = speaker, tokenizer, spoken_in, utterances, judges, config.reply
         found["reading"], made = evaluate_reading(*given, prompted=prompted, system=config.data.system)

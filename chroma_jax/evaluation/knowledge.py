@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from chroma_jax.inference.placement import place_of, running
 from chroma_jax.models.chroma import Chroma
 from chroma_jax.sequence.chat_template import answer, question
-from chroma_jax.sequence.interleave import NOTHING
+from chroma_jax.sequence.interleave import NONE_TOKEN
 from data_pipelines.facts import Exchange
 from data_pipelines.pack import spread
 from data_pipelines.tokenizer import encoder
@@ -53,7 +53,7 @@ def would_write(model: Chroma, rows: Sequence[tuple[Sequence[int], Sequence[int]
         reasoner, (batch, length) = nnx.merge(graph, state), tokens.shape
         nothing = jnp.zeros((batch, 1, model.config.reasoner.text.width), jnp.float32)
         positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
-        hidden = reasoner.read(nothing, tokens, positions, segments, jnp.full_like(tokens, NOTHING))
+        hidden = reasoner.read(nothing, tokens, positions, segments, jnp.full_like(tokens, NONE_TOKEN))
         return jnp.argmax(reasoner.logits(hidden), -1)
 
     found = []

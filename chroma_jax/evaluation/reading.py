@@ -15,10 +15,10 @@ from chroma_jax.config import ReplyConfig
 from chroma_jax.evaluation.codec import mean
 from chroma_jax.evaluation.speaking import VoicePrompt, coded, spoken
 from chroma_jax.evaluation.words import error_rate, same, word_errors
-from chroma_jax.inference.generator import Speaker
+from chroma_jax.inference.generator import Generator
 from chroma_jax.inference.prefill import Prompt
 from chroma_jax.inference.prompt import make_prompt
-from chroma_jax.metric_models.speech import Judges
+from chroma_jax.metric_models.speech import MetricModels
 from data_pipelines.curriculum import READ_ALOUD
 from data_pipelines.dialogues import Corpus, Utterance
 from data_pipelines.tokenizer import encoder
@@ -33,11 +33,11 @@ def chosen(corpus: Corpus, split: str, limit: int | None) -> list[Utterance]:
 
 
 def evaluate_reading(
-    speaker: Speaker,
+    speaker: Generator,
     tokenizer: Tokenizer,
     corpus: Corpus,
     utterances: Sequence[Utterance],
-    judges: Judges,
+    judges: MetricModels,
     config: ReplyConfig,
     *,
     prompted: bool,

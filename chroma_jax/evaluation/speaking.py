@@ -14,12 +14,12 @@ from chroma_jax.config import ReplyConfig
 from chroma_jax.evaluation.codec import mean
 from chroma_jax.evaluation.suite import Suite
 from chroma_jax.evaluation.words import error_rate, same, word_errors
-from chroma_jax.inference.generator import Speaker, settings
+from chroma_jax.inference.generator import Generator, settings
 from chroma_jax.inference.prefill import Prompt
 from chroma_jax.inference.prompt import make_prompt, stack
-from chroma_jax.metric_models.speech import Judges, equal_error_rate
+from chroma_jax.metric_models.speech import MetricModels, equal_error_rate
 from chroma_jax.runs.generate import measures, speak, text_pieces, warm_up
-from chroma_jax.sequence.interleave import NOTHING
+from chroma_jax.sequence.interleave import NONE_TOKEN
 from data_pipelines.dialogues import Dialogue
 from data_pipelines.tokenizer import encoder
 
@@ -85,13 +85,13 @@ def voice_prompt(suite: Suite, dialogue: Dialogue, condition: Condition, rate: i
     return VoicePrompt(voice, wave, " ".join(words))
 
 
-def coded(speaker: Speaker, prompt: VoicePrompt) -> np.ndarray:
+def coded(speaker: Generator, prompt: VoicePrompt) -> np.ndarray:
     """The voice prompt's codes, int32 [R, Q], R = 0 without one."""
     return speaker.encode(prompt.wave) if len(prompt.wave) else np.zeros((0, speaker.config.codebooks), np.int32)
 
 
 def row_of(
-    speaker: Speaker, tokenizer: Tokenizer, question: np.ndarray, prompt: VoicePrompt, codes: np.ndarray, system: str
+    speaker: Generator, tokenizer: Tokenizer, question: np.ndarray, prompt: VoicePrompt, codes: np.ndarray, system: str
 ) -> Prompt:
     """What one reply starts from; the question's features are computed here."""
     given = {"question": question, "reference_codes": codes, "transcript": prompt.text, "system": system}
@@ -103,7 +103,7 @@ def heard_question(dialogue: Dialogue) -> np.ndarray:
 
 
 def spoken(
-    speaker: Speaker, tokenizer: Tokenizer, prompts: Sequence[Callable[[], Prompt]], config: ReplyConfig
+    speaker: Generator, tokenizer: Tokenizer, prompts: Sequence[Callable[[], Prompt]], config: ReplyConfig
 ) -> Iterator[tuple[str, np.ndarray, bool]]:
     """Generates replies in batches of ``ROWS``.
 
@@ -131,7 +131,7 @@ def spoken(
                 if not frame.live[row]:
                     ended[row] = True
                     continue
-                if frame.token[row] != NOTHING:
+                if frame.token[row] != NONE_TOKEN:
                     tokens[row].append((len(samples[row]), int(frame.token[row])))
                 samples[row].append(frame.samples[row])
         for row in range(len(group)):
@@ -140,7 +140,7 @@ def spoken(
 
 
 def answered(
-    speaker: Speaker, tokenizer: Tokenizer, asked: Sequence[tuple[Dialogue, VoicePrompt]], config: ReplyConfig, system: str
+    speaker: Generator, tokenizer: Tokenizer, asked: Sequence[tuple[Dialogue, VoicePrompt]], config: ReplyConfig, system: str
 ) -> Iterator[Reply]:
     """Replies to spoken questions."""
 
@@ -153,11 +153,11 @@ def answered(
 
 
 def evaluate_speaking(
-    speaker: Speaker,
+    speaker: Generator,
     tokenizer: Tokenizer,
     suite: Suite,
     conditions: Sequence[Condition],
-    judges: Judges,
+    judges: MetricModels,
     config: ReplyConfig,
     system: str = "",
 ) -> tuple[dict, dict[str, list[Reply]]]:
@@ -179,7 +179,7 @@ def evaluate_speaking(
     return report, replies
 
 
-def judged(reply: Reply, known: dict[str, np.ndarray], judges: Judges, rate: int) -> dict:
+def judged(reply: Reply, known: dict[str, np.ndarray], judges: MetricModels, rate: int) -> dict:
     """What is said of one reply. known: the suite's voices as vectors."""
     heard, vector = judges.words(reply.wave, rate), judges.voices(reply.wave, rate)
     scores = {voice: float(vector @ known[voice]) for voice in known}
@@ -225,7 +225,7 @@ def summary(rows: Sequence[dict]) -> dict:
     }
 
 
-def timed(speaker: Speaker, tokenizer: Tokenizer, suite: Suite, config: ReplyConfig, system: str) -> dict:
+def timed(speaker: Generator, tokenizer: Tokenizer, suite: Suite, config: ReplyConfig, system: str) -> dict:
     """Medians over a few replies spoken alone: time to the first audio and real-time factor, see `chroma_jax.runs.generate`."""
     rate, frames = speaker.config.codec.sampling_rate, int(config.max_seconds * speaker.config.codec.frame_rate)
     found = []

@@ -6,7 +6,7 @@ from typing import Literal
 import numpy as np
 
 from chroma_jax.audio import load as audio
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 from data_pipelines.dialogues import Corpus, Dialogue, Reference, read_corpus
 
 SUITES = {"parley": "embedded"}  # name → where its corpus is, unless it is given
@@ -33,13 +33,13 @@ class Suite:
 
 
 def read_suite(name: str, split: Literal["test", "valid"], corpus: str | None = None, limit: int | None = None) -> Suite:
-    """limit: so many dialogues at most, spread over the split. Raises: ChromaError for an unknown suite or an empty split."""
+    """limit: so many dialogues at most, spread over the split. Raises: InputError for an unknown suite or an empty split."""
     if name not in SUITES:
-        raise ChromaError(f"--suite {name!r}: no such suite; there is {', '.join(SUITES)}")
+        raise InputError(f"--suite {name!r}: no such suite; there is {', '.join(SUITES)}")
     found: Corpus = read_corpus(corpus or SUITES[name])
     dialogues = [d for d in found.dialogues if d.split == split]
     if not dialogues:
-        raise ChromaError(f"{found.folder}: no dialogue in the {split} split")
+        raise InputError(f"{found.folder}: no dialogue in the {split} split")
     if limit is not None and limit < len(dialogues):
         dialogues = [dialogues[i] for i in np.linspace(0, len(dialogues) - 1, limit).round().astype(int)]
     voices = sorted({d.assistant_voice for d in dialogues})

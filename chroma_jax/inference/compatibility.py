@@ -11,7 +11,7 @@ is finished; it is heard up to its first frame of zeros. Codes that the Codec do
 
 The Codec's attention. corrected: `CodecConfig.window`, by default 250 positions. reference: full causal.
 
-The setting acts where a batch is put together (`prompt.stack`), on the step, and on the Codec of a `Speaker`.
+The setting acts where a batch is put together (`prompt.stack`), on the step, and on the Codec of a `Generator`.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from typing import Literal
 from flax import nnx
 
 from chroma_jax.models.codec import Codec
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 
 Compatibility = Literal["corrected", "reference"]
 
@@ -36,9 +36,9 @@ def codec_used(codec: Codec, compatibility: Compatibility) -> Codec:
 
 
 def is_reference(compatibility: Compatibility) -> bool:
-    """Raises: ChromaError for an unknown setting."""
+    """Raises: InputError for an unknown setting."""
     if compatibility not in ("corrected", "reference"):
-        raise ChromaError(f'compatibility is {compatibility!r}, expected "corrected" or "reference"')
+        raise InputError(f'compatibility is {compatibility!r}, expected "corrected" or "reference"')
     return compatibility == "reference"
 
 

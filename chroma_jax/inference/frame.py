@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from chroma_jax.inference.compatibility import Positions
-from chroma_jax.layers.transformer import over_layers
+from chroma_jax.layers.transformer import scan_layers
 from chroma_jax.models.chroma import Chroma
 
 Choose = Callable[[jax.Array, jax.Array], jax.Array]  # logits [B, V], level → codes int32 [B]
@@ -37,7 +37,7 @@ def residual_codes(
     logits1 = decoder.level_logits(x, 1)
     c1 = choose(logits1, jnp.int32(1))
     levels = range(2, q) if decoder.apart else jnp.arange(2, q)
-    _, (codes, logits) = over_layers(level_step, (c1, cache), levels)
+    _, (codes, logits) = scan_layers(level_step, (c1, cache), levels)
     codes = jnp.concatenate([c0[None], c1[None], codes]).T
     return codes, jnp.moveaxis(jnp.concatenate([logits1[None], logits]), 0, 1)
 

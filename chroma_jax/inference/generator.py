@@ -22,11 +22,11 @@ from chroma_jax.inference.placement import guarded, on_many, place_of, send_to_h
 from chroma_jax.inference.prefill import Prompt
 from chroma_jax.inference.prompt import rounded_up
 from chroma_jax.inference.sampling import Sampling
-from chroma_jax.inference.state import Capacity, Kept, StreamState
+from chroma_jax.inference.state import CacheDType, Capacity, StreamState
 from chroma_jax.inference.step import StepOutput
 from chroma_jax.models.chroma import Chroma
 from chroma_jax.models.codec import Codec
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 
 ENCODE_BUCKET = 16  # frames; lengths of reference recordings are rounded up to a multiple of it
 
@@ -65,14 +65,14 @@ def programs(
     return Programs(jax.jit(encode), jax.jit(prefill, static_argnums=4), jax.jit(step, donate_argnums=1))
 
 
-class Speaker:
+class Generator:
     """A model and its Codec with their compiled programs, on the device that holds the weights, or the mesh that divides them
     (`chroma_jax.inference.placement`).
 
     dtype: that activations and caches are in, "float32" or "bfloat16"; the Codec always computes in float32. cache: "int8" for
     caches of a byte a number.
     compatibility: "reference" is for comparing with the reference implementation only; prompts are then stacked so, too.
-    Raises: ChromaError for an unknown one.
+    Raises: InputError for an unknown one.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Speaker:
         codec: Codec,
         dtype: str = "float32",
         compatibility: Compatibility = "corrected",
-        cache: Kept = "as_dtype",
+        cache: CacheDType = "as_dtype",
     ):
         self.config, self.compatibility, self.cache = model.config, compatibility, cache
         codec = codec_used(codec, compatibility)
@@ -104,9 +104,9 @@ class Speaker:
 
     def start(self, prompt: Prompt, sampling: Sampling, keys: jax.Array, max_frames: int) -> StreamState:
         """The state before the first frame. prompt, sampling: host arrays of B rows; keys: random keys [B]; max_frames: the
-        most frames that will be asked for, which sizes the caches. Raises: ChromaError for a prompt stacked in another way."""
+        most frames that will be asked for, which sizes the caches. Raises: InputError for a prompt stacked in another way."""
         if (prompt.voice_padding is not None) != is_reference(self.compatibility):
-            raise ChromaError(f"the prompt was not stacked for compatibility {self.compatibility!r}, as the speaker is")
+            raise InputError(f"the prompt was not stacked for compatibility {self.compatibility!r}, as the speaker is")
         capacity = Capacity.of(prompt.text.shape[1], prompt.voice_token.shape[1], max_frames, self.cache)
         with guarded(self.place):
             prompt, sampling = jax.device_put((prompt, sampling), self.beside)

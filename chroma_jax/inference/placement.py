@@ -17,12 +17,12 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from chroma_jax.layers.linear import as_multiplied, linears, turned
-from chroma_jax.layers.transformer import unstacked
+from chroma_jax.layers.transformer import unrolled
 from chroma_jax.models.chroma import Chroma, ChromaConfig
 from chroma_jax.models.codec import Codec
 from chroma_jax.models.quantization import quantized
 from chroma_jax.parallel.sharding import AxisRules, MeshConfig, make_mesh, state_shardings
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 from chroma_jax.utils.tree_paths import filled, values
 
 Place = jax.Device | NamedSharding  # one device; or a mesh, whole on each of its devices
@@ -37,31 +37,31 @@ def compiler_options(platform: str) -> dict[str, str] | None:
     return TPU_OPTIONS if platform == "tpu" else None
 
 
-def choosing(tick: Callable, weights) -> jax.stages.Wrapped:
+def auto_layout(tick: Callable, weights) -> jax.stages.Wrapped:
     """tick(weights, state) → (state, output), the old state being given up, for TPU, with the layouts of ``weights``, arrays or
     ShapeDtypeStructs, being the compiler's choice: ``compiled.input_formats[0][0]``."""
     chosen = jax.tree.map(lambda x: Format(Layout.AUTO, x.sharding), weights)
     return jax.jit(tick, donate_argnums=1, in_shardings=(chosen, None), keep_unused=True, compiler_options=TPU_OPTIONS)
 
 
-def laid_out(tick: Callable, weights, state):
+def with_layouts(tick: Callable, weights, state):
     """Weights as they best lie for ``tick``: on TPU a compilation finds out how, elsewhere as they do."""
     if platform_of(place_of(jax.tree.leaves(weights)[0])) != "tpu":
         return weights
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), (weights, state))
-    return jax.device_put(weights, choosing(tick, weights).lower(*abstract).compile().input_formats[0][0])
+    return jax.device_put(weights, auto_layout(tick, weights).lower(*abstract).compile().input_formats[0][0])
 
 
-def taken_apart(model: Chroma, codec: Codec, slots: int) -> tuple[Chroma, Codec]:
+def optimize_for_cpu(model: Chroma, codec: Codec, slots: int) -> tuple[Chroma, Codec]:
     """Copies as processors want them for steps of a few positions: what is stacked has arrays of its own, see `unstacked`, and
     kernels are `turned` where that is faster: large ones that are multiplied with several rows, and those with more inputs than
     outputs."""
     model, codec = (nnx.merge(*nnx.split(module)) for module in (model, codec))
     reasoner, backbone, decoder = model.reasoner, model.backbone, model.decoder
     for stack in (reasoner.text, backbone.model, decoder.model, codec.decoder_transformer):
-        stack.blocks = unstacked(stack.blocks)
-    decoder.heads = unstacked(decoder.heads)
-    decoder.heads_scale = None if decoder.heads_scale is None else unstacked(decoder.heads_scale)
+        stack.blocks = unrolled(stack.blocks)
+    decoder.heads = unrolled(decoder.heads)
+    decoder.heads_scale = None if decoder.heads_scale is None else unrolled(decoder.heads_scale)
     of_one_row = [reasoner.head, *reasoner.text.blocks, backbone.head, decoder.projection, *decoder.model.blocks]
     of_more = [*backbone.model.blocks, *codec.decoder_transformer.blocks]
     for rows, modules in ((slots, of_one_row), (2 * slots, of_more)):
@@ -101,14 +101,14 @@ def divided(config: ChromaConfig, tensor: int) -> ChromaConfig:
 
 
 def place_for(tensor: int) -> Place:
-    """The first device, or the first ``tensor`` ones, a mesh. Raises: ChromaError when there are not so many."""
+    """The first device, or the first ``tensor`` ones, a mesh. Raises: InputError when there are not so many."""
     if tensor < 1:
-        raise ChromaError(f"reply.tensor is {tensor}, must be at least 1")
+        raise InputError(f"reply.tensor is {tensor}, must be at least 1")
     return jax.devices()[0] if tensor == 1 else NamedSharding(make_mesh(MeshConfig(tensor=tensor)), P())
 
 
 def abstract_model(config: ChromaConfig, dtype, place: Place) -> Chroma:
-    """A model without values, its weights in ``dtype`` at a place, divided there. Raises: ChromaError as `state_shardings`."""
+    """A model without values, its weights in ``dtype`` at a place, divided there. Raises: InputError as `state_shardings`."""
     config = divided(config, place.mesh.shape["tensor"]) if on_many(place) else config
     graph, state = nnx.split(nnx.eval_shape(lambda: Chroma(nnx.Rngs(0), config)))
     alone = None if on_many(place) else SingleDeviceSharding(place)
@@ -146,7 +146,7 @@ def on_first(codec: Codec) -> Codec:
 
 
 def on_mesh(model: Chroma, codec: Codec, mesh: Mesh) -> tuple[Chroma, Codec]:
-    """Copies that are divided over a mesh's axis ``tensor``, for a `Speaker` or an engine. Raises: ChromaError as
+    """Copies that are divided over a mesh's axis ``tensor``, for a `Generator` or an engine. Raises: InputError as
     `state_shardings` does."""
     config, small = divided(model.config, mesh.shape["tensor"]), model.decoder.heads_scale is not None
     made = lambda: quantized(Chroma(nnx.Rngs(0), config)) if small else Chroma(nnx.Rngs(0), config)

@@ -17,7 +17,7 @@ class Prompt(NamedTuple):
     """What a reply starts from, rows padded on the right to common lengths.
 
     The question: mel [B, blocks, block frames, bins], mel_length [B, blocks], text [B, L], audio_index [B, L],
-    text_length [B]. The voice prompt, in the Backbone's order: voice_token [B, T] (NOTHING where there is none),
+    text_length [B]. The voice prompt, in the Backbone's order: voice_token [B, T] (NONE_TOKEN where there is none),
     voice_codes [B, T, Q] (likewise), voice_length [B]. voice_padding: bool [B, T], padding that the reference has inside of
     the voice prompt; None where there is none to be, see `chroma_jax.inference.compatibility`.
     """

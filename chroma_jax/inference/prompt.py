@@ -15,16 +15,16 @@ from chroma_jax.models.chroma import ChromaConfig
 from chroma_jax.sequence.chat_template import Encode
 from chroma_jax.sequence.chat_template import question as question_tokens
 from chroma_jax.sequence.chat_template import voice_prompt as voice_tokens
-from chroma_jax.sequence.interleave import NOTHING
+from chroma_jax.sequence.interleave import NONE_TOKEN
 
 # Array → (multiple that its length is rounded up to, value of an empty entry).
 BUCKETS = {
     "mel": (4, 0),
     "mel_length": (4, 0),
     "text": (64, 0),
-    "audio_index": (64, NOTHING),
-    "voice_token": (64, NOTHING),
-    "voice_codes": (64, NOTHING),
+    "audio_index": (64, NONE_TOKEN),
+    "voice_token": (64, NONE_TOKEN),
+    "voice_codes": (64, NONE_TOKEN),
     "voice_padding": (64, False),
 }
 
@@ -55,7 +55,7 @@ def make_prompt(
         system: System text.
 
     Raises:
-        ChromaError: If the speech is empty or too long.
+        InputError: If the speech is empty or too long.
     """
     tokens, audio = config.tokens, config.reasoner.audio
     if question is None:  # one block without speech, so that no array is empty
@@ -66,7 +66,7 @@ def make_prompt(
         blocks, lengths = cut_blocks(mel, audio.block_frames)
         outputs = num_outputs(len(mel))
     text = np.array(question_tokens(encode, tokens, heard=[tokens.audio] * outputs, said=said, system=system), np.int32)
-    audio_index = np.full(len(text), NOTHING, np.int32)
+    audio_index = np.full(len(text), NONE_TOKEN, np.int32)
     audio_index[text == tokens.audio] = np.arange(outputs)
 
     voice_token, voice_codes = voice_sequence(encode, config, reference_codes, transcript)
@@ -85,14 +85,14 @@ def make_prompt(
 def voice_sequence(
     encode: Encode, config: ChromaConfig, reference_codes: np.ndarray, transcript: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A voice prompt in the Backbone's order: token int32 [T] and codes int32 [T, Q], NOTHING where there is none; the last
+    """A voice prompt in the Backbone's order: token int32 [T] and codes int32 [T, Q], NONE_TOKEN where there is none; the last
     position has neither. Arguments as of `make_prompt`."""
     spoken = np.array(voice_tokens(encode, config.tokens, transcript), np.int32)
     frames = np.asarray(reference_codes, np.int32)[:, : config.codebooks]
     length = len(spoken) + len(frames) + 1
-    token = np.full(length, NOTHING, np.int32)
+    token = np.full(length, NONE_TOKEN, np.int32)
     token[: len(spoken)] = spoken
-    codes = np.full((length, config.codebooks), NOTHING, np.int32)
+    codes = np.full((length, config.codebooks), NONE_TOKEN, np.int32)
     codes[len(spoken) : -1] = frames
     return token, codes
 
@@ -117,7 +117,7 @@ def stack(rows: Sequence[Prompt], compatibility: Compatibility = "corrected") ->
 
 def padded_inside(rows: Sequence[Prompt]) -> list[Prompt]:
     """Voice prompts of one length, padded where the reference pads: after the text start, and before the zero vector."""
-    texts = [int(np.sum(row.voice_token != NOTHING)) for row in rows]
+    texts = [int(np.sum(row.voice_token != NONE_TOKEN)) for row in rows]
     recordings = [len(row.voice_token) - 1 - text for row, text in zip(rows, texts)]
     length = max(texts) + max(recordings) + 1
     padded = []
@@ -129,8 +129,8 @@ def padded_inside(rows: Sequence[Prompt]) -> list[Prompt]:
 
         padded.append(
             row._replace(
-                voice_token=inside(row.voice_token, NOTHING),
-                voice_codes=inside(row.voice_codes, NOTHING),
+                voice_token=inside(row.voice_token, NONE_TOKEN),
+                voice_codes=inside(row.voice_codes, NONE_TOKEN),
                 voice_length=np.int32(length),
                 voice_padding=inside(np.zeros(len(row.voice_token), bool), True),
             )

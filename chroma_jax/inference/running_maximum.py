@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from chroma_jax.audio.log_mel import FeatureConfig, log_power_padded
-from chroma_jax.inference.streaming_audio_encoder import Heard, Listener, Loudest
+from chroma_jax.inference.streaming_audio_encoder import EncodedBlock, Loudest, StreamingAudioEncoder
 from chroma_jax.models.audio_encoder import AudioEncoder
 
 
@@ -46,7 +46,7 @@ class Deviation(NamedTuple):
 def deviation(wave: np.ndarray, encoder: AudioEncoder, features: FeatureConfig = FeatureConfig()) -> Deviation:
     """The running maximum against the whole turn's. wave: float [S], S ≥ 1, at ``features.sample_rate``.
 
-    Raises: ChromaError as `Listener` does.
+    Raises: InputError as `StreamingAudioEncoder` does.
     """
     loudest = float(log_power_padded(wave, features).max())
     causal, offline = heard(wave, encoder, features, "running"), heard(wave, encoder, features, loudest)
@@ -59,12 +59,12 @@ def deviation(wave: np.ndarray, encoder: AudioEncoder, features: FeatureConfig =
     return Deviation(loudest, *(Difference.of(x, y) for x, y in zip(*whole)), tuple(blocks))
 
 
-def heard(wave: np.ndarray, encoder: AudioEncoder, features: FeatureConfig, loudest: Loudest) -> list[Heard]:
-    listener = Listener(encoder, features, loudest=loudest)
+def heard(wave: np.ndarray, encoder: AudioEncoder, features: FeatureConfig, loudest: Loudest) -> list[EncodedBlock]:
+    listener = StreamingAudioEncoder(encoder, features, loudest=loudest)
     return listener.feed(wave) + listener.finish()
 
 
-def parts(x: Heard) -> tuple[np.ndarray, np.ndarray]:
+def parts(x: EncodedBlock) -> tuple[np.ndarray, np.ndarray]:
     """The valid features and outputs of a block."""
     return x.block.mel[: x.block.length], np.asarray(x.outputs)[: x.length]
 

@@ -1,7 +1,7 @@
 """The device's side of live conversations: a state of B slots, and the compiled programs that change it.
 
-`Slots.tick` advances all slots by one frame or by a few. Everything else concerns one slot and is done between ticks, each in a
-program of bounded size, so that it delays the next frame of the others by little:
+`BatchState.tick` advances all slots by one frame or by a few. Everything else concerns one slot and is done between ticks, each
+in a program of bounded size, so that it delays the next frame of the others by little:
 
     encode     a block of the user's speech → what the Reasoner hears          read_voice   a piece of a voice prompt → its cache
     hear       a chunk of conversation goes through the Reasoner               adopt        a voice's cache → the slot
@@ -21,7 +21,15 @@ import numpy as np
 from flax import nnx
 from jax.sharding import SingleDeviceSharding
 
-from chroma_jax.inference.placement import compiler_options, laid_out, on_many, place_of, platform_of, running, taken_apart
+from chroma_jax.inference.placement import (
+    compiler_options,
+    on_many,
+    optimize_for_cpu,
+    place_of,
+    platform_of,
+    running,
+    with_layouts,
+)
 from chroma_jax.inference.state import Capacity, StreamState, idle
 from chroma_jax.inference.step import Pairs, traced_frame
 from chroma_jax.layers.attention import KVCache
@@ -30,7 +38,7 @@ from chroma_jax.models.chroma import Chroma
 from chroma_jax.models.codec import Codec
 from chroma_jax.models.codec.codec import reset_rows
 from chroma_jax.sequence.batch import is_present
-from chroma_jax.sequence.interleave import FRAMES_PER_PAIR, NOTHING
+from chroma_jax.sequence.interleave import FRAMES_PER_PAIR, NONE_TOKEN
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)  # numbers of slots
 FRAMES_PER_CALL = (1, 2, 4, 8)
@@ -40,7 +48,7 @@ TICKS: tuple[tuple[int, Pairs], ...] = ((1, "none"), *((count, "all") for count 
 class Chunk(NamedTuple):
     """A piece of a conversation, as the Reasoner reads it.
 
-    text: int32 [C] token ids. audio_index: int32 [C], which row of ``audio`` stands in a token's place (NOTHING: none).
+    text: int32 [C] token ids. audio_index: int32 [C], which row of ``audio`` stands in a token's place (NONE_TOKEN: none).
     audio: [K, D] on the device, what the encoder made of a block of speech. length: int32 [], valid positions.
     """
 
@@ -51,7 +59,7 @@ class Chunk(NamedTuple):
 
 
 class VoiceChunk(NamedTuple):
-    """A piece of a voice prompt, as the Backbone reads it: token int32 [C] (NOTHING where there is none), codes int32 [C, Q]
+    """A piece of a voice prompt, as the Backbone reads it: token int32 [C] (NONE_TOKEN where there is none), codes int32 [C, Q]
     (likewise), start and length int32 [], its first position and how many of them are valid."""
 
     token: np.ndarray
@@ -60,7 +68,7 @@ class VoiceChunk(NamedTuple):
     length: np.ndarray
 
 
-class Beginning(NamedTuple):
+class Admission(NamedTuple):
     """How a reply starts: voice_length int32 [], positions of the voice prompt; seed uint32 [] and turn int32 [], which give its
     random key; the rest as of `Sampling`, scalars."""
 
@@ -73,7 +81,7 @@ class Beginning(NamedTuple):
 
 
 class Frames(NamedTuple):
-    """What n frames of all slots give away. A slot's samples mean nothing where it is not live; token: NOTHING where none was
+    """What n frames of all slots give away. A slot's samples mean nothing where it is not live; token: NONE_TOKEN where none was
     chosen."""
 
     samples: jax.Array  # float32 [n, B, samples per frame]
@@ -97,7 +105,7 @@ def frames(model: Chroma, codec: Codec, state: StreamState, count: int, pairs: P
 
     def frame(state: StreamState, pairs: Pairs):
         state, trace = traced_frame(model, state, "trained", pairs)
-        token = jnp.where(trace.text.wanted & trace.live, trace.text.token, NOTHING)
+        token = jnp.where(trace.text.wanted & trace.live, trace.text.token, NONE_TOKEN)
         state, given = (state, trace.codes[None]) if at_once else sound(state, trace.codes[None])
         return state, (given, token[None], trace.live[None])
 
@@ -146,7 +154,7 @@ def adopt(state: StreamState, slot: jax.Array, voice: KVCache) -> StreamState:
     return state._replace(backbone_cache=jax.tree.map(put, state.backbone_cache, voice))
 
 
-def begin(state: StreamState, slot: jax.Array, beginning: Beginning) -> StreamState:
+def begin(state: StreamState, slot: jax.Array, beginning: Admission) -> StreamState:
     """A reply starts in a slot, right after what its Reasoner has heard and its Backbone's voice prompt."""
     b, at = beginning, lambda x, value: x.at[slot].set(value)
     chosen = zip(state.sampling, (b.temperature, b.top_k, b.top_p), strict=True)
@@ -155,7 +163,7 @@ def begin(state: StreamState, slot: jax.Array, beginning: Beginning) -> StreamSt
         text_open=at(state.text_open, True),
         speaking=at(state.speaking, True),
         backbone_position=at(state.backbone_position, b.voice_length),
-        codes=at(state.codes, NOTHING),
+        codes=at(state.codes, NONE_TOKEN),
         codec=reset_rows(state.codec, jnp.arange(len(state.frames)) == slot),
         sampling=type(state.sampling)(*(at(x, value) for x, value in chosen)),
         keys=at(state.keys, jax.random.fold_in(jax.random.key(b.seed), b.turn)),
@@ -168,7 +176,7 @@ def stop(state: StreamState, slot: jax.Array, position: jax.Array) -> StreamStat
     return state._replace(
         text_open=at(state.text_open, False),
         speaking=at(state.speaking, False),
-        codes=at(state.codes, NOTHING),
+        codes=at(state.codes, NONE_TOKEN),
         reasoner_position=at(state.reasoner_position, position),
     )
 
@@ -202,7 +210,7 @@ def padded(x: np.ndarray, length: int, value) -> np.ndarray:
     return np.pad(x, ((0, length - len(x)), *((0, 0),) * (x.ndim - 1)), constant_values=value)
 
 
-class Slots:
+class BatchState:
     """The state of all slots and its programs, on the device that holds the weights, or the mesh that divides them. Nothing here
     waits for the device.
 
@@ -217,7 +225,7 @@ class Slots:
         self._place = place_of(jax.tree.leaves(nnx.state(model))[0])
         platform = platform_of(self._place)
         if platform == "cpu" and not on_many(self._place):
-            model, codec = taken_apart(model, codec, slots)
+            model, codec = optimize_for_cpu(model, codec, slots)
         (model_graph, model_state), (codec_graph, codec_state) = nnx.split(model), nnx.split(codec)
         self._programs = programs((model_graph, codec_graph), dtype, platform)
         made = partial(jax.jit, out_shardings=None if on_many(self._place) else SingleDeviceSharding(self._place))
@@ -225,7 +233,7 @@ class Slots:
         with running(self._place):
             self._state = made(partial(idle, model.config, codec, slots, capacity, self.dtype))()
             weights = (model_state, codec_state) if on_many(self._place) else self.put((model_state, codec_state))
-            self._weights = laid_out(self._programs[1, "all"], weights, self._state)
+            self._weights = with_layouts(self._programs[1, "all"], weights, self._state)
         self._slot = [self.put(np.int32(i)) for i in range(slots)]
         self.no_audio = self.put(np.zeros((self.block_outputs, self.config.reasoner.text.width), self.dtype))
 
@@ -263,7 +271,7 @@ class Slots:
     def adopt(self, slot: int, voice: KVCache) -> None:
         self._state = self._run("adopt", self._state, self._slot[slot], voice)
 
-    def begin(self, slot: int, beginning: Beginning) -> None:
+    def begin(self, slot: int, beginning: Admission) -> None:
         self._state = self._run("begin", self._state, self._slot[slot], self.put(beginning))
 
     def stop(self, slot: int, position: int) -> None:

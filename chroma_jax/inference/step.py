@@ -21,7 +21,7 @@ from chroma_jax.models.chroma import Chroma, ChromaConfig
 from chroma_jax.models.codec import Codec
 from chroma_jax.parallel.sharding import constrain
 from chroma_jax.sequence.batch import is_present
-from chroma_jax.sequence.interleave import NOTHING, opens_pair
+from chroma_jax.sequence.interleave import NONE_TOKEN, opens_pair
 
 # Which rows need a text pair at a frame. "any": each by itself, found out as the step runs. "all", "none": known beforehand, of
 # rows that all began an even number of frames apart; no row that needs one may be left out, one that needs none takes no harm.
@@ -29,7 +29,7 @@ Pairs = Literal["any", "all", "none"]
 
 
 class StepOutput(NamedTuple):
-    """What one step gives away. token: NOTHING where none was chosen. live: false from the EOS frame on; the row's samples
+    """What one step gives away. token: NONE_TOKEN where none was chosen. live: false from the EOS frame on; the row's samples
     and codes are then meaningless."""
 
     samples: jax.Array  # float32 [B, samples per frame]
@@ -41,7 +41,7 @@ class StepOutput(NamedTuple):
 class TextPair(NamedTuple):
     """What the Reasoner says in a step.
 
-    fed: the rows that are fed the pair; wanted: those whose text goes on, the others are fed it as padding. token: NOTHING
+    fed: the rows that are fed the pair; wanted: those whose text goes on, the others are fed it as padding. token: NONE_TOKEN
     where none is fed; logits: what chose it; vectors: the hidden state behind them and the token's embedding.
     """
 
@@ -76,7 +76,7 @@ def step(
     state, trace = traced_frame(model, state, decoder_positions(compatibility), pairs)
     with jax.named_scope("codec"):
         codec_state, samples = codec.decode_step(state.codec, trace.codes[:, None])
-    token = jnp.where(trace.text.wanted & trace.live, trace.text.token, NOTHING)
+    token = jnp.where(trace.text.wanted & trace.live, trace.text.token, NONE_TOKEN)
     return state._replace(codec=codec_state), StepOutput(samples, trace.codes, token, trace.live)
 
 
@@ -118,11 +118,11 @@ def _text_pair(model: Chroma, state: StreamState, pairs: Pairs) -> tuple[StreamS
             text_hidden=jnp.where(fed[:, None], hidden[:, 0], state.text_hidden),
             text_open=state.text_open & ~(due & (token == im_end)),
         )
-        return state, TextPair(fed, due, jnp.where(fed, token, NOTHING), logits, vectors)
+        return state, TextPair(fed, due, jnp.where(fed, token, NONE_TOKEN), logits, vectors)
 
     def skip(state: StreamState):
         nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(say, state)[1])
-        return state, nothing._replace(token=jnp.full_like(nothing.token, NOTHING))
+        return state, nothing._replace(token=jnp.full_like(nothing.token, NONE_TOKEN))
 
     if pairs == "any":
         return jax.lax.cond(jnp.any(due), say, skip, state)
@@ -177,7 +177,7 @@ def _ended(config: ChromaConfig, state: StreamState, codes: jax.Array) -> tuple[
     audible = jnp.any(~zero, axis=-1)
     if state.reference is None:
         live = state.speaking & audible
-        kept = jnp.where(live[:, None], codes, NOTHING)
+        kept = jnp.where(live[:, None], codes, NONE_TOKEN)
         return state._replace(codes=kept, speaking=live, text_open=state.text_open & live), live
     # the reference's rows all go on until each was finished once; each is heard up to its first frame of zeros
     live = state.reference.heard & audible & jnp.any(state.speaking)

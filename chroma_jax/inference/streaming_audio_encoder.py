@@ -16,7 +16,7 @@ from flax import nnx
 
 from chroma_jax.audio.log_mel import FeatureConfig, LogPower, compress, num_frames
 from chroma_jax.models.audio_encoder import AudioEncoder, cut_blocks, num_positions
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 
 Loudest = float | Literal["running"]
 
@@ -30,7 +30,7 @@ class MelBlock(NamedTuple):
     loudest: float
 
 
-class MelBlocks:
+class StreamingLogMel:
     """Features of one turn, block by block. However the turn is cut into pieces, the blocks are the same.
 
     loudest: log10 of the loudest mel power in the turn, with which the features are those of `log_mel`; or "running": the
@@ -39,7 +39,7 @@ class MelBlocks:
 
     def __init__(self, features: FeatureConfig, block_frames: int, loudest: Loudest = "running"):
         if isinstance(loudest, str) and loudest != "running":
-            raise ChromaError(f'loudest is {loudest!r}, expected a number or "running"')
+            raise InputError(f'loudest is {loudest!r}, expected a number or "running"')
         self._features, self._block_frames, self._given = features, block_frames, loudest
         # a divisor, so that no block waits for frames of the next one; few, so that little remains for the end of the turn
         self._power = LogPower(features, at_once=max(n for n in range(1, 26) if block_frames % n == 0))
@@ -51,7 +51,7 @@ class MelBlocks:
     def feed(self, samples: np.ndarray) -> list[MelBlock]:
         """samples: float [S], S ≥ 0, at ``features.sample_rate``. Returns the blocks that are now finished.
 
-        Raises: ChromaError when the turn is over, and as `LogPower` does.
+        Raises: InputError when the turn is over, and as `LogPower` does.
         """
         self._check_open()
         blocks, size = [], self._block_frames
@@ -67,7 +67,7 @@ class MelBlocks:
     def finish(self) -> list[MelBlock]:
         """Ends the turn. Returns the blocks that remain, the last one mostly partial.
 
-        Raises: ChromaError when the turn is over already or holds no samples.
+        Raises: InputError when the turn is over already or holds no samples.
         """
         self._check_open()
         log, self._over = np.concatenate([self._waiting, self._power.finish()]), True
@@ -86,10 +86,10 @@ class MelBlocks:
 
     def _check_open(self) -> None:
         if self._over:
-            raise ChromaError("the turn is over; the next one needs a new front end")
+            raise InputError("the turn is over; the next one needs a new front end")
 
 
-class Heard(NamedTuple):
+class EncodedBlock(NamedTuple):
     """One block, encoded. outputs: [K, D] on the device; the first ``length`` of them are what the Reasoner hears."""
 
     block: MelBlock
@@ -103,39 +103,39 @@ def encode_block(graph, weights, carry, mel, length):
     return carry, outputs[0]
 
 
-class Listener:
+class StreamingAudioEncoder:
     """Encodes one turn while it is spoken, every block as soon as it is finished, in one compiled program for all blocks.
 
     The valid outputs of all blocks, one after the other, are those of `AudioEncoder` for the whole turn. ``feed`` and
-    ``finish`` do not wait for the device. loudest: as of `MelBlocks`; dtype: that the encoder computes in.
-    Raises: ChromaError when ``features`` has another number of mel bins than the encoder.
+    ``finish`` do not wait for the device. loudest: as of `StreamingLogMel`; dtype: that the encoder computes in.
+    Raises: InputError when ``features`` has another number of mel bins than the encoder.
     """
 
     def __init__(
         self, encoder: AudioEncoder, features: FeatureConfig = FeatureConfig(), *, loudest: Loudest = "running", dtype=jnp.float32
     ):
         if features.mel_bins != encoder.config.mel_bins:
-            raise ChromaError(f"features have {features.mel_bins} mel bins, the audio encoder has {encoder.config.mel_bins}")
-        self._mel = MelBlocks(features, encoder.config.block_frames, loudest)
+            raise InputError(f"features have {features.mel_bins} mel bins, the audio encoder has {encoder.config.mel_bins}")
+        self._mel = StreamingLogMel(features, encoder.config.block_frames, loudest)
         self._graph, self._weights = nnx.split(encoder)
         self._carry = encoder.empty_carry(1, dtype)
         self._positions = 0
 
-    def feed(self, samples: np.ndarray) -> list[Heard]:
-        """samples, errors: as of `MelBlocks.feed`. Returns what the blocks that are now finished give."""
+    def feed(self, samples: np.ndarray) -> list[EncodedBlock]:
+        """samples, errors: as of `StreamingLogMel.feed`. Returns what the blocks that are now finished give."""
         return [self._encode(block) for block in self._mel.feed(samples)]
 
-    def finish(self) -> list[Heard]:
-        """Ends the turn; errors as of `MelBlocks.finish`."""
+    def finish(self) -> list[EncodedBlock]:
+        """Ends the turn; errors as of `StreamingLogMel.finish`."""
         return [self._encode(block) for block in self._mel.finish()]
 
-    def _encode(self, block: MelBlock) -> Heard:
+    def _encode(self, block: MelBlock) -> EncodedBlock:
         mel, length = jax.device_put((block.mel[None], np.array([block.length], np.int32)))
         self._carry, outputs = encode_block(self._graph, self._weights, self._carry, mel, length)
         before, self._positions = self._positions, self._positions + num_positions(block.length)
-        return Heard(block, outputs, self._positions // 2 - before // 2)
+        return EncodedBlock(block, outputs, self._positions // 2 - before // 2)
 
 
-def joined(heard: list[Heard]) -> np.ndarray:
+def joined(heard: list[EncodedBlock]) -> np.ndarray:
     """The valid outputs of a turn, on the host: [A, D]."""
     return np.concatenate([jax.device_get(x.outputs)[: x.length] for x in heard])

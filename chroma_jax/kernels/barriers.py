@@ -7,7 +7,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from chroma_jax.parallel.sharding import active, on_tpu
 
 
-def computed_once(x: jax.Array) -> jax.Array:
+def fusion_barrier(x: jax.Array) -> jax.Array:
     """``x``; on TPU kept from being computed anew for every tile of the product that takes it, which would wait for it where the
     matrix unit is much faster than the vector unit, as on v6e. Its gradient may be fused with what makes it."""
     return _computed_once(x) if on_tpu() else x
@@ -21,7 +21,7 @@ def _computed_once(x: jax.Array) -> jax.Array:
 _computed_once.defvjp(lambda x: (jax.lax.optimization_barrier(x), None), lambda _, gradient: (gradient,))
 
 
-def gradient_once(x: jax.Array) -> jax.Array:
+def grad_barrier(x: jax.Array) -> jax.Array:
     """``x``; on TPU its gradient is computed as such before anything is made of it. What is costly to make would be made anew for
     every product that takes it, and sums over it, fused with the product that makes it, would hold up the matrix unit."""
     return _gradient_once(x) if on_tpu() else x
@@ -35,7 +35,7 @@ def _gradient_once(x: jax.Array) -> jax.Array:
 _gradient_once.defvjp(lambda x: (x, None), lambda _, gradient: (jax.lax.optimization_barrier(gradient),))
 
 
-def in_order(x: jax.Array) -> jax.Array:
+def force_layout(x: jax.Array) -> jax.Array:
     """``x``; on TPU, where it is kept for the gradient, with its axes in memory in their own order, as products leave them. v6e's
     compiler would keep some with positions in the lanes, and turn them around for what takes them."""
     if not on_tpu():

@@ -11,9 +11,9 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.sharding import PartitionSpec as P
 
-from chroma_jax.kernels.barriers import gradient_once
+from chroma_jax.kernels.barriers import grad_barrier
 from chroma_jax.parallel.sharding import active, leading_spec, on_tpu
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 
 LANES = 128
 SAVED = "attention"  # what a rematerialisation policy may keep: the kernel's output and the logarithms of its sums
@@ -24,11 +24,11 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax
 
     q: [B, T, K, G, H]; k, v: [B, T, K, H]; segments: int32 [B, T]. Returns [B, T, K, G, H]. Rows, heads and, on the context
     axis, the positions of the queries may be divided among devices. Interpreted where there is no TPU, which is slow.
-    Raises: ChromaError for a number of positions that is not a multiple of 128.
+    Raises: InputError for a number of positions that is not a multiple of 128.
     """
     length = q.shape[1]
     if length % LANES:
-        raise ChromaError(f"attention 'splash' wants rows of a multiple of {LANES} positions, got {length}; use 'plain'")
+        raise InputError(f"attention 'splash' wants rows of a multiple of {LANES} positions, got {length}; use 'plain'")
     compute = functools.partial(_attend, interpret=not on_tpu())
     if not active():
         return compute(q, k, v, segments, segments, 0)
@@ -61,7 +61,7 @@ def _attend(q, k, v, query_segments, key_segments, shard, *, interpret: bool):
             shard, [lambda *x, run=run: run(*x[:3], kernel.SegmentIds(*x[3:])) for run in branches], q, k, v, a, b
         )
     over_heads = jax.vmap(one, in_axes=(0, 0, 0, None, None))
-    out = gradient_once(jax.vmap(over_heads)(q, k, v, query_segments, key_segments))
+    out = grad_barrier(jax.vmap(over_heads)(q, k, v, query_segments, key_segments))
     return jnp.moveaxis(out, 3, 1)
 
 

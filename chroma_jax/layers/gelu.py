@@ -4,7 +4,7 @@
 import jax
 import jax.numpy as jnp
 
-from chroma_jax.kernels.barriers import computed_once, in_order
+from chroma_jax.kernels.barriers import force_layout, fusion_barrier
 from chroma_jax.parallel.sharding import on_tpu
 
 # Φ(x) = (1 + tanh(x (a + b x² + c x⁴))) / 2 with these; |x| (Φ̂ − Φ) ≤ 2.6e-5 everywhere, the squares cut off at 36.
@@ -55,7 +55,7 @@ def gated(gate: jax.Array, up: jax.Array) -> jax.Array:
 @jax.custom_vjp
 def _gated(gate: jax.Array, up: jax.Array) -> jax.Array:
     # where there is no gradient, gate and up are written for no other reason: one array is less than two
-    return computed_once(_fast_gated(gate, up))
+    return fusion_barrier(_fast_gated(gate, up))
 
 
 def _fast_gated(gate, up):
@@ -64,7 +64,7 @@ def _fast_gated(gate, up):
 
 
 def _gated_kept(gate, up):
-    gate, up = in_order(gate), in_order(up)
+    gate, up = force_layout(gate), force_layout(up)
     return _fast_gated(gate, up), (gate, up)
 
 
@@ -74,7 +74,7 @@ def _gated_backward(kept, gradient):
     own = gate * share
     found = gradient * up * (share + own * (1 - share)), gradient * own
     # both at once, and before anything is made of them
-    return jax.lax.optimization_barrier(tuple(in_order(x.astype(of.dtype)) for x, of in zip(found, kept)))
+    return jax.lax.optimization_barrier(tuple(force_layout(x.astype(of.dtype)) for x, of in zip(found, kept)))
 
 
 _gated.defvjp(_gated_kept, _gated_backward)

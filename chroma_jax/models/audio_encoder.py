@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from chroma_jax.layers.attention import Lengths
 from chroma_jax.layers.gelu import gelu
-from chroma_jax.layers.linear import LayerNorm, Linear, in_use, normal, weight, zeros
+from chroma_jax.layers.linear import LayerNorm, Linear, compute_spec, normal, weight, zeros
 from chroma_jax.layers.transformer import Encoder, EncoderConfig, Remat
 from chroma_jax.parallel.sharding import RULES, AxisRules, active, leading_spec, reshape_rows
 
@@ -116,12 +116,12 @@ class Convolution(nnx.Module):
         are. Taps that are picked out of the positions instead end the compiler for Ironwood (libtpu 0.0.42)."""
         (b, a, c), s = x.shape, self.stride
         groups, out = -(-3 // s), (a - 1) // s + 1
-        kernel = jnp.pad(in_use(self.kernel, x.dtype), ((0, groups * s - 3), (0, 0), (0, 0))).reshape(groups, s * c, -1)
+        kernel = jnp.pad(compute_spec(self.kernel, x.dtype), ((0, groups * s - 3), (0, 0), (0, 0))).reshape(groups, s * c, -1)
         spec = P(*leading_spec(x, 2), None) if active() else None
         x = jnp.pad(x, ((0, 0), (1, (out + groups - 1) * s - a - 1), (0, 0)))
         x = jax.lax.reshape(x, (b, out + groups - 1, s * c), out_sharding=spec)
         products = (jnp.einsum("BAC,CE->BAE", x[:, g : g + out], kernel[g], out_sharding=spec) for g in range(groups))
-        return sum(products) + in_use(self.bias, x.dtype)
+        return sum(products) + compute_spec(self.bias, x.dtype)
 
 
 class AudioEncoder(nnx.Module):

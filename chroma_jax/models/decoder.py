@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from chroma_jax.layers.attention import KVCache
-from chroma_jax.layers.linear import Linear, in_use, normal, scaled, weight
+from chroma_jax.layers.linear import Linear, compute_spec, normal, scaled, weight
 from chroma_jax.layers.transformer import Llama, LlamaConfig
 
 
@@ -31,7 +31,7 @@ class Decoder(nnx.Module):
         positions = jnp.broadcast_to(jnp.arange(q), (n, q))
         mask = jnp.broadcast_to(jnp.tril(jnp.ones((q, q), bool)), (n, q, q))
         x = self.model(x, positions, mask)[:, 1:]
-        return scaled(jnp.einsum("NQD,QDV->NQV", x, in_use(self.heads, x.dtype, self.config.rules)), self.heads_scale)
+        return scaled(jnp.einsum("NQD,QDV->NQV", x, compute_spec(self.heads, x.dtype, self.config.rules)), self.heads_scale)
 
     def cached(self, inputs: jax.Array, positions: jax.Array, slots: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
         """Continues a frame. inputs: [B, T, input width]; positions, slots: int32 [B, T]. Returns ([B, T, D], cache)."""
@@ -51,4 +51,4 @@ class Decoder(nnx.Module):
                 return heads and heads[level - 1]
             return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, level - 1, 0, False), heads)
 
-        return scaled(x @ in_use(of_level(self.heads), x.dtype, self.config.rules), of_level(self.heads_scale))
+        return scaled(x @ compute_spec(of_level(self.heads), x.dtype, self.config.rules), of_level(self.heads_scale))

@@ -25,7 +25,7 @@ from typing import Literal
 from tqdm import tqdm
 
 from chroma_jax.parallel.progress import Progress
-from chroma_jax.utils.errors import PEER_LOST, ChromaError
+from chroma_jax.utils.errors import PEER_LOST, InputError
 
 GRACE = 5.0  # seconds in which what another process failed from may be found here too, or by which it is known who was lost
 
@@ -49,7 +49,7 @@ class Peer:
         return f"process {self.process} was last heard of {at}, at {self.doing!r}"
 
 
-class Peers:
+class Heartbeats:
     """The other processes of this one. Process 0 makes one with `listening`, the others with `connected` to its address."""
 
     def __init__(self, process: int, progress: Progress, seconds: float, token: int):
@@ -64,7 +64,7 @@ class Peers:
         progress.others, progress.give_up = self.described, self.end
 
     @classmethod
-    def listening(cls, progress: Progress, seconds: float, token: int) -> tuple["Peers", int]:
+    def listening(cls, progress: Progress, seconds: float, token: int) -> tuple["Heartbeats", int]:
         """Returns the peers of process 0, and the port on which it listens."""
         peers = cls(0, progress, seconds, token)
         family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
@@ -75,7 +75,7 @@ class Peers:
         return peers, peers.server.getsockname()[1]
 
     @classmethod
-    def connected(cls, process: int, progress: Progress, seconds: float, token: int, address: tuple[str, int]) -> "Peers":
+    def connected(cls, process: int, progress: Progress, seconds: float, token: int, address: tuple[str, int]) -> "Heartbeats":
         """Raises OSError when process 0 cannot be reached."""
         peers = cls(process, progress, seconds, token)
         peers.add(socket.create_connection(address, timeout=seconds), Peer(process=0))
@@ -97,7 +97,7 @@ class Peers:
     def fail(self, error: BaseException) -> None:
         """This process is about to end, and the others with it. Returns when they know; when another one is the reason, this has
         ended with its name before."""
-        bad_input = isinstance(error, ChromaError)  # which the others have as well
+        bad_input = isinstance(error, InputError)  # which the others have as well
         self.judging = not bad_input
         self.tell({"failed": f"{type(error).__name__}: {error}".splitlines()[0][:300]})
         until = time.monotonic() + GRACE - 1

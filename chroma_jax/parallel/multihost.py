@@ -26,10 +26,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from chroma_jax.parallel.heartbeats import Peers, on_abort
+from chroma_jax.parallel.heartbeats import Heartbeats, on_abort
 from chroma_jax.parallel.progress import Progress, process_started
 from chroma_jax.parallel.sharding import MeshConfig
-from chroma_jax.utils.errors import PEER_LOST, ChromaError, Ended
+from chroma_jax.utils.errors import PEER_LOST, InputError, TrainingStopped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +64,7 @@ def joined(config: DistributedConfig, mesh: MeshConfig) -> Iterator[Progress]:
     """A training's `Progress`, while this process belongs to it; to be entered before anything touches JAX's devices.
 
     With several processes, one that fails leaves this with its error, and the others with a message that names it; none waits
-    for it. Raises: ChromaError when the processes do not come together, or the mesh does not divide among them.
+    for it. Raises: InputError when the processes do not come together, or the mesh does not divide among them.
     """
     initialize(config, mesh)
     progress = Progress()
@@ -73,15 +73,15 @@ def joined(config: DistributedConfig, mesh: MeshConfig) -> Iterator[Progress]:
         yield progress
         return
     if mesh.num_devices != jax.device_count():
-        raise ChromaError(f"mesh {mesh.shape} has {mesh.num_devices} devices, all processes together {jax.device_count()}")
+        raise InputError(f"mesh {mesh.shape} has {mesh.num_devices} devices, all processes together {jax.device_count()}")
     peers = meet(config, progress)
     try:
         yield progress
-    except Ended:  # all processes at the same step
+    except TrainingStopped:  # all processes at the same step
         leave(peers)
         raise
     except BaseException as error:
-        code = told(error)
+        code = log_failure(error)
         if peers is not None:
             peers.fail(error)
         sys.stdout.flush()
@@ -89,9 +89,9 @@ def joined(config: DistributedConfig, mesh: MeshConfig) -> Iterator[Progress]:
     leave(peers)
 
 
-def told(error: BaseException) -> int:
+def log_failure(error: BaseException) -> int:
     """Says what a process ends with. Returns its exit code."""
-    if isinstance(error, ChromaError):
+    if isinstance(error, InputError):
         print(f"chroma-jax: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return 2
     traceback.print_exception(error)
@@ -104,7 +104,7 @@ def initialize(config: DistributedConfig, mesh: MeshConfig) -> None:
     alone = config.coordinator is None and (config.processes == 1 or not on_tpu())
     parts = config.processes or 1
     if mesh.num_devices % parts:
-        raise ChromaError(f"mesh {mesh.shape} has {mesh.num_devices} devices, which {parts} processes cannot share evenly")
+        raise InputError(f"mesh {mesh.shape} has {mesh.num_devices} devices, which {parts} processes cannot share evenly")
     if jax.config.jax_num_cpu_devices < mesh.num_devices // parts or parts > 1:
         with contextlib.suppress(RuntimeError):  # JAX is running already; the mesh will say what is missing
             jax.config.update("jax_num_cpu_devices", mesh.num_devices // parts)
@@ -131,7 +131,7 @@ def initialize(config: DistributedConfig, mesh: MeshConfig) -> None:
             shutdown_timeout_seconds=60,
         )
     except (RuntimeError, ValueError, OSError) as e:
-        raise ChromaError(f"the processes did not come together {where}: {str(e).splitlines()[0][:300]}") from e
+        raise InputError(f"the processes did not come together {where}: {str(e).splitlines()[0][:300]}") from e
     on_abort(lambda: None)
 
 
@@ -143,12 +143,12 @@ def on_tpu() -> bool:
     return bool(glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*"))
 
 
-def meet(config: DistributedConfig, progress: Progress) -> Peers | None:
+def meet(config: DistributedConfig, progress: Progress) -> Heartbeats | None:
     """The other processes, by heartbeats; None when process 0 cannot be reached, which is said."""
     here, token, port, peers = 0, 0, 0, None
     if jax.process_index() == 0:
         token = secrets.randbits(31)
-        peers, port = Peers.listening(progress, config.peer_seconds, token)
+        peers, port = Heartbeats.listening(progress, config.peer_seconds, token)
         host = config.coordinator.rpartition(":")[0] if config.coordinator else own_address()
         with contextlib.suppress(OSError):
             here = int.from_bytes(socket.inet_aton(socket.gethostbyname(host.strip("[]"))))
@@ -157,7 +157,7 @@ def meet(config: DistributedConfig, progress: Progress) -> Peers | None:
     if peers is None:
         host = socket.inet_ntoa((high << 16 | low).to_bytes(4))
         try:
-            peers = Peers.connected(jax.process_index(), progress, config.peer_seconds, token, (host, port))
+            peers = Heartbeats.connected(jax.process_index(), progress, config.peer_seconds, token, (host, port))
         except OSError as e:
             print(f"no heartbeats to process 0 at {host}:{port} ({e}); JAX's own remain", file=sys.stderr, flush=True)
     return peers
@@ -173,7 +173,7 @@ def own_address() -> str:
             return socket.gethostname()
 
 
-def leave(peers: Peers | None) -> None:
+def leave(peers: Heartbeats | None) -> None:
     if peers is not None:
         peers.leave()
 
@@ -181,27 +181,27 @@ def leave(peers: Peers | None) -> None:
 # Agreement
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     """Prints it once, whatever the number of processes."""
     if jax.process_index() == 0:
         print(text, flush=True)
 
 
-def agreed(value: int) -> int:
+def broadcast_one_to_all(value: int) -> int:
     """What process 0 gives, on every process, none of which gets it before all have asked."""
     return value if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
-def everywhere(holds: bool) -> bool:
+def all_processes_agree(holds: bool) -> bool:
     """Whether it holds on every process."""
     return holds if jax.process_count() == 1 else bool(np.all(multihost_utils.process_allgather(np.array(holds))))
 
 
-def share_of_rows(sharding: NamedSharding, rows: int) -> dict[str, int]:
+def data_shard(sharding: NamedSharding, rows: int) -> dict[str, int]:
     """The arguments by which a reader takes this process's rows of every batch. Where an axis that does not divide rows goes
     through several processes, these read the same ones.
 
-    Raises: ChromaError when processes have some of their rows in common, but not all.
+    Raises: InputError when processes have some of their rows in common, but not all.
     """
     held: dict[int, set[int]] = {}
     along_rows = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:1]))
@@ -209,7 +209,7 @@ def share_of_rows(sharding: NamedSharding, rows: int) -> dict[str, int]:
         held.setdefault(device.process_index, set()).add(index[0].start or 0)
     groups = sorted({tuple(sorted(starts)) for starts in held.values()})
     if len({start for group in groups for start in group}) < sum(map(len, groups)):
-        raise ChromaError(f"mesh {dict(sharding.mesh.shape)}: processes share some of their rows of a batch, but not all")
+        raise InputError(f"mesh {dict(sharding.mesh.shape)}: processes share some of their rows of a batch, but not all")
     mine = tuple(sorted(held[jax.process_index()]))
     return {"process_index": groups.index(mine), "process_count": len(groups)}
 
@@ -267,7 +267,7 @@ class StopRequest:
         if not self.several:
             return self.asked
         if multihost_utils.reached_preemption_sync_point(step):
-            self.asked, self.expired = True, bool(agreed(self.expired))
+            self.asked, self.expired = True, bool(broadcast_one_to_all(self.expired))
             if threading.current_thread() is threading.main_thread():
                 self.before[signal.SIGTERM] = signal.signal(signal.SIGTERM, self.handle) or signal.SIG_DFL
             return True

@@ -18,7 +18,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 
 MESH_AXES = ("data", "fsdp", "tensor", "context")
 
@@ -88,7 +88,7 @@ class AxisRules:
             return None
         if not hasattr(self, axis):
             known = [f.name for f in dataclasses.fields(self)]
-            raise ChromaError(f"logical axis {axis!r} has no sharding rule; AxisRules knows {known}")
+            raise InputError(f"logical axis {axis!r} has no sharding rule; AxisRules knows {known}")
         names = getattr(self, axis)
         return None if not names else names[0] if len(names) == 1 else tuple(names)
 
@@ -100,20 +100,20 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     """Mesh over the first ``config.num_devices`` devices, every axis explicit.
 
     Axes lie on the links of a TPU slice as well as they can. Several slices divide the axis ``data``, so that between them only
-    gradients travel. Raises: ChromaError when there are too few devices, or ``data`` is not a multiple of the slices.
+    gradients travel. Raises: InputError when there are too few devices, or ``data`` is not a multiple of the slices.
     """
     devices = jax.devices() if devices is None else devices
     wanted = dict(zip(MESH_AXES, config.shape))
     if min(config.shape) < 1:
-        raise ChromaError(f"mesh axes must be at least 1, got {wanted}")
+        raise InputError(f"mesh axes must be at least 1, got {wanted}")
     if len(devices) < config.num_devices:
-        raise ChromaError(f"mesh {wanted} needs {config.num_devices} devices, {len(devices)} present")
+        raise InputError(f"mesh {wanted} needs {config.num_devices} devices, {len(devices)} present")
     devices = devices[: config.num_devices]
     slices: dict[int, list[jax.Device]] = {}
     for device in devices:
         slices.setdefault(getattr(device, "slice_index", 0), []).append(device)
     if config.data % len(slices) or len({len(of) for of in slices.values()}) > 1:
-        raise ChromaError(f"mesh {wanted}: data must be a multiple of the {len(slices)} slices, each used as a whole")
+        raise InputError(f"mesh {wanted}: data must be a multiple of the {len(slices)} slices, each used as a whole")
     shape = (config.data // len(slices), *config.shape[1:])
     grid = np.concatenate([arranged(shape, of) for of in slices.values()])
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES))
@@ -248,7 +248,7 @@ def state_shardings(state: nnx.State, mesh: Mesh, rules: AxisRules | Callable[[s
     """NamedSharding of every weight in ``state`` (arrays or ShapeDtypeStructs), by its declared logical axes. rules: for all, or
     a function of a weight's path.
 
-    Raises: ChromaError naming every weight that has no axes, or whose axis the mesh does not divide.
+    Raises: InputError naming every weight that has no axes, or whose axis the mesh does not divide.
     """
     problems: list[str] = []
 
@@ -268,5 +268,5 @@ def state_shardings(state: nnx.State, mesh: Mesh, rules: AxisRules | Callable[[s
     flat = nnx.to_flat_state(state)
     result = nnx.from_flat_state([(path, one(path, variable)) for path, variable in flat])
     if problems:
-        raise ChromaError("cannot shard: " + "; ".join(problems))
+        raise InputError("cannot shard: " + "; ".join(problems))
     return result

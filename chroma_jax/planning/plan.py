@@ -21,7 +21,7 @@ from chroma_jax.training.codec.distillation import Teacher
 from chroma_jax.training.codec.step import Phase, make_codec_trainer
 from chroma_jax.training.flops import counted
 from chroma_jax.utils.chips import Chip, Topology, compile_only_devices, compiling_afresh, ring_bandwidth
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 from data_pipelines.waves import WaveBatch
 
 QUICK = {"optimization_level": 9}  # "O0" of XLA, as a number, which every version of JAX takes
@@ -133,7 +133,7 @@ class Buffer:
     shape: str
 
 
-class DoesNotFit(ChromaError):
+class DoesNotFit(InputError):
     """A program that needs more memory than the chip has. needed, capacity: bytes; buffers: the largest ones."""
 
     def __init__(self, topology: Topology, needed: float, capacity: float, buffers: list[Buffer]):
@@ -172,7 +172,7 @@ def plan_training(config: Config, topology: Topology, *, effort: str = "full") -
     """Compiles the training step of a configuration. effort: "quick" compiles in a fraction of the time and says whether it fits
     and what is sent; "full" is what a pod runs.
 
-    Raises: DoesNotFit; ChromaError for a mesh that the topology or the weights do not fit.
+    Raises: DoesNotFit; InputError for a mesh that the topology or the weights do not fit.
     """
     mesh, rows, row = mesh_on(topology, config.mesh), config.training.global_batch, config.data.row
     with jax.set_mesh(mesh):
@@ -227,11 +227,11 @@ def plan_codec(
 
 
 def mesh_on(topology: Topology, config: MeshConfig) -> jax.sharding.Mesh:
-    """Raises ChromaError when it is not a mesh of the topology's devices."""
+    """Raises InputError when it is not a mesh of the topology's devices."""
     devices = compile_only_devices(topology)
     if config.num_devices != len(devices):
         shape = dict(zip(MESH_AXES, config.shape))
-        raise ChromaError(f"mesh {shape} has {config.num_devices} devices, {topology.name} has {len(devices)}")
+        raise InputError(f"mesh {shape} has {config.num_devices} devices, {topology.name} has {len(devices)}")
     return make_mesh(config, devices)
 
 
@@ -378,13 +378,13 @@ def unestimated(module: hlo.Module, work: Iterable[hlo.Executed], chip: Chip) ->
     return dict(found.most_common())
 
 
-def too_large(topology: Topology, message: str, step: Jaxpr) -> ChromaError:
+def too_large(topology: Topology, message: str, step: Jaxpr) -> InputError:
     """What the compiler says of a program without room. It names no buffers where it sees at once that they are too many; then
     the largest of ``step`` are named, as JAX has them."""
     used = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", message)
     used = used or re.search(r"temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)", message)
     if "RESOURCE_EXHAUSTED" not in message or used is None:
-        return ChromaError(f"{topology.name}: the compiler failed: {message.strip().splitlines()[0][:300]}")
+        return InputError(f"{topology.name}: the compiler failed: {message.strip().splitlines()[0][:300]}")
     buffers = [
         Buffer(size(*found[:2]), found[2].strip(), found[3].strip())
         for found in re.findall(

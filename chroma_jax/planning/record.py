@@ -18,18 +18,18 @@ from chroma_jax.config import module_of, read_python, shipped
 from chroma_jax.planning.plan import DoesNotFit, plan_step, without_tpu
 from chroma_jax.utils.atomic_io import write_whole
 from chroma_jax.utils.chips import Topology, parse_topology
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 
 
 def topology_of(name: str) -> Topology:
     """The pod behind a configuration's ``@``: "chroma_4b_full@2xv5e:16x16".
 
-    Raises: ChromaError when there is none, or it is no topology.
+    Raises: InputError when there is none, or it is no topology.
     """
     pod = name.partition("@")[2]
     slices, _, shape = pod.partition("x") if pod[:1].isdigit() else ("1", "", pod)
     if not shape or not slices.isdigit():
-        raise ChromaError(f"{name!r}: expected CONFIG@POD, such as chroma_4b_full@2xv5e:16x16")
+        raise InputError(f"{name!r}: expected CONFIG@POD, such as chroma_4b_full@2xv5e:16x16")
     return parse_topology(shape, int(slices))
 
 
@@ -39,7 +39,7 @@ def every() -> list[str]:
 
 
 def record(path: Path, names: list[str], effort: str) -> None:
-    """Plans one after the other, each written as soon as it is there. Raises: ChromaError for a name that is none."""
+    """Plans one after the other, each written as soon as it is there. Raises: InputError for a name that is none."""
     pods = {name: topology_of(name) for name in names}
     without_tpu()
     for name, topology in tqdm(pods.items(), desc="plans", unit="plan"):

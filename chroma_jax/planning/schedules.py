@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from chroma_jax.planning import hlo, kernels
 from chroma_jax.utils.chips import CHIPS, compile_only_devices, parse_topology
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 
 # Sizes of the released model. By width of a head: positions, query heads of a key/value head; of short rows: positions, heads.
 SPLASH, SHORT = {64: (2048, 4), 128: (1024, 8)}, {64: (100, 20)}
@@ -30,14 +30,14 @@ def of_chip(chip: str, name: str, width: int) -> Iterator[tuple[tuple, kernels.S
     """A module's kernels, "splash", "short" or "flash", for heads of a width: (key of `kernels.SCHEDULES` or of `kernels.LOOPS`,
     schedule).
 
-    Raises: ChromaError when the compiler fails or shows nothing.
+    Raises: InputError when the compiler fails or shows nothing.
     """
     with tempfile.TemporaryDirectory() as aside:
         settings = {"LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={aside} {SETTINGS}", "JAX_ENABLE_COMPILATION_CACHE": "false"}
         command = [sys.executable, "-m", "chroma_jax.planning.schedules", "--compile", chip, name, str(width), aside]
         done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True)
         if done.returncode:
-            raise ChromaError(f"attention kernels for {chip}: {done.stderr.strip()[-300:]}")
+            raise InputError(f"attention kernels for {chip}: {done.stderr.strip()[-300:]}")
         module = hlo.parse((Path(aside) / "program").read_text())
         for e in hlo.executed(module):
             kernel = kernels.read(e.instruction)
@@ -46,7 +46,7 @@ def of_chip(chip: str, name: str, width: int) -> Iterator[tuple[tuple, kernels.S
             shown = sorted(Path(aside).glob(f"*{e.instruction.name}-*-final_bundles.txt"))
             shown = [path for path in shown if "schedule-analysis" not in path.name]
             if not shown:
-                raise ChromaError(f"attention kernels for {chip}: the compiler shows no schedule of {e.instruction.name}")
+                raise InputError(f"attention kernels for {chip}: the compiler shows no schedule of {e.instruction.name}")
             if name == "flash":
                 yield (chip, kernel.name, kernel.width, kernel.group, kernel.blocks.queries), loops(shown[0].read_text())
                 continue

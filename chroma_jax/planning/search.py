@@ -10,7 +10,7 @@ from chroma_jax.config import Config
 from chroma_jax.parallel.sharding import MeshConfig
 from chroma_jax.planning.plan import DoesNotFit, Plan, plan_training
 from chroma_jax.utils.chips import Topology
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 
 ROWS = (1, 2, 4, 8)  # of a device, or of those that share a row
 REMATS = ("products", "attention", "full")
@@ -24,7 +24,7 @@ def search(config: Config, topology: Topology) -> list[tuple[str, Plan | DoesNot
             found.append((name, plan_training(candidate, topology, effort="quick")[0]))
         except DoesNotFit as e:
             found.append((name, e))
-        except ChromaError as e:
+        except InputError as e:
             tqdm.write(f"{name}: {e}")
     return found
 

@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from chroma_jax.config import Config
-from chroma_jax.inference.placement import TPU_OPTIONS, as_streamed, choosing, divided
+from chroma_jax.inference.placement import TPU_OPTIONS, as_streamed, auto_layout, divided
 from chroma_jax.inference.slots import frames
 from chroma_jax.inference.state import Capacity, StreamState, idle
 from chroma_jax.inference.step import Pairs
@@ -26,13 +26,13 @@ from chroma_jax.planning import hlo
 from chroma_jax.planning.plan import QUICK, DoesNotFit, Traffic, compute, too_large, traffic, unestimated
 from chroma_jax.sequence.interleave import FRAMES_PER_PAIR
 from chroma_jax.utils.chips import Topology, compile_only_devices, compiling_afresh
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 
 Bits = Literal["float32", "bfloat16", "int8"]  # of weights or caches; with int8, bfloat16 is computed in
 
 
 @dataclasses.dataclass(frozen=True)
-class TickPlan:
+class DecodeStepPlan:
     """One program on one device; bytes and seconds of one run.
 
     read: bytes that no program could do without: the weights that it multiplies, the Decoder's as often as it runs, and the
@@ -82,8 +82,8 @@ class StreamPlan:
     caches: float
     capacity: float
     budget: float
-    pair: TickPlan
-    frame: TickPlan
+    pair: DecodeStepPlan
+    frame: DecodeStepPlan
 
     @property
     def temporary(self) -> float:
@@ -105,7 +105,7 @@ class StreamPlan:
         """All of it as plain values, with what follows from it."""
         found = dataclasses.asdict(self) | {"total": self.total, "temporary": self.temporary, "program": self.program}
         for name in ("pair", "frame"):
-            tick: TickPlan = getattr(self, name)
+            tick: DecodeStepPlan = getattr(self, name)
             found[name] |= {"compute_seconds": tick.compute_seconds, "link_seconds": tick.link_seconds, "seconds": tick.seconds}
         means = {name: self.of_frame(name) for name in ("read", "hbm_bytes", "hbm_seconds", "compute_seconds", "seconds")}
         means |= {
@@ -129,14 +129,14 @@ def plan_stream(
     """Compiles both ticks for a topology whose devices share one model, divided over the mesh axis ``tensor``. The Codec computes
     in float32.
 
-    positions: that the Reasoner's and the Backbone's caches hold, each. Raises: DoesNotFit; ChromaError for a size below one, or
+    positions: that the Reasoner's and the Backbone's caches hold, each. Raises: DoesNotFit; InputError for a size below one, or
     for another ``reply.tensor`` than 1 or the number of devices.
     """
     if rows < 1 or positions < 1:
-        raise ChromaError(f"--rows is {rows} and --positions {positions}; both must be at least 1")
+        raise InputError(f"--rows is {rows} and --positions {positions}; both must be at least 1")
     devices, chip = compile_only_devices(topology), topology.chip
     if config.reply.tensor not in (1, len(devices)):
-        raise ChromaError(
+        raise InputError(
             f"reply.tensor is {config.reply.tensor}, {topology.name} has {len(devices)} devices that share the model"
         )
     model_config = divided(config.model, len(devices))
@@ -165,7 +165,7 @@ def plan_stream(
             read = must_read(*(nnx.merge(*pair) for pair in zip(graphs, held, strict=True)), state, pairs)
             return compiled, read_program(compiled, read, topology, mesh, time.perf_counter() - started)
 
-        compiled, pair = plan_tick(choosing(partial(tick, pairs="all"), held), "all", held)
+        compiled, pair = plan_tick(auto_layout(partial(tick, pairs="all"), held), "all", held)
         chosen = jax.tree.map(
             lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), held, compiled.input_formats[0][0]
         )
@@ -229,12 +229,12 @@ def weights_read(model: Chroma, codec: Codec, pairs: Pairs) -> float:
     return total if pairs == "none" else total + weights(model.reasoner.text, model.reasoner.head)
 
 
-def read_program(compiled: jax.stages.Compiled, read: float, topology: Topology, mesh, seconds: float) -> TickPlan:
+def read_program(compiled: jax.stages.Compiled, read: float, topology: Topology, mesh, seconds: float) -> DecodeStepPlan:
     chip, memory = topology.chip, compiled.memory_analysis()
     module = hlo.parse(compiled.as_text())
     work = list(hlo.executed(module))
     moved = hlo.hbm_bytes(module, work)
-    return TickPlan(
+    return DecodeStepPlan(
         read=read,
         hbm_bytes=moved,
         hbm_seconds=moved / (chip.bandwidth / chip.devices),

@@ -19,14 +19,14 @@ from chroma_jax.training.checkpoint import Checkpoints
 from chroma_jax.training.codec.distillation import Teacher
 from chroma_jax.training.codec.spectra import stft
 from chroma_jax.training.lora import restored
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 from chroma_jax.utils.tree_paths import filled, values
 
 
 def load_teacher(name: str, sampling_rate: int) -> Teacher | None:
     """The function that ``module:function`` names, or the audio encoder of the run folder ``name``; None for an empty name.
 
-    sampling_rate: of the waves that it will hear. Raises ChromaError when there is none.
+    sampling_rate: of the waves that it will hear. Raises InputError when there is none.
     """
     if not name:
         return None
@@ -37,17 +37,17 @@ def load_teacher(name: str, sampling_rate: int) -> Teacher | None:
         found = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as e:
         expected = "expected module:function, or the run folder of a speaking model"
-        raise ChromaError(f"recipe.teacher: {name!r} names no function; {expected} ({e})") from e
+        raise InputError(f"recipe.teacher: {name!r} names no function; {expected} ({e})") from e
     if not callable(found):
-        raise ChromaError(f"recipe.teacher: {name!r} is a {type(found).__name__}, expected a function of waves")
+        raise InputError(f"recipe.teacher: {name!r} is a {type(found).__name__}, expected a function of waves")
     return found
 
 
 def audio_encoder(run: Path) -> AudioEncoder:
-    """With the weights of a run's newest checkpoint. Raises ChromaError when there is none."""
+    """With the weights of a run's newest checkpoint. Raises InputError when there is none."""
     config = configs.load(run)
     if not isinstance(config, Config):
-        raise ChromaError(f"recipe.teacher: {run} is the run of a codec, expected one of a speaking model")
+        raise InputError(f"recipe.teacher: {run} is the run of a codec, expected one of a speaking model")
     graph, state = nnx.split(nnx.eval_shape(lambda: AudioEncoder(nnx.Rngs(0), config.model.reasoner.audio)))
     here = SingleDeviceSharding(jax.local_devices()[0])
     prefix = "reasoner/audio/"

@@ -18,7 +18,7 @@ from chroma_jax.convert.codec import load_codec
 from chroma_jax.metric_models.pitch import match_pitch, pitch, pitch_measures
 from chroma_jax.metric_models.speech import stoi
 from chroma_jax.models.codec import CodecConfig, FitConfig, fit_quantizer
-from chroma_jax.parallel.multihost import say, share_of_rows
+from chroma_jax.parallel.multihost import data_shard, log
 from chroma_jax.parallel.progress import Progress
 from chroma_jax.parallel.sharding import make_mesh
 from chroma_jax.runs.codec_teacher import load_teacher
@@ -28,7 +28,7 @@ from chroma_jax.training.codec.quantize import perplexity
 from chroma_jax.training.codec.step import CodecTrainer, CodecTrainState, Phase, make_codec_trainer
 from chroma_jax.training.loop import check_batch, train_on
 from chroma_jax.training.metrics import MetricsWriter
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 from chroma_jax.utils.tree_paths import values
 from data_pipelines.waves import WaveBatch, crops, held_out, open_waves
 
@@ -54,14 +54,14 @@ def train_codec(
         The last state.
 
     Raises:
-        Ended: the training stops early.
-        ChromaError: the run folder, data or weights belong to another model, or the mesh or batch size does not fit.
+        TrainingStopped: the training stops early.
+        InputError: the run folder, data or weights belong to another model, or the mesh or batch size does not fit.
     """
     t = config.training
     open_waves(prepared, config.model)
     check_batch(config)
     if t.accumulate > 1:
-        raise ChromaError(f"training.accumulate is {t.accumulate}: a codec's step computes its recordings at once; use 1")
+        raise InputError(f"training.accumulate is {t.accumulate}: a codec's step computes its recordings at once; use 1")
     check_run(config, run)
     teacher = load_teacher(config.recipe.teacher, config.model.sampling_rate)
     mesh = make_mesh(config.mesh)
@@ -85,7 +85,7 @@ def initial_weights(config: CodecRun, trainer: CodecTrainer, source: Path) -> di
         source: any Codec's weights: a run folder, an import, or safetensors, see `chroma_jax.convert.codec.load_codec`.
 
     Raises:
-        ChromaError: ``source`` holds no Codec, or its weights were trained with other constants (sampling rate, attention
+        InputError: ``source`` holds no Codec, or its weights were trained with other constants (sampling rate, attention
             window, norm epsilon, RoPE) than the configuration has.
     """
     expected = trainer.abstract.weights()
@@ -94,9 +94,9 @@ def initial_weights(config: CodecRun, trainer: CodecTrainer, source: Path) -> di
     different = {n: v for n, v in configs.fields(model).items() if CONSTANTS.fullmatch(n) and now[n] != v}
     if different:
         flags = " ".join(f"--model.{name} {value}" for name, value in different.items())
-        raise ChromaError(f"{source}: its weights were trained with other constants; to begin with them, add {flags}")
+        raise InputError(f"{source}: its weights were trained with other constants; to begin with them, add {flags}")
     drawn = collapsed(expected.keys() - found.keys(), set(expected))
-    say(f"initializing from {source}" + (f"; drawn at random: {', '.join(drawn)}" if drawn else ""))
+    log(f"initializing from {source}" + (f"; drawn at random: {', '.join(drawn)}" if drawn else ""))
     return found
 
 
@@ -128,7 +128,7 @@ class CodecTask:
 
     def __init__(self, config: CodecRun, prepared: Path, trainer: CodecTrainer):
         self.config, self.prepared, self.trainer = config, prepared, trainer
-        self.share = share_of_rows(trainer.wave_sharding, config.training.global_batch)
+        self.share = data_shard(trainer.wave_sharding, config.training.global_batch)
 
     def phase(self, step: int) -> Phase:
         recipe = self.config.recipe

@@ -15,17 +15,17 @@ from tqdm import tqdm
 from chroma_jax.audio import load as audio
 from chroma_jax.audio.log_mel import FeatureConfig
 from chroma_jax.config import Config, ReplyConfig
-from chroma_jax.inference.generator import Speaker, counted_compilations, settings
+from chroma_jax.inference.generator import Generator, counted_compilations, settings
 from chroma_jax.inference.prefill import Prompt
 from chroma_jax.inference.prompt import make_prompt, stack
 from chroma_jax.inference.running_maximum import deviation
 from chroma_jax.models.chroma import Chroma
 from chroma_jax.runs.generation_plot import Picture, Recording, draw
 from chroma_jax.runs.load import load_run
-from chroma_jax.sequence.interleave import NOTHING
+from chroma_jax.sequence.interleave import NONE_TOKEN
 from chroma_jax.training.metrics import read_lines
 from chroma_jax.utils.atomic_io import replaced_files
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 from data_pipelines.tokenizer import encoder
 
 LOSSES = {"c0": "c0_loss", "residual": "residual_loss", "text": "text_loss"}  # our name → that in metrics.jsonl
@@ -52,19 +52,19 @@ class Spoken:
 def reply(run: Path, config: Config, question: Path, reference: Path, transcript: str, out: Path) -> dict:
     """Writes reply.wav, reply.txt, reply.png and summary.json into ``out``, all or none. Returns the summary.
 
-    run: a training run or an exported model. transcript: what is said in ``reference``. Raises: ChromaError for input that is
+    run: a training run or an exported model. transcript: what is said in ``reference``. Raises: InputError for input that is
     missing or does not fit.
     """
     if Path(out).exists() and not Path(out).is_dir():
-        raise ChromaError(f"{out}: exists and is not a folder")
+        raise InputError(f"{out}: exists and is not a folder")
     model, codec, tokenizer = load_run(run, config)
-    speaker = Speaker(model, codec, config.reply.dtype, config.reply.compatibility, config.reply.cache)
+    speaker = Generator(model, codec, config.reply.dtype, config.reply.compatibility, config.reply.cache)
     rate = model.config.codec.sampling_rate
     asked = audio.load(question, audio.REASONER_RATE, max_seconds=FeatureConfig().max_seconds)
     voice = audio.load_reference(reference, rate)
     max_frames = int(config.reply.max_seconds * model.config.codec.frame_rate)
     if max_frames < 1:
-        raise ChromaError(f"reply.max_seconds {config.reply.max_seconds:g} is less than one frame")
+        raise InputError(f"reply.max_seconds {config.reply.max_seconds:g} is less than one frame")
 
     with counted_compilations() as compiled:
         started = time.perf_counter()
@@ -144,7 +144,7 @@ def listening(wave: np.ndarray, model: Chroma) -> dict:
     return {name: {"max": round(x.max, 6), "relative": round(x.relative, 6)} for name, x in kinds.items()}
 
 
-def warm_up(speaker: Speaker, prompt: Prompt, config: ReplyConfig, max_frames: int) -> None:
+def warm_up(speaker: Generator, prompt: Prompt, config: ReplyConfig, max_frames: int) -> None:
     """Compiles what a reply of these shapes needs, by speaking its first two frames."""
     sampling, keys = settings(1, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, seed=config.seed)
     frames = speaker.frames(speaker.start(prompt, sampling, keys, max_frames), 2)
@@ -152,7 +152,7 @@ def warm_up(speaker: Speaker, prompt: Prompt, config: ReplyConfig, max_frames: i
         pass
 
 
-def speak(speaker: Speaker, make: Callable[[], Prompt], config: ReplyConfig, max_frames: int) -> Spoken:
+def speak(speaker: Generator, make: Callable[[], Prompt], config: ReplyConfig, max_frames: int) -> Spoken:
     """Speaks one reply. make: builds the prompt; its time, that of the features, counts as time to the first audio."""
     sampling, keys = settings(1, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, seed=config.seed)
     samples, codes, tokens, arrivals, ended = [], [], [], [], "limit"
@@ -167,7 +167,7 @@ def speak(speaker: Speaker, make: Callable[[], Prompt], config: ReplyConfig, max
             if not frame.live[0]:
                 ended = "eos"
                 break
-            if frame.token[0] != NOTHING:
+            if frame.token[0] != NONE_TOKEN:
                 tokens.append((len(codes), int(frame.token[0])))
             samples.append(frame.samples[0])
             codes.append(frame.codes[0])

@@ -16,7 +16,7 @@ from chroma_jax.models.chroma import Chroma
 from chroma_jax.parallel.sharding import RULES, MeshConfig, make_mesh, state_shardings
 from chroma_jax.training.checkpoint import Checkpoints
 from chroma_jax.training.lora import restored
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 from chroma_jax.utils.tree_paths import filled, values
 from data_pipelines import hidden_states as hidden
 from data_pipelines.dataset import open_dataset
@@ -29,11 +29,11 @@ def store_hidden(prepared: Path, run: Path, *, rows_at_once: int = 8) -> str:
 
     run: of a speaking model, or an import; its newest checkpoint's Reasoner is used, divided among this host's devices. Several
     hosts share the files among them. rows_at_once: of each device. Returns a line that says what was done.
-    Raises: ChromaError when the folder holds another Reasoner's states, or run and data do not fit.
+    Raises: InputError when the folder holds another Reasoner's states, or run and data do not fit.
     """
     config = configs.load(run)
     if not isinstance(config, Config):
-        raise ChromaError(f"{run}: the run of a codec, expected one of a speaking model")
+        raise InputError(f"{run}: the run of a codec, expected one of a speaking model")
     dataset = open_dataset(prepared, config.model)
     devices = jax.local_devices()
     mesh = make_mesh(MeshConfig(fsdp=len(devices)), devices)
@@ -88,7 +88,7 @@ def frozen_reasoner(run: Path, config: Config, mesh) -> tuple[nnx.GraphDef, nnx.
     }
     with Checkpoints(run, config.checkpoint, access="read") as checkpoints:
         if missing := wanted.keys() - checkpoints.held().keys():
-            raise ChromaError(f"{run}: has no weights of the Reasoner ({sorted(missing)[0]} …); import them too")
+            raise InputError(f"{run}: has no weights of the Reasoner ({sorted(missing)[0]} …); import them too")
         weights = restored(checkpoints, wanted, config.lora)
     digest = hashlib.sha256()
     for path in sorted(weights):

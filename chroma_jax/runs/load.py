@@ -23,7 +23,7 @@ from chroma_jax.models.io.weight_files import import_weights
 from chroma_jax.models.quantization import quantized
 from chroma_jax.training.checkpoint import Checkpoints
 from chroma_jax.training.lora import restored
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 from chroma_jax.utils.tree_paths import filled, values
 from data_pipelines.tokenizer import load_tokenizer
 
@@ -34,27 +34,27 @@ def load_run(run: Path, config: Config) -> tuple[Chroma, Codec, Tokenizer]:
     float32.
 
     An exported folder brings its own model configuration, so that ``config.model`` counts for a training run only; read
-    the one in force from the returned model. Raises: ChromaError naming what is missing or does not fit.
+    the one in force from the returned model. Raises: InputError naming what is missing or does not fit.
     """
     run = Path(run)
     if not run.is_dir():
-        raise ChromaError(f"{run}: no such folder")
+        raise InputError(f"{run}: no such folder")
     dtype, place = jnp.dtype(config.reply.dtype), place_for(config.reply.tensor)
     if (run / "checkpoints").is_dir():
         model, codec_source = from_checkpoint(run, config, dtype, place), run / "codec.safetensors"
         if not codec_source.is_file():
-            raise ChromaError(f"{codec_source}: no such file; a run folder keeps the Codec of its training data there")
+            raise InputError(f"{codec_source}: no such file; a run folder keeps the Codec of its training data there")
     elif (run / "config.json").is_file():
         model_config, codec_source = exported_config(run / "config.json"), run
         model = import_weights(abstract_model(model_config, dtype, place), chroma_rows(model_config), run)
     else:
-        raise ChromaError(f"{run}: holds neither checkpoints/ (a training run) nor config.json (an exported model)")
+        raise InputError(f"{run}: holds neither checkpoints/ (a training run) nor config.json (an exported model)")
     if config.reply.weights == "int8":
         with running(place):
             model = quantized(model)
     codec = codec_on(read_codec(codec_source, model.config), place)
     if not (run / "tokenizer.json").is_file():
-        raise ChromaError(f"{run / 'tokenizer.json'}: no such file")
+        raise InputError(f"{run / 'tokenizer.json'}: no such file")
     return model, codec, load_tokenizer(run / "tokenizer.json", model.config.tokens, model.config.reasoner.vocab_size)
 
 
@@ -67,7 +67,7 @@ def read_json(path: Path) -> dict:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ChromaError(f"{path}: not JSON ({error})") from error
+        raise InputError(f"{path}: not JSON ({error})") from error
 
 
 def exported_run(folder: Path) -> Config | CodecRun:
@@ -89,14 +89,14 @@ def exported_run(folder: Path) -> Config | CodecRun:
             changed["max_seconds"] = said["max_new_tokens"] / config.model.codec.frame_rate
         reply = dataclasses.replace(config.reply, **changed)
     except (ValueError, TypeError, AttributeError) as error:
-        raise ChromaError(f"{path}: damaged ({type(error).__name__}: {error})") from error
+        raise InputError(f"{path}: damaged ({type(error).__name__}: {error})") from error
     return dataclasses.replace(config, reply=reply)
 
 
 def from_checkpoint(run: Path, config: Config, dtype, place: Place) -> Chroma:
     """The newest checkpoint's weights, whatever mesh wrote it; the optimizer's moments are not read.
 
-    Raises: ChromaError for an imported folder in which a part is missing.
+    Raises: InputError for an imported folder in which a part is missing.
     """
     graph, state = nnx.split(abstract_model(config.model, dtype, place))
     with Checkpoints(run, config.checkpoint, access="read") as checkpoints:

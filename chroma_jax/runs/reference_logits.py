@@ -33,7 +33,7 @@ from chroma_jax.models.chroma import Chroma, ChromaConfig
 from chroma_jax.parallel.sharding import take_rows
 from chroma_jax.runs.load import exported_run, load_run
 from chroma_jax.sequence.batch import Batch
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 from chroma_jax.utils.tree_paths import values
 
 NAME = "logits.npz"
@@ -75,12 +75,12 @@ def reference_logits(source: Path, inputs: dict[str, np.ndarray] | None = None) 
         ``facts``, a JSON text.
 
     Raises:
-        ChromaError: ``source`` is neither an export nor a run of a speaking model, or something in it is missing.
+        InputError: ``source`` is neither an export nor a run of a speaking model, or something in it is missing.
     """
     source = Path(source)
     config = exported_run(source) if (source / "config.json").is_file() else configs.load(source)
     if not isinstance(config, Config):
-        raise ChromaError(f"{source}: a codec, expected a speaking model")
+        raise InputError(f"{source}: a codec, expected a speaking model")
     reply = dataclasses.replace(config.reply, dtype="float32", weights="as_dtype", cache="as_dtype", tensor=1)
     model, codec, _ = load_run(source, dataclasses.replace(config, reply=reply))
     inputs = make_inputs(model.config) if inputs is None else inputs
@@ -180,17 +180,15 @@ def write(source: Path, out: Path) -> dict[str, np.ndarray]:
 
 
 def read(file: Path) -> dict[str, np.ndarray]:
-    """Reads a file of `write`. Raises ChromaError when it is damaged, or of a newer format."""
+    """Reads a file of `write`. Raises InputError when it is damaged, or of a newer format."""
     try:
         with np.load(file) as stored:
             result = {name: stored[name] for name in stored.files}
         facts = json.loads(str(result["facts"]))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
-        raise ChromaError(
-            f"{file}: not reference logits ({type(e).__name__}: {e}); write them again with the export's tag"
-        ) from e
+        raise InputError(f"{file}: not reference logits ({type(e).__name__}: {e}); write them again with the export's tag") from e
     if facts.get("format") != FORMAT:
-        raise ChromaError(f"{file}: reference logits of format {facts.get('format')}, expected {FORMAT}")
+        raise InputError(f"{file}: reference logits of format {facts.get('format')}, expected {FORMAT}")
     return result
 
 
@@ -202,7 +200,7 @@ def compare(source: Path, file: Path) -> Comparison:
         file: Reference logits that `write` made of it.
 
     Raises:
-        ChromaError: one of them cannot be read.
+        InputError: one of them cannot be read.
     """
     stored = read(file)
     inputs = {name: x for name, x in stored.items() if name.startswith("input_")}
@@ -254,7 +252,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{out}: {out.stat().st_size / 1e3:.0f} kB")
             return 0
         result = compare(args.export, out)
-    except ChromaError as e:
+    except InputError as e:
         print(f"reference_logits: error: {' '.join(str(e).split())}", file=sys.stderr)
         return 2
     for problem in result.problems:

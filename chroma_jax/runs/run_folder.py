@@ -7,32 +7,32 @@ from pathlib import Path
 import jax
 
 from chroma_jax import config as configs
-from chroma_jax.parallel.multihost import agreed, everywhere
+from chroma_jax.parallel.multihost import all_processes_agree, broadcast_one_to_all
 from chroma_jax.utils.atomic_io import write_whole
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 
 
 def has_checkpoint(run: Path) -> bool:
     """Whether a training there goes on from a checkpoint; the same on every process."""
     found = jax.process_index() == 0 and any(path.name.isdigit() for path in (run / "checkpoints").glob("*"))
-    return bool(agreed(found))
+    return bool(broadcast_one_to_all(found))
 
 
 def check_run(config, run: Path) -> None:
-    """Makes sure that ``run`` is new, or a run of the same model on the same data. Raises ChromaError otherwise."""
+    """Makes sure that ``run`` is new, or a run of the same model on the same data. Raises InputError otherwise."""
     if (run / "config.txt").exists():
         before, now = configs.fields(configs.load(run)), configs.fields(config)
         fixed = [n for n in now if n.startswith(("model.", "data.")) or n in ("training.global_batch", "training.seed")]
         changed = [f"{n} {before.get(n)!r} → {now[n]!r}" for n in fixed if before.get(n) != now[n]]
         if changed:
-            raise ChromaError(f"{run}: holds another run ({'; '.join(changed[:5])}); choose another run folder")
+            raise InputError(f"{run}: holds another run ({'; '.join(changed[:5])}); choose another run folder")
     elif run.exists() and (not run.is_dir() or any(run.iterdir())):
-        raise ChromaError(f"{run}: exists and is not a run folder (no config.txt in it)")
+        raise InputError(f"{run}: exists and is not a run folder (no config.txt in it)")
 
 
 def keep(config, run: Path, files: Sequence[Path]) -> None:
     """Writes config.txt, and copies ``files``, as far as they exist: a run folder is complete in itself."""
-    everywhere(True)  # all have looked at the folder before anything is written
+    all_processes_agree(True)  # all have looked at the folder before anything is written
     if jax.process_index() > 0:
         return
     run.mkdir(parents=True, exist_ok=True)

@@ -32,7 +32,7 @@ from chroma_jax.audio import load as audio
 from chroma_jax.audio.log_mel import FeatureConfig
 from chroma_jax.config import Config
 from chroma_jax.inference.compatibility import is_reference
-from chroma_jax.inference.generator import Speaker, settings
+from chroma_jax.inference.generator import Generator, settings
 from chroma_jax.inference.prefill import Prompt
 from chroma_jax.inference.prompt import BUCKETS, make_prompt
 from chroma_jax.inference.sampling import Sampling
@@ -42,9 +42,9 @@ from chroma_jax.models.chroma import Chroma, ChromaConfig
 from chroma_jax.models.codec import Codec
 from chroma_jax.models.io.weight_files import Output, write_safetensors
 from chroma_jax.runs.load import load_run
-from chroma_jax.sequence.interleave import NOTHING
+from chroma_jax.sequence.interleave import NONE_TOKEN
 from chroma_jax.utils.atomic_io import check_new, written_aside
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 from data_pipelines.tokenizer import encoder
 
 FORMAT = 1  # of artefact.json
@@ -84,7 +84,7 @@ class Sizes:
     def __post_init__(self):
         for name, value in dataclasses.asdict(self).items():
             if value <= 0:
-                raise ChromaError(f"{name} is {value:g}, must be more than 0")
+                raise InputError(f"{name} is {value:g}, must be more than 0")
 
 
 def export_stablehlo(
@@ -97,20 +97,20 @@ def export_stablehlo(
     """Writes a serving artefact of a run's newest checkpoint (or of an exported model) to the folder ``dest``.
 
     config: of the run; ``config.reply.dtype`` is that of weights, activations and caches. Returns a line that says what was
-    written. Raises: ChromaError when ``dest`` exists, the run lacks something, or an argument is wrong; nothing is written then.
+    written. Raises: InputError when ``dest`` exists, the run lacks something, or an argument is wrong; nothing is written then.
     """
     run, dest = Path(run), Path(dest)
     check_platforms(platforms)
     if is_reference(config.reply.compatibility):
-        raise ChromaError('reply.compatibility is "reference"; an artefact can only be "corrected"')
+        raise InputError('reply.compatibility is "reference"; an artefact can only be "corrected"')
     if config.reply.tensor != 1:
-        raise ChromaError(f"reply.tensor is {config.reply.tensor}; an artefact is for one device")
+        raise InputError(f"reply.tensor is {config.reply.tensor}; an artefact is for one device")
     if importlib.util.find_spec("flatbuffers") is None:
-        raise ChromaError("jax.export needs the package flatbuffers: pip install flatbuffers")
+        raise InputError("jax.export needs the package flatbuffers: pip install flatbuffers")
     check_new(dest)
     model, codec, _ = load_run(run, config)
     prompt = prompt_shapes(model.config, sizes)
-    speaker = Speaker(model, codec, config.reply.dtype)
+    speaker = Generator(model, codec, config.reply.dtype)
     weights = dict(zip(weight_names(model, codec), speaker.weights, strict=True))
     with written_aside(dest) as folder:
         programs = export_programs(speaker, weights, prompt, sizes.max_frames, platforms)
@@ -128,16 +128,16 @@ def export_stablehlo(
 
 def check_platforms(platforms: Sequence[str]) -> None:
     if not platforms or len(set(platforms)) < len(platforms) or not set(platforms) <= set(KNOWN):
-        raise ChromaError(f"platforms are {', '.join(platforms) or 'none'}; expected some of {', '.join(KNOWN)}, each once")
+        raise InputError(f"platforms are {', '.join(platforms) or 'none'}; expected some of {', '.join(KNOWN)}, each once")
 
 
 def prompt_shapes(config: ChromaConfig, sizes: Sizes) -> Prompt:
-    """What prefill is given, as ShapeDtypeStructs. Raises: ChromaError when the question does not fit into its text."""
+    """What prefill is given, as ShapeDtypeStructs. Raises: InputError when the question does not fit into its text."""
     features, audio = FeatureConfig(), config.reasoner.audio
     mel_frames = max(1, round(sizes.question_seconds * features.sample_rate / features.hop))
     blocks, outputs = num_blocks(mel_frames, audio.block_frames), num_outputs(mel_frames)
     if outputs >= sizes.text:
-        raise ChromaError(
+        raise InputError(
             f"text is {sizes.text}, but {sizes.question_seconds:g} seconds of question alone take {outputs} positions"
         )
 
@@ -160,7 +160,7 @@ def prompt_shapes(config: ChromaConfig, sizes: Sizes) -> Prompt:
 
 
 def export_programs(
-    speaker: Speaker, weights: Arrays, prompt: Prompt, max_frames: int, platforms: Sequence[str]
+    speaker: Generator, weights: Arrays, prompt: Prompt, max_frames: int, platforms: Sequence[str]
 ) -> dict[str, export.Exported]:
     """prefill and step. weights: the speaker's, by name and in its order. prompt: ShapeDtypeStructs."""
     rows, capacity = len(prompt.text_length), Capacity.of(prompt.text.shape[1], prompt.voice_token.shape[1], max_frames)
@@ -217,7 +217,7 @@ def is_key(x) -> bool:
 
 
 def weight_names(model: Chroma, codec: Codec) -> list[str]:
-    """Paths of all weights, the Codec's beginning with ``codec/``, in the order of a `Speaker`'s."""
+    """Paths of all weights, the Codec's beginning with ``codec/``, in the order of a `Generator`'s."""
     flat, _ = jax.tree_util.tree_flatten_with_path((nnx.state(model), nnx.state(codec)))
     return [("", "codec/")[path[0].idx] + slashed(path[1:]).removesuffix("/value") for path, _ in flat]
 
@@ -255,7 +255,7 @@ def description(config: ChromaConfig, dtype: str, sizes: Sizes, programs: dict[s
         "codebooks": config.codebooks,
         "codebook_size": config.codec.codebook_size,
         "tokens": dataclasses.asdict(config.tokens),
-        "nothing": NOTHING,
+        "nothing": NONE_TOKEN,
         "random_keys": jax.random.key_impl(jax.random.key(0)),
         "sizes": dataclasses.asdict(sizes),
         "weights": WEIGHTS,
@@ -285,11 +285,11 @@ def write_prompt(run: Path, config: Config, artefact: Path, question: Path, refe
     """Writes ``dest``, from which every row of an artefact answers a recording in the reference's voice.
 
     run, config: of the model that the artefact was made from, whose Codec and tokenizer are used; ``config.reply`` says how codes
-    are chosen, the rows having different random keys. Returns a line that says what was written. Raises: ChromaError for input
+    are chosen, the rows having different random keys. Returns a line that says what was written. Raises: InputError for input
     that is missing or does not fit the artefact; nothing is written then.
     """
     if dest.suffix != ".safetensors" or dest.exists():
-        raise ChromaError(f"{dest}: {'exists already' if dest.exists() else 'not a file NAME.safetensors'}; choose another file")
+        raise InputError(f"{dest}: {'exists already' if dest.exists() else 'not a file NAME.safetensors'}; choose another file")
     rows = input_shapes(artefact)["prompt/text_length"].shape[0]
     model, codec, tokenizer = load_run(run, config)
     asked = audio.load(question, audio.REASONER_RATE, max_seconds=FeatureConfig().max_seconds)
@@ -297,7 +297,7 @@ def write_prompt(run: Path, config: Config, artefact: Path, question: Path, refe
         model.config,
         encoder(tokenizer),
         question=asked,
-        reference_codes=Speaker(model, codec).encode(audio.load_reference(reference, model.config.codec.sampling_rate)),
+        reference_codes=Generator(model, codec).encode(audio.load_reference(reference, model.config.codec.sampling_rate)),
         transcript=transcript,
         system=config.data.system,
     )
@@ -314,28 +314,28 @@ def save_prompt(artefact: Path, dest: Path, prompts: Sequence[Prompt], sampling:
     """Writes what prefill is given as ``inputs``, padded to the artefact's sizes, to the safetensors file ``dest``.
 
     prompts: from `make_prompt`, one for each row. sampling: float32 and int32 [rows]; keys: random keys [rows].
-    Raises: ChromaError for a folder that holds no artefact, and for what does not fit it, naming the array.
+    Raises: InputError for a folder that holds no artefact, and for what does not fit it, naming the array.
     """
     expected = input_shapes(Path(artefact))
     arrays = {name: np.asarray(x) for name, x in by_name({"sampling": sampling, "keys": keys}).items()}
     rows = [by_name({"prompt": prompt}) for prompt in prompts]
     given = arrays.keys() | {name for row in rows for name in row}
     if given != expected.keys():
-        raise ChromaError(f"{artefact} takes {', '.join(sorted(expected))}; given are {', '.join(sorted(given))}")
+        raise InputError(f"{artefact} takes {', '.join(sorted(expected))}; given are {', '.join(sorted(given))}")
     for name in rows[0]:
         shape = expected[name].shape[1:]
         arrays[name] = np.stack([padded(f"{name} of row {i}", row[name], shape) for i, row in enumerate(rows)])
     for name, array in arrays.items():
         if (array.shape, array.dtype) != (expected[name].shape, expected[name].dtype):
             told = f"{expected[name].dtype} {expected[name].shape}"
-            raise ChromaError(f"{name} is {array.dtype} {array.shape}, {artefact} takes {told}")
+            raise InputError(f"{name} is {array.dtype} {array.shape}, {artefact} takes {told}")
     save_file(arrays, dest)
 
 
 def padded(what: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """An array of one row, padded on the right as `stack` does it. what: ``prompt/<field> of row <i>``."""
     if any(length > room for length, room in zip(array.shape, shape, strict=True)):
-        raise ChromaError(f"{what} is {array.shape}, the artefact was made for at most {shape}")
+        raise InputError(f"{what} is {array.shape}, the artefact was made for at most {shape}")
     _, empty = BUCKETS.get(what.split()[0].removeprefix("prompt/"), (1, 0))
     full = np.full(shape, empty, array.dtype)
     full[tuple(slice(length) for length in array.shape)] = array
@@ -346,10 +346,10 @@ def input_shapes(artefact: Path) -> Arrays:
     """What an artefact's prefill is given as ``inputs``, as ShapeDtypeStructs by name."""
     path = artefact / DESCRIPTION
     if not path.is_file():
-        raise ChromaError(f"{path}: no such file; an artefact has one")
+        raise InputError(f"{path}: no such file; an artefact has one")
     try:
         arguments = json.loads(path.read_text(encoding="utf-8"))["programs"]["prefill"]["arguments"]
         shapes = {x["name"]: jax.ShapeDtypeStruct(tuple(x["shape"]), jnp.dtype(x["dtype"])) for x in arguments}
     except (ValueError, KeyError, TypeError) as e:
-        raise ChromaError(f"{path}: not the description of an artefact ({type(e).__name__}: {e})") from e
+        raise InputError(f"{path}: not the description of an artefact ({type(e).__name__}: {e})") from e
     return {name.removeprefix("inputs/"): x for name, x in shapes.items() if name.startswith("inputs/")}

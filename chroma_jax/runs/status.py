@@ -6,15 +6,15 @@ from pathlib import Path
 
 from chroma_jax import config as configs
 from chroma_jax.training.metrics import read_lines
-from chroma_jax.training.runtime.goodput import read_ledger, when
+from chroma_jax.training.runtime.goodput import read_goodput_log, when
 
 RECENT = 5  # log lines that the rate is a mean of
 
 
 def status(run: Path) -> dict:
-    """Raises: ChromaError when ``run`` is no run folder."""
+    """Raises: InputError when ``run`` is no run folder."""
     config = configs.load(run)
-    lines, metrics = read_ledger(run), read_lines(run / "metrics.jsonl")
+    lines, metrics = read_goodput_log(run), read_lines(run / "metrics.jsonl")
     trained = [line for line in metrics if any(name.startswith("train/") for name in line)]
     found = sorted(int(p.name) for p in (run / "checkpoints").glob("*") if p.name.isdigit())
     step = max([line["step"] for line in metrics] + found, default=0)

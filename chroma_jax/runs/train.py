@@ -14,7 +14,7 @@ from flax import nnx
 from chroma_jax import config as configs
 from chroma_jax.config import Config
 from chroma_jax.models.chroma import Chroma
-from chroma_jax.parallel.multihost import say, share_of_rows
+from chroma_jax.parallel.multihost import data_shard, log
 from chroma_jax.parallel.progress import Progress
 from chroma_jax.parallel.sharding import make_mesh
 from chroma_jax.planning.training_step import abstract_batch, compiled_from, step_flops, trainer_of
@@ -26,9 +26,9 @@ from chroma_jax.training.loop import check_batch, train_on
 from chroma_jax.training.lora import MARK, restored
 from chroma_jax.training.metrics import MetricsWriter, flat
 from chroma_jax.training.optimizer import split_trainable
-from chroma_jax.training.runtime.aot_executable import with_program
+from chroma_jax.training.runtime.aot_executable import with_executable
 from chroma_jax.training.state import Trainer, TrainState
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 from chroma_jax.utils.tree_paths import values
 from data_pipelines.dataset import open_dataset
 from data_pipelines.records import batches, evaluation_batches
@@ -47,13 +47,13 @@ def train(
     run: created when absent. prepared: a folder that ``chroma-jax prepare`` wrote. init_from: another run folder or an imported
     one, whose weights a new run begins with. progress: of the process, see `chroma_jax.parallel.multihost.joined`. program: file
     with the compiled step, see `chroma_jax.training.runtime.aot_executable`.
-    Returns the last state. Raises: Ended when it stops before; ChromaError for a run folder, data or weights of another model, a
-    mesh or batch that does not fit.
+    Returns the last state. Raises: TrainingStopped when it stops before; InputError for a run folder, data or weights of
+    another model, a mesh or batch that does not fit.
     """
     dataset = open_dataset(prepared, config.model)
     if dataset.shape != config.data.row:
         row = config.data.row
-        raise ChromaError(f"{prepared}: rows are {dataset.shape}, the configuration says {row}; prepare the data again")
+        raise InputError(f"{prepared}: rows are {dataset.shape}, the configuration says {row}; prepare the data again")
     check_batch(config)
     check_stored(config)
     mesh = make_mesh(config.mesh)
@@ -61,7 +61,7 @@ def train(
     with jax.set_mesh(mesh):
         trainer = trainer_of(config, mesh)
         if program is not None:
-            trainer = with_program(trainer, compiled_from(config), abstract_batch(config, trainer), program)
+            trainer = with_executable(trainer, compiled_from(config), abstract_batch(config, trainer), program)
         given = init_from if init_from is not None and not has_checkpoint(run) else None
         if given is not None:
             check_tokenizer(prepared, given)
@@ -72,10 +72,10 @@ def train(
 
 
 def check_tokenizer(prepared: Path, start: Path) -> None:
-    """Raises ChromaError when the weights to begin with know other tokens than the data."""
+    """Raises InputError when the weights to begin with know other tokens than the data."""
     ours, theirs = prepared / "tokenizer.json", start / "tokenizer.json"
     if theirs.is_file() and vocabulary(ours) != vocabulary(theirs):
-        raise ChromaError(f"{prepared}: its tokenizer is not that of {start}; prepare the data with --data.tokenizer {theirs}")
+        raise InputError(f"{prepared}: its tokenizer is not that of {start}; prepare the data with --data.tokenizer {theirs}")
 
 
 def vocabulary(tokenizer: Path) -> dict[str, int]:
@@ -83,19 +83,19 @@ def vocabulary(tokenizer: Path) -> dict[str, int]:
 
 
 def check_stored(config: Config) -> None:
-    """Raises ChromaError when stored hidden states would be used for a Reasoner that is trained."""
+    """Raises InputError when stored hidden states would be used for a Reasoner that is trained."""
     if config.loss.reasoner == "computed":
         return
     shapes = nnx.eval_shape(lambda: Chroma(nnx.Rngs(0), config.model))
     _, trained, _ = split_trainable(shapes, config.optimizer)
     if config.lora.targets or any(path.startswith("reasoner/") for path in values(trained)):
-        raise ChromaError("loss.reasoner is 'stored', but the Reasoner is trained; freeze it: --optimizer.freeze reasoner/")
+        raise InputError("loss.reasoner is 'stored', but the Reasoner is trained; freeze it: --optimizer.freeze reasoner/")
 
 
 def starting_weights(config: Config, trainer: Trainer, start: Path) -> dict[str, jax.Array]:
     """The weights that a new run begins with, by path, as they lie in training; says what is drawn at random instead.
 
-    Raises: ChromaError when ``start`` has no checkpoint, or weights of other sizes or trained with other constants.
+    Raises: InputError when ``start`` has no checkpoint, or weights of other sizes or trained with other constants.
     """
     source = configs.load(start)
     before, now = configs.fields(source.model), configs.fields(config.model)
@@ -111,12 +111,12 @@ def starting_weights(config: Config, trainer: Trainer, start: Path) -> dict[str,
         }
         if apart:
             flags = " ".join(f"--model.{name} {value}" for name, value in apart.items())
-            raise ChromaError(f"{start}: its weights are of a model that the configuration describes otherwise; it says {flags}")
+            raise InputError(f"{start}: its weights are of a model that the configuration describes otherwise; it says {flags}")
         fitting = {path: wanted[path] for path in held}
         goes_on = any(MARK in path for path in held)  # pairs are trained further, if there are any, or merged
         weights = checkpoints.restore_weights(fitting) if goes_on else restored(checkpoints, fitting, source.lora)
     drawn = sorted({path.split("/")[0] for path in wanted.keys() - held})
-    say(f"initializing from {start}" + (f"; drawn at random: {', '.join(drawn)}" if drawn else ""))
+    log(f"initializing from {start}" + (f"; drawn at random: {', '.join(drawn)}" if drawn else ""))
     return weights
 
 
@@ -149,7 +149,7 @@ class Speaking:
 
     def __init__(self, config: Config, prepared: Path, trainer: Trainer):
         self.config, self.prepared, self.trainer = config, prepared, trainer
-        self.share = share_of_rows(trainer.batch_sharding, config.training.global_batch)
+        self.share = data_shard(trainer.batch_sharding, config.training.global_batch)
         self.reading = {"reasoner": config.loss.reasoner, "prompt_frames": config.loss.prompt_slots}
         self.step_flops = sum(step_flops(config, trainer))
         peak = flops.peak_flops(jax.devices()[0])

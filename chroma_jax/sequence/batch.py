@@ -1,7 +1,7 @@
 """The packed training row: what a batch is made of. The packer writes it, the model reads it.
 
 A row holds several conversations, told apart by segment ids (1, 2, …; 0 = padding). Positions restart in every
-conversation. NOTHING (−1) marks an empty entry everywhere. Written once per row, with the capacities of a `RowShape`:
+conversation. NONE_TOKEN (−1) marks an empty entry everywhere. Written once per row, with the capacities of a `RowShape`:
 
 | array | shape | meaning |
 |---|---|---|

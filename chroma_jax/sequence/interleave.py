@@ -17,10 +17,10 @@ from typing import NamedTuple
 import numpy as np
 
 FRAMES_PER_PAIR = 2
-NOTHING = -1
+NONE_TOKEN = -1
 
 
-class Kind(enum.IntEnum):
+class PositionKind(enum.IntEnum):
     """What is fed at a Backbone position."""
 
     PROMPT_TEXT = 0  # text start, the reference transcript, text end
@@ -31,7 +31,7 @@ class Kind(enum.IntEnum):
     FRAME = 5  # reply frame i
 
 
-class Counts(NamedTuple):
+class StreamLengths(NamedTuple):
     """Lengths of the four streams: prompt text (with its start and end tokens), reference frames, reply tokens (with
     im_end), reply frames (without EOS)."""
 
@@ -41,11 +41,11 @@ class Counts(NamedTuple):
     frames: int
 
 
-class Layout(NamedTuple):
+class Interleaving(NamedTuple):
     """One conversation's Backbone positions, int32 [T] each.
 
     kind: a `Kind`. index: which element of that kind's stream. target: the reply frame that this position predicts
-    (``counts.frames`` means EOS), or NOTHING.
+    (``counts.frames`` means EOS), or NONE_TOKEN.
     """
 
     kind: np.ndarray
@@ -58,30 +58,35 @@ def opens_pair(frame):
     return frame % FRAMES_PER_PAIR == 0
 
 
-def layout(counts: Counts) -> Layout:
+def layout(counts: StreamLengths) -> Interleaving:
     """Positions of a whole conversation, from the prompt to the position that predicts EOS.
 
     Text that is left when the audio ends is not fed. With no text at all, the end of the prompt predicts frame 0.
     """
-    rows: list[list[int]] = [[Kind.PROMPT_TEXT, i, NOTHING] for i in range(counts.prompt_text)]
-    rows += [[Kind.PROMPT_FRAME, i, NOTHING] for i in range(counts.prompt_frames)]
-    rows.append([Kind.PROMPT_END, 0, NOTHING])
+    rows: list[list[int]] = [[PositionKind.PROMPT_TEXT, i, NONE_TOKEN] for i in range(counts.prompt_text)]
+    rows += [[PositionKind.PROMPT_FRAME, i, NONE_TOKEN] for i in range(counts.prompt_frames)]
+    rows.append([PositionKind.PROMPT_END, 0, NONE_TOKEN])
     for frame in range(counts.frames + 1):
         pair = frame // FRAMES_PER_PAIR
         if opens_pair(frame) and pair < counts.tokens:
-            rows += [[Kind.HIDDEN, pair, NOTHING], [Kind.TOKEN, pair, NOTHING]]
+            rows += [[PositionKind.HIDDEN, pair, NONE_TOKEN], [PositionKind.TOKEN, pair, NONE_TOKEN]]
         rows[-1][2] = frame
         if frame < counts.frames:
-            rows.append([Kind.FRAME, frame, NOTHING])
-    return Layout(*np.array(rows, np.int32).T)
+            rows.append([PositionKind.FRAME, frame, NONE_TOKEN])
+    return Interleaving(*np.array(rows, np.int32).T)
 
 
-def counts(layout: Layout) -> Counts:
+def counts(layout: Interleaving) -> StreamLengths:
     """The inverse of `layout`, as far as it was fed: tokens after the end of the audio left no trace."""
-    return Counts(*(int(np.sum(layout.kind == kind)) for kind in (Kind.PROMPT_TEXT, Kind.PROMPT_FRAME, Kind.TOKEN, Kind.FRAME)))
+    return StreamLengths(
+        *(
+            int(np.sum(layout.kind == kind))
+            for kind in (PositionKind.PROMPT_TEXT, PositionKind.PROMPT_FRAME, PositionKind.TOKEN, PositionKind.FRAME)
+        )
+    )
 
 
-def length(counts: Counts) -> int:
+def length(counts: StreamLengths) -> int:
     """Number of positions of ``layout(counts)``, in closed form."""
     pairs = min(counts.tokens, counts.frames // FRAMES_PER_PAIR + 1)
     return counts.prompt_text + counts.prompt_frames + 1 + 2 * pairs + counts.frames

@@ -13,7 +13,7 @@ import numpy as np
 
 from chroma_jax.inference.slots import Chunk, padded
 from chroma_jax.sequence.chat_template import Encode, SpecialTokens, reply_closing, system_turn, user_closing, user_opening
-from chroma_jax.sequence.interleave import NOTHING
+from chroma_jax.sequence.interleave import NONE_TOKEN
 
 
 @dataclasses.dataclass(eq=False)
@@ -104,14 +104,14 @@ class Conversation:
     def _chunks(self, ids: list[int], audio: jax.Array | None = None) -> list[Chunk]:
         """ids: tokens, those of ``audio``'s rows among them in order."""
         text = np.array(ids, np.int32)
-        index = np.full(len(text), NOTHING, np.int32)
+        index = np.full(len(text), NONE_TOKEN, np.int32)
         if audio is not None:
             places = np.flatnonzero(text == self._tokens.audio)
             index[places] = np.arange(len(places))
         chunks = []
         for start in range(0, len(text), self._size):
             part = slice(start, start + self._size)
-            filled = [padded(text[part], self._size, 0), padded(index[part], self._size, NOTHING)]
+            filled = [padded(text[part], self._size, 0), padded(index[part], self._size, NONE_TOKEN)]
             chunks.append(Chunk(*filled, self._no_audio if audio is None else audio, np.int32(len(text[part]))))
         return chunks
 

@@ -18,20 +18,20 @@ import numpy as np
 from chroma_jax.audio.log_mel import FeatureConfig, num_frames
 from chroma_jax.inference.generator import counted_compilations
 from chroma_jax.inference.placement import on_first
-from chroma_jax.inference.slots import BUCKETS, FRAMES_PER_CALL, TICKS, Chunk, Slots
-from chroma_jax.inference.state import Capacity, Kept
-from chroma_jax.inference.streaming_audio_encoder import MelBlocks
+from chroma_jax.inference.slots import BUCKETS, FRAMES_PER_CALL, TICKS, BatchState, Chunk
+from chroma_jax.inference.state import CacheDType, Capacity
+from chroma_jax.inference.streaming_audio_encoder import StreamingLogMel
 from chroma_jax.models.audio_encoder import num_outputs
 from chroma_jax.models.chroma import Chroma
 from chroma_jax.models.codec import Codec
 from chroma_jax.sequence.chat_template import Encode, system_turn
 from chroma_jax.sequence.interleave import FRAMES_PER_PAIR
 from chroma_jax.serving.conversation import Conversation, around_a_turn
-from chroma_jax.serving.metrics import Meter
-from chroma_jax.serving.scheduler import Rounds, beginning
-from chroma_jax.serving.session import Reply, SamplingSettings, Session
-from chroma_jax.serving.voices import FRAMES_PER_PIECE, Recorder, Voice, fingerprint, load_voice, save_voice
-from chroma_jax.utils.errors import ChromaError, near
+from chroma_jax.serving.metrics import EngineMetrics
+from chroma_jax.serving.scheduler import Scheduler, beginning
+from chroma_jax.serving.session import Reply, SamplingParams, Session
+from chroma_jax.serving.voices import FRAMES_PER_PIECE, Voice, VoiceEncoder, fingerprint, load_voice, save_voice
+from chroma_jax.utils.errors import InputError, near
 
 Decode = Callable[[list[int]], str]  # token ids → text
 
@@ -53,16 +53,16 @@ class EngineConfig:
     frames_per_call: Literal[1, 2, 4, 8] = 8
     lead_seconds: float | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
-    cache: Kept = "as_dtype"
+    cache: CacheDType = "as_dtype"
 
     def __post_init__(self):
         if self.slots not in BUCKETS:
-            raise ChromaError(f"slots is {self.slots}, must be one of {', '.join(map(str, BUCKETS))}")
+            raise InputError(f"slots is {self.slots}, must be one of {', '.join(map(str, BUCKETS))}")
         if self.frames_per_call not in FRAMES_PER_CALL:
-            raise ChromaError(f"frames_per_call is {self.frames_per_call}, must be one of {', '.join(map(str, FRAMES_PER_CALL))}")
+            raise InputError(f"frames_per_call is {self.frames_per_call}, must be one of {', '.join(map(str, FRAMES_PER_CALL))}")
         for name in ("text_positions", "voice_positions", "chunk", "max_seconds"):
             if getattr(self, name) <= 0:
-                raise ChromaError(f"{name} is {getattr(self, name)}, must be more than 0")
+                raise InputError(f"{name} is {getattr(self, name)}, must be more than 0")
 
 
 class Engine:
@@ -70,7 +70,7 @@ class Engine:
 
     encode, decode: text → token ids and back. Its thread starts with ``start``, or on entering a ``with`` block, after
     ``warm_up``; without it, ``advance`` does one round at a time. Methods may be called by any thread.
-    Raises: ChromaError for sizes that do not fit together.
+    Raises: InputError for sizes that do not fit together.
     """
 
     def __init__(self, model: Chroma, codec: Codec, encode: Encode, decode: Decode, config: EngineConfig = EngineConfig()):
@@ -80,22 +80,20 @@ class Engine:
         frame_seconds = 1 / chroma.codec.frame_rate
         self.max_frames = int(c.max_seconds / frame_seconds)
         if self.max_frames < 1:
-            raise ChromaError(f"max_seconds {c.max_seconds:g} is less than one frame")
+            raise InputError(f"max_seconds {c.max_seconds:g} is less than one frame")
         pairs = -(-self.max_frames // FRAMES_PER_PAIR)
         self._reserved = pairs + around_a_turn(encode, chroma.tokens)  # positions that a turn needs beside what the user says
         self.features = FeatureConfig(mel_bins=chroma.reasoner.audio.mel_bins)
         if c.text_positions <= self._reserved:
-            raise ChromaError(
-                f"text_positions is {c.text_positions}; a reply of {c.max_seconds:g} s alone needs {self._reserved}"
-            )
+            raise InputError(f"text_positions is {c.text_positions}; a reply of {c.max_seconds:g} s alone needs {self._reserved}")
         capacity = Capacity(
             c.text_positions, c.voice_positions + self.max_frames + FRAMES_PER_PAIR * pairs, self.max_frames, c.cache
         )
-        self._slots = Slots(model, codec, c.slots, capacity, voice_positions=c.voice_positions, chunk=c.chunk, dtype=c.dtype)
-        self._recorder, self._made_by = Recorder(self._slots, on_first(codec), encode), fingerprint(model)
-        self.meter = Meter()
+        self._slots = BatchState(model, codec, c.slots, capacity, voice_positions=c.voice_positions, chunk=c.chunk, dtype=c.dtype)
+        self._recorder, self._made_by = VoiceEncoder(self._slots, on_first(codec), encode), fingerprint(model)
+        self.meter = EngineMetrics()
         self.compiled, self.compilations = 0, 0  # programs, by the warm-up and since
-        self.rounds = Rounds(
+        self.rounds = Scheduler(
             self._slots,
             self.meter,
             decode,
@@ -123,7 +121,7 @@ class Engine:
             _, outputs = slots.encode(slots.empty_carry(), block, len(block))
             slots.adopt(0, voice.cache)
             slots.hear(0, Chunk(text, text, outputs, np.int32(1)))
-            slots.begin(0, beginning(voice.length, SamplingSettings(), 0))
+            slots.begin(0, beginning(voice.length, SamplingParams(), 0))
             for tick in TICKS:
                 jax.device_get(slots.tick(*tick))
             for count, pairs in TICKS:
@@ -141,10 +139,10 @@ class Engine:
         """Encodes a recording and reads it with its transcript, once; sessions then name it. Waits until that is done; replies go
         on meanwhile.
 
-        samples: float [S] at the Codec's rate. Raises: ChromaError for an empty or too long recording, or a name that is taken.
+        samples: float [S] at the Codec's rate. Raises: InputError for an empty or too long recording, or a name that is taken.
         """
         if name in self._voices:
-            raise ChromaError(f"voice {name!r} exists already")
+            raise InputError(f"voice {name!r} exists already")
         pieces, done = self._recorder.make(np.asarray(samples), transcript), threading.Event()
         found: list[Voice | BaseException] = []
 
@@ -165,14 +163,14 @@ class Engine:
         self._voices[name] = found[0]
 
     def save_voice(self, name: str, path: Path) -> None:
-        """Keeps a voice as a file. Raises: ChromaError for an unknown one."""
+        """Keeps a voice as a file. Raises: InputError for an unknown one."""
         save_voice(self._voice(name), self._made_by, path)
 
     def load_voice(self, name: str, path: Path) -> None:
-        """Takes a voice from a file of `save_voice`. Raises: ChromaError when it is none, of another model or too long, or when
+        """Takes a voice from a file of `save_voice`. Raises: InputError when it is none, of another model or too long, or when
         the name is taken."""
         if name in self._voices:
-            raise ChromaError(f"voice {name!r} exists already")
+            raise InputError(f"voice {name!r} exists already")
         self._voices[name] = load_voice(path, self._made_by, self._slots)
 
     def open(
@@ -180,20 +178,20 @@ class Engine:
         voice: str,
         *,
         system: str = "",
-        sampling: SamplingSettings = SamplingSettings(),
+        sampling: SamplingParams = SamplingParams(),
         max_frames: int | None = None,
     ) -> Session:
         """A conversation in a free slot. voice: of the replies; max_frames: of each, by default as of ``max_seconds``.
 
-        Raises: ChromaError for an unknown voice, a system text that is too long, or when all slots are taken.
+        Raises: InputError for an unknown voice, a system text that is too long, or when all slots are taken.
         """
         self.check()
         found, most = self._voice(voice), self.max_frames if max_frames is None else max_frames
         if not 1 <= most <= self.max_frames:
-            raise ChromaError(f"max_frames is {most}, must be 1 … {self.max_frames}, which max_seconds is")
+            raise InputError(f"max_frames is {most}, must be 1 … {self.max_frames}, which max_seconds is")
         head = len(system_turn(self._encode, self._tokens, system))
         if self._room(head) < 1:
-            raise ChromaError(
+            raise InputError(
                 f"system: has {head} positions; text_positions {self.config.text_positions} leaves no room beside it"
             )
         conversation = Conversation(
@@ -203,16 +201,16 @@ class Engine:
         self._until(lambda: None in sessions or not any(s.closed for s in sessions))  # those that are closed will be gone
         with self._news:
             if None not in sessions:
-                raise ChromaError(f"all {self.config.slots} slots are taken; close a session, or make an engine with more slots")
+                raise InputError(f"all {self.config.slots} slots are taken; close a session, or make an engine with more slots")
             slot = sessions.index(None)
             session = sessions[slot] = Session(self, slot, conversation, sampling, most)
         self.submit(session, [lambda: self.rounds.enter(session, found)])
         return session
 
     def start(self) -> "Engine":
-        """Starts the engine's thread. Raises: ChromaError when it runs."""
+        """Starts the engine's thread. Raises: InputError when it runs."""
         if self._thread is not None:
-            raise ChromaError("the engine runs already")
+            raise InputError("the engine runs already")
         self._thread = threading.Thread(target=self._run, name="chroma-engine", daemon=True)
         self._thread.start()
         return self
@@ -244,22 +242,22 @@ class Engine:
 
     # What sessions ask for
 
-    def front_end(self) -> MelBlocks:
-        return MelBlocks(self.features, self._slots.config.reasoner.audio.block_frames)
+    def front_end(self) -> StreamingLogMel:
+        return StreamingLogMel(self.features, self._slots.config.reasoner.audio.block_frames)
 
     def check(self) -> None:
-        """Raises: ChromaError when the engine failed or is closed."""
+        """Raises: InputError when the engine failed or is closed."""
         if self._failure is not None:
-            raise ChromaError(f"the engine failed: {type(self._failure).__name__}: {self._failure}") from self._failure
+            raise InputError(f"the engine failed: {type(self._failure).__name__}: {self._failure}") from self._failure
         if self._closing:
-            raise ChromaError("the engine is closed")
+            raise InputError("the engine is closed")
 
     def check_turn(self, session: Session, samples: int, said: str) -> None:
-        """Raises: ChromaError for a turn with which alone a conversation would be too long. samples: of its speech."""
+        """Raises: InputError for a turn with which alone a conversation would be too long. samples: of its speech."""
         room = self._room(sum(int(chunk.length) for chunk in session.conversation.head))
         needed = num_outputs(num_frames(samples, self.features)) if samples else 0
         if needed + len(self._encode(said)) > room:
-            raise ChromaError(
+            raise InputError(
                 f"the turn is too long: text_positions {self.config.text_positions} leaves room for {room} positions,"
                 f" {room * samples / self.features.sample_rate / max(needed, 1):.0f} s of speech"
                 if samples
@@ -298,7 +296,7 @@ class Engine:
     # The engine's thread
 
     def advance(self) -> float | None:
-        """One round, for an engine without a thread; see `Rounds.advance`."""
+        """One round, for an engine without a thread; see `Scheduler.advance`."""
         return self.rounds.advance()
 
     def _run(self) -> None:
@@ -340,5 +338,5 @@ class Engine:
     def _voice(self, name: str) -> Voice:
         if name not in self._voices:
             known = ", ".join(self._voices) or "none"
-            raise ChromaError(f"voice {name!r} is unknown{near(name, self._voices)}; there are: {known}")
+            raise InputError(f"voice {name!r} is unknown{near(name, self._voices)}; there are: {known}")
         return self._voices[name]

@@ -16,9 +16,9 @@ from chroma_jax.audio import load as audio
 from chroma_jax.config import Config
 from chroma_jax.runs.load import load_run
 from chroma_jax.serving.engine import Engine, EngineConfig
-from chroma_jax.serving.session import SamplingSettings, Session
+from chroma_jax.serving.session import SamplingParams, Session
 from chroma_jax.utils.atomic_io import replaced_files
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 from data_pipelines.tokenizer import encoder
 
 PIECE = 1280  # samples of a recording that are fed at once, as a microphone would give them: 80 ms
@@ -42,7 +42,7 @@ def chat(
     """Talks until the recordings are used up, or without any until the user ends it. Returns what was measured.
 
     voice: a recording in which ``transcript`` is said, or a file that ``keep_voice`` was written to. out: folder for reply-N.wav,
-    conversation.txt and measures.json. Raises: ChromaError for what is missing or does not fit.
+    conversation.txt and measures.json. Raises: InputError for what is missing or does not fit.
     """
     if play or not questions:
         sound_devices()  # before the long work
@@ -63,7 +63,7 @@ def chat(
             engine.add_voice(VOICE, audio.load_reference(voice, rate), transcript)
         if keep_voice is not None:
             engine.save_voice(VOICE, keep_voice)
-        sampling = SamplingSettings(r.temperature, r.top_k, r.top_p, r.seed)
+        sampling = SamplingParams(r.temperature, r.top_k, r.top_p, r.seed)
         with engine.open(VOICE, system=config.data.system, sampling=sampling) as session:
             lines = None if asked else Lines()
             turns = spoken(session, player, lines) if lines else recorded(session, questions, asked, pace)
@@ -150,17 +150,17 @@ def answered(session: Session, player: "Player | None", lines: Lines | None) -> 
 
 
 class Player:
-    """Plays samples as they come, and knows how many were. rate: Hz. Raises: ChromaError where there is no sound device."""
+    """Plays samples as they come, and knows how many were. rate: Hz. Raises: InputError where there is no sound device."""
 
     def __init__(self, rate: int):
         self._waiting, self._lock, self.played = np.zeros(0, np.float32), threading.Lock(), 0
         try:
             self._stream = sound_devices().OutputStream(samplerate=rate, channels=1, dtype="float32", callback=self._fill)
             self._stream.start()
-        except ChromaError:
+        except InputError:
             raise
         except Exception as error:  # whatever the sound library has for it
-            raise ChromaError(f"no sound can be played here ({error}); use --questions and --out without --play") from error
+            raise InputError(f"no sound can be played here ({error}); use --questions and --out without --play") from error
 
     def add(self, samples: np.ndarray) -> None:
         with self._lock:
@@ -180,11 +180,11 @@ class Player:
 
 
 def sound_devices():
-    """The sounddevice package. Raises: ChromaError when it, or the PortAudio that it needs, is missing."""
+    """The sounddevice package. Raises: InputError when it, or the PortAudio that it needs, is missing."""
     try:
         import sounddevice
     except (ImportError, OSError) as error:
-        raise ChromaError(
+        raise InputError(
             f"sound devices need the extra 'chat' and PortAudio ({error}): pip install 'chroma-jax[chat]';"
             " recordings work without: --questions FILES --out FOLDER"
         ) from error

@@ -19,7 +19,7 @@ DEADLINE = 0.08  # seconds: a frame
 KEPT = 100_000  # newest values of each figure
 
 
-class Meter:
+class EngineMetrics:
     """Times in seconds, by name; `summary` says them in milliseconds. For any thread."""
 
     def __init__(self):

@@ -17,18 +17,18 @@ import jax
 import numpy as np
 
 from chroma_jax.inference.placement import send_to_host
-from chroma_jax.inference.slots import FRAMES_PER_CALL, Beginning, Chunk, Frames, Slots
+from chroma_jax.inference.slots import FRAMES_PER_CALL, Admission, BatchState, Chunk, Frames
 from chroma_jax.inference.streaming_audio_encoder import MelBlock
 from chroma_jax.models.audio_encoder import num_positions
-from chroma_jax.sequence.interleave import NOTHING
-from chroma_jax.serving.metrics import AUDIBLE, Meter
-from chroma_jax.serving.session import Reply, Said, SamplingSettings, Session
+from chroma_jax.sequence.interleave import NONE_TOKEN
+from chroma_jax.serving.metrics import AUDIBLE, EngineMetrics
+from chroma_jax.serving.session import AudioChunk, Reply, SamplingParams, Session
 from chroma_jax.serving.voices import Voice
 
 MOST_UNITS = 16
 
 
-class Flight(NamedTuple):
+class PendingStep(NamedTuple):
     """A tick that was asked for: ``count`` frames for ``owners``, after ``units`` of reading, since ``began``."""
 
     out: Frames
@@ -61,7 +61,7 @@ class CallCosts:
         return max((n for n in FRAMES_PER_CALL if n <= most and self.of(n) <= seconds), default=1)
 
 
-class Rounds:
+class Scheduler:
     """decode: token ids → text. reserved: positions that a turn needs beside what the user says. frames_per_call, lead_seconds:
     as of `EngineConfig`.
 
@@ -71,8 +71,8 @@ class Rounds:
 
     def __init__(
         self,
-        slots: Slots,
-        meter: Meter,
+        slots: BatchState,
+        meter: EngineMetrics,
         decode: Callable[[list[int]], str],
         *,
         reserved: int,
@@ -87,7 +87,7 @@ class Rounds:
         self.jobs: collections.deque[Callable[[], bool]] = collections.deque()
         self._joining: list[Session] = []  # whose time of joining is not known yet
         self._opens_pair = True  # whether the next tick does
-        self._flight: Flight | None = None  # the tick whose frames were not fetched yet
+        self._flight: PendingStep | None = None  # the tick whose frames were not fetched yet
         self._fetched = 0.0  # when the last one was
         self.costs = CallCosts(self._frame_seconds)
         self._unit_cost = self._frame_seconds  # seconds that it takes, of late, to read a unit
@@ -192,7 +192,7 @@ class Rounds:
             self._opens_pair = True
         session.phase = "speaking"
 
-    def _tick(self, speaking: list[Session], lead: float, began: float, units: int) -> Flight:
+    def _tick(self, speaking: list[Session], lead: float, began: float, units: int) -> PendingStep:
         count = 1
         if self._opens_pair and not self._somebody_may_wait(speaking):
             room = min(s.max_frames - s.current.frames for s in speaking)
@@ -204,14 +204,14 @@ class Rounds:
         if count == 1:
             self._opens_pair = not self._opens_pair
         send_to_host(out)
-        return Flight(out, count, began, units, [(s, s.current) for s in speaking])
+        return PendingStep(out, count, began, units, [(s, s.current) for s in speaking])
 
     def _somebody_may_wait(self, speaking: list[Session]) -> bool:
         """For a first frame, now or before a call of several frames is over: whoever was asked, and whose user is speaking."""
         open_ones = [s for s in self.sessions if s is not None and not s.closed]
         return any(s.in_turn or s.phase in ("asked", "ready") for s in open_ones) or any(not s.current.frames for s in speaking)
 
-    def _fetch(self, flight: Flight) -> None:
+    def _fetch(self, flight: PendingStep) -> None:
         out, count, began, units, owners = flight
         samples, token, live = jax.device_get(out)
         now = time.perf_counter()
@@ -242,12 +242,12 @@ class Rounds:
             heard = (reply.frames * len(samples) + loud[0]) / self._slots.config.codec.sampling_rate
             self._meter.add("ttfa", reply.first + heard - reply.asked)
         text = ""
-        if token != NOTHING:
+        if token != NONE_TOKEN:
             before = self._written(reply)
             reply.tokens.append((reply.frames, token))
             text = self._written(reply)[len(before) :]
         reply.frames += 1
-        reply.add(Said(samples.copy(), text))
+        reply.add(AudioChunk(samples.copy(), text))
         if reply.frames >= session.max_frames:
             self._finish(session, reply, [t for _, t in reply.tokens])
             reply.end("limit")
@@ -285,9 +285,9 @@ class Rounds:
         return 0.0 if lead is None else min(self._lead(s, now) for s in speaking) - lead
 
 
-def beginning(voice_length: int, sampling: SamplingSettings, turn: int) -> Beginning:
+def beginning(voice_length: int, sampling: SamplingParams, turn: int) -> Admission:
     """How a reply starts, for the device."""
-    return Beginning(
+    return Admission(
         voice_length=np.int32(voice_length),
         seed=np.uint32(sampling.seed),
         turn=np.int32(turn),

@@ -9,12 +9,12 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from chroma_jax.inference.streaming_audio_encoder import MelBlocks
+from chroma_jax.inference.streaming_audio_encoder import StreamingLogMel
 from chroma_jax.serving.conversation import Conversation, Turn
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 
 
-class SamplingSettings(NamedTuple):
+class SamplingParams(NamedTuple):
     """How codes are chosen: temperature 0 is greedy; top_k 0 and top_p 1 keep every code."""
 
     temperature: float = 0.0
@@ -23,7 +23,7 @@ class SamplingSettings(NamedTuple):
     seed: int = 0
 
 
-class Said(NamedTuple):
+class AudioChunk(NamedTuple):
     """A frame of a reply: samples float32 [S] at the Codec's rate, and the text that begins to be said with it."""
 
     samples: np.ndarray
@@ -45,12 +45,12 @@ class Reply:
         self.first: float | None = None  # when the first frame came
         self.audible = False
         self.turn: Turn | None = None
-        self._chunks: collections.deque[Said] = collections.deque()
+        self._chunks: collections.deque[AudioChunk] = collections.deque()
         self._failure: BaseException | None = None
         self._news = threading.Condition()
         self._waiting: list[tuple[asyncio.AbstractEventLoop, asyncio.Future]] = []
 
-    def add(self, chunk: Said) -> None:
+    def add(self, chunk: AudioChunk) -> None:
         """Gives a chunk to the client, unless the reply has ended."""
         self._change(lambda: self.ended or self._chunks.append(chunk))
 
@@ -73,16 +73,16 @@ class Reply:
         for loop, future in waiting:
             loop.call_soon_threadsafe(lambda f=future: f.done() or f.set_result(None))
 
-    def _take(self) -> Said | None:
-        """The next chunk, or None at the end or where there is none yet. Raises: ChromaError when the engine failed."""
+    def _take(self) -> AudioChunk | None:
+        """The next chunk, or None at the end or where there is none yet. Raises: InputError when the engine failed."""
         if self._chunks:
             self.taken += 1
             return self._chunks.popleft()
         if self._failure is not None:
-            raise ChromaError(f"the engine failed: {type(self._failure).__name__}: {self._failure}") from self._failure
+            raise InputError(f"the engine failed: {type(self._failure).__name__}: {self._failure}") from self._failure
         return None
 
-    def __iter__(self) -> Iterator[Said]:
+    def __iter__(self) -> Iterator[AudioChunk]:
         while True:
             with self._news:
                 self._news.wait_for(lambda: self._chunks or self.ended)
@@ -91,7 +91,7 @@ class Reply:
                 return
             yield chunk
 
-    async def __aiter__(self) -> AsyncIterator[Said]:
+    async def __aiter__(self) -> AsyncIterator[AudioChunk]:
         loop = asyncio.get_running_loop()
         while True:
             with self._news:
@@ -116,7 +116,7 @@ class Host(Protocol):
 
     def check_turn(self, session: "Session", samples: int, said: str) -> None: ...
 
-    def front_end(self) -> MelBlocks: ...
+    def front_end(self) -> StreamingLogMel: ...
 
     def hear(self, session: "Session", blocks: list, *, opens: bool, more: bool) -> None: ...
 
@@ -138,7 +138,7 @@ class Session:
     (for a reply, before all is heard), "ready" or "speaking"; current, the reply that this is about.
     """
 
-    def __init__(self, engine: Host, slot: int, conversation: Conversation, sampling: SamplingSettings, max_frames: int):
+    def __init__(self, engine: Host, slot: int, conversation: Conversation, sampling: SamplingParams, max_frames: int):
         self.engine, self.slot, self.sampling, self.max_frames = engine, slot, sampling, max_frames
         self.conversation, self.voice_length = conversation, 0
         self.work: collections.deque[Callable[[], list | None]] = collections.deque()
@@ -147,7 +147,7 @@ class Session:
         self.opened, self.closed = time.perf_counter(), False
         self.current: Reply | None = None  # the one that the engine is at
         self.reply: Reply | None = None  # the one that was asked for last
-        self._mel: MelBlocks | None = None
+        self._mel: StreamingLogMel | None = None
         self._samples = 0  # of the turn
         self.in_turn = False  # whether the user is speaking
         self._replies = 0
@@ -155,7 +155,7 @@ class Session:
     def feed(self, samples: np.ndarray) -> None:
         """samples: float [S] at 16 kHz, S ≥ 0, a piece of any size of what the user says.
 
-        Raises: ChromaError for samples of another kind, for a turn longer than a conversation may be, for a closed session.
+        Raises: InputError for samples of another kind, for a turn longer than a conversation may be, for a closed session.
         """
         self._check_open()
         self.engine.check_turn(self, self._samples + len(samples), "")
@@ -167,11 +167,11 @@ class Session:
     def end_turn(self, said: str = "") -> None:
         """The user is done and wants a reply. said: what is written beside the speech, or instead of it.
 
-        Raises: ChromaError for a turn without speech and text, one that is too long, or a closed session.
+        Raises: InputError for a turn without speech and text, one that is too long, or a closed session.
         """
         self._check_open()
         if not self._samples and not said:
-            raise ChromaError("end_turn: the turn is empty; feed samples, or give a text")
+            raise InputError("end_turn: the turn is empty; feed samples, or give a text")
         self.engine.check_turn(self, self._samples, said)
         reply = Reply(self._replies)
         self._heard(self._mel.finish() if self._samples else [], more=False)
@@ -189,7 +189,7 @@ class Session:
         if self.reply is None:
             return
         if played_samples is not None and played_samples < 0:
-            raise ChromaError(f"cancel: played_samples is {played_samples}, must be at least 0")
+            raise InputError(f"cancel: played_samples is {played_samples}, must be at least 0")
         frame = self.engine.samples_per_frame
         heard = self.reply.taken if played_samples is None else -(-played_samples // frame)
         self.reply.end("cancelled")
@@ -208,18 +208,18 @@ class Session:
 
     def _check_open(self) -> None:
         if self.closed:
-            raise ChromaError("the session is closed; open another one")
+            raise InputError("the session is closed; open another one")
         self.engine.check()
 
     def _asked(self) -> Reply:
         if self.reply is None:
-            raise ChromaError("no reply was asked for; end_turn does")
+            raise InputError("no reply was asked for; end_turn does")
         return self.reply
 
-    def __iter__(self) -> Iterator[Said]:
+    def __iter__(self) -> Iterator[AudioChunk]:
         return iter(self._asked())
 
-    def __aiter__(self) -> AsyncIterator[Said]:
+    def __aiter__(self) -> AsyncIterator[AudioChunk]:
         return aiter(self._asked())
 
     def __enter__(self) -> "Session":

@@ -15,15 +15,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from chroma_jax.inference.prompt import voice_sequence
-from chroma_jax.inference.slots import Slots, VoiceChunk, padded
+from chroma_jax.inference.slots import BatchState, VoiceChunk, padded
 from chroma_jax.layers.attention import KVCache
 from chroma_jax.models.chroma import Chroma
 from chroma_jax.models.codec import Codec
-from chroma_jax.models.codec.voice_encoder import PieceEncoder
+from chroma_jax.models.codec.voice_encoder import ChunkedEncoder
 from chroma_jax.parallel.sharding import RULES
 from chroma_jax.sequence.chat_template import Encode
-from chroma_jax.sequence.interleave import NOTHING
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.sequence.interleave import NONE_TOKEN
+from chroma_jax.utils.errors import InputError
 
 FRAMES_PER_PIECE = 8  # of a recording, that the Codec encodes at once
 FORMAT = "chroma_jax voice 1"
@@ -37,12 +37,12 @@ class Voice:
     length: int
 
 
-class Recorder:
+class VoiceEncoder:
     """Makes voices in pieces, so that replies can go on in between."""
 
-    def __init__(self, slots: Slots, codec: Codec, encode: Encode):
+    def __init__(self, slots: BatchState, codec: Codec, encode: Encode):
         self._slots, self._encode = slots, encode
-        self._pieces = PieceEncoder(
+        self._pieces = ChunkedEncoder(
             codec,
             frames_per_step=FRAMES_PER_PIECE,
             num_codebooks=slots.config.codebooks,
@@ -52,12 +52,12 @@ class Recorder:
     def make(self, samples: np.ndarray, transcript: str) -> Iterator[Voice | None]:
         """samples: float [S] at the Codec's rate. Yields None after each piece of the work, and the voice at last. One at a time.
 
-        Raises: ChromaError for an empty recording, or one that with its transcript is longer than ``voice_positions``.
+        Raises: InputError for an empty recording, or one that with its transcript is longer than ``voice_positions``.
         """
         config, size = self._slots.config, self._slots.chunk
         step = FRAMES_PER_PIECE * config.codec.samples_per_frame
         if not len(samples):
-            raise ChromaError("the reference recording is empty")
+            raise InputError("the reference recording is empty")
         most, codes = self._slots.voice_positions, []
         self._pieces.begin()
         for start in range(0, len(samples), step):
@@ -67,14 +67,14 @@ class Recorder:
         token, codes = voice_sequence(self._encode, config, np.concatenate(codes), transcript)
         if len(token) > most:
             seconds = len(samples) / config.codec.sampling_rate
-            raise ChromaError(
+            raise InputError(
                 f"the voice prompt, {seconds:.1f} s and its transcript, has {len(token)} positions; voice_positions is {most}"
             )
         cache = self._slots.empty_voice()
         for start in range(0, len(token), size):
             length = min(size, len(token) - start)
             part = slice(start, start + length)
-            filled = [padded(x[part], size, NOTHING) for x in (token, codes)]
+            filled = [padded(x[part], size, NONE_TOKEN) for x in (token, codes)]
             chunk = VoiceChunk(*filled, np.int32(start), np.int32(length))
             cache = self._slots.read_voice(cache, chunk)
             yield None
@@ -113,27 +113,27 @@ def save_voice(voice: Voice, made_by: str, path: Path) -> None:
     aside.replace(path)
 
 
-def load_voice(path: Path, made_by: str, slots: Slots) -> Voice:
-    """Raises: ChromaError naming the file when it is none of a voice, or of another model, or too long."""
+def load_voice(path: Path, made_by: str, slots: BatchState) -> Voice:
+    """Raises: InputError naming the file when it is none of a voice, or of another model, or too long."""
     places, tree = jax.tree.flatten(slots.empty_voice())
     leaves = jax.device_get(places)
     try:
         with safe_open(path, framework="numpy") as file:
             said = file.metadata() or {}
             if said.get("format") != FORMAT:
-                raise ChromaError(f"{path}: not a voice; `save_voice` writes them")
+                raise InputError(f"{path}: not a voice; `save_voice` writes them")
             if said["model"] != made_by:
-                raise ChromaError(f"{path}: a voice of another model ({said['model']}, this one is {made_by}); make it anew")
+                raise InputError(f"{path}: a voice of another model ({said['model']}, this one is {made_by}); make it anew")
             if said["types"] != (wanted := " ".join(str(x.dtype) for x in leaves)):
-                raise ChromaError(f"{path}: its cache is {said['types']}, those here are {wanted}; make it anew")
+                raise InputError(f"{path}: its cache is {said['types']}, those here are {wanted}; make it anew")
             if (length := int(said["length"])) > slots.voice_positions:
-                raise ChromaError(f"{path}: has {length} positions; voice_positions is {slots.voice_positions}")
+                raise InputError(f"{path}: has {length} positions; voice_positions is {slots.voice_positions}")
             found = [file.get_tensor(str(i)).view(x.dtype) for i, x in enumerate(leaves)]
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise ChromaError(f"{path}: not a readable voice ({error})") from error
+        raise InputError(f"{path}: not a readable voice ({error})") from error
     for empty, x in zip(leaves, found):
         if x.shape[:3] + x.shape[4:] != empty.shape[:3] + empty.shape[4:] or x.shape[3] != length:
-            raise ChromaError(f"{path}: damaged: a cache of {x.shape}, expected {empty.shape} with {length} positions")
+            raise InputError(f"{path}: damaged: a cache of {x.shape}, expected {empty.shape} with {length} positions")
     filled = [np.concatenate([x, empty[:, :, :, length:]], axis=3) for empty, x in zip(leaves, found)]
     filled = jax.device_put(filled, [x.sharding for x in places])
     return Voice(jax.tree.unflatten(tree, filled), length)

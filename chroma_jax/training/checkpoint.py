@@ -19,9 +19,9 @@ from typing import Literal, Protocol, Self, TypeVar
 import jax
 import orbax.checkpoint.experimental.v1 as ocp
 
-from chroma_jax.parallel.multihost import everywhere, say
+from chroma_jax.parallel.multihost import all_processes_agree, log
 from chroma_jax.utils.atomic_io import write_whole
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 from chroma_jax.utils.tree_paths import flat, nested
 
 
@@ -112,40 +112,40 @@ class Checkpoints:
     def restore(self, abstract: S, step: int | None = None) -> S:
         """Reads a checkpoint into the shardings of ``abstract``, whatever mesh wrote it and whatever was frozen then.
 
-        Raises: ChromaError naming the checkpoint that is absent, damaged or of another shape.
+        Raises: InputError naming the checkpoint that is absent, damaged or of another shape.
         """
         if "optimizer" not in self._metadata(step):
             where = f"{self.folder / str(self._existing(step))}: weights alone, as an import leaves them"
-            raise ChromaError(f"{where}; train another run folder with --init-from {self.folder.parent.name}")
+            raise InputError(f"{where}; train another run folder with --init-from {self.folder.parent.name}")
         return abstract.filled(self._load(abstract.tree(), step))
 
     def newest(self, abstract: S) -> S | None:
         """The newest checkpoint that is whole, as of `restore`; None without any. Damaged ones after it are named and set aside
         as ``STEP.damaged``, where they are in nobody's way.
 
-        Raises: ChromaError about the newest when none can be read; then nothing is set aside.
+        Raises: InputError about the newest when none can be read; then nothing is set aside.
         """
         steps, problems = [c.step for c in self.manager.checkpoints], {}
         for step in reversed(steps):
             found, problem = self._whole(abstract, step)
-            if everywhere(problem is None):
+            if all_processes_agree(problem is None):
                 break
             problems[step] = problem
         else:
             if steps:
-                raise problems[steps[-1]] or ChromaError(f"{self.folder / str(steps[-1])}: another process cannot read it")
+                raise problems[steps[-1]] or InputError(f"{self.folder / str(steps[-1])}: another process cannot read it")
             return None
         for damaged, problem in problems.items():
-            say(f"WARNING: {problem or 'another process cannot read a checkpoint'}; going on from {self.folder.name}/{step}")
+            log(f"WARNING: {problem or 'another process cannot read a checkpoint'}; going on from {self.folder.name}/{step}")
             self._set_aside(damaged)
         return found
 
-    def _whole(self, abstract: S, step: int) -> tuple[S | None, ChromaError | None]:
+    def _whole(self, abstract: S, step: int) -> tuple[S | None, InputError | None]:
         """A checkpoint, or what is wrong with it, as far as this process can see."""
         try:
             check_seal(self.folder / str(step), jax.process_index(), jax.process_count())
             return self.restore(abstract, step), None
-        except ChromaError as e:
+        except InputError as e:
             return None, e
 
     def held(self, step: int | None = None) -> dict[str, jax.ShapeDtypeStruct]:
@@ -166,13 +166,13 @@ class Checkpoints:
                 folder = folder.with_name(f"{folder.name}_")
             with contextlib.suppress(FileNotFoundError):
                 (self.folder / str(step)).rename(folder)
-        everywhere(True)  # all wait for the renaming
+        all_processes_agree(True)  # all wait for the renaming
         self.manager.reload()
 
     def _existing(self, step: int | None) -> int:
         step = self.latest if step is None else step
         if step is None or step not in [c.step for c in self.manager.checkpoints]:
-            raise ChromaError(f"{self.folder}: no checkpoint" + (f" of step {step}" if step is not None else ""))
+            raise InputError(f"{self.folder}: no checkpoint" + (f" of step {step}" if step is not None else ""))
         return step
 
     def _metadata(self, step: int | None) -> dict:
@@ -196,9 +196,9 @@ class Checkpoints:
         except Exception as e:  # Orbax raises many types for a damaged folder
             raise self._unreadable(step, e) from e
 
-    def _unreadable(self, step: int, e: Exception) -> ChromaError:
+    def _unreadable(self, step: int, e: Exception) -> InputError:
         lines = str(e).strip().splitlines() or [type(e).__name__]
-        return ChromaError(f"{self.folder / str(step)}: cannot be read into this configuration ({lines[0][:300]})")
+        return InputError(f"{self.folder / str(step)}: cannot be read into this configuration ({lines[0][:300]})")
 
 
 def seal(folder: Path) -> None:
@@ -209,20 +209,20 @@ def seal(folder: Path) -> None:
 
 
 def check_seal(folder: Path, part: int, parts: int) -> None:
-    """Raises ChromaError for a file that is not as it was written; each of ``parts`` processes looks at some. A checkpoint
+    """Raises InputError for a file that is not as it was written; each of ``parts`` processes looks at some. A checkpoint
     without a seal is older than seals are, or imported; whether it can be read will show."""
     if not (folder / SEAL).is_file():
         return
     try:
         sums = json.loads((folder / SEAL).read_text())
     except ValueError as e:
-        raise ChromaError(f"{folder / SEAL}: damaged ({e})") from e
+        raise InputError(f"{folder / SEAL}: damaged ({e})") from e
     for name, expected in list(sums.items())[part::parts]:
         if not (folder / name).is_file():
-            raise ChromaError(f"{folder}: damaged, {name} is missing")
+            raise InputError(f"{folder}: damaged, {name} is missing")
         if (found := checksum(folder / name)) != expected:
             how = f"{found[0]} bytes long, not {expected[0]}" if found[0] != expected[0] else "not as it was written (checksum)"
-            raise ChromaError(f"{folder}: damaged, {name} is {how}")
+            raise InputError(f"{folder}: damaged, {name} is {how}")
 
 
 def checksum(path: Path) -> list[int]:

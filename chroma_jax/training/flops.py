@@ -18,7 +18,7 @@ from chroma_jax.models.codec import Codec, CodecConfig
 from chroma_jax.sequence.batch import RowShape
 from chroma_jax.training.codec.discriminator import Discriminator
 from chroma_jax.training.loss import LossConfig
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 
 # Peak dense bf16 FLOP/s of a device, by how its ``device_kind`` begins; a device that is not here has no utilisation.
 PEAK_FLOPS = {
@@ -142,7 +142,7 @@ def frame_bytes(model: ChromaConfig, dtype=jnp.bfloat16) -> float:
 def counted(program: jex.core.ClosedJaxpr | jex.core.Jaxpr, scopes: Sequence[str], within: str = "other") -> dict[str, float]:
     """FLOPs of the products and convolutions of a traced program, by the first of ``scopes`` in the names that it was traced
     under, else ``within``. A loop counts as often as it turns, of branches the longest; zeros that a convolution is spread with
-    are not computed with. Raises: ChromaError for a loop that does not say how often it turns."""
+    are not computed with. Raises: InputError for a loop that does not say how often it turns."""
     found: dict[str, float] = collections.defaultdict(float)
     for e in getattr(program, "jaxpr", program).eqns:
         names = str(e.source_info.name_stack)
@@ -157,7 +157,7 @@ def counted(program: jex.core.ClosedJaxpr | jex.core.Jaxpr, scopes: Sequence[str
             found[scope] += 2 * e.outvars[0].aval.size * reads
         inner = [counted(x, scopes, scope) for x in jax.tree.leaves(p, is_leaf=is_program) if is_program(x)]
         if name == "while" and any(sum(counts.values()) for counts in inner):
-            raise ChromaError("a loop with products in it does not say how often it turns")
+            raise InputError("a loop with products in it does not say how often it turns")
         inner = [max(inner, key=lambda counts: sum(counts.values()))] if name == "cond" else inner
         for counts in inner:
             for key, value in counts.items():

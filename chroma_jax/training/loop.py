@@ -13,15 +13,15 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from chroma_jax.parallel.multihost import StopRequest, agreed, say
+from chroma_jax.parallel.multihost import StopRequest, broadcast_one_to_all, log
 from chroma_jax.parallel.progress import Progress
 from chroma_jax.training.checkpoint import Checkpoints
 from chroma_jax.training.metrics import MetricsWriter, audio_hours_at, read_lines
-from chroma_jax.training.runtime.goodput import CompileClock, Ledger
+from chroma_jax.training.runtime.goodput import CompileClock, GoodputLog
 from chroma_jax.training.runtime.malloc import keep_freed
-from chroma_jax.training.runtime.watchdog import StallWatch
-from chroma_jax.training.task import Meter, Task
-from chroma_jax.utils.errors import DIVERGED, STOPPED, ChromaError, Ended
+from chroma_jax.training.runtime.watchdog import Watchdog
+from chroma_jax.training.task import StepMetrics, Task
+from chroma_jax.utils.errors import DIVERGED, STOPPED, InputError, TrainingStopped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,7 @@ class TrainingConfig:
 
 def train_on(task: Task, config, run: Path, abstract: Any, init: Callable[[], Any], progress: Progress | None = None) -> Any:
     """From the run folder's newest checkpoint that is whole, or from what ``init`` gives, to ``config.training.steps``. abstract:
-    the state's shapes and shardings. Returns the last state. Raises: Ended when it stops before."""
+    the state's shapes and shardings. Returns the last state. Raises: TrainingStopped when it stops before."""
     t, progress = config.training, progress or Progress()
     keep_freed(jax.local_devices()[0])
     stop = StopRequest(60 * t.max_minutes)
@@ -72,35 +72,37 @@ def train_on(task: Task, config, run: Path, abstract: Any, init: Callable[[], An
         state = state if resumed else init()
         step = int(state.step)
         if resumed:
-            say(f"resuming {run} from step {step}")
+            log(f"resuming {run} from step {step}")
         if step >= t.steps:
-            say(f"{run} has reached step {step} of {t.steps}; nothing to do")
+            log(f"{run} has reached step {step} of {t.steps}; nothing to do")
             return state
-        ledger = Ledger(run, step, progress, clock)
-        with StallWatch(progress, t.stall_seconds, f"process {jax.process_index()}"), ledger.closing():
+        ledger = GoodputLog(run, step, progress, clock)
+        with Watchdog(progress, t.stall_seconds, f"process {jax.process_index()}"), ledger.closing():
             return run_steps(task, config, run, checkpoints, ledger, stop, state, step)
 
 
 def run_steps(
-    task: Task, config, run: Path, checkpoints: Checkpoints, ledger: Ledger, stop: StopRequest, state: Any, step: int
+    task: Task, config, run: Path, checkpoints: Checkpoints, ledger: GoodputLog, stop: StopRequest, state: Any, step: int
 ) -> Any:
     """From ``step`` to the last, ``config.training.steps``. Returns the last state."""
     t, trace = config.training, Trace(run / "profile", config.training.profile_steps)
-    meter = Meter(task, audio_hours_at(run, step))
-    evaluated = agreed(jax.process_index() == 0 and was_evaluated(run, step))
+    meter = StepMetrics(task, audio_hours_at(run, step))
+    evaluated = broadcast_one_to_all(jax.process_index() == 0 and was_evaluated(run, step))
     writer = MetricsWriter(run, step) if jax.process_index() == 0 else None
     bar = tqdm(total=t.steps, initial=step, unit="step", desc="train", disable=jax.process_index() > 0)
     data, metrics, owed = task.batches(step), {}, False
     try:
         while True:
             if stop.reached(step) and step < t.steps:
-                log(writer, bar, task, step, meter, ledger)
+                log_metrics(writer, bar, task, step, meter, ledger)
                 save(checkpoints, step, state, ledger, last=True)
                 kept = f"{checkpoints.folder / str(step)} is saved"
                 if stop.expired:
                     why = f"time limit (training.max_minutes {t.max_minutes:g}) reached at step {step} of {t.steps}"
-                    raise Ended(STOPPED, f"{why}; {kept}, the same command resumes from it")
-                raise Ended(STOPPED, f"asked to stop at step {step} of {t.steps}; {kept}, the same command goes on from it")
+                    raise TrainingStopped(STOPPED, f"{why}; {kept}, the same command resumes from it")
+                raise TrainingStopped(
+                    STOPPED, f"asked to stop at step {step} of {t.steps}; {kept}, the same command goes on from it"
+                )
             if not evaluated and (step % t.eval_every == 0 or step == t.steps):
                 with ledger.time("evaluate", step):
                     record(writer, bar, task, step, task.evaluate(step, state, writer))
@@ -120,9 +122,9 @@ def run_steps(
             step, evaluated = step + 1, False
             meter.count(step, metrics)
             if step % t.log_every == 0 or step == t.steps:
-                log(writer, bar, task, step, meter, ledger)
+                log_metrics(writer, bar, task, step, meter, ledger)
                 if meter.streak >= t.max_skipped:
-                    raise Ended(DIVERGED, diverged(checkpoints, step, meter.streak))
+                    raise TrainingStopped(DIVERGED, diverged(checkpoints, step, meter.streak))
             bar.update()
     finally:
         bar.close()
@@ -137,14 +139,14 @@ def was_evaluated(run: Path, step: int) -> bool:
     return any(line["step"] == step and any(name.startswith("valid/") for name in line) for line in lines)
 
 
-def save(checkpoints: Checkpoints, step: int, state: Any, ledger: Ledger, *, last: bool) -> None:
+def save(checkpoints: Checkpoints, step: int, state: Any, ledger: GoodputLog, *, last: bool) -> None:
     with ledger.time("checkpoint", step):
         checkpoints.save(step, state)
         if last:
             checkpoints.wait()
 
 
-def log(writer: MetricsWriter | None, bar: tqdm, task: Task, step: int, meter: Meter, ledger: Ledger) -> None:
+def log_metrics(writer: MetricsWriter | None, bar: tqdm, task: Task, step: int, meter: StepMetrics, ledger: GoodputLog) -> None:
     """Writes down what has happened since the last time; waits for the device."""
     record(writer, bar, task, step, meter.read(ledger.spent.get("data_wait", 0.0)))
     ledger.write(step, meter.skipped)
@@ -186,14 +188,14 @@ class Trace:
         if self.running:
             self.running = False
             jax.profiler.stop_trace()
-            say(f"steps {self.steps[0]} to {self.steps[1]} were recorded to {self.folder}; tensorboard or xprof shows them")
+            log(f"steps {self.steps[0]} to {self.steps[1]} were recorded to {self.folder}; tensorboard or xprof shows them")
 
 
 def check_batch(config) -> None:
-    """Raises ChromaError for a global batch that the mesh and ``training.accumulate`` do not divide."""
+    """Raises InputError for a global batch that the mesh and ``training.accumulate`` do not divide."""
     rows, shards, pieces = config.training.global_batch, config.mesh.num_row_shards, config.training.accumulate
     if rows % shards:
-        raise ChromaError(f"training.global_batch {rows} is not a multiple of mesh.data × mesh.fsdp = {shards}")
+        raise InputError(f"training.global_batch {rows} is not a multiple of mesh.data × mesh.fsdp = {shards}")
     if rows % (shards * pieces):
         named = "mesh.data × mesh.fsdp × training.accumulate"
-        raise ChromaError(f"training.global_batch {rows} is not a multiple of {named} = {shards * pieces}")
+        raise InputError(f"training.global_batch {rows} is not a multiple of {named} = {shards * pieces}")

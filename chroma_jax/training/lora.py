@@ -12,7 +12,7 @@ from jax.sharding import SingleDeviceSharding
 
 from chroma_jax.layers.linear import Lora, linears
 from chroma_jax.training.checkpoint import Checkpoints
-from chroma_jax.utils.errors import ChromaError, near
+from chroma_jax.utils.errors import InputError, near
 
 MARK = "/lora/"  # in the path of every weight that is added
 
@@ -44,12 +44,12 @@ class LoraConfig:
 def adapted(model: nnx.Module, config: LoraConfig, rngs: nnx.Rngs) -> nnx.Module:
     """The model with pairs beside the products that the configuration names; itself, changed.
 
-    Raises: ChromaError for a pattern that names no product.
+    Raises: InputError for a pattern that names no product.
     """
     products = dict(linears(model))
     for pattern in config.targets:
         if not any(re.match(pattern, path) for path in products):
-            raise ChromaError(f"lora.targets: {pattern!r} matches no product{near(pattern, products)}")
+            raise InputError(f"lora.targets: {pattern!r} matches no product{near(pattern, products)}")
     for path, module in products.items():
         if any(re.match(pattern, path) for pattern in config.targets):
             module.lora = nnx.data(Lora(rngs, module.kernel, config.rank, config.scale))

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from typing import Literal
 
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 
 DECODER_WEIGHT = 0.5  # the report's λ
 
@@ -88,9 +88,9 @@ class LossConfig:
         return sum(w[1:]) / sum(w) if w else self.decoder_weight
 
     def check_codebooks(self, codebooks: int) -> None:
-        """Raises ChromaError unless there is one weight for each of the model's codebooks."""
+        """Raises InputError unless there is one weight for each of the model's codebooks."""
         if self.codebook_weights and len(self.codebook_weights) != codebooks:
-            raise ChromaError(
+            raise InputError(
                 f"loss.codebook_weights has {len(self.codebook_weights)} weights, model.codebooks is {codebooks};"
                 " give one weight per codebook"
             )

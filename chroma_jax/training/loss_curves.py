@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from chroma_jax.training.metrics import AUDIO_HOURS, read_lines
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 
 NLL = "valid/nll_"
 
@@ -23,19 +23,19 @@ def table(run: Path) -> dict[str, list]:
         is not finite or was not computed is NaN.
 
     Raises:
-        ChromaError: metrics.jsonl is missing, or has no evaluations or no ``progress/audio_hours``.
+        InputError: metrics.jsonl is missing, or has no evaluations or no ``progress/audio_hours``.
     """
     path = Path(run) / "metrics.jsonl"
     if not path.is_file():
-        raise ChromaError(f"{path}: no such file; expected the folder of a run that has logged metrics")
+        raise InputError(f"{path}: no such file; expected the folder of a run that has logged metrics")
     lines = read_lines(path)
     evaluations = {line["step"]: line for line in lines if any(name.startswith(NLL) for name in line)}
     if not evaluations:
-        raise ChromaError(f"{path}: no {NLL}* in it; the run has not evaluated yet (training.eval_every), or is an older one")
+        raise InputError(f"{path}: no {NLL}* in it; the run has not evaluated yet (training.eval_every), or is an older one")
     hours = {0: 0.0} | {line["step"]: line[AUDIO_HOURS] for line in lines if AUDIO_HOURS in line}
     steps = sorted(evaluations)
     if steps[-1] > 0 and len(hours) == 1:
-        raise ChromaError(f"{path}: no {AUDIO_HOURS} in it; an older version of this code began the run, start a new one")
+        raise InputError(f"{path}: no {AUDIO_HOURS} in it; an older version of this code began the run, start a new one")
     names = {name for line in evaluations.values() for name in line if name.startswith(NLL)}
     names = sorted(names, key=lambda name: int(name.removeprefix(NLL)))
     losses = {n: [evaluations[step].get(n) for step in steps] for n in names}
@@ -57,7 +57,7 @@ def plot(run: Path, out: Path) -> dict[str, list]:
         The numbers that are drawn, see `table`.
 
     Raises:
-        ChromaError: See `table`.
+        InputError: See `table`.
     """
     from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg

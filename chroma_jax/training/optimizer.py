@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from chroma_jax.kernels import sums
 from chroma_jax.parallel.sharding import active, reshape_rows, reshard
 from chroma_jax.training.lora import MARK
-from chroma_jax.utils.errors import ChromaError, near
+from chroma_jax.utils.errors import InputError, near
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,21 +162,21 @@ def _matrices(weights: nnx.State) -> nnx.State:
 def is_frozen(model: nnx.Module, config: OptimizerConfig) -> Callable[[tuple, object], bool]:
     """A filter for `nnx.split`: the weights that ``config.freeze`` names.
 
-    Raises: ChromaError for a pattern that freezes nothing, or when nothing is left to train.
+    Raises: InputError for a pattern that freezes nothing, or when nothing is left to train.
     """
     paths = ["/".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model))]
     for pattern in config.freeze:
         if not any(re.match(pattern, path) for path in paths):
             parts = sorted({"/".join(p.split("/")[:2]) for p in paths})
             begin = f"{near(pattern, parts)}; weights begin with {', '.join(parts)}"
-            raise ChromaError(f"optimizer.freeze: {pattern!r} matches no weight{begin}")
+            raise InputError(f"optimizer.freeze: {pattern!r} matches no weight{begin}")
     frozen = lambda path: MARK not in path and any(re.match(pattern, path) for pattern in config.freeze)
     if all(map(frozen, paths)):
-        raise ChromaError(f"optimizer.freeze: {list(config.freeze)} freezes every weight; nothing is left to train")
+        raise InputError(f"optimizer.freeze: {list(config.freeze)} freezes every weight; nothing is left to train")
     return lambda path, _: frozen("/".join(map(str, path)))
 
 
 def split_trainable(model: nnx.Module, config: OptimizerConfig) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
-    """(graph, trainable weights, frozen weights) of a model, concrete or abstract. Raises: ChromaError, see `is_frozen`."""
+    """(graph, trainable weights, frozen weights) of a model, concrete or abstract. Raises: InputError, see `is_frozen`."""
     graph, frozen, trained = nnx.split(model, is_frozen(model, config), ...)
     return graph, trained, frozen

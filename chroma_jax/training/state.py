@@ -89,7 +89,7 @@ def make_trainer(
     """Builds the step functions for a mesh (which must be set, ``jax.set_mesh``).
 
     accumulate: in how many pieces a step computes its rows, one after the other; the gradient is that of all at once. skip_norm:
-    see `applied`. Raises: ChromaError for weights that the mesh does not divide, or freeze or LoRA patterns that do not fit.
+    see `applied`. Raises: InputError for weights that the mesh does not divide, or freeze or LoRA patterns that do not fit.
     """
     losses.check_codebooks(model.codebooks)
     tx, compute = make_optimizer(optimizer), jnp.dtype(precision.compute)

@@ -35,7 +35,7 @@ class Task(Protocol):
     def audio_seconds(self, metrics: dict[str, float]) -> float: ...
 
 
-class Meter:
+class StepMetrics:
     """Sums up what happens between two log lines; reads the device only when a line is due.
 
     Of the last `read`: skipped: the steps that were not applied; streak: how many such there were without another one after them.

@@ -9,13 +9,13 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 
 
 def check_new(dest: Path) -> None:
-    """Raises ChromaError unless ``dest`` is absent or an empty folder."""
+    """Raises InputError unless ``dest`` is absent or an empty folder."""
     if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
-        raise ChromaError(f"{dest}: exists already; choose another folder")
+        raise InputError(f"{dest}: exists already; choose another folder")
 
 
 @contextlib.contextmanager
@@ -23,7 +23,7 @@ def written_aside(dest: Path) -> Iterator[Path]:
     """A folder beside ``dest`` to write into; it becomes ``dest`` when the block ends, and is removed when the block raises,
     an interruption included. What an earlier, killed attempt left there is removed first.
 
-    Raises: ChromaError when ``dest`` exists and is not an empty folder.
+    Raises: InputError when ``dest`` exists and is not an empty folder.
     """
     dest = Path(dest)
     check_new(dest)

@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.experimental.compilation_cache import compilation_cache
 
-from chroma_jax.utils.errors import ChromaError, near
+from chroma_jax.utils.errors import InputError, near
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,23 +81,23 @@ class Topology:
 
 
 def parse_topology(name: str, slices: int = 1) -> Topology:
-    """ "v5e:4x4" → `Topology`. Raises ChromaError for a chip that is not known or a shape that it does not come in."""
+    """ "v5e:4x4" → `Topology`. Raises InputError for a chip that is not known or a shape that it does not come in."""
     chip, _, shape = name.partition(":")
     if chip not in CHIPS:
-        raise ChromaError(f"--topology {name!r}: unknown chip {chip!r}{near(chip, CHIPS)}; chips: {', '.join(CHIPS)}")
+        raise InputError(f"--topology {name!r}: unknown chip {chip!r}{near(chip, CHIPS)}; chips: {', '.join(CHIPS)}")
     found, dims = CHIPS[chip], len(CHIPS[chip].torus)
     if not re.fullmatch(r"\d+(x\d+)*", shape) or min(map(int, shape.split("x"))) < 1 or shape.count("x") != dims - 1:
         example = "x".join(map(str, found.torus))
-        raise ChromaError(f"--topology {name!r}: expected {dims} dimensions, as in {chip}:{example}")
+        raise InputError(f"--topology {name!r}: expected {dims} dimensions, as in {chip}:{example}")
     if slices < 1:
-        raise ChromaError(f"--slices is {slices}, must be at least 1")
+        raise InputError(f"--slices is {slices}, must be at least 1")
     return Topology(found, tuple(map(int, shape.split("x"))), slices)
 
 
 def compile_only_devices(topology: Topology) -> list[jax.Device]:
     """Devices that programs can be compiled for and not run on, in the order of slices.
 
-    Raises: ChromaError when libtpu is not installed, or does not know the shape.
+    Raises: InputError when libtpu is not installed, or does not know the shape.
     """
     shape = (*topology.shape, *(1,) * (3 - len(topology.shape)))
     options = {"wrap": [*topology.wrap, *(False,) * (3 - len(topology.shape))]}
@@ -110,7 +110,7 @@ def compile_only_devices(topology: Topology) -> list[jax.Device]:
         found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
     except Exception as e:  # XLA's own types, by kind
         first = (str(e).strip().splitlines() or [type(e).__name__])[0]
-        raise ChromaError(f"cannot plan for {topology.name}: {first[:200]} (the compiler comes with the extra 'tpu')") from e
+        raise InputError(f"cannot plan for {topology.name}: {first[:200]} (the compiler comes with the extra 'tpu')") from e
     return sorted(found, key=lambda device: (getattr(device, "slice_index", 0), device.id))
 
 

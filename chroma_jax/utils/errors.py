@@ -18,11 +18,11 @@ EXIT_CODES = {
 }
 
 
-class ChromaError(Exception):
+class InputError(Exception):
     """Bad input: names the file, field or flag, and what was expected."""
 
 
-class Ended(Exception):
+class TrainingStopped(Exception):
     """A training that ended before its last step, in good order. code: one of `EXIT_CODES`."""
 
     def __init__(self, code: int, message: str):

@@ -17,7 +17,7 @@ from chroma_jax.models.codec import Codec
 from chroma_jax.models.io import hf_config
 from chroma_jax.models.io import name_tables as names
 from chroma_jax.models.io.weight_files import import_weights
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 
 # Tolerances of the suite's README: float32 against the reference, absolute, except gradients.
 HIDDEN, MEL, AUDIO, RESAMPLED, LOSS, GRADIENT, EXACT = 2e-4, 1e-4, 1e-4, 1e-5, 1e-5, 1e-3, 0.0
@@ -47,7 +47,7 @@ class Case:
         try:
             return load_file(self.folder / file)
         except (OSError, SafetensorError) as e:
-            raise ChromaError(f"{self.folder / file}: cannot be read ({e})") from e
+            raise InputError(f"{self.folder / file}: cannot be read ({e})") from e
 
     @cached_property
     def inputs(self) -> dict[str, np.ndarray]:
@@ -62,7 +62,7 @@ class Case:
         try:
             return json.loads((self.folder / "config.json").read_text())
         except (OSError, ValueError) as e:
-            raise ChromaError(f"{self.folder / 'config.json'}: cannot be read ({e})") from e
+            raise InputError(f"{self.folder / 'config.json'}: cannot be read ({e})") from e
 
     @cached_property
     def config(self) -> ChromaConfig:

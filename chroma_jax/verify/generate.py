@@ -1,6 +1,6 @@
 """Golden cases of whole generations, by our own streaming step.
 
-As "reference" (see `chroma_jax.inference.compatibility`) every number of every step is compared, and what a `Speaker` gives
+As "reference" (see `chroma_jax.inference.compatibility`) every number of every step is compared, and what a `Generator` gives
 away; as "corrected", what each row of a batch says with what the reference says for it alone.
 """
 
@@ -13,14 +13,14 @@ import numpy as np
 
 from chroma_jax.inference import step as steps
 from chroma_jax.inference.compatibility import Compatibility, Positions, codec_used
-from chroma_jax.inference.generator import Speaker, settings
+from chroma_jax.inference.generator import Generator, settings
 from chroma_jax.inference.prefill import Prompt, prefill, voice
 from chroma_jax.inference.prompt import rounded_up, stack
 from chroma_jax.inference.state import Capacity, StreamState
 from chroma_jax.inference.step import StepTrace
 from chroma_jax.models.chroma import Chroma
 from chroma_jax.models.codec import Codec
-from chroma_jax.sequence.interleave import NOTHING
+from chroma_jax.sequence.interleave import NONE_TOKEN
 from chroma_jax.verify.case import AUDIO, EXACT, HIDDEN, Case, Checks
 from chroma_jax.verify.models import recordings
 
@@ -161,7 +161,7 @@ def replied(codes: np.ndarray, eos: int) -> int:
 def spoken(case: Case, model: Chroma, voice_codes: np.ndarray, frames: int) -> Checks:
     """Codes and samples that a user gets of the padded batch with ``compatibility="reference"``."""
     rows = [row_prompt(case, row, codes) for row, codes in enumerate(voice_codes)]
-    outputs = heard(Speaker(model, case.codec(), compatibility="reference"), rows, "reference", frames)
+    outputs = heard(Generator(model, case.codec(), compatibility="reference"), rows, "reference", frames)
     for row, (ours, samples) in enumerate(outputs):
         theirs = case.outputs["codes"][row]
         theirs = theirs[: replied(theirs, case.config.codebook_eos)]
@@ -174,7 +174,7 @@ def spoken(case: Case, model: Chroma, voice_codes: np.ndarray, frames: int) -> C
 def rows_alone(case: Case, model: Chroma, codec: Codec, frames: int) -> Checks:
     """All rows in one batch without padding: each gives what the reference gives for it alone.
 
-    With its own Decoder positions, and with the trained ones, as a `Speaker` has them.
+    With its own Decoder positions, and with the trained ones, as a `Generator` has them.
     """
     rows = []
     for row, (wave, cutoff) in enumerate(zip(case.inputs["input_values"], case.inputs["input_values_cutoffs"])):
@@ -184,7 +184,7 @@ def rows_alone(case: Case, model: Chroma, codec: Codec, frames: int) -> Checks:
         ours = [np.array([t.codes[row] for t in traces if t.live[row]]) for row in range(len(rows))]
         yield from agreed(case, "codes", ours, expected, "rows apart")
     if expected := single(case, "fixed_codes"):
-        ours = [codes for codes, _ in heard(Speaker(model, case.codec()), rows, "corrected", frames)]
+        ours = [codes for codes, _ in heard(Generator(model, case.codec()), rows, "corrected", frames)]
         yield from agreed(case, "fixed_codes", ours, expected, "spoken")
 
 
@@ -204,7 +204,7 @@ def agreed(case: Case, name: str, ours: list[np.ndarray], expected: dict[int, np
         yield check._replace(quantity=f"{check.quantity}, {how}")
 
 
-def heard(speaker: Speaker, rows: list[Prompt], compatibility: Compatibility, frames: int):
+def heard(speaker: Generator, rows: list[Prompt], compatibility: Compatibility, frames: int):
     """What a user gets: (codes [T, Q], samples [S]) of each row."""
     sampling, keys = settings(len(rows), temperature=0.0, top_k=0, seed=0)
     outputs = list(speaker.stream(stack(rows, compatibility), sampling, keys, frames))
@@ -235,7 +235,7 @@ def row_prompt(case: Case, row: int, voice_codes: np.ndarray) -> Prompt:
         mel=mel[0],
         mel_length=lengths[0],
         text=text,
-        audio_index=np.where(is_audio, np.cumsum(is_audio) - 1, NOTHING).astype(np.int32),
+        audio_index=np.where(is_audio, np.cumsum(is_audio) - 1, NONE_TOKEN).astype(np.int32),
         text_length=np.int32(len(text)),
         voice_token=token,
         voice_codes=codes,
@@ -246,8 +246,8 @@ def row_prompt(case: Case, row: int, voice_codes: np.ndarray) -> Prompt:
 def voice_arrays(case: Case, transcript: np.ndarray, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Tokens [T] and codes [T, Q] of a voice prompt. codes: [F, ≥ Q]."""
     t, frames = case.config.tokens, len(codes)
-    token = np.concatenate([[t.text_start], transcript, [t.text_end], np.full(frames + 1, NOTHING)]).astype(np.int32)
-    voice = np.full((len(token), case.config.codebooks), NOTHING, np.int32)
+    token = np.concatenate([[t.text_start], transcript, [t.text_end], np.full(frames + 1, NONE_TOKEN)]).astype(np.int32)
+    voice = np.full((len(token), case.config.codebooks), NONE_TOKEN, np.int32)
     voice[-1 - frames : -1] = codes[:, : case.config.codebooks]
     return token, voice
 
@@ -259,7 +259,7 @@ def reference_prompt(case: Case, voice_codes: np.ndarray) -> tuple[Prompt, int]:
         alone = row_prompt(case, row, codes)
         token, padded = voice_arrays(case, i["input_ids"][row], codes)
         text = i["attention_mask"][row].astype(bool)
-        recording = np.arange(len(codes)) < np.sum(alone.voice_token == NOTHING) - 1
+        recording = np.arange(len(codes)) < np.sum(alone.voice_token == NONE_TOKEN) - 1
         one = np.ones(1, bool)
         rows.append(
             alone._replace(

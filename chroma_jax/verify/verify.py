@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import jax
 
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 from chroma_jax.verify import audio, generate, models
 from chroma_jax.verify.case import Case, Check, Checks
 
@@ -39,16 +39,16 @@ class Result(NamedTuple):
 def cases(folder: Path) -> list[Path]:
     """The case folders of a suite; a folder that is itself a case is a suite of one.
 
-    Raises: ChromaError when there is none.
+    Raises: InputError when there is none.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ChromaError(f"{folder}: no such folder")
+        raise InputError(f"{folder}: no such folder")
     if (folder / "outputs.safetensors").exists():
         return [folder]
     found = sorted(p for p in folder.iterdir() if (p / "outputs.safetensors").exists())
     if not found:
-        raise ChromaError(f"{folder}: no golden case in it (a folder with outputs.safetensors)")
+        raise InputError(f"{folder}: no golden case in it (a folder with outputs.safetensors)")
     return found
 
 

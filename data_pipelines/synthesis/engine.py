@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 
 SAMPLE_RATE = 24_000
 FRAME = 1_920  # samples of a Codec frame: 80 ms
@@ -49,7 +49,7 @@ class Engine:
     Attributes:
         name: As given on the command line.
         version: What the module's function ``version`` returns, part of the identity of every recording; "" without one. That
-            function is also the place to raise ChromaError if a package is missing.
+            function is also the place to raise InputError if a package is missing.
         function: See `Synthesize`.
     """
 
@@ -66,21 +66,21 @@ def load_engine(name: str, phase: Phase = "free") -> Engine:
         phase: What will be asked of it.
 
     Raises:
-        ChromaError: If there is no such module or function, a package is missing, or the engine has no canonical phase but
+        InputError: If there is no such module or function, a package is missing, or the engine has no canonical phase but
             ``phase`` asks for it.
     """
     module_name, _, function_name = BUILT_IN.get(name, name).partition(":")
     if not module_name or not function_name:
-        raise ChromaError(f"--engine {name}: expected one of {', '.join(BUILT_IN)}, or MODULE:FUNCTION")
+        raise InputError(f"--engine {name}: expected one of {', '.join(BUILT_IN)}, or MODULE:FUNCTION")
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        raise ChromaError(f"--engine {name}: cannot import {module_name} ({error})") from error
+        raise InputError(f"--engine {name}: cannot import {module_name} ({error})") from error
     function = getattr(module, function_name, None)
     if not callable(function):
-        raise ChromaError(f"--engine {name}: module {module_name} has no function {function_name!r}")
+        raise InputError(f"--engine {name}: module {module_name} has no function {function_name!r}")
     if phase != "free" and "phase" not in inspect.signature(function).parameters:
-        raise ChromaError(f"--phase {phase}: engine {name} takes no argument 'phase', so it has free phase only")
+        raise InputError(f"--phase {phase}: engine {name} takes no argument 'phase', so it has free phase only")
     version = getattr(module, "version", None)
     return Engine(name, str(version()) if callable(version) else "", function)
 

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 from collections.abc import Iterable, Sequence
 
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 from data_pipelines.dialogues import SPLITS
 from data_pipelines.synthesis.engine import Phase
 from data_pipelines.synthesis.texts import VOICE_FIELDS, Text
@@ -55,11 +55,11 @@ class SynthesisConfig:
     def __post_init__(self):
         for name in ("voices", "held_out_voices"):
             if not 1 <= getattr(self, name) <= 9999:
-                raise ChromaError(f"--{name} is {getattr(self, name)}, expected 1 to 9999")
+                raise InputError(f"--{name} is {getattr(self, name)}, expected 1 to 9999")
         if self.hours is not None and not self.hours > 0:
-            raise ChromaError(f"--hours is {self.hours:g}, expected more than 0")
+            raise InputError(f"--hours is {self.hours:g}, expected more than 0")
         if self.seed < 0:
-            raise ChromaError(f"--seed is {self.seed}, expected 0 or more")
+            raise InputError(f"--seed is {self.seed}, expected 0 or more")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,14 +116,14 @@ def make_plan(texts: Sequence[Text], config: SynthesisConfig, identity: str) -> 
         identity: Engine, version and whatever else the samples of a recording depend on.
 
     Raises:
-        ChromaError: If a text of the train split has a held-out voice.
+        InputError: If a text of the train split has a held-out voice.
     """
     voices = {split: names("v", config.voices) if split == "train" else names("h", config.held_out_voices) for split in SPLITS}
     held_out = set(voices["valid"])
     for text in texts:
         for role, voice in text.voices:
             if text.split == "train" and voice in held_out:
-                raise ChromaError(f"{text.where}: {VOICE_FIELDS[role]} {voice!r} is a held-out voice, but the split is train")
+                raise InputError(f"{text.where}: {VOICE_FIELDS[role]} {voice!r} is a held-out voice, but the split is train")
 
     def recording(text: str, voice: str) -> Recording:
         return Recording(digest(identity, config.seed, voice, text)[:24], text, voice)

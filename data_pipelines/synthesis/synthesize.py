@@ -28,7 +28,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from chroma_jax.utils.atomic_io import replaced_files, write_json, write_whole
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 from data_pipelines.dialogues import EMBEDDED, SPLITS, Problem, counted
 from data_pipelines.synthesis import record as recorder
 from data_pipelines.synthesis.check import MetricModels, check, rate
@@ -101,11 +101,11 @@ def synthesize(
         progress: Whether to show progress bars.
 
     Raises:
-        ChromaError: For unusable texts, an engine that is not there, a folder that holds something else, missing metric models,
+        InputError: For unusable texts, an engine that is not there, a folder that holds something else, missing metric models,
             or if nothing could be synthesized.
     """
     if workers < 1:
-        raise ChromaError(f"--workers is {workers}, expected at least 1")
+        raise InputError(f"--workers is {workers}, expected at least 1")
     every = read_texts(texts)
     engine = load_engine(config.engine, config.phase)
     loaded = models() if models is not None and check_share else None
@@ -144,23 +144,23 @@ def claim(out: Path, settings: dict) -> None:
     """Marks a folder as this synthesis, or checks that it is.
 
     Raises:
-        ChromaError: If the folder holds something else, or a synthesis with other texts or settings; it says what differs.
+        InputError: If the folder holds something else, or a synthesis with other texts or settings; it says what differs.
     """
     path = out / "synthesis.json"
     if out.exists() and not out.is_dir():
-        raise ChromaError(f"{out}: exists and is not a folder; choose another name")
+        raise InputError(f"{out}: exists and is not a folder; choose another name")
     if path.is_file():
         try:
             there = json.loads(path.read_text(encoding="utf-8"))["settings"]
         except (ValueError, KeyError, TypeError) as error:
-            raise ChromaError(f"{path}: damaged ({type(error).__name__}: {error}); remove the folder and start again") from error
+            raise InputError(f"{path}: damaged ({type(error).__name__}: {error}); remove the folder and start again") from error
         names = sorted({*there, *settings})
         different = [f"{n}: {there.get(n)!r} there, {settings.get(n)!r} here" for n in names if there.get(n) != settings.get(n)]
         if different:
-            raise ChromaError(f"{out}: holds another synthesis: {'; '.join(different)}; choose another folder")
+            raise InputError(f"{out}: holds another synthesis: {'; '.join(different)}; choose another folder")
         return
     if out.exists() and any(p.name != "synthesis.json.tmp" for p in out.iterdir()):
-        raise ChromaError(f"{out}: not a folder that synthesize wrote (no synthesis.json); choose another folder")
+        raise InputError(f"{out}: not a folder that synthesize wrote (no synthesis.json); choose another folder")
     write_whole(path, json.dumps({"settings": settings}, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -170,7 +170,7 @@ def recorded(
     """Makes recordings in several processes, and yields what became of each, in any order.
 
     Raises:
-        ChromaError: If a worker process dies.
+        InputError: If a worker process dies.
     """
     arguments = (config.engine, config.phase, config.seed)
     chunks = [recordings[i : i + CHUNK] for i in range(0, len(recordings), CHUNK)]
@@ -190,7 +190,7 @@ def recorded(
                 bar.update(len(future.result()))
                 yield from future.result()
         except BrokenProcessPool as error:
-            raise ChromaError("a worker process died (out of memory?); run the same command again to continue") from error
+            raise InputError("a worker process died (out of memory?); run the same command again to continue") from error
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -228,7 +228,7 @@ def write_manifests(
     """Writes everything but the recordings. Returns the contents of synthesis.json.
 
     Raises:
-        ChromaError: If there is nothing to write.
+        InputError: If there is nothing to write.
     """
 
     def usable(r: Recording) -> bool:
@@ -239,7 +239,7 @@ def write_manifests(
 
     entries = [e for e in plan.entries if all(map(usable, e.recordings))]
     if not entries:
-        raise ChromaError(f"{out}: nothing left; {len(problems)} problems, the first: {next(iter(problems), 'none')}")
+        raise InputError(f"{out}: nothing left; {len(problems)} problems, the first: {next(iter(problems), 'none')}")
     used = {r.voice for e in entries for r in e.recordings}
     references = [r for r in plan.references if results[r.key].samples and r.voice in used]
     by_split = {split: [r for e in entries if e.text.split == split for r in e.recordings] for split in SPLITS}

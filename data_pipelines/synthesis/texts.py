@@ -5,7 +5,7 @@ import json
 import re
 from pathlib import Path
 
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 from data_pipelines.dialogues import SPLITS, Problem
 
 MAX_CHARACTERS = 400  # about 27 s of speech; `prepare` accepts recordings of up to 30 s
@@ -52,10 +52,10 @@ def read_texts(path: Path) -> list[Text]:
         The texts in file order.
 
     Raises:
-        ChromaError: If the file is missing or empty, or at the first line that is not a text ("file:line: …").
+        InputError: If the file is missing or empty, or at the first line that is not a text ("file:line: …").
     """
     if not path.is_file():
-        raise ChromaError(f"{path}: no such file; expected JSON lines with the texts to be spoken")
+        raise InputError(f"{path}: no such file; expected JSON lines with the texts to be spoken")
     texts: list[Text] = []
     first_seen: dict[str, str] = {}
     for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
@@ -63,38 +63,38 @@ def read_texts(path: Path) -> list[Text]:
             continue
         text = parse_line(line, f"{path}:{number}")
         if text.id in first_seen:
-            raise ChromaError(f"{text.where}: id {text.id!r} is used before, at {first_seen[text.id]}; ids must be unique")
+            raise InputError(f"{text.where}: id {text.id!r} is used before, at {first_seen[text.id]}; ids must be unique")
         first_seen[text.id] = text.where
         texts.append(text)
     if not texts:
-        raise ChromaError(f"{path}: holds no texts; expected JSON lines with id, split, kind and question, answer or text")
+        raise InputError(f"{path}: holds no texts; expected JSON lines with id, split, kind and question, answer or text")
     return texts
 
 
 def parse_line(line: bytes, where: str) -> Text:
-    """Parses one line. Raises ChromaError that begins with ``where`` if the line is not a text."""
+    """Parses one line. Raises InputError that begins with ``where`` if the line is not a text."""
     try:
         entry = json.loads(line)
     except ValueError as error:  # invalid JSON and invalid UTF-8
-        raise ChromaError(f"{where}: not JSON ({error})") from error
+        raise InputError(f"{where}: not JSON ({error})") from error
     if not isinstance(entry, dict):
-        raise ChromaError(f"{where}: not a JSON object; expected id, split, kind and question, answer or text")
+        raise InputError(f"{where}: not a JSON object; expected id, split, kind and question, answer or text")
     dialogue, single = {"question", "answer"} & entry.keys(), "text" in entry
     if bool(dialogue) == single:
-        raise ChromaError(f"{where}: expected either question and answer, or text")
+        raise InputError(f"{where}: expected either question and answer, or text")
     roles = ("text",) if single else ("question", "answer")
     for field in ("id", "split", "kind", *roles):
         if not isinstance(entry.get(field), str):
-            raise ChromaError(f"{where}: field {field!r} is {entry.get(field)!r}, expected a string")
+            raise InputError(f"{where}: field {field!r} is {entry.get(field)!r}, expected a string")
     if not entry["id"].strip():
-        raise ChromaError(f"{where}: field 'id' is empty")
+        raise InputError(f"{where}: field 'id' is empty")
     if entry["split"] not in SPLITS:
-        raise ChromaError(f"{where}: split {entry['split']!r} is none of {', '.join(SPLITS)}")
+        raise InputError(f"{where}: split {entry['split']!r} is none of {', '.join(SPLITS)}")
     voices = []
     for role in roles:
         voice = entry.get(VOICE_FIELDS[role])
         if voice is not None and not (isinstance(voice, str) and voice.strip()):
-            raise ChromaError(f"{where}: field {VOICE_FIELDS[role]!r} is {voice!r}, expected the name of a voice")
+            raise InputError(f"{where}: field {VOICE_FIELDS[role]!r} is {voice!r}, expected the name of a voice")
         voices += [(role, voice)] if voice else []
     parts = tuple((role, " ".join(entry[role].split())) for role in roles)
     return Text(where, entry["id"], entry["split"], entry["kind"], parts, tuple(voices))

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 from data_pipelines.synthesis.engine import FRAME, SAMPLE_RATE, Phase
 
 REVISION = 2  # of this module, counted up when equal inputs get other samples
@@ -93,11 +93,11 @@ class Voice:
 
 
 def version() -> str:
-    """Identifies what the samples depend on. Raises ChromaError that names the extra if hibari-tts is missing."""
+    """Identifies what the samples depend on. Raises InputError that names the extra if hibari-tts is missing."""
     try:
         return f"virtual voices {REVISION}, hibari-tts {importlib.metadata.version('hibari-tts')}"
     except importlib.metadata.PackageNotFoundError as error:
-        raise ChromaError("--engine hibari needs hibari-tts; install the extra: pip install 'chroma-jax[tts]'") from error
+        raise InputError("--engine hibari needs hibari-tts; install the extra: pip install 'chroma-jax[tts]'") from error
 
 
 @functools.cache

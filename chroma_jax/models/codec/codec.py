@@ -19,11 +19,11 @@ from flax import nnx
 from chroma_jax.layers.attention import KVCache
 from chroma_jax.layers.rope import RopeConfig
 from chroma_jax.layers.transformer import Encoder, EncoderConfig
-from chroma_jax.models.codec.conv import Carry, Conv, ConvTranspose
+from chroma_jax.models.codec.conv import Conv, ConvState, ConvTranspose
 from chroma_jax.models.codec.quantizer import QuantizerConfig, SplitQuantizer
 from chroma_jax.models.codec.seanet import SeanetConfig, SeanetDecoder, SeanetEncoder
 from chroma_jax.parallel.sharding import RULES, AxisRules
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 
 MIMI_TRANSFORMER = EncoderConfig(
     num_layers=8,
@@ -130,20 +130,20 @@ class DecodeStages(NamedTuple):
 def check_codes(codes: np.ndarray, config: CodecConfig) -> None:
     """Checks codes on the host before they are decoded, where a bad one would be clamped silently.
 
-    codes: integers [B, F, Q] or [F, Q]. Raises: ChromaError for a wrong shape or type, or a code outside the codebook.
+    codes: integers [B, F, Q] or [F, Q]. Raises: InputError for a wrong shape or type, or a code outside the codebook.
     """
     codes = np.asarray(codes)
     if codes.ndim not in (2, 3) or not np.issubdtype(codes.dtype, np.integer):
         got = f"{codes.dtype} {codes.shape}"
-        raise ChromaError(f"codes must be integers [frames, codebooks] or [batch, frames, codebooks], got {got}")
+        raise InputError(f"codes must be integers [frames, codebooks] or [batch, frames, codebooks], got {got}")
     if not 1 <= codes.shape[-1] <= config.num_codebooks:
-        raise ChromaError(f"codes have {codes.shape[-1]} codebooks, the codec has {config.num_codebooks}")
+        raise InputError(f"codes have {codes.shape[-1]} codebooks, the codec has {config.num_codebooks}")
     bad = np.argwhere((codes < 0) | (codes >= config.codebook_size))
     if len(bad):
         place = dict(zip(("row", "frame", "codebook")[-codes.ndim :], bad[0].tolist()))
         where = ", ".join(f"{name} {index}" for name, index in place.items())
         code, last = codes[tuple(bad[0])], config.codebook_size - 1
-        raise ChromaError(f"code {code} at {where} is outside 0 … {last} ({len(bad)} such codes)")
+        raise InputError(f"code {code} at {where} is outside 0 … {last} ({len(bad)} such codes)")
 
 
 def reset_rows(state: CodecState, mask: jax.Array) -> CodecState:
@@ -192,7 +192,7 @@ class Codec(nnx.Module):
     def encode_stages(self, audio: jax.Array) -> EncodeStages:
         if audio.ndim != 2 or audio.shape[1] < 1:
             raise ValueError(f"audio must be [batch, samples] with at least one sample, got {audio.shape}")
-        return self._encode(audio, Carry(), self._attend_whole)
+        return self._encode(audio, ConvState(), self._attend_whole)
 
     def decode(self, codes: jax.Array, dtype=jnp.float32) -> jax.Array:
         """codes: int32 [B, F, Q], Q ≤ num_codebooks; a code outside the codebook is clamped into it (see `check_codes`).
@@ -203,11 +203,11 @@ class Codec(nnx.Module):
 
     def decode_stages(self, codes: jax.Array, dtype=jnp.float32) -> DecodeStages:
         self._check_levels(codes)
-        return self._decode(codes, dtype, Carry(), self._attend_whole)
+        return self._decode(codes, dtype, ConvState(), self._attend_whole)
 
     def sound(self, quantized: jax.Array) -> jax.Array:
         """`decode` from what the quantizer gives, [B, F, D], or from latents. Returns audio [B, F · samples_per_frame]."""
-        return self._sound(quantized, Carry(), self._attend_whole).audio
+        return self._sound(quantized, ConvState(), self._attend_whole).audio
 
     def encoder_state(
         self, batch: int, dtype=jnp.float32, *, frames_per_step: int = 4, max_frames: int | None = None
@@ -306,7 +306,7 @@ class Codec(nnx.Module):
             window, frames_per_step, whole = max_frames * stride, 1, 1  # `_window` goes back from the capacity
 
         def memories(x):
-            carry = Carry()
+            carry = ConvState()
             run(carry, x)
             return carry.memories
 
@@ -331,7 +331,7 @@ class Codec(nnx.Module):
             ring.append(cache)
             return x
 
-        return Carry(state.memories, state.position == 0, length), attend, ring
+        return ConvState(state.memories, state.position == 0, length), attend, ring
 
     def _attend_ring(self, transformer: Encoder, x: jax.Array, start: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
         """x: [B, T, D]; start: int32 [B], position of x[:, 0]. Position p lies in entry p mod capacity."""

@@ -12,7 +12,7 @@ from flax import nnx
 
 from chroma_jax.models.codec.codec import Codec
 from chroma_jax.models.codec.quantizer import Codebooks, nearest
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,14 +84,14 @@ def fit_quantizer(codec: Codec, latents: np.ndarray, seed: int, config: FitConfi
     see `FitConfig`); k-means makes its codebooks; and the projections out are those by which both branches together come closest
     to the latents (least squares).
 
-    latents: float32 [N, D], from `Codec.latents`, frames of silence and padding left out. Raises: ChromaError for a wrong
+    latents: float32 [N, D], from `Codec.latents`, frames of silence and padding left out. Raises: InputError for a wrong
     shape or values that are not finite.
     """
     latents = np.asarray(latents, np.float32)
     if latents.ndim != 2 or latents.shape[1] != codec.config.width or not len(latents):
-        raise ChromaError(f"latents must be [frames, {codec.config.width}] with at least one frame, got {latents.shape}")
+        raise InputError(f"latents must be [frames, {codec.config.width}] with at least one frame, got {latents.shape}")
     if not np.isfinite(latents).all():
-        raise ChromaError("latents hold values that are not finite")
+        raise InputError("latents hold values that are not finite")
     if len(latents) > config.max_latents:
         latents = np.random.default_rng(seed).permutation(latents)[: config.max_latents]
     codec = nnx.clone(codec)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from chroma_jax.layers.linear import Linear, in_use, normal, ones, weight
+from chroma_jax.layers.linear import Linear, compute_spec, normal, ones, weight
 from chroma_jax.parallel.sharding import active, leading_spec
 
 MIN_USAGE = 1e-5  # a code is never divided by less
@@ -42,7 +42,7 @@ class Codebooks(nnx.Module):
 
     def stacked(self, count: int) -> tuple[jax.Array, jax.Array]:
         """embed_sum and cluster_usage of the first ``count`` codebooks, float32."""
-        return in_use(self.embed_sum, jnp.float32)[:count], in_use(self.cluster_usage, jnp.float32)[:count]
+        return compute_spec(self.embed_sum, jnp.float32)[:count], compute_spec(self.cluster_usage, jnp.float32)[:count]
 
     def rows(self, codes: jax.Array) -> jax.Array:
         """codes: int32 [B, F, Q], level q from codebook q. Returns the codes' vectors, float32 [B, F, Q, C]."""

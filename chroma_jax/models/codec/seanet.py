@@ -7,7 +7,7 @@ from typing import Literal
 import jax
 from flax import nnx
 
-from chroma_jax.models.codec.conv import Carry, Conv, ConvTranspose
+from chroma_jax.models.codec.conv import Conv, ConvState, ConvTranspose
 from chroma_jax.parallel.sharding import reshape_rows
 
 
@@ -58,7 +58,7 @@ class ResidualLayer(nnx.Module):
         self.conv2 = Conv(rngs, inner, width, 1)
         self.shortcut = Conv(rngs, width, width, 1) if config.shortcut == "conv" else None
 
-    def __call__(self, x: jax.Array, carry: Carry, fold: int = 1) -> jax.Array:
+    def __call__(self, x: jax.Array, carry: ConvState, fold: int = 1) -> jax.Array:
         y = self.conv1(jax.nn.elu(x), carry, fold)
         y = self.conv2(jax.nn.elu(y), carry, fold)
         return y + (x if self.shortcut is None else self.shortcut(x, carry, fold))
@@ -76,7 +76,7 @@ class EncoderStage(nnx.Module):
         self.residuals = residual_layers(rngs, config, width)
         self.down = Conv(rngs, width, 2 * width, 2 * ratio, stride=ratio)
 
-    def __call__(self, x: jax.Array, carry: Carry) -> jax.Array:
+    def __call__(self, x: jax.Array, carry: ConvState) -> jax.Array:
         for layer in self.residuals:
             x = layer(x, carry)
         return self.down(jax.nn.elu(x), carry)
@@ -93,7 +93,7 @@ class DecoderStage(nnx.Module):
     def fold(self) -> int:
         return self.up.fold
 
-    def __call__(self, x: jax.Array, carry: Carry) -> jax.Array:
+    def __call__(self, x: jax.Array, carry: ConvState) -> jax.Array:
         x = self.up(jax.nn.elu(x), carry)
         for layer in self.residuals:
             x = layer(x, carry, self.fold)
@@ -113,7 +113,7 @@ class SeanetEncoder(nnx.Module):
         self.stages = nnx.List(stages)
         self.last = Conv(rngs, filters << len(config.ratios), width, config.last_kernel_size)
 
-    def __call__(self, x: jax.Array, carry: Carry) -> jax.Array:
+    def __call__(self, x: jax.Array, carry: ConvState) -> jax.Array:
         x = self.first(x, carry)
         for i, stage in enumerate(self.stages):
             with jax.named_scope(f"stage{i}"):
@@ -133,7 +133,7 @@ class SeanetDecoder(nnx.Module):
         self.stages = nnx.List(stages)
         self.last = Conv(rngs, filters, 1, config.last_kernel_size, gain=0.1)  # about the level of speech at the start
 
-    def __call__(self, x: jax.Array, carry: Carry) -> jax.Array:
+    def __call__(self, x: jax.Array, carry: ConvState) -> jax.Array:
         x, fold = self.first(x, carry), 1
         for i, stage in enumerate(self.stages):
             with jax.named_scope(f"stage{i}"):

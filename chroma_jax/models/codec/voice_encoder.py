@@ -6,9 +6,9 @@ import jax
 import numpy as np
 from flax import nnx
 
-from chroma_jax.audio.sample_buffer import Pieces
+from chroma_jax.audio.sample_buffer import SampleBuffer
 from chroma_jax.models.codec.codec import Codec
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 
 
 @partial(jax.jit, static_argnames=("graph", "num_codebooks"), donate_argnames="state")
@@ -21,7 +21,7 @@ def first_state(graph, weights, frames_per_step, max_frames):
     return nnx.merge(graph, weights).encoder_state(1, frames_per_step=frames_per_step, max_frames=max_frames)
 
 
-class PieceEncoder:
+class ChunkedEncoder:
     """The codes of one recording: what ``feed`` and ``finish`` return, joined, is ``codec.encode`` of all samples.
 
     frames_per_step: so many frames go to the device at a time, which is the only shape compiled; 1 waits the least.
@@ -40,15 +40,15 @@ class PieceEncoder:
 
     def begin(self) -> None:
         """Another recording, whatever became of the one before."""
-        self._state, self._pieces, self._ended = self._first(), Pieces(), False
+        self._state, self._pieces, self._ended = self._first(), SampleBuffer(), False
 
     def feed(self, samples: np.ndarray) -> np.ndarray:
         """samples: float [S] at the Codec's rate, S ≥ 0. Returns int32 [n, Q], the codes of the steps that are now complete.
 
-        Raises: ChromaError for another type or shape, values that are not finite, or a recording that is finished.
+        Raises: InputError for another type or shape, values that are not finite, or a recording that is finished.
         """
         if self._ended:
-            raise ChromaError("the recording is finished; begin another one")
+            raise InputError("the recording is finished; begin another one")
         self._pieces.add(samples)
         steps = len(self._pieces) // self._step
         if not steps:

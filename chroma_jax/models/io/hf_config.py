@@ -10,7 +10,7 @@ from chroma_jax.models.chroma import ChromaConfig
 from chroma_jax.models.codec import CodecConfig, QuantizerConfig, SeanetConfig
 from chroma_jax.models.reasoner import ReasonerConfig
 from chroma_jax.sequence.chat_template import SpecialTokens
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 
 Json = dict[str, Any]
 
@@ -23,7 +23,7 @@ def rope_from_hf(section: Json) -> RopeConfig:
     if kind in ("default", "mrope"):
         return RopeConfig(theta=float(p["rope_theta"]))
     if kind != "llama3":
-        raise ChromaError(f"config.json: rope_type {kind!r} is not known (default, llama3)")
+        raise InputError(f"config.json: rope_type {kind!r} is not known (default, llama3)")
     return RopeConfig(
         theta=float(p["rope_theta"]),
         scaling="llama3",
@@ -96,7 +96,7 @@ def llama_to_hf(config: LlamaConfig) -> Json:
 def from_hf(config: Json) -> ChromaConfig:
     """Our configuration of a released-layout ``config.json``.
 
-    Raises: ChromaError naming the key that is missing or out of range.
+    Raises: InputError naming the key that is missing or out of range.
     """
     try:
         thinker, defaults = config["thinker_config"], SpecialTokens()
@@ -121,9 +121,9 @@ def from_hf(config: Json) -> ChromaConfig:
             codebook_eos=config["codebook_eos_token_id"],
         )
     except KeyError as e:
-        raise ChromaError(f"config.json: key {e} is missing") from e
+        raise InputError(f"config.json: key {e} is missing") from e
     except ValueError as e:
-        raise ChromaError(f"config.json: {e}") from e
+        raise InputError(f"config.json: {e}") from e
 
 
 def reasoner_from_hf(thinker: Json) -> ReasonerConfig:

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from chroma_jax.models.chroma import Chroma, ChromaConfig
 from chroma_jax.models.codec import Codec
 from chroma_jax.models.io.name_tables import Row, Transform
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 from chroma_jax.utils.tree_paths import filled, values
 
 # safetensors' names of the types that a weight may have; a tensor of another type keeps safetensors' name.
@@ -51,26 +51,26 @@ Header = Mapping[str, Tensor]  # by name
 def tensor_files(source: Path) -> list[Path]:
     """The safetensors files of a source: itself, or what a folder's index names, or all in the folder.
 
-    Raises: ChromaError naming the file that is missing.
+    Raises: InputError naming the file that is missing.
     """
     source = Path(source)
     if not source.is_dir():
         if not source.is_file() or source.suffix != ".safetensors":
-            raise ChromaError(f"{source}: no safetensors file there (a file NAME.safetensors, or a folder with some)")
+            raise InputError(f"{source}: no safetensors file there (a file NAME.safetensors, or a folder with some)")
         return [source]
     indices = sorted(source.glob("*.safetensors.index.json"), key=lambda p: (p.name != "model.safetensors.index.json", p.name))
     if indices:
         try:
             named = sorted(set(json.loads(indices[0].read_text())["weight_map"].values()))
         except (ValueError, KeyError, AttributeError, TypeError) as e:
-            raise ChromaError(f"{indices[0]}: not an index of safetensors files ({e})") from e
+            raise InputError(f"{indices[0]}: not an index of safetensors files ({e})") from e
         absent = [name for name in named if not (source / name).is_file()]
         if absent:
-            raise ChromaError(f"{indices[0]}: names shards that are missing: {', '.join(absent)}")
+            raise InputError(f"{indices[0]}: names shards that are missing: {', '.join(absent)}")
         return [source / name for name in named]
     files = sorted(source.glob("*.safetensors"))
     if not files:
-        raise ChromaError(f"{source}: no safetensors file there")
+        raise InputError(f"{source}: no safetensors file there")
     return files
 
 
@@ -78,7 +78,7 @@ def read_header(source: Path) -> dict[str, Tensor]:
     """Names, shapes and types of all tensors of a safetensors file or folder, or of a manifest, a JSON file that maps each name
     to its ``shape`` and ``dtype``.
 
-    Raises: ChromaError naming the file that is missing or damaged, or a tensor that two files hold.
+    Raises: InputError naming the file that is missing or damaged, or a tensor that two files hold.
     """
     source = Path(source)
     if source.suffix == ".json" and source.is_file():
@@ -86,19 +86,19 @@ def read_header(source: Path) -> dict[str, Tensor]:
             entries = json.loads(source.read_text()).items()
             return {name: Tensor(tuple(entry["shape"]), entry["dtype"]) for name, entry in entries}
         except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise ChromaError(f"{source}: not a manifest of tensors ({type(e).__name__}: {e})") from e
+            raise InputError(f"{source}: not a manifest of tensors ({type(e).__name__}: {e})") from e
     header: dict[str, Tensor] = {}
     for file in tensor_files(source):
         try:
             with safe_open(file, framework="numpy") as handle:
                 for name in handle.keys():
                     if name in header:
-                        raise ChromaError(f"{source}: {name} is both in {header[name].file.name} and in {file.name}")
+                        raise InputError(f"{source}: {name} is both in {header[name].file.name} and in {file.name}")
                     tensor = handle.get_slice(name)
                     dtype = str(tensor.get_dtype())
                     header[name] = Tensor(tuple(tensor.get_shape()), TYPES.get(dtype, dtype), file)
         except (SafetensorError, OSError) as e:
-            raise ChromaError(f"{file}: not a readable safetensors file ({e})") from e
+            raise InputError(f"{file}: not a readable safetensors file ({e})") from e
     return header
 
 
@@ -214,7 +214,7 @@ def read_tensors(file: Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[st
         with context:
             return ocp.load(Path(file).absolute(), wanted)
     except (ValueError, OSError) as e:
-        raise ChromaError(f"{file}: cannot be read ({e})") from e
+        raise InputError(f"{file}: cannot be read ({e})") from e
 
 
 def _reading_sharding(target: Sharding, shape: tuple[int, ...]) -> Sharding:
@@ -338,13 +338,13 @@ def import_weights(module: nnx.Module, rows: Iterable[Row], source: Path, prefix
     """Fills the weights of an abstract ``module`` that the table has; the others stay abstract.
 
     module: from ``nnx.eval_shape``; a weight without a sharding goes to the first device. prefix: what stands before the
-    module's own paths in the table, as ``codec/``. Raises: one ChromaError that lists every tensor that does not fit.
+    module's own paths in the table, as ``codec/``. Raises: one InputError that lists every tensor that does not fit.
     """
     header, rows, first = read_header(source), list(rows), jax.sharding.SingleDeviceSharding(jax.devices()[0])
     found = values(module, prefix)
     wrong = [p for row in rows for p in problems(row, header, found[row.path].shape)]
     if wrong:
-        raise ChromaError(f"{source}: {len(wrong)} tensors do not fit: " + "; ".join(wrong))
+        raise InputError(f"{source}: {len(wrong)} tensors do not fit: " + "; ".join(wrong))
     wanted = {row.path: found[row.path] for row in rows}
     abstract = {path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or first) for path, x in wanted.items()}
     graph, state = nnx.split(module)

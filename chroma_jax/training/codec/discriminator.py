@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from chroma_jax.layers.linear import in_use, normal, ones, weight, zeros
+from chroma_jax.layers.linear import compute_spec, normal, ones, weight, zeros
 from chroma_jax.parallel.sharding import reshape_rows
 from chroma_jax.training.codec.spectra import stft
 
@@ -55,7 +55,7 @@ class DiscriminatorConfig:
             raise ValueError(f"compression {self.compression} is not in (0, 1]")
 
 
-class Verdict(NamedTuple):
+class DiscriminatorOutput(NamedTuple):
     """Output of one discriminator.
 
     Attributes:
@@ -91,9 +91,9 @@ class Conv2d(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Returns [B, T, ⌈W / stride⌉, out]."""
-        direction = in_use(self.direction, jnp.float32)
+        direction = compute_spec(self.direction, jnp.float32)
         length = jnp.sqrt(jnp.sum(jnp.square(direction), axis=(0, 1, 2)) + 1e-12)
-        kernel = (direction * (in_use(self.gain, jnp.float32) / length)).astype(x.dtype)
+        kernel = (direction * (compute_spec(self.gain, jnp.float32) / length)).astype(x.dtype)
         (taps, wide), edge = kernel.shape[:2], (kernel.shape[0] - 1) * self.dilation // 2
         out = -(-x.shape[2] // self.stride)
         low = max((out - 1) * self.stride + wide - x.shape[2], 0) // 2
@@ -116,7 +116,7 @@ class Conv2d(nnx.Module):
             rhs_dilation=(self.dilation, 1),
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
-        return y + in_use(self.bias, x.dtype)
+        return y + compute_spec(self.bias, x.dtype)
 
 
 class StftDiscriminator(nnx.Module):
@@ -133,7 +133,7 @@ class StftDiscriminator(nnx.Module):
         self.layers = nnx.List(layers)
         self.judge = Conv2d(rngs, filters, 1, (3, 3))
 
-    def __call__(self, wave: jax.Array) -> Verdict:
+    def __call__(self, wave: jax.Array) -> DiscriminatorOutput:
         """wave: float32 [B, S]."""
         spectrum = stft(wave, self.window, self.window // 4)
         x, features = jnp.stack([spectrum.real, spectrum.imag], axis=-1), []
@@ -143,7 +143,7 @@ class StftDiscriminator(nnx.Module):
         for layer in self.layers:
             x = jax.nn.leaky_relu(layer(x), 0.2)
             features.append(x)
-        return Verdict(self.judge(x)[..., 0], tuple(features))
+        return DiscriminatorOutput(self.judge(x)[..., 0], tuple(features))
 
 
 class PeriodDiscriminator(nnx.Module):
@@ -164,7 +164,7 @@ class PeriodDiscriminator(nnx.Module):
         self.layers = nnx.List(layers)
         self.judge = Conv2d(rngs, widths[-1], 1, (1, 3))
 
-    def __call__(self, wave: jax.Array) -> Verdict:
+    def __call__(self, wave: jax.Array) -> DiscriminatorOutput:
         """wave: float32 [B, S], S at least the period."""
         wave = jnp.pad(wave, ((0, 0), (0, -wave.shape[1] % self.period)), mode="reflect")
         x = reshape_rows(wave, len(wave), wave.shape[1] // self.period, self.period)
@@ -172,7 +172,7 @@ class PeriodDiscriminator(nnx.Module):
         for layer in self.layers:
             x = jax.nn.leaky_relu(layer(x), 0.2)
             features.append(x)
-        return Verdict(self.judge(x)[..., 0], tuple(features))
+        return DiscriminatorOutput(self.judge(x)[..., 0], tuple(features))
 
 
 class Discriminator(nnx.Module):
@@ -183,7 +183,7 @@ class Discriminator(nnx.Module):
         judges = [StftDiscriminator(rngs, config, window) for window in config.windows]
         self.judges = nnx.List([*judges, *(PeriodDiscriminator(rngs, config, period) for period in config.periods)])
 
-    def __call__(self, wave: jax.Array) -> list[Verdict]:
+    def __call__(self, wave: jax.Array) -> list[DiscriminatorOutput]:
         """wave: float32 [B, S]. Returns the outputs of the STFT discriminators, then of the period discriminators."""
         verdicts = []
         for judge in self.judges:

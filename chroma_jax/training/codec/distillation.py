@@ -11,20 +11,18 @@ import jax
 import jax.numpy as jnp
 
 from chroma_jax.models.codec import CodecConfig
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 
 Teacher = Callable[[jax.Array], jax.Array]
 
 
 def teacher_width(teacher: Teacher, codec: CodecConfig) -> int:
-    """Features per position. Raises ChromaError for a teacher whose positions do not divide among the Codec's frames."""
+    """Features per position. Raises InputError for a teacher whose positions do not divide among the Codec's frames."""
     frames = 4
     wave = jax.ShapeDtypeStruct((1, frames * codec.samples_per_frame), jnp.float32)
     found = jax.eval_shape(teacher, wave).shape
     if len(found) != 3 or found[0] != 1 or found[1] % frames or not found[1]:
-        raise ChromaError(
-            f"recipe.teacher gives {found} for {wave.shape} samples, expected [1, a multiple of {frames}, features]"
-        )
+        raise InputError(f"recipe.teacher gives {found} for {wave.shape} samples, expected [1, a multiple of {frames}, features]")
     return found[2]
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from chroma_jax.parallel.sharding import reshape_rows
-from chroma_jax.training.codec.discriminator import Discriminator, Verdict
+from chroma_jax.training.codec.discriminator import Discriminator, DiscriminatorOutput
 from chroma_jax.training.codec.spectra import log_mel
 
 
@@ -121,7 +121,9 @@ def spectrum_loss(predicted: jax.Array, target: jax.Array, sample_rate: int) -> 
     return jnp.mean(jnp.abs(predicted - reshape_rows(spectra, b, f, SPECTRA * SPECTRUM_BINS)))
 
 
-def discriminator_loss(made: list[Verdict], real: list[Verdict], kind: DiscriminatorLoss = "hinge") -> jax.Array:
+def discriminator_loss(
+    made: list[DiscriminatorOutput], real: list[DiscriminatorOutput], kind: DiscriminatorLoss = "hinge"
+) -> jax.Array:
     """What a discriminator minimizes, averaged over the discriminators.
 
     Hinge: real waveforms are to score above 1, reconstructions below −1. Least squares: 1 and 0 (Mao et al., arXiv 1611.04076).
@@ -135,13 +137,13 @@ def discriminator_loss(made: list[Verdict], real: list[Verdict], kind: Discrimin
     return jnp.mean(jnp.stack(each))
 
 
-def adversarial_loss(made: list[Verdict], kind: DiscriminatorLoss = "hinge") -> jax.Array:
+def adversarial_loss(made: list[DiscriminatorOutput], kind: DiscriminatorLoss = "hinge") -> jax.Array:
     """What the Codec minimizes: reconstructions are to score above 1 (hinge), or 1 (least squares)."""
     distance = jax.nn.relu if kind == "hinge" else jnp.square
     return jnp.mean(jnp.stack([jnp.mean(distance(1 - m.logits)) for m in made]))
 
 
-def feature_loss(made: list[Verdict], real: list[Verdict]) -> jax.Array:
+def feature_loss(made: list[DiscriminatorOutput], real: list[DiscriminatorOutput]) -> jax.Array:
     """Mean absolute difference of every layer's features, over the real ones' mean level; averaged over layers and judges."""
     each = [
         jnp.mean(jnp.abs(a - b)) / jnp.maximum(jnp.mean(jnp.abs(b)), 1e-6)

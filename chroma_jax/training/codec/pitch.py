@@ -12,7 +12,7 @@ from flax import nnx
 
 from chroma_jax.layers.linear import Linear, zeros
 from chroma_jax.parallel.sharding import reshape_rows
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 
 SUBFRAMES = 2  # targets per Codec frame
 LOWEST, HIGHEST = 60.0, 400.0  # Hz
@@ -103,8 +103,8 @@ def pitch_loss(
 
 
 def codebook_indices(codebooks: tuple[int, ...], num_codebooks: int) -> tuple[int, ...]:
-    """Codebook indices in order, with negative ones counted from the end. Raises ChromaError for one that does not exist."""
+    """Codebook indices in order, with negative ones counted from the end. Raises InputError for one that does not exist."""
     for index in codebooks:
         if not -num_codebooks <= index < num_codebooks:
-            raise ChromaError(f"recipe.pitch_codebooks: {index} is out of range; the codec has {num_codebooks} codebooks")
+            raise InputError(f"recipe.pitch_codebooks: {index} is out of range; the codec has {num_codebooks} codebooks")
     return tuple(sorted({index % num_codebooks for index in codebooks}))

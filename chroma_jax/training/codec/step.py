@@ -168,7 +168,7 @@ def make_codec_trainer(
     """Builds the functions for a mesh (which must be set, ``jax.set_mesh``). skip_norm: of the codec's gradient, see
     `chroma_jax.training.state.applied`; a step is applied as a whole or not at all.
 
-    Raises: ChromaError for weights that the mesh does not divide, or freeze patterns that do not fit.
+    Raises: InputError for weights that the mesh does not divide, or freeze patterns that do not fit.
     """
     tx, judge_tx = make_optimizer(recipe.optimizer), make_optimizer(recipe.discriminator_optimizer)
     rate, loss = learning_rate(recipe.optimizer), recipe.loss

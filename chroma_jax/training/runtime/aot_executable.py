@@ -13,10 +13,10 @@ import jax
 from jax.experimental import serialize_executable
 
 from chroma_jax.training.state import Trainer
-from chroma_jax.utils.errors import ChromaError
+from chroma_jax.utils.errors import InputError
 
 
-def save_program(compiled: jax.stages.Compiled, config: Mapping[str, str], topology: str, path: Path) -> None:
+def save_executable(compiled: jax.stages.Compiled, config: Mapping[str, str], topology: str, path: Path) -> None:
     """Writes a file, whole or not at all. config: what the step was compiled from, by field."""
     payload, *_ = serialize_executable.serialize(compiled)
     header = {"topology": topology, "jax": jax.__version__, "config": dict(config)}
@@ -26,11 +26,11 @@ def save_program(compiled: jax.stages.Compiled, config: Mapping[str, str], topol
     aside.replace(path)
 
 
-def with_program(trainer: Trainer, config: Mapping[str, str], batch, path: Path) -> Trainer:
+def with_executable(trainer: Trainer, config: Mapping[str, str], batch, path: Path) -> Trainer:
     """The trainer with the training step of a file in place of one that is yet to be compiled. config: as for `save_program`.
     batch: shapes of a global one.
 
-    Raises: ChromaError for a file that is none, or was compiled from another configuration or by another version of JAX; it says
+    Raises: InputError for a file that is none, or was compiled from another configuration or by another version of JAX; it says
     what differs.
     """
     try:
@@ -38,20 +38,20 @@ def with_program(trainer: Trainer, config: Mapping[str, str], batch, path: Path)
         header = json.loads(first)
         theirs, version = header["config"], header["jax"]
     except OSError as e:
-        raise ChromaError(f"--program {path}: {e.strerror}") from e
+        raise InputError(f"--program {path}: {e.strerror}") from e
     except (ValueError, KeyError, TypeError) as e:
-        raise ChromaError(f"--program {path}: not a file that plan --program wrote") from e
+        raise InputError(f"--program {path}: not a file that plan --program wrote") from e
     ours = dict(config)
     apart = [f"{n} {theirs.get(n)} there, {ours.get(n)} here" for n in sorted(ours | theirs) if ours.get(n) != theirs.get(n)]
     if version != jax.__version__:
         apart.insert(0, f"jax {version} there, {jax.__version__} here")
     if apart:
-        raise ChromaError(f"--program {path}: compiled for something else: {'; '.join(apart[:5])}")
+        raise InputError(f"--program {path}: compiled for something else: {'; '.join(apart[:5])}")
     arguments = jax.tree.structure(((trainer.abstract, batch), {}))
     results = jax.tree.structure(jax.eval_shape(trainer.train_step, trainer.abstract, batch))
     devices = list(jax.sharding.get_mesh().devices.flat)
     try:
         step = serialize_executable.deserialize_and_load(payload, arguments, results, execution_devices=devices)
     except Exception as e:  # XLA's own, by platform
-        raise ChromaError(f"--program {path}: these devices do not take it: {str(e).splitlines()[0][:300]}") from e
+        raise InputError(f"--program {path}: these devices do not take it: {str(e).splitlines()[0][:300]}") from e
     return trainer._replace(train_step=step)

@@ -26,7 +26,7 @@ from pathlib import Path
 import jax
 
 from chroma_jax.parallel.progress import Progress
-from chroma_jax.utils.errors import Ended
+from chroma_jax.utils.errors import TrainingStopped
 
 NAME = "ledger.jsonl"
 
@@ -58,14 +58,14 @@ class CompileClock:
         return sum(end - start for start, end in self.spans)
 
 
-class Ledger:
+class GoodputLog:
     """Adds to a run's ledger, on process 0; on others it only measures. Whoever watches the process hears of it too."""
 
     def __init__(self, run: Path, step: int, progress: Progress, clock: CompileClock):
         """Work begins at ``step``; all since ``progress.began`` was done for that."""
         self.path = run / NAME if jax.process_index() == 0 else None
         self.progress, self.clock, self.step, self.first = progress, clock, step, True
-        before, now = read_ledger(run) if self.path else [], time.time()
+        before, now = read_goodput_log(run) if self.path else [], time.time()
         if before and not self.path.read_bytes().endswith(b"\n"):  # cut short by a crash
             with self.path.open("a") as file:
                 file.write("\n")
@@ -120,7 +120,11 @@ class Ledger:
         try:
             yield
         except BaseException as error:
-            why = " ".join(str(error).split())[:300] if isinstance(error, Ended) else f"{type(error).__name__}: {error}"[:300]
+            why = (
+                " ".join(str(error).split())[:300]
+                if isinstance(error, TrainingStopped)
+                else f"{type(error).__name__}: {error}"[:300]
+            )
             raise
         finally:
             self.write(self.progress.step)
@@ -142,7 +146,7 @@ class Ledger:
             file.write(json.dumps(line | {"seconds": round(seconds, 3)} | more) + "\n")
 
 
-def read_ledger(run: Path) -> list[dict]:
+def read_goodput_log(run: Path) -> list[dict]:
     """The lines of a run's ledger; those that crashes have cut short are left out."""
     lines = []
     for text in (run / NAME).read_text().splitlines() if (run / NAME).exists() else []:

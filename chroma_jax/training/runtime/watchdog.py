@@ -8,10 +8,10 @@ from typing import TextIO
 
 from chroma_jax.parallel.progress import Progress
 
-PATIENCE = 6  # how much longer than a step may last what compiles, or reads or writes much
+TIMEOUT_FACTOR = 6  # how much longer than a step may last what compiles, or reads or writes much
 
 
-class StallWatch:
+class Watchdog:
     """While it is entered, a thread prints every thread's stack as soon as nothing has happened for ``seconds`` (0: never), once
     each time; ``PATIENCE`` times as long is allowed to whatever is not a step like those before it. One of several processes
     gives up after half as long again, by when all of them have printed theirs."""
@@ -20,7 +20,7 @@ class StallWatch:
         self.progress, self.seconds, self.who, self.out = progress, seconds, who, out
         self.done = threading.Event()
 
-    def __enter__(self) -> "StallWatch":
+    def __enter__(self) -> "Watchdog":
         if self.seconds > 0:
             threading.Thread(target=self.watch, name="stall watch", daemon=True).start()
         return self
@@ -32,7 +32,7 @@ class StallWatch:
         reported = None
         while not self.done.wait(min(self.seconds / 8, 5)):
             step, doing, since = state = self.progress.state
-            limit = self.seconds * (1 if doing in ("step", "data_wait") else PATIENCE)
+            limit = self.seconds * (1 if doing in ("step", "data_wait") else TIMEOUT_FACTOR)
             silent = time.monotonic() - since
             said = f"{self.who} finished step {step} {silent:.0f} s ago and is at {doing!r} since"
             if silent > limit and state is not reported:
