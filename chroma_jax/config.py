@@ -29,10 +29,20 @@ from data_pipelines.waves import CodecDataConfig
 
 @dataclasses.dataclass(frozen=True)
 class ReplyConfig:
-    """temperature 0 is greedy; top_k 0 and top_p 1 keep every code. max_seconds bounds a reply. dtype: that is computed in.
-    weights, cache: "int8" keeps kernels, and keys and values, in a byte each, see `chroma_jax.models.quantization`. tensor:
-    devices that the model is divided over. compatibility: "reference" repeats the reference implementation's faults, see
-    `chroma_jax.inference.compatibility`."""
+    """How replies are generated.
+
+    Attributes:
+        temperature: Sampling temperature; 0 is greedy.
+        top_k: Number of most probable codes that are sampled from; 0 for all.
+        top_p: Probability mass of the codes that are sampled from; 1 for all.
+        seed: Seed of the sampling.
+        max_seconds: Maximum length of a reply in seconds.
+        dtype: Compute dtype.
+        weights: "int8" for int8 weight-only quantization, "none" for weights in dtype.
+        cache: KV-cache dtype: "int8", or "none" for dtype.
+        tensor: Number of devices that the speaking model is sharded over.
+        compatibility: "reference" reproduces the reference implementation's faults, see `chroma_jax.inference.compatibility`.
+    """
 
     temperature: float = 0.0
     top_k: int = 50
@@ -40,15 +50,29 @@ class ReplyConfig:
     seed: int = 0
     max_seconds: float = 20.0
     dtype: typing.Literal["float32", "bfloat16"] = "float32"
-    weights: CacheDType = "as_dtype"
-    cache: CacheDType = "as_dtype"
+    weights: CacheDType = "none"
+    cache: CacheDType = "none"
     tensor: int = 1
     compatibility: Compatibility = "corrected"
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Everything about a run of a speaking model. Each part's dataclass stands beside the code that it configures."""
+    """Everything about a run of a speaking model.
+
+    Attributes:
+        model: Sizes of the model.
+        data: What is prepared and packed.
+        mesh: Sizes of the mesh axes.
+        training: Length and rhythm of the training.
+        loss: Weights of the losses.
+        optimizer: The optimizer.
+        lora: Low-rank adapters.
+        precision: Dtypes of the training.
+        augment: Augmentation.
+        checkpoint: When checkpoints are saved.
+        reply: How replies are generated.
+    """
 
     model: ChromaConfig = ChromaConfig()
     data: DataConfig = DataConfig()
@@ -65,7 +89,16 @@ class Config:
 
 @dataclasses.dataclass(frozen=True)
 class CodecRun:
-    """Everything about a run that trains a Codec."""
+    """Everything about a run that trains a Codec.
+
+    Attributes:
+        model: Sizes of the Codec.
+        data: Recordings and crops.
+        mesh: Sizes of the mesh axes.
+        training: Length and rhythm of the training.
+        recipe: Phases, losses and optimizers.
+        checkpoint: When checkpoints are saved.
+    """
 
     model: CodecConfig = CodecConfig()
     data: CodecDataConfig = CodecDataConfig()

@@ -15,25 +15,41 @@ VOCABULARY = 32_768
 
 def config() -> Config:
     text = LlamaConfig(
-        num_layers=6,
-        width=512,
-        num_heads=8,
-        num_kv_heads=2,
+        num_hidden_layers=6,
+        hidden_size=512,
+        num_attention_heads=8,
+        num_key_value_heads=2,
         head_dim=64,
-        mlp_width=1536,
-        norm_eps=1e-6,
-        qkv_bias="qkv",
+        intermediate_size=1536,
+        rms_norm_eps=1e-6,
+        qkv_bias=True,
         rope=RopeConfig(theta=1e6),
     )
     return Config(
         model=ChromaConfig(
             reasoner=ReasonerConfig(
-                audio=AudioEncoderConfig(num_layers=4, width=384, num_heads=6, mlp_width=1536, output_width=512),
+                audio=AudioEncoderConfig(
+                    num_hidden_layers=4, hidden_size=384, num_attention_heads=6, intermediate_size=1536, output_dim=512
+                ),
                 text=text,
                 vocab_size=VOCABULARY,
             ),
-            backbone=LlamaConfig(num_layers=4, width=512, num_heads=8, num_kv_heads=2, head_dim=64, mlp_width=2048),
-            decoder=LlamaConfig(num_layers=2, width=256, num_heads=4, num_kv_heads=2, head_dim=64, mlp_width=1024),
+            backbone=LlamaConfig(
+                num_hidden_layers=4,
+                hidden_size=512,
+                num_attention_heads=8,
+                num_key_value_heads=2,
+                head_dim=64,
+                intermediate_size=2048,
+            ),
+            decoder=LlamaConfig(
+                num_hidden_layers=2,
+                hidden_size=256,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                head_dim=64,
+                intermediate_size=1024,
+            ),
             codec=CodecConfig(quantizer=QuantizerConfig(num_codebooks=8)),
             tokens=special_tokens(VOCABULARY),
         )

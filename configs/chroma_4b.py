@@ -16,7 +16,7 @@ def config() -> Config:
         model=model,
         data=DataConfig(tokenizer="qwen", row=RowShape(blocks=16, text=1024, answers=192, positions=2048, frames=1024)),
         mesh=MeshConfig(fsdp=8),
-        training=TrainingConfig(steps=100_000, global_batch=32),
+        training=TrainingConfig(steps=100_000, global_batch_size=32),
         optimizer=OptimizerConfig(learning_rate=5e-5, freeze=("reasoner/",)),
         precision=PrecisionConfig(compute="bfloat16", frozen="bfloat16"),
     )

@@ -22,7 +22,7 @@ def config(topology: str = "") -> Config:
     base = dataclasses.replace(
         base,
         model=dataclasses.replace(base.model, reasoner=reasoner),
-        loss=dataclasses.replace(base.loss, text_weight=1.0, text_chunk=64),
+        loss=dataclasses.replace(base.loss, text_weight=1.0, logits_chunk_size=64),
         optimizer=dataclasses.replace(base.optimizer, warmup_steps=2000, schedule="cosine", freeze=()),
     )
     return on_pod(base, PODS[topology]) if topology else base

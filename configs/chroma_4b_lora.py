@@ -15,7 +15,7 @@ def config(topology: str = "") -> Config:
     base = dataclasses.replace(
         base,
         lora=LoraConfig(targets=("reasoner/text/blocks/attention/(q|k|v|o)", "reasoner/text/blocks/(gate|up|down)"), rank=32),
-        loss=dataclasses.replace(base.loss, text_weight=1.0, text_chunk=64),
+        loss=dataclasses.replace(base.loss, text_weight=1.0, logits_chunk_size=64),
         optimizer=dataclasses.replace(base.optimizer, learning_rate=1e-4, warmup_steps=500),
     )
     return on_pod(base, PODS[topology]) if topology else base

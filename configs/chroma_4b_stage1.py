@@ -18,7 +18,7 @@ class Pod(NamedTuple):
 
     mesh: MeshConfig
     rows: int
-    remat: Remat = "products"
+    remat: Remat = "dots"
 
 
 PODS = {
@@ -33,7 +33,7 @@ PODS = {
 
 def config(topology: str = "") -> Config:
     base = chroma_4b.config()
-    base = dataclasses.replace(base, loss=dataclasses.replace(base.loss, decoder_frames=1 / 16))
+    base = dataclasses.replace(base, loss=dataclasses.replace(base.loss, decoder_frame_fraction=1 / 16))
     return on_pod(base, PODS[topology]) if topology else base
 
 
@@ -47,5 +47,5 @@ def on_pod(base: Config, pod: Pod) -> Config:
         base,
         model=dataclasses.replace(model, backbone=backbone, reasoner=reasoner),
         mesh=pod.mesh,
-        training=dataclasses.replace(base.training, global_batch=pod.rows * pod.mesh.num_devices),
+        training=dataclasses.replace(base.training, global_batch_size=pod.rows * pod.mesh.num_devices),
     )

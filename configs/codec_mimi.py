@@ -23,10 +23,10 @@ def config(topology: str = "") -> CodecRun:
         mesh=PODS[topology] if topology else MeshConfig(),
         model=CodecConfig(),
         data=CodecDataConfig(crop_frames=150, valid_seconds=12.0),
-        training=TrainingConfig(steps=4_000_000, global_batch=128, eval_every=5000, log_every=50),
+        training=TrainingConfig(steps=4_000_000, global_batch_size=128, eval_interval_steps=5000, log_interval_steps=50),
         recipe=CodecRecipe(
             quantizer=QuantizerTraining(quantized=0.5, dropout=0.5),
             optimizer=OptimizerConfig(learning_rate=8e-4, warmup_steps=1000, b1=0.5, b2=0.9, weight_decay=0.0),
         ),
-        checkpoint=CheckpointConfig(every=5000),
+        checkpoint=CheckpointConfig(save_interval_steps=5000),
     )

@@ -16,12 +16,12 @@ from data_pipelines.waves import CodecDataConfig
 def codec() -> CodecConfig:
     """24 kHz, 12.5 frames per second, 8 codebooks of 256: 800 bits per second."""
     transformer = EncoderConfig(
-        num_layers=2,
-        width=128,
-        num_heads=4,
-        num_kv_heads=4,
+        num_hidden_layers=2,
+        hidden_size=128,
+        num_attention_heads=4,
+        num_key_value_heads=4,
         head_dim=32,
-        mlp_width=384,
+        intermediate_size=384,
         layer_scale=0.1,
         rope=RopeConfig(theta=10_000.0),
     )
@@ -30,7 +30,7 @@ def codec() -> CodecConfig:
         transformer=transformer,
         quantizer=QuantizerConfig(num_codebooks=8, codebook_size=256, codebook_dim=32),
         upsample_groups=128,
-        window=32,
+        sliding_window=32,
     )
 
 
@@ -41,7 +41,7 @@ def config() -> CodecRun:
         warmup_steps=100,
         schedule="cosine",
         decay_steps=steps,
-        final_factor=0.05,
+        min_lr_ratio=0.05,
         b1=0.8,
         b2=0.99,
         weight_decay=0.0,
@@ -49,13 +49,13 @@ def config() -> CodecRun:
     return CodecRun(
         model=codec(),
         data=CodecDataConfig(crop_frames=12),
-        training=TrainingConfig(steps=steps, global_batch=8, eval_every=500, log_every=50),
+        training=TrainingConfig(steps=steps, global_batch_size=8, eval_interval_steps=500, log_interval_steps=50),
         recipe=CodecRecipe(
-            quantize_from=4000,
-            judge_from=steps,  # never: on two CPU cores the discriminator takes most of a step
+            quantizer_start_step=4000,
+            discriminator_start_step=steps,  # never: on two CPU cores the discriminator takes most of a step
             quantizer=QuantizerTraining(quantized=1.0, dropout=0.25),
             discriminator=DiscriminatorConfig(windows=(1024, 256), filters=8),
             optimizer=optimizer,
         ),
-        checkpoint=CheckpointConfig(every=500, keep=2),
+        checkpoint=CheckpointConfig(save_interval_steps=500, max_to_keep=2),
     )

@@ -19,7 +19,9 @@ def codec() -> CodecConfig:
     first = codec_nano.codec()
     return dataclasses.replace(
         first,
-        transformer=dataclasses.replace(first.transformer, num_layers=4, width=256, head_dim=64, mlp_width=768),
+        transformer=dataclasses.replace(
+            first.transformer, num_hidden_layers=4, hidden_size=256, head_dim=64, intermediate_size=768
+        ),
         quantizer=dataclasses.replace(first.quantizer, codebook_size=512),
         upsample_groups=256,
     )
@@ -32,12 +34,12 @@ def config() -> CodecRun:
         first,
         model=codec(),
         data=dataclasses.replace(first.data, real_share=0.25, free_input=0.8),
-        training=dataclasses.replace(first.training, steps=steps, eval_every=1000),
+        training=dataclasses.replace(first.training, steps=steps, eval_interval_steps=1000),
         recipe=dataclasses.replace(
             recipe,
-            decode_from=3000,
-            quantize_from=1500,
-            judge_from=steps,
+            decoder_start_step=3000,
+            quantizer_start_step=1500,
+            discriminator_start_step=steps,
             pitch_weight=0.5,
             pitch_codebooks=(1, 2, 3, 4, 5, 6, 7),
             loss=dataclasses.replace(recipe.loss, mel=2.0, wave=1.0, pre_emphasis=0.8, spectrum=1.0),

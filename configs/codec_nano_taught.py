@@ -11,11 +11,11 @@ def config() -> CodecRun:
     first, steps = codec_nano.config(), 3200
     return dataclasses.replace(
         first,
-        training=dataclasses.replace(first.training, steps=steps, eval_every=800),
+        training=dataclasses.replace(first.training, steps=steps, eval_interval_steps=800),
         recipe=dataclasses.replace(
             first.recipe,
-            quantize_from=400,
-            judge_from=steps,
+            quantizer_start_step=400,
+            discriminator_start_step=steps,
             loss=dataclasses.replace(first.recipe.loss, distillation=2.0),
             optimizer=dataclasses.replace(first.recipe.optimizer, learning_rate=1.6e-3, decay_steps=3100),
         ),

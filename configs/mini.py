@@ -23,25 +23,47 @@ VOCABULARY = 4096
 
 def model() -> ChromaConfig:
     stack = LlamaConfig(
-        num_layers=6, width=448, num_heads=8, num_kv_heads=2, head_dim=64, mlp_width=1344, remat="products", attention="blocks"
+        num_hidden_layers=6,
+        hidden_size=448,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=64,
+        intermediate_size=1344,
+        remat="dots",
+        attention="chunked",
     )
     return ChromaConfig(
         reasoner=ReasonerConfig(
-            audio=AudioEncoderConfig(num_layers=4, width=384, num_heads=6, mlp_width=1152, output_width=448, remat="products"),
-            text=dataclasses.replace(stack, norm_eps=1e-6, qkv_bias="qkv", rope=RopeConfig(theta=1e6)),
+            audio=AudioEncoderConfig(
+                num_hidden_layers=4,
+                hidden_size=384,
+                num_attention_heads=6,
+                intermediate_size=1152,
+                output_dim=448,
+                remat="dots",
+            ),
+            text=dataclasses.replace(stack, rms_norm_eps=1e-6, qkv_bias=True, rope=RopeConfig(theta=1e6)),
             vocab_size=VOCABULARY,
         ),
         backbone=stack,
-        decoder=LlamaConfig(num_layers=4, width=192, num_heads=4, num_kv_heads=2, head_dim=48, mlp_width=768, remat="products"),
+        decoder=LlamaConfig(
+            num_hidden_layers=4,
+            hidden_size=192,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=48,
+            intermediate_size=768,
+            remat="dots",
+        ),
         codec=CodecConfig(
             seanet=SeanetConfig(num_filters=16),
             transformer=EncoderConfig(
-                num_layers=4,
-                width=128,
-                num_heads=4,
-                num_kv_heads=4,
+                num_hidden_layers=4,
+                hidden_size=128,
+                num_attention_heads=4,
+                num_key_value_heads=4,
                 head_dim=32,
-                mlp_width=512,
+                intermediate_size=512,
                 layer_scale=0.01,
                 rope=RopeConfig(theta=10_000.0),
             ),
@@ -49,8 +71,8 @@ def model() -> ChromaConfig:
             upsample_groups=128,
         ),
         tokens=special_tokens(VOCABULARY),
-        audio_vocab=1027,
-        codebook_pad=1026,
+        audio_vocab_size=1027,
+        codebook_pad_token_id=1026,
     )
 
 
@@ -59,8 +81,8 @@ def config() -> Config:
         model=model(),
         data=DataConfig(row=RowShape(blocks=16, text=1024, answers=192, positions=1536, frames=640), prompts_per_dialogue=4),
         mesh=MeshConfig(),
-        training=TrainingConfig(steps=20_000, global_batch=16, eval_every=500),
-        loss=LossConfig(text_weight=1.0, decoder_chunk=320),
+        training=TrainingConfig(steps=20_000, global_batch_size=16, eval_interval_steps=500),
+        loss=LossConfig(text_weight=1.0, decoder_chunk_size=320),
         optimizer=OptimizerConfig(learning_rate=6e-4, warmup_steps=500, schedule="cosine", decay_steps=19_500, weight_decay=0.05),
-        checkpoint=CheckpointConfig(every=1000),
+        checkpoint=CheckpointConfig(save_interval_steps=1000),
     )

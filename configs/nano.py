@@ -31,20 +31,32 @@ def special_tokens(vocabulary: int) -> SpecialTokens:
 
 
 def model() -> ChromaConfig:
-    stack = LlamaConfig(num_layers=4, width=128, num_heads=4, num_kv_heads=2, head_dim=32, mlp_width=384, attention="blocks")
+    stack = LlamaConfig(
+        num_hidden_layers=4,
+        hidden_size=128,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        intermediate_size=384,
+        attention="chunked",
+    )
     return ChromaConfig(
         reasoner=ReasonerConfig(
-            audio=AudioEncoderConfig(num_layers=4, width=128, num_heads=4, mlp_width=384, output_width=128),
-            text=dataclasses.replace(stack, norm_eps=1e-6, qkv_bias="qkv", rope=RopeConfig(theta=1e6)),
+            audio=AudioEncoderConfig(
+                num_hidden_layers=4, hidden_size=128, num_attention_heads=4, intermediate_size=384, output_dim=128
+            ),
+            text=dataclasses.replace(stack, rms_norm_eps=1e-6, qkv_bias=True, rope=RopeConfig(theta=1e6)),
             vocab_size=VOCABULARY,
         ),
         backbone=stack,
-        decoder=LlamaConfig(num_layers=2, width=96, num_heads=4, num_kv_heads=2, head_dim=24, mlp_width=256),
+        decoder=LlamaConfig(
+            num_hidden_layers=2, hidden_size=96, num_attention_heads=4, num_key_value_heads=2, head_dim=24, intermediate_size=256
+        ),
         codec=codec(),
         tokens=special_tokens(VOCABULARY),
-        codebooks=8,
-        audio_vocab=259,
-        codebook_pad=258,
+        num_codebooks=8,
+        audio_vocab_size=259,
+        codebook_pad_token_id=258,
     )
 
 
@@ -54,12 +66,12 @@ def config() -> Config:
     return Config(
         model=model(),
         data=DataConfig(
-            row=RowShape(blocks=4, text=288, answers=48, positions=288, frames=96, heard=64),
+            row=RowShape(blocks=4, text=288, answers=48, positions=288, frames=96, ctc_targets=64),
             prompts_per_dialogue=8,
             curriculum=CurriculumConfig(
                 dialogue=1.0,
-                read=1.0,
-                proceed=0.15,
+                tts=1.0,
+                continuation=0.15,
                 prompts="any",
                 prompt_seconds=6.0,
                 no_prompt=0.05,
@@ -68,21 +80,28 @@ def config() -> Config:
             ),
         ),
         mesh=MeshConfig(),
-        training=TrainingConfig(steps=steps, global_batch=8, eval_every=500, log_every=25),
-        loss=LossConfig(decoder_weight=0.5, decoder_hidden="attached"),
+        training=TrainingConfig(steps=steps, global_batch_size=8, eval_interval_steps=500, log_interval_steps=25),
+        loss=LossConfig(decoder_weight=0.5, stop_gradient_hidden=False),
         optimizer=OptimizerConfig(
             learning_rate=2e-3,
             warmup_steps=100,
             schedule="cosine",
             decay_steps=steps - 100,
-            final_factor=0.05,
+            min_lr_ratio=0.05,
             weight_decay=0.1,
             freeze=("reasoner/",),
         ),
         precision=PrecisionConfig(compute="float32"),
         augment=AugmentConfig(
-            gain_db=6.0, noise=0.5, tilt_db=6.0, time_masks=1, time_mask=10, bin_masks=1, bin_mask=12, frames=0.15
+            gain_db=6.0,
+            noise=0.5,
+            tilt_db=6.0,
+            time_masks=1,
+            time_mask=10,
+            bin_masks=1,
+            bin_mask=12,
+            frame_substitution_prob=0.15,
         ),
-        checkpoint=CheckpointConfig(every=500, keep=2),
+        checkpoint=CheckpointConfig(save_interval_steps=500, max_to_keep=2),
         reply=ReplyConfig(temperature=0.5, top_k=50),
     )

@@ -14,7 +14,7 @@ from data_pipelines.curriculum import CurriculumConfig
 def config() -> Config:
     first = nano2_one()
     curriculum = CurriculumConfig(
-        dialogue=0.0, read=1.0, answer=0.5, facts=3000, prompts="any", prompt_seconds=4.0, no_prompt=0.1
+        dialogue=0.0, tts=1.0, text_qa=0.5, facts=3000, prompts="any", prompt_seconds=4.0, no_prompt=0.1
     )
     row = dataclasses.replace(first.data.row, positions=448, frames=192)
     return dataclasses.replace(
@@ -22,5 +22,5 @@ def config() -> Config:
         data=dataclasses.replace(first.data, row=row, curriculum=curriculum),
         loss=dataclasses.replace(first.loss, prompt_weight=0.5, prompt_frames=160),
         optimizer=dataclasses.replace(first.optimizer, learning_rate=1.5e-3),
-        augment=dataclasses.replace(first.augment, frames=0.1),
+        augment=dataclasses.replace(first.augment, frame_substitution_prob=0.1),
     )

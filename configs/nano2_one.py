@@ -19,11 +19,13 @@ def config() -> Config:
     first, steps = nano2_text(), 20_000
     return dataclasses.replace(
         first,
-        training=dataclasses.replace(first.training, steps=steps, global_batch=8, eval_every=100, log_every=10),
-        loss=LossConfig(codebook_weights=CODEBOOK_WEIGHTS, reasoner="stored", decoder_hidden="attached"),
+        training=dataclasses.replace(
+            first.training, steps=steps, global_batch_size=8, eval_interval_steps=100, log_interval_steps=10
+        ),
+        loss=LossConfig(codebook_weights=CODEBOOK_WEIGHTS, reasoner="stored", stop_gradient_hidden=False),
         optimizer=dataclasses.replace(
             first.optimizer, learning_rate=2e-3, warmup_steps=100, schedule="constant", weight_decay=0.1, freeze=("reasoner/",)
         ),
-        augment=AugmentConfig(frames=0.05),
-        checkpoint=dataclasses.replace(first.checkpoint, every=100),
+        augment=AugmentConfig(frame_substitution_prob=0.05),
+        checkpoint=dataclasses.replace(first.checkpoint, save_interval_steps=100),
     )

@@ -25,29 +25,41 @@ from data_pipelines.prepare import DataConfig
 
 def model() -> ChromaConfig:
     """15.3M parameters with the Codec; eight conversations run on two CPU cores."""
-    stack = LlamaConfig(num_layers=6, width=256, num_heads=4, num_kv_heads=2, head_dim=64, mlp_width=768, attention="blocks")
+    stack = LlamaConfig(
+        num_hidden_layers=6,
+        hidden_size=256,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        intermediate_size=768,
+        attention="chunked",
+    )
     return ChromaConfig(
         reasoner=ReasonerConfig(
-            audio=AudioEncoderConfig(num_layers=4, width=192, num_heads=6, mlp_width=576, output_width=256),
-            text=dataclasses.replace(stack, num_layers=4, norm_eps=1e-6, qkv_bias="qkv", rope=RopeConfig(theta=1e6)),
+            audio=AudioEncoderConfig(
+                num_hidden_layers=4, hidden_size=192, num_attention_heads=6, intermediate_size=576, output_dim=256
+            ),
+            text=dataclasses.replace(stack, num_hidden_layers=4, rms_norm_eps=1e-6, qkv_bias=True, rope=RopeConfig(theta=1e6)),
             vocab_size=VOCABULARY,
         ),
         backbone=stack,
-        decoder=LlamaConfig(num_layers=4, width=192, num_heads=4, num_kv_heads=2, head_dim=48, mlp_width=576),
+        decoder=LlamaConfig(
+            num_hidden_layers=4, hidden_size=192, num_attention_heads=4, num_key_value_heads=2, head_dim=48, intermediate_size=576
+        ),
         codec=codec(),
         tokens=special_tokens(VOCABULARY),
-        codebooks=8,
-        audio_vocab=259,
-        codebook_pad=258,
+        num_codebooks=8,
+        audio_vocab_size=259,
+        codebook_pad_token_id=258,
     )
 
 
 def data() -> DataConfig:
     """Every text of one voice read aloud without a prompt, and questions answered in text alone."""
     return DataConfig(
-        row=RowShape(blocks=1, text=576, answers=192, positions=384, frames=224, heard=0),
+        row=RowShape(blocks=1, text=576, answers=192, positions=384, frames=224, ctc_targets=0),
         prompts_per_dialogue=1,
-        curriculum=CurriculumConfig(dialogue=0.0, read=1.0, answer=1.0, facts=6000, no_prompt=1.0, max_voices=1),
+        curriculum=CurriculumConfig(dialogue=0.0, tts=1.0, text_qa=1.0, facts=6000, no_prompt=1.0, max_voices=1),
     )
 
 
@@ -56,18 +68,18 @@ def config() -> Config:
     return Config(
         model=model(),
         data=data(),
-        training=TrainingConfig(steps=steps, global_batch=4, eval_every=175, log_every=25),
+        training=TrainingConfig(steps=steps, global_batch_size=4, eval_interval_steps=175, log_interval_steps=25),
         loss=LossConfig(speech_weight=0.0, text_weight=1.0),
         optimizer=OptimizerConfig(
             learning_rate=2e-3,
             warmup_steps=30,
             schedule="cosine",
             decay_steps=steps - 30,
-            final_factor=0.05,
+            min_lr_ratio=0.05,
             weight_decay=0.3,
             freeze=("backbone/", "decoder/", "audio_embedding/", "reasoner/audio/"),
         ),
         precision=PrecisionConfig(compute="float32"),
-        checkpoint=CheckpointConfig(every=175, keep=2),
+        checkpoint=CheckpointConfig(save_interval_steps=175, max_to_keep=2),
         reply=ReplyConfig(temperature=0.5, top_k=50),
     )

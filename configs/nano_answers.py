@@ -14,7 +14,7 @@ def config() -> Config:
     facts, steps = nano_facts(), 2500
     row = dataclasses.replace(facts.data.row, blocks=4, text=640, answers=200)
     curriculum = CurriculumConfig(
-        dialogue=0.0, listen=1.0, answer=0.3, facts=2400, withhold=WITHHOLD, imagined=0.85, speeds=SPEEDS
+        dialogue=0.0, speech_qa=1.0, text_qa=0.3, facts=2400, holdout_fraction=WITHHOLD, pseudo_speech=0.85, speeds=SPEEDS
     )
     return dataclasses.replace(
         facts,

@@ -16,11 +16,11 @@ WITHHOLD = 0.08  # of the facts, to choose by: `evaluate --parts knowledge` asks
 def config() -> Config:
     first, steps = nano_reasoner(), 8000
     row = dataclasses.replace(first.data.row, blocks=3, text=512, answers=220)
-    curriculum = CurriculumConfig(dialogue=0.0, answer=0.6, facts=3000, withhold=WITHHOLD, imagined=0.8)
+    curriculum = CurriculumConfig(dialogue=0.0, text_qa=0.6, facts=3000, holdout_fraction=WITHHOLD, pseudo_speech=0.8)
     return dataclasses.replace(
         first,
         data=dataclasses.replace(first.data, row=row, prompts_per_dialogue=14, curriculum=curriculum),
-        training=dataclasses.replace(first.training, steps=steps, global_batch=4),
+        training=dataclasses.replace(first.training, steps=steps, global_batch_size=4),
         loss=LossConfig(speech_weight=0.0, text_weight=1.0),
         optimizer=dataclasses.replace(
             first.optimizer,

@@ -20,15 +20,15 @@ def config() -> Config:
             prompts_per_dialogue=12,
             curriculum=CurriculumConfig(
                 dialogue=0.0,
-                listen=1.0,
-                write=0.5,
-                answer=0.5,
+                speech_qa=1.0,
+                asr=0.5,
+                text_qa=0.5,
                 speeds=(0.8, 0.87, 0.93, 1.0, 1.07, 1.15, 1.25),
             ),
         ),
         training=dataclasses.replace(joint.training, steps=steps),
         augment=dataclasses.replace(joint.augment, warp=0.12),
-        loss=LossConfig(speech_weight=0.0, text_weight=1.0, hearing_weight=0.5),
+        loss=LossConfig(speech_weight=0.0, text_weight=1.0, ctc_weight=0.5),
         optimizer=dataclasses.replace(
             joint.optimizer, decay_steps=steps - 100, freeze=("backbone/", "decoder/", "audio_embedding/")
         ),

@@ -25,33 +25,41 @@ READ_ALOUD = "Say: "
 
 @dataclasses.dataclass(frozen=True)
 class CurriculumConfig:
-    """What is made of the train split in every pass over it. The valid and test splits hold their dialogues, and their utterances
-    to be read aloud.
+    """Which examples a pass over the train split has. The valid and test splits have each dialogue once, and each utterance read
+    aloud.
 
-    dialogue, listen, write, answer, read: how often a pass has each dialogue; each dialogue, heard but answered in text alone;
-    each recording, heard and written down; each dialogue in text alone; each recording, read aloud. Below 1, that share of them
-    is drawn. proceed: the same of recordings that are continued from somewhere within; those below the folders ``unwritten``,
-    which have no transcript, are so once a pass. facts: how many exchanges of `data_pipelines.facts` a pass has, in text alone;
-    none has the words of a question or answer that is held out. withhold: the share of their answers that is left out in the same
-    way, to choose a recipe by; `chroma_jax.evaluation.knowledge` asks them. imagined: the share of what is asked in text alone
-    that is laid out as speech is, with tokens where the audio encoder's outputs would be, so that what is learnt from text is
-    known when heard. prompts: "references" are the voice's own; "any" are one or more recordings of the voice, up to
-    prompt_seconds. no_prompt: the share of spoken replies that have none. speeds: at which a voice is played, drawn for each
-    example: for the user, and for a reply together with its prompt. piece_seconds: the longest piece of a recording that is
-    continued. max_voices: number of voices of the train split, in alphabetical order, that occur as voices of replies, whether
-    of dialogues, read aloud or continued; 0 for all.
+    Attributes:
+        dialogue: How often a pass has each dialogue; below 1, the fraction of them that is drawn.
+        speech_qa: The same for dialogues whose spoken question is answered in text alone.
+        asr: The same for recordings that are transcribed.
+        text_qa: The same for dialogues in text alone.
+        tts: The same for recordings whose text is read aloud.
+        continuation: The same for recordings that are continued from somewhere within.
+        unwritten: Folders of recordings without transcripts, each of which is continued once per pass.
+        facts: Number of text-only exchanges of `data_pipelines.facts` per pass; none has the words of a held-out question or
+            answer.
+        holdout_fraction: Fraction of the facts' answers that is held out to choose a recipe by, see
+            `chroma_jax.evaluation.knowledge`.
+        pseudo_speech: Fraction of the text-only questions laid out as speech is, with tokens in place of the audio encoder's
+            outputs.
+        prompts: "references" for the voice's own references; "any" for one or more recordings of the voice.
+        prompt_seconds: Maximum length of a prompt of any recordings in seconds.
+        no_prompt: Fraction of spoken replies without a voice prompt.
+        speeds: Playback speeds, drawn per example for the user, and for a reply together with its prompt.
+        piece_seconds: Maximum length of a continued stretch in seconds.
+        max_voices: Number of voices, in alphabetical order, that speak replies; 0 for all.
     """
 
     dialogue: float = 1.0
-    listen: float = 0.0
-    write: float = 0.0
-    answer: float = 0.0
-    read: float = 0.0
-    proceed: float = 0.0
+    speech_qa: float = 0.0
+    asr: float = 0.0
+    text_qa: float = 0.0
+    tts: float = 0.0
+    continuation: float = 0.0
     unwritten: tuple[str, ...] = ()
     facts: int = 0
-    withhold: float = 0.0
-    imagined: float = 0.0
+    holdout_fraction: float = 0.0
+    pseudo_speech: float = 0.0
     prompts: Literal["references", "any"] = "references"
     prompt_seconds: float = 8.0
     no_prompt: float = 0.0
@@ -60,10 +68,10 @@ class CurriculumConfig:
     max_voices: int = 0
 
     def __post_init__(self):
-        for name in ("dialogue", "listen", "write", "answer", "read", "proceed", "facts", "no_prompt", "max_voices"):
+        for name in ("dialogue", "speech_qa", "asr", "text_qa", "tts", "continuation", "facts", "no_prompt", "max_voices"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        for name in ("imagined", "withhold"):
+        for name in ("pseudo_speech", "holdout_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is a share of 1, got {getattr(self, name)}")
         if not self.speeds or min(self.speeds) < 0.5 or max(self.speeds) > 2:
@@ -84,7 +92,7 @@ class Spoken(NamedTuple):
 class Example(NamedTuple):
     """A conversation to be laid out.
 
-    heard, transcription: the user's recording, and what is said in it. imagined: what the user is to have said, without a
+    heard, transcription: the user's recording, and what is said in it. pseudo_speech: what the user is to have said, without a
     recording. said: what the user writes. answer: the text of the reply,
     None where only sound is wanted. prompt, transcript: recordings of the voice prompt, and what is said in them. reply:
     recording of the reply, None where only text is wanted. piece: for a recording that is continued, where (of its length) its
@@ -94,7 +102,7 @@ class Example(NamedTuple):
     id: str
     heard: Clip | None = None
     transcription: str = ""
-    imagined: str = ""
+    pseudo_speech: str = ""
     said: str = ""
     answer: str | None = None
     prompt: tuple[Clip, ...] = ()
@@ -151,7 +159,7 @@ class Drawing:
     ):
         self.config, self.rng, self.seconds = config, rng, seconds
         of_split = [d for d in corpus.dialogues if d.split == split]
-        self.exchanges = exchanges(held_out(corpus, split), config.withhold) if config.facts else {}
+        self.exchanges = exchanges(held_out(corpus, split), config.holdout_fraction) if config.facts else {}
         self.dialogues = [d for d in of_split if {d.question_audio, d.answer_audio} <= seconds.keys()]
         said = {d.question_audio: (d.user_voice, d.question) for d in of_split}
         said |= {d.answer_audio: (d.assistant_voice, d.answer) for d in of_split}
@@ -182,28 +190,28 @@ class Drawing:
             heard, reply = Clip(d.question_audio, self.speed()), Clip(d.answer_audio, speed)
             said = {"transcription": d.question, "answer": d.answer}
             yield Example(d.id, heard, **said, prompt=prompt, transcript=transcript, reply=reply)
-        for d in self.some(self.dialogues, c.listen):
-            yield Example(f"listen {d.id}", Clip(d.question_audio, self.speed()), d.question, answer=d.answer)
-        for _, s in self.some(recordings, c.write):
-            yield Example(f"write {s.path.stem}", Clip(s.path, self.speed()), s.text, said=WRITE_DOWN, answer=s.text)
-        for d in self.some(self.dialogues, c.answer):
-            yield Example(f"answer {d.id}", **self.asked(d.question), answer=d.answer)
+        for d in self.some(self.dialogues, c.speech_qa):
+            yield Example(f"speech_qa {d.id}", Clip(d.question_audio, self.speed()), d.question, answer=d.answer)
+        for _, s in self.some(recordings, c.asr):
+            yield Example(f"asr {s.path.stem}", Clip(s.path, self.speed()), s.text, said=WRITE_DOWN, answer=s.text)
+        for d in self.some(self.dialogues, c.text_qa):
+            yield Example(f"text_qa {d.id}", **self.asked(d.question), answer=d.answer)
         for kind, i in self.facts(c.facts):
             e = self.exchanges[kind][i]
             yield Example(f"fact {kind} {i}", **self.asked(e.question), answer=e.answer)
-        for voice, s in self.some(speaking, c.read):
+        for voice, s in self.some(speaking, c.tts):
             yield self.read_aloud(voice, s)
-        proceeding = [s.path for _, s in self.some(speaking, c.proceed)]
+        proceeding = [s.path for _, s in self.some(speaking, c.continuation)]
         proceeding += [path for path in unwritten(c) if path in self.seconds]
         for path in proceeding:
-            yield Example(f"proceed {path.stem}", reply=Clip(path, self.speed()), piece=self.piece(path))
+            yield Example(f"continuation {path.stem}", reply=Clip(path, self.speed()), piece=self.piece(path))
 
     def read_aloud(self, voice: str, spoken: Spoken) -> Example:
         """A recording as the reply to a request to read its text aloud."""
         speed = self.speed()
         prompt, transcript = self.prompt(voice, spoken.path, speed)
         said = {"said": READ_ALOUD + spoken.text, "answer": spoken.text}
-        return Example(f"read {spoken.path.stem}", **said, prompt=prompt, transcript=transcript, reply=Clip(spoken.path, speed))
+        return Example(f"tts {spoken.path.stem}", **said, prompt=prompt, transcript=transcript, reply=Clip(spoken.path, speed))
 
     def facts(self, count: int) -> Iterator[tuple[str, int]]:
         """Kinds of exchanges and which of the kind. A kind is drawn the more often the more there are of it, by their root."""
@@ -215,8 +223,8 @@ class Drawing:
             yield str(kind), int(self.rng.integers(size[kind]))
 
     def asked(self, question: str) -> dict[str, str]:
-        """A question that has no recording: written, or imagined to be heard."""
-        return {"imagined" if self.rng.random() < self.config.imagined else "said": question}
+        """A question that has no recording: written, or pseudo_speech to be heard."""
+        return {"pseudo_speech" if self.rng.random() < self.config.pseudo_speech else "said": question}
 
     def some(self, things: list, share: float) -> list:
         """All of them ``share`` times over, the fraction drawn at random."""
@@ -274,7 +282,7 @@ def unwritten(config: CurriculumConfig) -> list[Path]:
 
 def written(corpus: Corpus, config: CurriculumConfig) -> list[str]:
     """What the tokenizer learns in addition to dialogues and references: utterances and texts without recordings."""
-    facts = exchanges(held_out(corpus, "train"), config.withhold) if config.facts else {}
-    said = ([WRITE_DOWN] if config.write else []) + ([READ_ALOUD] if config.read else [])
+    facts = exchanges(held_out(corpus, "train"), config.holdout_fraction) if config.facts else {}
+    said = ([WRITE_DOWN] if config.asr else []) + ([READ_ALOUD] if config.tts else [])
     utterances = [u.text for u in corpus.utterances if u.split == "train"]
     return utterances + said + [text for of in facts.values() for e in of for text in e]

@@ -22,9 +22,9 @@ def model_facts(model: ChromaConfig) -> dict:
         "block_frames": model.reasoner.audio.block_frames,
         "mel_bins": model.reasoner.audio.mel_bins,
         "vocab_size": model.reasoner.vocab_size,
-        "codebooks": model.codebooks,
-        "codebook_eos": model.codebook_eos,
-        "audio_vocab": model.audio_vocab,
+        "num_codebooks": model.num_codebooks,
+        "codebook_eos_token_id": model.codebook_eos_token_id,
+        "audio_vocab_size": model.audio_vocab_size,
         "samples_per_frame": model.codec.samples_per_frame,
         "tokens": dataclasses.asdict(model.tokens),
     }

@@ -48,14 +48,14 @@ def normalised(text: str) -> str:
     return " ".join(re.findall(r"[a-z0-9]+", text.lower()))
 
 
-def exchanges(held_out: Iterable[Exchange] = (), withhold: float = 0.0) -> dict[str, list[Exchange]]:
+def exchanges(held_out: Iterable[Exchange] = (), holdout_fraction: float = 0.0) -> dict[str, list[Exchange]]:
     """Every exchange by its kind, without those whose question or answer is one of ``held_out``, and without the share
-    ``withhold`` of all answers, the same ones whatever is held out."""
-    return {kind: [e for e in found if not of_share(e, withhold)] for kind, found in everything(held_out).items()}
+    ``holdout_fraction`` of all answers, the same ones whatever is held out."""
+    return {kind: [e for e in found if not of_share(e, holdout_fraction)] for kind, found in everything(held_out).items()}
 
 
 def withheld(share: float, held_out: Iterable[Exchange] = (), known: Iterable[Exchange] = ()) -> dict[str, list[Exchange]]:
-    """What ``exchanges`` leaves out for ``withhold = share``, by kind, without what has the words of one of ``known``."""
+    """What ``exchanges`` leaves out for ``holdout_fraction = share``, by kind, without what has the words of one of ``known``."""
     known = list(known)
     questions, answers = ({normalised(e[i]) for e in known} for i in (0, 1))
     kinds = everything(held_out).items()

@@ -28,7 +28,7 @@ class PackConfig:
     block_frames: int
     hop: int
     codebooks: int
-    codebook_eos: int
+    codebook_eos_token_id: int
     system: str = ""
 
     def __post_init__(self):
@@ -41,14 +41,16 @@ class PackConfig:
 
 
 def pack_config(model: ChromaConfig, features: FeatureConfig, system: str = "") -> PackConfig:
-    return PackConfig(model.tokens, model.reasoner.audio.block_frames, features.hop, model.codebooks, model.codebook_eos, system)
+    return PackConfig(
+        model.tokens, model.reasoner.audio.block_frames, features.hop, model.num_codebooks, model.codebook_eos_token_id, system
+    )
 
 
 class Conversation(NamedTuple):
     """One dialogue with one voice prompt. Arrays are int32; indices count from this conversation's own start.
 
     wave: int16 [S], the user's speech at 16 kHz. mel_length [blocks]. text, audio_index [L]. answer_position,
-    answer_token [N]. token, hidden_index [T]. codes [T, Q]. target_position [F + 1]. target_codes [F + 1, Q]. heard_token [H].
+    answer_token [N]. token, hidden_index [T]. codes [T, Q]. target_position [F + 1]. target_codes [F + 1, Q]. ctc_target [H].
     """
 
     id: str
@@ -63,12 +65,12 @@ class Conversation(NamedTuple):
     codes: np.ndarray
     target_position: np.ndarray
     target_codes: np.ndarray
-    heard_token: np.ndarray
+    ctc_target: np.ndarray
 
     @property
     def size(self) -> RowShape:
         """How much of each of a row's capacities it takes."""
-        lengths = (self.mel_length, self.text, self.answer_token, self.token, self.target_position, self.heard_token)
+        lengths = (self.mel_length, self.text, self.answer_token, self.token, self.target_position, self.ctc_target)
         return RowShape(*map(len, lengths))
 
 
@@ -77,7 +79,7 @@ def conversation(
     *,
     wave: np.ndarray | None,
     heard: str = "",
-    imagined: Sequence[int] | None = None,
+    pseudo_speech: Sequence[int] | None = None,
     said: str = "",
     answer_text: str | None,
     transcript: str = "",
@@ -86,12 +88,21 @@ def conversation(
     encode: Encode,
     config: PackConfig,
 ) -> Conversation:
-    """Lays out one dialogue, or a part of one: without ``answer_text`` the Reasoner has no part in it, without ``answer_codes``
-    the Backbone has none.
+    """Lays out one dialogue, or a part of one.
 
-    wave: int16 [S] at 16 kHz, the user's speech, or None; heard: what is said in it, for the hearing loss; imagined: tokens in
-    the place of such speech, see `spread`. said: what the user writes. transcript: what is said in the reference recording.
-    reference_codes: int [R, Q]; answer_codes: int [F, Q], without EOS; Q may exceed ``config.codebooks``, the rest is not used.
+    Without ``answer_text`` the Reasoner has no part in it, without ``answer_codes`` the Backbone has none.
+
+    Args:
+        wave: int16 [S] at 16 kHz, the user's speech, or None.
+        heard: its transcript, for the CTC loss.
+        pseudo_speech: tokens in place of such speech, see `spread`.
+        said: what the user writes.
+        answer_text: text of the reply.
+        transcript: transcript of the reference recording.
+        reference_codes: int [R, Q]; Q may exceed ``config.num_codebooks``, the rest is not used.
+        answer_codes: int [F, Q], without EOS.
+        encode: text → token ids.
+        config: what of the model the layout depends on.
     """
     c, nothing = config, np.zeros(0, np.int32)
     wave = nothing.astype(np.int16) if wave is None or answer_text is None else wave
@@ -99,22 +110,22 @@ def conversation(
     outputs = num_outputs(frames)
     asked = answered = text = nothing
     if answer_text is not None:
-        there = [c.tokens.audio] * outputs if imagined is None else imagined
+        there = [c.tokens.audio] * outputs if pseudo_speech is None else pseudo_speech
         asked = np.array(question(encode, c.tokens, heard=there, said=said, system=c.system), np.int32)
         answered = np.array(answer(encode, c.tokens, answer_text), np.int32)
         text = np.concatenate([asked, answered[:-1]])  # the last token is predicted, never read
     audio_index = np.full(len(text), NONE_TOKEN, np.int32)
     audio_index[: len(asked)][asked == c.tokens.audio] = np.arange(outputs)
 
-    prompt, reply, reference = nothing, np.zeros((0, c.codebooks), np.int32), np.zeros((0, c.codebooks), np.int32)
+    prompt, reply, reference = nothing, np.zeros((0, c.num_codebooks), np.int32), np.zeros((0, c.num_codebooks), np.int32)
     targets = reply
     kind, index, target = nothing, nothing, nothing
     if answer_codes is not None:
         prompt = np.array(voice_prompt(encode, c.tokens, transcript), np.int32)
-        reply = np.asarray(answer_codes, np.int32)[:, : c.codebooks]
-        reference = reference if reference_codes is None else np.asarray(reference_codes, np.int32)[:, : c.codebooks]
+        reply = np.asarray(answer_codes, np.int32)[:, : c.num_codebooks]
+        reference = reference if reference_codes is None else np.asarray(reference_codes, np.int32)[:, : c.num_codebooks]
         kind, index, target = layout(StreamLengths(len(prompt), len(reference), len(answered), len(reply)))
-        targets = np.concatenate([reply, np.full((1, c.codebooks), c.codebook_eos, np.int32)])
+        targets = np.concatenate([reply, np.full((1, c.num_codebooks), c.codebook_eos_token_id, np.int32)])
 
     def fill(shape: tuple[int, ...], pieces: dict[PositionKind, np.ndarray]) -> np.ndarray:
         out = np.full(shape, NONE_TOKEN, np.int32)
@@ -133,16 +144,16 @@ def conversation(
         answer_token=answered,
         token=fill(kind.shape, {PositionKind.PROMPT_TEXT: prompt, PositionKind.TOKEN: answered}),
         hidden_index=fill(kind.shape, {PositionKind.HIDDEN: np.arange(len(answered), dtype=np.int32)}),
-        codes=fill((*kind.shape, c.codebooks), {PositionKind.PROMPT_FRAME: reference, PositionKind.FRAME: reply}),
+        codes=fill((*kind.shape, c.num_codebooks), {PositionKind.PROMPT_FRAME: reference, PositionKind.FRAME: reply}),
         # targets come in the order of their positions, so frame f is target number f
         target_position=np.flatnonzero(target != NONE_TOKEN).astype(np.int32),
         target_codes=targets,
-        heard_token=np.array(encode(heard) if len(wave) else [], np.int32),
+        ctc_target=np.array(encode(heard) if len(wave) else [], np.int32),
     )
 
 
 def spread(tokens: Sequence[int], blank: int, rng: np.random.Generator) -> list[int]:
-    """Tokens as an audio encoder would spell them that learnt to (`chroma_jax.training.loss.hearing_loss`): each once or twice,
+    """Tokens as an audio encoder would spell them that learnt to (`chroma_jax.training.loss.ctc_loss`): each once or twice,
     at a pace drawn anew, with blanks between."""
     pace = rng.uniform(0, 4)
     gap = lambda: [blank] * int(rng.poisson(pace))
@@ -205,7 +216,7 @@ FIELDS = {
     "position": ("positions", 0),
     "target_position": ("frames", NONE_TOKEN),
     "target_codes": ("frames", NONE_TOKEN),
-    "heard_token": ("heard", NONE_TOKEN),
+    "ctc_target": ("ctc_targets", NONE_TOKEN),
 }
 
 
@@ -216,7 +227,7 @@ def place(conversations: Sequence[Conversation], shape: RowShape, config: PackCo
     """
     arrays = {}
     for name, (capacity, empty) in FIELDS.items():
-        width = (config.codebooks,) if name.endswith("codes") else ()
+        width = (config.num_codebooks,) if name.endswith("codes") else ()
         arrays[name] = np.full((getattr(shape, capacity), *width), empty, np.int32)
     start = RowShape(0, 0, 0, 0, 0)
     for segment, c in enumerate(conversations, 1):
@@ -242,7 +253,7 @@ def place(conversations: Sequence[Conversation], shape: RowShape, config: PackCo
             "position": np.arange(len(c.token)),
             "target_position": shifted(c.target_position, start.positions),
             "target_codes": c.target_codes,
-            "heard_token": c.heard_token,
+            "ctc_target": c.ctc_target,
         }
         for name, value in values.items():
             capacity = FIELDS[name][0]

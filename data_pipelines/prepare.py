@@ -57,13 +57,19 @@ from data_pipelines.tokenizer import encoder, load_tokenizer, train_tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """What to prepare.
+    """What is prepared.
 
-    corpus: a corpus folder, or "embedded" for the one that comes with the code. tokenizer: "train", "qwen", or a path (see
-    `data_pipelines.tokenizer.load_tokenizer`). row: capacities of a packed row. prompts_per_dialogue: passes over the train
-    split, each time with other voice prompts as far as there are several; valid and test dialogues are packed once. max_seconds:
-    of any single recording; longer ones are a problem. system: system prompt of every conversation. curriculum: what is made of
-    the train split. on_problem: leave unusable entries out and count them, or stop.
+    Attributes:
+        corpus: A corpus folder, or "embedded" for the corpus that comes with the code.
+        tokenizer: "train", "qwen" or a path, see `data_pipelines.tokenizer.load_tokenizer`.
+        row: Capacities of a packed sequence.
+        prompts_per_dialogue: Passes over the train split, with other voice prompts where there are several; valid and test are
+            packed once.
+        max_seconds: Maximum length of a recording in seconds; longer ones are a problem.
+        system: System prompt of every conversation.
+        seed: Seed of all random choices.
+        curriculum: Which examples are made of the train split.
+        on_problem: Whether unusable entries are skipped and counted, or an error.
     """
 
     corpus: str = "embedded"
@@ -232,8 +238,8 @@ def conversations(
         c = conversation(
             e.id,
             wave=None if e.heard is None else waves[e.heard],
-            heard=e.transcription if config.row.heard else "",
-            imagined=spread(encode(e.imagined), packing.tokens.pad, rng) if e.imagined else None,
+            heard=e.transcription if config.row.ctc_targets else "",
+            pseudo_speech=spread(encode(e.pseudo_speech), packing.tokens.pad, rng) if e.pseudo_speech else None,
             said=e.said,
             answer_text=e.answer,
             transcript=e.transcript,
@@ -287,9 +293,11 @@ def unigram(splits: dict[str, list[Conversation]], model: ChromaConfig) -> dict:
         return np.concatenate([c.target_codes for c in found]), np.concatenate([c.answer_token for c in found])
 
     codes, text = targets("train")
-    seen_codes = [counts(level, model.audio_vocab) for level in codes.T]
+    seen_codes = [counts(level, model.audio_vocab_size) for level in codes.T]
     seen_text = counts(text, model.reasoner.vocab_size)
-    result = {"uniform": {"c0": round(math.log(model.audio_vocab), 4), "text": round(math.log(model.reasoner.vocab_size), 4)}}
+    result = {
+        "uniform": {"c0": round(math.log(model.audio_vocab_size), 4), "text": round(math.log(model.reasoner.vocab_size), 4)}
+    }
     for split in ("valid", "test"):
         if splits[split]:
             codes, text = targets(split)

@@ -146,13 +146,13 @@ def stack(examples: list[Batch]) -> Batch:
     return Batch(*(np.stack(arrays) for arrays in zip(*examples, strict=True)))
 
 
-def local_rows(global_batch: int, process_index: int, process_count: int) -> slice:
+def local_rows(global_batch_size: int, process_index: int, process_count: int) -> slice:
     """Which rows of a global batch a host reads. Raises InputError when they cannot be divided evenly."""
-    if global_batch < 1 or global_batch % process_count:
-        raise InputError(f"global batch of {global_batch} rows cannot be divided among {process_count} hosts")
+    if global_batch_size < 1 or global_batch_size % process_count:
+        raise InputError(f"global batch of {global_batch_size} rows cannot be divided among {process_count} hosts")
     if not 0 <= process_index < process_count:
         raise InputError(f"process_index {process_index} is outside 0 … {process_count - 1}")
-    rows = global_batch // process_count
+    rows = global_batch_size // process_count
     return slice(process_index * rows, (process_index + 1) * rows)
 
 
@@ -179,7 +179,7 @@ def batches(
     split: str,
     model: ChromaConfig,
     *,
-    global_batch: int,
+    global_batch_size: int,
     seed: int,
     position: int = 0,
     process_index: int = 0,
@@ -192,8 +192,8 @@ def batches(
 ) -> BatchIterator:
     """Endless shuffled batches for training: this host's rows of global batch ``position``, ``position`` + 1, …
 
-    Returns an iterator of `Batch` of numpy arrays with global_batch / process_count rows. Which rows a global batch holds,
-    and in which order, depends on the split, ``global_batch`` and ``seed`` alone; each pass over the split is shuffled anew.
+    Returns an iterator of `Batch` of numpy arrays with global_batch_size / process_count rows. Which rows a global batch holds,
+    and in which order, depends on the split, ``global_batch_size`` and ``seed`` alone; each pass over the split is shuffled anew.
     augment: of the users' speech; its chance depends on the seed and on the row's place in the stream alone, so that it too
     repeats after a resume. reasoner: "stored" reads the hidden states that were computed before instead of the speech, see
     `data_pipelines.hidden_states`. prompt_frames: see `to_example`.
@@ -204,10 +204,10 @@ def batches(
     reader = RowReader(dataset, split)
     if not len(reader):
         raise InputError(f"{reader.path}: holds no rows")
-    mine = local_rows(global_batch, process_index, process_count)
+    mine = local_rows(global_batch_size, process_index, process_count)
     features, block_frames = feature_config(model), model.reasoner.audio.block_frames
     order = grain.MapDataset.range(len(reader)).shuffle(seed=seed).repeat()
-    hidden = HiddenReader(dataset, split, model.reasoner.text.width) if reasoner == "stored" else None
+    hidden = HiddenReader(dataset, split, model.reasoner.text.hidden_size) if reasoner == "stored" else None
 
     def example(place_in_stream: int) -> Batch:
         rng, row = np.random.default_rng((seed, place_in_stream)), order[place_in_stream]
@@ -215,9 +215,9 @@ def batches(
         return to_example(reader[row], features, block_frames, augment, rng, states, prompt_frames)
 
     def load(step: int) -> Batch:
-        return stack([example(step * global_batch + i) for i in range(mine.start, mine.stop)])
+        return stack([example(step * global_batch_size + i) for i in range(mine.start, mine.stop)])
 
-    return BatchIterator(load, position, sys.maxsize // global_batch, threads, prefetch)
+    return BatchIterator(load, position, sys.maxsize // global_batch_size, threads, prefetch)
 
 
 def evaluation_batches(
@@ -225,7 +225,7 @@ def evaluation_batches(
     split: str,
     model: ChromaConfig,
     *,
-    global_batch: int,
+    global_batch_size: int,
     process_index: int = 0,
     process_count: int = 1,
     threads: int = 4,
@@ -239,10 +239,10 @@ def evaluation_batches(
     """
     dataset = open_dataset(folder, model)
     reader = RowReader(dataset, split)
-    mine = local_rows(global_batch, process_index, process_count)
+    mine = local_rows(global_batch_size, process_index, process_count)
     features, block_frames = feature_config(model), model.reasoner.audio.block_frames
     empty = place([], dataset.shape, pack_config(model, features))
-    width = model.reasoner.text.width
+    width = model.reasoner.text.hidden_size
     hidden = HiddenReader(dataset, split, width) if reasoner == "stored" else None
 
     def example(i: int) -> Batch:
@@ -252,9 +252,9 @@ def evaluation_batches(
         return to_example(row, features, block_frames, states=states, prompt_frames=prompt_frames)
 
     def load(step: int) -> Batch:
-        return stack([example(i) for i in range(step * global_batch + mine.start, step * global_batch + mine.stop)])
+        return stack([example(i) for i in range(step * global_batch_size + mine.start, step * global_batch_size + mine.stop)])
 
-    return BatchIterator(load, 0, -(-len(reader) // global_batch), threads, prefetch)
+    return BatchIterator(load, 0, -(-len(reader) // global_batch_size), threads, prefetch)
 
 
 def feature_config(model: ChromaConfig) -> FeatureConfig:

@@ -36,7 +36,7 @@ class TextsConfig:
         dialogues: number of train dialogues; kinds with more facts get more of them, by the square root.
         sentences: number of train sentences.
         held_out_sentences: number of sentences in valid, and in test.
-        withhold: share of the answers, drawn by their words, that is held out for kinds that follow a rule.
+        holdout_fraction: share of the answers, drawn by their words, that is held out for kinds that follow a rule.
         seed: of every random choice except that share.
         voice: of every reply and sentence, in all splits; empty lets ``synthesize`` draw voices.
     """
@@ -44,7 +44,7 @@ class TextsConfig:
     dialogues: int = 3100
     sentences: int = 8000
     held_out_sentences: int = 120
-    withhold: float = 0.08
+    holdout_fraction: float = 0.08
     seed: int = 0
     voice: str = ""
 
@@ -52,8 +52,8 @@ class TextsConfig:
         for name in ("dialogues", "sentences", "held_out_sentences"):
             if getattr(self, name) < 0:
                 raise InputError(f"--{name} must not be negative, got {getattr(self, name)}")
-        if not 0 <= self.withhold < 0.5:
-            raise InputError(f"--withhold is a share from 0 up to 0.5, got {self.withhold}")
+        if not 0 <= self.holdout_fraction < 0.5:
+            raise InputError(f"--holdout_fraction is a share from 0 up to 0.5, got {self.holdout_fraction}")
 
 
 def texts(config: TextsConfig, held_out: Iterable[Exchange] | None = None) -> list[dict[str, str]]:
@@ -108,9 +108,9 @@ def dialogues(config: TextsConfig, held_out: Iterable[Exchange]) -> dict[str, li
     train: dict[str, list[Exchange]] = {}
     others: dict[str, list[tuple[str, str, Exchange]]] = {split: [] for split in HELD_OUT}
     for kind, known in everything(held_out).items():
-        facts = [e for e in known if kind in RULES and of_share(e, config.withhold)]
-        rest = [e for e in known if kind not in RULES or not of_share(e, config.withhold)]
-        wordings = held_out_wordings(rest) if config.withhold else []
+        facts = [e for e in known if kind in RULES and of_share(e, config.holdout_fraction)]
+        rest = [e for e in known if kind not in RULES or not of_share(e, config.holdout_fraction)]
+        wordings = held_out_wordings(rest) if config.holdout_fraction else []
         for sort, candidates in (("fact", facts), ("wording", wordings)):
             for split in HELD_OUT:
                 ranked = turns(sorted((e for e in candidates if split_of(e) == split), key=rank))

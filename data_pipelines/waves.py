@@ -230,7 +230,7 @@ def crops(
     codec: CodecConfig,
     config: CodecDataConfig,
     *,
-    global_batch: int,
+    global_batch_size: int,
     seed: int,
     position: int = 0,
     process_index: int = 0,
@@ -252,7 +252,7 @@ def crops(
     """
     dataset = open_waves(path, codec)
     reader = RowReader(dataset, "train")
-    mine = local_rows(global_batch, process_index, process_count)
+    mine = local_rows(global_batch_size, process_index, process_count)
     frame = codec.samples_per_frame
     length = config.crop_frames * frame
     order = crop_order(dataset, config, length, seed)
@@ -285,10 +285,10 @@ def crops(
         return wave, wave, not any_paired
 
     def load(step: int) -> WaveBatch:
-        inputs, targets, mask = zip(*(crop(step * global_batch + i) for i in range(mine.start, mine.stop)))
+        inputs, targets, mask = zip(*(crop(step * global_batch_size + i) for i in range(mine.start, mine.stop)))
         return WaveBatch(np.stack(inputs), np.stack(targets), np.array(mask, np.float32))
 
-    return BatchIterator(load, position, 2**62 // global_batch, threads, prefetch)
+    return BatchIterator(load, position, 2**62 // global_batch_size, threads, prefetch)
 
 
 def crop_order(dataset: WaveDataset, config: CodecDataConfig, length: int, seed: int) -> Callable[[int], int]:
@@ -335,7 +335,7 @@ def held_out(
     codec: CodecConfig,
     config: CodecDataConfig,
     *,
-    global_batch: int,
+    global_batch_size: int,
     process_index: int = 0,
     process_count: int = 1,
 ) -> BatchIterator:
@@ -347,14 +347,14 @@ def held_out(
     """
     dataset = open_waves(path, codec)
     reader, any_paired = RowReader(dataset, "valid"), dataset.paired("valid").any()
-    mine = local_rows(global_batch, process_index, process_count)
+    mine = local_rows(global_batch_size, process_index, process_count)
     length = codec.num_frames(round(config.valid_seconds * codec.sampling_rate)) * codec.samples_per_frame
 
     def load(step: int) -> tuple[WaveBatch, np.ndarray]:
-        wanted = range(step * global_batch + mine.start, step * global_batch + mine.stop)
+        wanted = range(step * global_batch_size + mine.start, step * global_batch_size + mine.stop)
         rows = [[audio.from_int16(w[:length]) for w in reader[i].waves] if i < len(reader) else [np.zeros(0)] for i in wanted]
         inputs, targets = (np.stack([padded(row[at], length) for row in rows]).astype(np.float32) for at in (0, -1))
         mask = np.array([len(row) > 1 or not any_paired for row in rows], np.float32)
         return WaveBatch(inputs, targets, mask), np.array([len(row[0]) for row in rows], np.int32)
 
-    return BatchIterator(load, 0, -(-len(reader) // global_batch), threads=2, prefetch=2)
+    return BatchIterator(load, 0, -(-len(reader) // global_batch_size), threads=2, prefetch=2)

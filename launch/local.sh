@@ -216,7 +216,7 @@ demo() {
     chroma reply nano --question "$recording" --reference "$voice" --transcript "$transcript" --out "$out/reply"
 
     local -a less=(--data.prompts_per_dialogue 1 --data.curriculum.speeds 1.0) # one pass, each voice at its own speed
-    local -a how=(--optimizer.decay_steps "$steps" --training.eval_every 50 --checkpoint.every 50)
+    local -a how=(--optimizer.decay_steps "$steps" --training.eval_interval_steps 50 --checkpoint.save_interval_steps 50)
     if [[ $scratch == yes ]]; then
         how+=(--loss.text_weight 1 --optimizer.freeze) # nothing: the Reasoner too, which the configuration expects to be trained
     else

@@ -74,7 +74,7 @@ def lowered_here(out: Path) -> None:
                 lowered = trainer.train_step.lower(trainer.abstract, abstract_batch(config, trainer))
             else:
                 trainer = make_codec_trainer(config.model, config.recipe, 0, mesh)
-                shape = (config.training.global_batch, config.data.crop_frames * config.model.samples_per_frame)
+                shape = (config.training.global_batch_size, config.data.crop_frames * config.model.samples_per_frame)
                 shapes = WaveBatch(shape, shape, shape[:1])
                 batch = WaveBatch(
                     *(jax.ShapeDtypeStruct(s, np.float32, sharding=x) for s, x in zip(shapes, trainer.batch_sharding))

@@ -79,7 +79,7 @@ def test_a_step_is_applied_if_loss_and_gradient_are_finite_and_the_gradient_shor
 
 def test_a_batch_with_nan_leaves_weights_and_moments_of_a_speaking_model_as_they_are(tiny_prepared):
     config, prepared = tiny_prepared
-    batch = next(batches(prepared, "train", config.model, global_batch=8, seed=0))
+    batch = next(batches(prepared, "train", config.model, global_batch_size=8, seed=0))
     mesh = make_mesh(MeshConfig())
     with jax.set_mesh(mesh):
         trainer = trainer_of(config, mesh)
@@ -96,7 +96,7 @@ def test_a_batch_with_nan_leaves_weights_and_moments_of_a_speaking_model_as_they
 
 def test_skipped_steps_are_counted_and_too_many_in_a_row_end_the_run_naming_the_last_good_checkpoint(tmp_path):
     run = tmp_path / "run"
-    config = replace(replace(CONFIG, "training.max_skipped", 3), "checkpoint.keep", 1)
+    config = replace(replace(CONFIG, "training.max_skipped", 3), "checkpoint.max_to_keep", 1)
     with pytest.raises(
         TrainingStopped, match=rf"3 steps in a row, up to step 8.*last good checkpoint is {run}/checkpoints/4$"
     ) as end:
@@ -110,13 +110,13 @@ def test_skipped_steps_are_counted_and_too_many_in_a_row_end_the_run_naming_the_
 
 def test_no_checkpoint_is_written_after_a_skipped_step_before_a_good_one(tmp_path):
     """Else as many bad steps as checkpoints are kept would push the good ones out."""
-    config = replace(replace(CONFIG, "training.skip_norm", 1e3), "checkpoint.keep", 9)
+    config = replace(replace(CONFIG, "training.skip_step_grad_norm", 1e3), "checkpoint.max_to_keep", 9)
     run_toy(config, tmp_path / "run", {"spike": 5})
     assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["0", "2", "4", "7", "8"]
 
 
 def test_a_skipped_step_among_good_ones_leaves_their_means_finite(tmp_path):
-    config = replace(replace(CONFIG, "training.log_every", 4), "training.skip_norm", 1e3)
+    config = replace(replace(CONFIG, "training.log_interval_steps", 4), "training.skip_step_grad_norm", 1e3)
     _, _ = run_toy(config, tmp_path / "run", {"spike": 5})
     line = next(line for line in lines_of(tmp_path / "run") if line["step"] == 8 and "train/loss" in line)
     assert line["train/skipped"] == 1 and line["train/gradient_norm"] < 1e3

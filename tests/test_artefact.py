@@ -54,7 +54,7 @@ def prompts() -> list[Prompt]:
     rng = np.random.default_rng(0)
 
     def prompt(samples: int, frames: int, transcript: str) -> Prompt:
-        question, codes = rng.normal(0, 0.1, samples), rng.integers(1, 58, (frames, CONFIG.codebooks))
+        question, codes = rng.normal(0, 0.1, samples), rng.integers(1, 58, (frames, CONFIG.num_codebooks))
         encode = lambda text: [ord(c) for c in text]
         return make_prompt(CONFIG, encode, question=question, reference_codes=codes, transcript=transcript)
 
@@ -224,7 +224,7 @@ def test_the_state_that_goes_round_is_the_speakers(run, artefact, programs, desc
 def test_facts_of_the_model_are_told(run, artefact, description):
     assert description["sampling_rate"] == CONFIG.codec.sampling_rate
     assert description["samples_per_frame"] == CONFIG.codec.samples_per_frame
-    assert description["codebooks"] == CONFIG.codebooks
+    assert description["codebooks"] == CONFIG.num_codebooks
     assert description["tokens"] == dataclasses.asdict(CONFIG.tokens)
     assert description["sizes"] == dataclasses.asdict(SIZES)
     assert description["jax"] == jax.__version__

@@ -50,17 +50,17 @@ def value_and_gradients(kernel, q, k, v, segments, towards):
 
 @pytest.fixture(scope="module")
 def plain(given):
-    return [np.asarray(x) for x in jax.jit(value_and_gradients, static_argnums=0)("plain", *given)]
+    return [np.asarray(x) for x in jax.jit(value_and_gradients, static_argnums=0)("xla", *given)]
 
 
-@pytest.mark.parametrize("kernel", ["blocks", "splash"])
+@pytest.mark.parametrize("kernel", ["chunked", "splash"])
 def test_on_one_device(kernel, given, plain):
     found = jax.jit(value_and_gradients, static_argnums=0)(kernel, *given)
     for name, a, b in zip(("values", "queries", "keys", "values' gradient"), found, plain, strict=True):
         np.testing.assert_allclose(a, b, err_msg=name, **CLOSE)
 
 
-@pytest.mark.parametrize("kernel", ["plain", "blocks", "splash"])
+@pytest.mark.parametrize("kernel", ["xla", "chunked", "splash"])
 @pytest.mark.parametrize(
     "shape", [MeshConfig(fsdp=4), MeshConfig(fsdp=2, tensor=2), MeshConfig(fsdp=2, context=3)], ids=["rows", "heads", "sequence"]
 )
@@ -86,9 +86,11 @@ def test_a_stack_computes_the_same_and_keeps_what_it_should(given):
     position = jnp.broadcast_to(jnp.arange(POSITIONS), segments.shape)
     x = jnp.asarray(np.random.default_rng(1).standard_normal((ROWS, POSITIONS, 64), np.float32))
     towards = jnp.asarray(np.random.default_rng(2).standard_normal(x.shape, np.float32))
-    sizes = LlamaConfig(num_layers=2, width=64, num_heads=4, num_kv_heads=2, head_dim=32, mlp_width=96)
+    sizes = LlamaConfig(
+        num_hidden_layers=2, hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=32, intermediate_size=96
+    )
     found = {}
-    for kernel, remat in (("plain", "none"), ("blocks", "full"), ("splash", "attention")):
+    for kernel, remat in (("xla", "none"), ("chunked", "full"), ("splash", "attention")):
         graph, state = nnx.split(Llama(nnx.Rngs(0), dataclasses.replace(sizes, attention=kernel, remat=remat)))
 
         def total(state, x, graph=graph, kernel=kernel):
@@ -99,8 +101,8 @@ def test_a_stack_computes_the_same_and_keeps_what_it_should(given):
             )
 
         found[kernel] = jax.tree.leaves(jax.jit(jax.grad(total, argnums=(0, 1)))(state, x))
-    for kernel in ("blocks", "splash"):
-        for a, b in zip(found[kernel], found["plain"], strict=True):
+    for kernel in ("chunked", "splash"):
+        for a, b in zip(found[kernel], found["xla"], strict=True):
             # gradients of sums over all positions
             np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3 * float(jnp.max(jnp.abs(b))))
 
@@ -111,15 +113,15 @@ def test_blocks_leave_out_what_is_later(given):
     v = np.where(np.arange(POSITIONS)[:, None, None] < blocks.BLOCK, v, np.nan)
     known = {
         kernel: np.isfinite(jax.jit(lambda *x, kernel=kernel: attention.attend(*x, attention.packed(segments, kernel)))(q, k, v))
-        for kernel in ("plain", "blocks")
+        for kernel in ("xla", "chunked")
     }
-    assert known["blocks"][:, : blocks.BLOCK].all()
-    assert not known["plain"].any()
+    assert known["chunked"][:, : blocks.BLOCK].all()
+    assert not known["xla"].any()
 
 
 def test_blocks_in_16_bits(given, plain):
     laid = [jnp.asarray(x, jnp.bfloat16 if x.dtype == np.float32 else None) for x in given]
-    found = jax.jit(value_and_gradients, static_argnums=0)("blocks", *laid)
+    found = jax.jit(value_and_gradients, static_argnums=0)("chunked", *laid)
     for name, a, b in zip(("values", "queries", "keys", "values' gradient"), found, plain, strict=True):
         # factors, weights and what pieces of queries give are rounded to 8 bits
         np.testing.assert_allclose(np.asarray(a, np.float32), b, rtol=2e-2, atol=2e-2 * np.abs(b).max(), err_msg=name)
@@ -129,14 +131,14 @@ def test_blocks_in_16_bits(given, plain):
 def test_blocks_of_any_length(length, given):
     """Whole blocks, pieces of one, and what is left over."""
     q, k, v, segments, towards = (x[:, :length] for x in given)
-    found = [jax.jit(value_and_gradients, static_argnums=0)(kernel, q, k, v, segments, towards) for kernel in ("blocks", "plain")]
+    found = [jax.jit(value_and_gradients, static_argnums=0)(kernel, q, k, v, segments, towards) for kernel in ("chunked", "xla")]
     for name, a, b in zip(("values", "queries", "keys", "values' gradient"), *found, strict=True):
         np.testing.assert_allclose(a, b, err_msg=name, **CLOSE)
 
 
 def test_a_length_that_the_kernel_does_not_take_is_named():
     x = jnp.zeros((1, 100, 1, 1, 8))
-    with pytest.raises(InputError, match="multiple of 128 positions, got 100; use 'plain'"):
+    with pytest.raises(InputError, match="multiple of 128 positions, got 100; use 'xla'"):
         attention.attend(x, x[:, :, :, 0], x[:, :, :, 0], attention.packed(jnp.ones((1, 100), jnp.int32), "splash"))
 
 
@@ -154,7 +156,7 @@ def test_the_kernel_of_gpus_is_for_gpus_and_16_bits(monkeypatch):
         attention.attend(x, x[:, :, :, 0], x[:, :, :, 0], attention.packed(jnp.ones((1, 8), jnp.int32), "cudnn"))
 
     monkeypatch.setattr(cudnn, "device_kind", lambda: "TPU v4")
-    with pytest.raises(InputError, match="'cudnn' is for NVIDIA GPUs, this is TPU v4: set 'blocks'"):
+    with pytest.raises(InputError, match="'cudnn' is for NVIDIA GPUs, this is TPU v4: set 'chunked'"):
         attend(jnp.bfloat16)
     monkeypatch.setattr(cudnn, "device_kind", lambda: "NVIDIA H200")
     with pytest.raises(InputError, match="16-bit floats, not float32: set precision.compute bfloat16"):

@@ -34,7 +34,7 @@ SLOTS, MAX_FRAMES = 3, 12
 # every conversation below fits into these buckets, so that few programs are compiled
 CAPACITY = Capacity.of(64, 64, MAX_FRAMES)
 # EOS and im_end have stronger opinions than other codes and tokens, so that now and then they are chosen
-CODE_SCALE = np.where(np.arange(CONFIG.audio_vocab) == CONFIG.codebook_eos, 3.0, 1.0).astype(np.float32)
+CODE_SCALE = np.where(np.arange(CONFIG.audio_vocab_size) == CONFIG.codebook_eos_token_id, 3.0, 1.0).astype(np.float32)
 TOKEN_SCALE = np.where(np.arange(CONFIG.reasoner.vocab_size) == CONFIG.tokens.im_end, 3.5, 1.0).astype(np.float32)
 
 

@@ -20,7 +20,7 @@ from chroma_jax.utils.errors import InputError
 
 @pytest.fixture(scope="module")
 def config():
-    return tiny.replace(tiny.config(), "training.global_batch", 2)
+    return tiny.replace(tiny.config(), "training.global_batch_size", 2)
 
 
 def test_rows_are_those_of_training_and_full(config):
@@ -46,14 +46,14 @@ def test_a_report_has_both_times_and_what_was_computed(config):
     assert len(found["seconds"]["chroma_jax"]) == 2 and found["median_seconds"]["chroma_jax"] > 0
     assert found["losses"]["chroma_jax"][-1] < found["losses"]["chroma_jax"][0]
     c = config.model.backbone
-    assert found["product"] == [2 * config.data.row.positions, c.width, c.mlp_width]
+    assert found["product"] == [2 * config.data.row.positions, c.hidden_size, c.intermediate_size]
     assert found["product_gflops"]["chroma_jax"] > 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])
 def test_the_peer_has_the_same_weights_and_learns(compute):
-    config = tiny.replace(tiny.config(), "training.global_batch", 2)
+    config = tiny.replace(tiny.config(), "training.global_batch_size", 2)
     config = dataclasses.replace(config, precision=PrecisionConfig(compute=compute, frozen=compute))
     found = bench_train(config, rows=2, rounds=2, peer="torch")
     ours, theirs = (found["parameters"][name] for name in ("chroma_jax", "torch"))

@@ -24,7 +24,7 @@ TALK = Talk(question_seconds=0.5, voice_seconds=0.05, voice_tokens=3, frames=8)
 
 def model():
     """Of a codebook as large as transformers' Mimi can have."""
-    config = dataclasses.replace(tiny.model(), audio_vocab=67, codebook_pad=66)
+    config = dataclasses.replace(tiny.model(), audio_vocab_size=67, codebook_pad_token_id=66)
     return tiny.replace(config, "codec.quantizer.codebook_size", 64)
 
 
@@ -103,7 +103,7 @@ def test_reading_memory_takes_time_here_and_what_is_said_of_other_devices():
 def test_the_configuration_that_is_measured_has_the_sizes_that_it_says():
     config = configs.read_python("bench").model
     sizes = {part.name: part.parameters for part in part_sizes(config)}
-    tables = config.codebooks * config.audio_vocab * config.backbone.width  # the peer's Backbone may have its own
+    tables = config.num_codebooks * config.audio_vocab_size * config.backbone.hidden_size  # the peer's Backbone may have its own
     assert round(sum(sizes.values()) / 1e6) == 169 and round((sum(sizes.values()) + tables) / 1e6) == 178
     assert sizes["Codec"] == 79_308_609
 

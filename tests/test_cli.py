@@ -51,11 +51,17 @@ BAD = {
     "configuration with a syntax error": ("info {tmp}/broken.py", ["broken.py", "SyntaxError"]),
     "configuration that raises": ("info {tmp}/raises.py", ["raises.py", "undefined_name"]),
     "configuration of another type": ("info {tmp}/other.py", ["other.py", "returned dict", "Config"]),
-    "unknown field": ("info nano --model.backbone.num_layer 3", ["--model.backbone.num_layer", "--model.backbone.num_layers"]),
-    "ill-typed field": ("info nano --model.backbone.num_layers many", ["--model.backbone.num_layers", "many"]),
+    "unknown field": (
+        "info nano --model.backbone.num_layer 3",
+        ["--model.backbone.num_layer", "--model.backbone.num_hidden_layers"],
+    ),
+    "ill-typed field": ("info nano --model.backbone.num_hidden_layers many", ["--model.backbone.num_hidden_layers", "many"]),
     "unknown choice": ("info nano --optimizer.schedule stepwise", ["stepwise", "cosine"]),
-    "fields that contradict each other": ("info nano --model.backbone.num_kv_heads 3", ["num_heads 4", "num_kv_heads 3"]),
-    "value out of range": ("info nano --loss.decoder_frames 1.5", ["decoder_frames", "1.5"]),
+    "fields that contradict each other": (
+        "info nano --model.backbone.num_key_value_heads 3",
+        ["num_attention_heads 4", "num_key_value_heads 3"],
+    ),
+    "value out of range": ("info nano --loss.decoder_frame_fraction 1.5", ["decoder_frame_fraction", "1.5"]),
     "missing argument": ("train nano", ["run"]),
     "corpus absent": ("prepare {tmp}/tiny.py {out} --data.corpus {tmp}/nowhere", ["nowhere"]),
     "data folder is something else": ("prepare {tmp}/tiny.py {tmp}/full --codec {run}/codec.safetensors", ["full"]),
@@ -66,16 +72,16 @@ BAD = {
         ["2 tensors do not fit", "missing: codec_model.", "misshapen: codec_model."],
     ),
     "not prepared data": ("train {tmp}/tiny.py {out} --prepared {tmp}/full", ["full", "dataset.json"]),
-    "data of another model": (TRAIN + " --model.codebooks 3", ["codebooks"]),
+    "data of another model": (TRAIN + " --model.num_codebooks 3", ["codebooks"]),
     "rows of another shape": (TRAIN + " --data.row.text 300", ["text=300"]),
-    "batch that the mesh does not divide": (TRAIN + " --mesh.data 3", ["training.global_batch 8", "= 3"]),
-    "more devices than there are": (TRAIN + " --mesh.context 16 --training.global_batch 16", ["16 devices", "8 present"]),
+    "batch that the mesh does not divide": (TRAIN + " --mesh.data 3", ["training.global_batch_size 8", "= 3"]),
+    "more devices than there are": (TRAIN + " --mesh.context 16 --training.global_batch_size 16", ["16 devices", "8 present"]),
     "mesh that does not divide a weight": (TRAIN + " --mesh.tensor 8", ["kernel", "heads", "not divisible"]),
     "freeze pattern that fits nothing": (TRAIN + " --optimizer.freeze bakbone", ["bakbone", "matches no weight"]),
     "run folder is something else": ("train {tmp}/tiny.py {tmp}/full --prepared {prepared}", ["full", "not a run folder"]),
     "run of another model": (
-        "train {tmp}/tiny.py {run} --prepared {prepared} --model.decoder.norm_eps 1e-4",
-        ["norm_eps", "another run"],
+        "train {tmp}/tiny.py {run} --prepared {prepared} --model.decoder.rms_norm_eps 1e-4",
+        ["rms_norm_eps", "another run"],
     ),
     "reply from no run": (REPLY.replace("{run}", "{tmp}/full"), ["full", "not a run folder"]),
     "question absent": (REPLY.replace("{tmp}/speech.wav --reference", "{tmp}/no.wav --reference"), ["no.wav"]),
@@ -96,8 +102,8 @@ BAD = {
     "convert what": ("convert", ["unknown command 'convert'", "convert import"]),
     "start from nothing": (TRAIN + " --init-from {tmp}/nowhere", ["nowhere", "not a run folder"]),
     "start from another model": (
-        TRAIN + " --init-from {run} --model.backbone.norm_eps 1e-4",
-        ["--model.backbone.norm_eps 1e-05"],
+        TRAIN + " --init-from {run} --model.backbone.rms_norm_eps 1e-4",
+        ["--model.backbone.rms_norm_eps 1e-05"],
     ),
     "export of no run": ("export {tmp}/full {out}", ["full", "not a run folder"]),
     "suite absent": ("verify {tmp}/nowhere", ["nowhere", "no such folder"]),
@@ -155,7 +161,7 @@ def test_info_prints_the_parts(capsys):
 
 
 def test_a_field_is_overridden(capsys):
-    assert main(["info", "nano", "--model.backbone.num_layers", "1"]) == 0
+    assert main(["info", "nano", "--model.backbone.num_hidden_layers", "1"]) == 0
     one = capsys.readouterr().out
     main(["info", "nano"])
     assert one != capsys.readouterr().out

@@ -68,8 +68,8 @@ def test_weights_of_another_shape_are_drawn_at_random_and_named(shipped, capsys)
 
 
 def test_constants_that_no_shape_shows_must_agree():
-    with pytest.raises(InputError, match=r"other constants.*norm_eps 1e-05.*--model\.window 32"):
-        config = replace(replace(CONFIG, "model.window", 16), "model.transformer.norm_eps", 1e-6)
+    with pytest.raises(InputError, match=r"other constants.*norm_eps 1e-05.*--model\.sliding_window 32"):
+        config = replace(replace(CONFIG, "model.sliding_window", 16), "model.transformer.norm_eps", 1e-6)
         weights(SHIPPED, config)
 
 

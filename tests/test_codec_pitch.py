@@ -133,7 +133,7 @@ def test_the_spectrum_loss_is_zero_for_the_spectra_themselves():
 
 def test_the_encoder_learns_before_the_decoder_joins():
     recipe = CodecRecipe(
-        decode_from=100,
+        decoder_start_step=100,
         pitch_weight=1.0,
         loss=CodecLossConfig(spectrum=1.0),
         optimizer=OptimizerConfig(learning_rate=1e-2, b1=0.5, b2=0.9, weight_decay=0.0),

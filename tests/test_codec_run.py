@@ -44,15 +44,15 @@ def config_for(corpus, **changes) -> CodecRun:
     config = CodecRun(
         model=CODEC,
         data=CodecDataConfig(corpora=(str(corpus),), crop_frames=6, valid_seconds=1.2),
-        training=TrainingConfig(steps=6, global_batch=8, eval_every=3, log_every=1),
+        training=TrainingConfig(steps=6, global_batch_size=8, eval_interval_steps=3, log_interval_steps=1),
         recipe=CodecRecipe(
-            quantize_from=2,
-            judge_from=4,
+            quantizer_start_step=2,
+            discriminator_start_step=4,
             loss=CodecLossConfig(resolutions=MelLossConfig((64, 256, 1024), (5, 20, 40))),
             discriminator=DiscriminatorConfig(windows=(256,), filters=2, dilations=(1,)),
             optimizer=OptimizerConfig(learning_rate=3e-3, b1=0.5, b2=0.9),
         ),
-        checkpoint=CheckpointConfig(every=3, keep=3),
+        checkpoint=CheckpointConfig(save_interval_steps=3, max_to_keep=3),
     )
     for name, value in changes.items():
         config = replace(config, name.replace("__", "."), value)
@@ -100,7 +100,7 @@ def test_a_folder_without_dialogues_adds_all_its_recordings(corpus, tmp_path):
 
 def test_a_crop_depends_on_its_place_in_the_stream_alone(corpus, prepared):
     config = config_for(corpus).data
-    read = lambda **kw: crops(prepared, CODEC, config, global_batch=4, seed=3, **kw)
+    read = lambda **kw: crops(prepared, CODEC, config, global_batch_size=4, seed=3, **kw)
     stream = read()
     first = [next(stream) for _ in range(5)]
     np.testing.assert_array_equal(next(read(position=4)).input, first[4].input)
@@ -108,7 +108,7 @@ def test_a_crop_depends_on_its_place_in_the_stream_alone(corpus, prepared):
     np.testing.assert_array_equal(np.concatenate([half.input for half in halves]), first[2].input)
     assert first[0].input.shape == (4, 6 * FRAME) and first[0].input.dtype == np.float32
     assert first[0].mask.tolist() == [1] * 4 and np.array_equal(first[0].input, first[0].target)  # no targets in this corpus
-    assert not np.array_equal(first[0].input, next(crops(prepared, CODEC, config, global_batch=4, seed=4)).input)
+    assert not np.array_equal(first[0].input, next(crops(prepared, CODEC, config, global_batch_size=4, seed=4)).input)
 
 
 def test_a_pass_crops_every_recording_as_often_as_it_is_long(corpus, prepared):
@@ -116,7 +116,7 @@ def test_a_pass_crops_every_recording_as_often_as_it_is_long(corpus, prepared):
     lengths = open_waves(prepared).manifest["splits"]["train"]["samples"]
     config = dataclasses.replace(config_for(corpus).data, crop_frames=4, level_db=0.0)
     expected = sum(max(1, round(n / (4 * FRAME))) for n in lengths)
-    read = crops(prepared, CODEC, config, global_batch=1, seed=0)
+    read = crops(prepared, CODEC, config, global_batch_size=1, seed=0)
     rows = np.concatenate([batch.input for batch, _ in zip(read, range(expected))])
     pitches = [int(np.abs(np.fft.rfft(row, 8 * len(row))).argmax()) for row in rows]
     share = np.bincount(np.unique(pitches, return_inverse=True)[1])
@@ -124,7 +124,7 @@ def test_a_pass_crops_every_recording_as_often_as_it_is_long(corpus, prepared):
 
 
 def test_held_out_recordings_come_once_each_and_the_last_batch_is_filled_up(corpus, prepared):
-    found = list(held_out(prepared, CODEC, config_for(corpus).data, global_batch=4))
+    found = list(held_out(prepared, CODEC, config_for(corpus).data, global_batch_size=4))
     samples = np.concatenate([n for _, n in found])
     assert [len(b.input) for b, _ in found] == [4, 4] and (samples > 0).sum() == 6 and (samples[6:] == 0).all()
     for batch, lengths in found:
@@ -213,14 +213,16 @@ def test_the_quantizer_joins_with_little_harm(corpus, prepared):
 
 @pytest.mark.slow
 def test_a_teacher_is_learnt_from(corpus, prepared, tmp_path):
-    config = config_for(corpus, recipe__teacher="test_codec_run:loudness_teacher", training__steps=40, recipe__judge_from=100)
-    train_codec(replace(config, "training.eval_every", 100), tmp_path / "run", prepared)
+    config = config_for(
+        corpus, recipe__teacher="test_codec_run:loudness_teacher", training__steps=40, recipe__discriminator_start_step=100
+    )
+    train_codec(replace(config, "training.eval_interval_steps", 100), tmp_path / "run", prepared)
     losses = [line["train/distillation"] for line in read_lines(tmp_path / "run/metrics.jsonl") if "train/distillation" in line]
     assert len(losses) == 40 and np.mean(losses[-5:]) < 0.5 * losses[0]
 
 
 def test_a_teacher_that_is_none_is_named(corpus, prepared, tmp_path):
-    config = config_for(corpus, training__steps=40, recipe__judge_from=100)
+    config = config_for(corpus, training__steps=40, recipe__discriminator_start_step=100)
     with pytest.raises(InputError, match="recipe.teacher.*no_such"):
         train_codec(replace(config, "recipe.teacher", "no_such:thing"), tmp_path / "other", prepared)
     with pytest.raises(InputError, match="expected.*features"):
@@ -230,7 +232,9 @@ def test_a_teacher_that_is_none_is_named(corpus, prepared, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_starts_from_another_one(corpus, prepared, finished, tmp_path, capsys):
-    config = config_for(corpus, training__steps=1, recipe__quantize_from=0, recipe__optimizer=OptimizerConfig(learning_rate=0.0))
+    config = config_for(
+        corpus, training__steps=1, recipe__quantizer_start_step=0, recipe__optimizer=OptimizerConfig(learning_rate=0.0)
+    )
     state = train_codec(config, tmp_path / "run", prepared, init_from=finished[0])
     assert "initializing from" in capsys.readouterr().out
     for path, x in values(state.codec).items():
@@ -241,7 +245,9 @@ def test_a_run_starts_from_another_one(corpus, prepared, finished, tmp_path, cap
 def test_with_all_but_the_decoder_frozen_codes_stay_as_they_are(corpus, prepared, finished, tmp_path):
     freeze = ("encoder", "downsample", "quantizer")
     optimizer = OptimizerConfig(learning_rate=3e-3, b1=0.5, b2=0.9, freeze=freeze)
-    config = config_for(corpus, training__steps=2, recipe__quantize_from=0, recipe__judge_from=1, recipe__optimizer=optimizer)
+    config = config_for(
+        corpus, training__steps=2, recipe__quantizer_start_step=0, recipe__discriminator_start_step=1, recipe__optimizer=optimizer
+    )
     after = train_codec(config, tmp_path / "run", prepared, init_from=finished[0]).weights()
     moved = {path for path, x in finished[1].weights().items() if path.startswith("codec/") and np.any(x != after[path])}
     assert moved and all(path.startswith(("codec/decoder", "codec/upsample")) for path in moved)
@@ -267,7 +273,7 @@ def test_a_run_of_something_else_is_refused(corpus, prepared, finished, tmp_path
     with pytest.raises(InputError, match="holds another run.*crop_frames"):
         train_codec(config_for(corpus, data__crop_frames=4), finished[0], prepared)
     with pytest.raises(InputError, match="not a multiple"):
-        train_codec(config_for(corpus, training__global_batch=3, mesh=MeshConfig(data=2)), tmp_path / "run", prepared)
+        train_codec(config_for(corpus, training__global_batch_size=3, mesh=MeshConfig(data=2)), tmp_path / "run", prepared)
 
 
 # The result

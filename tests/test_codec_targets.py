@@ -116,7 +116,7 @@ def test_datasets_of_version_1_are_read(tmp_path):
 
 
 def taken(prepared, config, batches=20, rows=8, **kw):
-    stream = crops(prepared, CODEC, config, global_batch=rows, seed=0, **kw)
+    stream = crops(prepared, CODEC, config, global_batch_size=rows, seed=0, **kw)
     found = [next(stream) for _ in range(batches)]
     return [np.concatenate(arrays) for arrays in zip(*found)]
 
@@ -158,14 +158,14 @@ def test_a_share_of_recordings_that_are_not_there_is_named(tmp_path):
     config = config_for(write_corpus(tmp_path / "corpus"), real_share=0.5)
     prepare_waves(config, CODEC, tmp_path / "waves", progress="none")
     with pytest.raises(InputError, match=r"data\.real_share is 0\.5, but the train split has no recordings with a target"):
-        crops(tmp_path / "waves", CODEC, config, global_batch=2, seed=0)
+        crops(tmp_path / "waves", CODEC, config, global_batch_size=2, seed=0)
     for name in ("real_share", "free_input"):
         with pytest.raises(ValueError, match=name):
             dataclasses.replace(config, **{name: 1.5})
 
 
 def test_held_out_pairs_come_with_their_targets(corpus, prepared):
-    ((batch, samples),) = held_out(prepared, CODEC, config_for(corpus), global_batch=3)
+    ((batch, samples),) = held_out(prepared, CODEC, config_for(corpus), global_batch_size=3)
     assert batch.mask.tolist() == [1, 0, 0] and (samples > 0).tolist() == [True, True, False]
     np.testing.assert_array_equal(batch.input[0], -batch.target[0])
     np.testing.assert_array_equal(batch.input[1], batch.target[1])

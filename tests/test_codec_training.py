@@ -50,7 +50,7 @@ def codec() -> Codec:
 
 
 def latents(rows=6, frames=5) -> jax.Array:
-    return jnp.asarray(RNG.normal(size=(rows, frames, CODEC.width)), jnp.float32)
+    return jnp.asarray(RNG.normal(size=(rows, frames, CODEC.hidden_size)), jnp.float32)
 
 
 def whole(rows: int) -> q.Choice:

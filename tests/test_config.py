@@ -45,7 +45,11 @@ def test_mini_has_about_fifty_million_parameters():
         ("training.steps = ", "training.stepz = ", "unknown field 'training.stepz' (near: steps"),
         ("training.steps = ", "# ", "not a 'name = value' line"),
         ("training.steps = 3000", "training.steps = 0", "training.steps is 0"),
-        ("model.backbone.num_heads = 4", "model.backbone.num_heads = 3", "not a multiple of num_kv_heads"),
+        (
+            "model.backbone.num_attention_heads = 4",
+            "model.backbone.num_attention_heads = 3",
+            "not a multiple of num_key_value_heads",
+        ),
     ],
 )
 def test_broken_text_is_an_error_that_names_the_field(before, after, message):

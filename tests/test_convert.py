@@ -491,7 +491,7 @@ def test_another_models_config_is_named_by_field(checkpoints, tmp_path):
     source = write(
         tmp_path / "source", all_in(checkpoints["CSM in Hugging Face's naming"][0]), csm_config() | {"num_hidden_layers": 9}
     )
-    refused([source], tmp_path, "backbone.num_layers is 9, the configuration says 2")
+    refused([source], tmp_path, "backbone.num_hidden_layers is 9, the configuration says 2")
 
 
 @pytest.mark.parametrize(

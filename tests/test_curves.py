@@ -20,7 +20,7 @@ def hours_of(run) -> list[tuple[int, float]]:
 def test_hours_are_right_after_a_crash_between_log_lines(tmp_path):
     """The toy trains on 36 seconds a step. Its checkpoints are not at the steps of log lines."""
     config = ToyConfig()
-    config = dataclasses.replace(config, training=dataclasses.replace(config.training, log_every=3))
+    config = dataclasses.replace(config, training=dataclasses.replace(config.training, log_interval_steps=3))
     with pytest.raises(OSError):
         run_toy(config, tmp_path / "run", {"fail": 5})
     _, positions = run_toy(config, tmp_path / "run")

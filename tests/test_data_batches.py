@@ -21,8 +21,8 @@ def dataset(tmp_path_factory):
     return prepare(data_config(folder / "corpus"), MODEL, StandInCodec(), folder / "set", progress="none")
 
 
-def stream(dataset, count, *, global_batch=4, **options):
-    iterator = records.batches(dataset.folder, "train", MODEL, global_batch=global_batch, **{"seed": 0} | options)
+def stream(dataset, count, *, global_batch_size=4, **options):
+    iterator = records.batches(dataset.folder, "train", MODEL, global_batch_size=global_batch_size, **{"seed": 0} | options)
     return [next(iterator) for _ in range(count)]
 
 
@@ -42,7 +42,7 @@ def names(batch):
 
 def test_batches_have_the_shapes_that_training_is_compiled_for(dataset):
     batch = stream(dataset, 1)[0]
-    expected = empty_batch(dataset.shape, rows=4, block_frames=200, mel_bins=128, codebooks=MODEL.codebooks)
+    expected = empty_batch(dataset.shape, rows=4, block_frames=200, mel_bins=128, codebooks=MODEL.num_codebooks)
     for name, x, struct in zip(Batch._fields, batch, expected, strict=True):
         assert isinstance(x, np.ndarray) and (x.shape, x.dtype) == (struct.shape, struct.dtype), name
 
@@ -57,7 +57,7 @@ def test_any_number_of_hosts_reads_the_same_global_batches(dataset, hosts):
 
 def test_a_position_resumes_exactly(dataset):
     whole = stream(dataset, 7)
-    iterator = records.batches(dataset.folder, "train", MODEL, global_batch=4, seed=0, position=3, threads=1, prefetch=1)
+    iterator = records.batches(dataset.folder, "train", MODEL, global_batch_size=4, seed=0, position=3, threads=1, prefetch=1)
     assert iterator.position == 3
     for expected in whole[3:]:
         assert_same(next(iterator), expected)
@@ -66,23 +66,23 @@ def test_a_position_resumes_exactly(dataset):
 
 def test_each_pass_holds_every_row_once_in_a_new_order(dataset):
     rows = dataset.rows("train")
-    seen = [name for batch in stream(dataset, 3 * rows, global_batch=1) for name in names(batch)]
+    seen = [name for batch in stream(dataset, 3 * rows, global_batch_size=1) for name in names(batch)]
     passes = [seen[i * rows : (i + 1) * rows] for i in range(3)]
     assert sorted(passes[0]) == sorted(passes[1]) == sorted(passes[2]) and len(set(passes[0])) == rows
     assert passes[0] != passes[1]
-    assert [n for b in stream(dataset, rows, global_batch=1, seed=1) for n in names(b)] != passes[0]
+    assert [n for b in stream(dataset, rows, global_batch_size=1, seed=1) for n in names(b)] != passes[0]
 
 
 def test_a_global_batch_may_exceed_the_split(dataset):
     rows = dataset.rows("train")
-    batch = stream(dataset, 1, global_batch=2 * rows)[0]
+    batch = stream(dataset, 1, global_batch_size=2 * rows)[0]
     assert len(batch.text) == 2 * rows and len(set(names(batch))) == rows
 
 
 @pytest.mark.parametrize("hosts", [1, 2])
 def test_evaluation_reads_each_row_once_and_fills_up_with_empty_ones(dataset, hosts):
     reader = records.RowReader(dataset, "train")
-    options = {"global_batch": 4, "process_count": hosts}
+    options = {"global_batch_size": 4, "process_count": hosts}
     shares = [list(records.evaluation_batches(dataset.folder, "train", MODEL, process_index=i, **options)) for i in range(hosts)]
     batches = [joined(list(parts)) for parts in zip(*shares, strict=True)]
     assert len(batches) == -(-len(reader) // 4) and all(len(b.text) == 4 for b in batches)
@@ -93,7 +93,7 @@ def test_evaluation_reads_each_row_once_and_fills_up_with_empty_ones(dataset, ho
 
 def test_features_are_those_of_each_recording_alone(dataset):
     row = records.RowReader(dataset, "train")[0]
-    batch = next(records.evaluation_batches(dataset.folder, "train", MODEL, global_batch=1))
+    batch = next(records.evaluation_batches(dataset.folder, "train", MODEL, global_batch_size=1))
     block = 0
     assert len(row.ids) > 1
     for wave in row.waves:
@@ -105,7 +105,7 @@ def test_features_are_those_of_each_recording_alone(dataset):
 
 
 def test_augmentation_is_the_same_after_a_resume(dataset):
-    harder = AugmentConfig(gain_db=6.0, noise=0.5, tilt_db=6.0, time_masks=1, bin_masks=1, frames=0.3)
+    harder = AugmentConfig(gain_db=6.0, noise=0.5, tilt_db=6.0, time_masks=1, bin_masks=1, frame_substitution_prob=0.3)
     whole = stream(dataset, 4, augment=harder)
     assert_same(stream(dataset, 2, augment=harder, position=2)[1], whole[3])
     plain = stream(dataset, 1)[0]
@@ -116,8 +116,8 @@ def test_augmentation_is_the_same_after_a_resume(dataset):
 
 def test_prompt_targets_are_the_true_codes_though_frames_are_exchanged(dataset):
     plain = stream(dataset, 1)[0]
-    changed = stream(dataset, 1, augment=AugmentConfig(frames=1.0), prompt_frames=40)[0]
-    shapes = empty_batch(dataset.shape, rows=4, block_frames=200, mel_bins=128, codebooks=MODEL.codebooks, prompt_frames=40)
+    changed = stream(dataset, 1, augment=AugmentConfig(frame_substitution_prob=1.0), prompt_frames=40)[0]
+    shapes = empty_batch(dataset.shape, rows=4, block_frames=200, mel_bins=128, codebooks=MODEL.num_codebooks, prompt_frames=40)
     assert [x.shape for x in changed] == [x.shape for x in shapes]
     frames = dataset.shape.frames
     position, codes = changed.target_position[:, frames:], changed.target_codes[:, frames:]
@@ -125,7 +125,7 @@ def test_prompt_targets_are_the_true_codes_though_frames_are_exchanged(dataset):
     assert len(row) > 20 and not np.array_equal(changed.codes, plain.codes)
     np.testing.assert_array_equal(codes[row, slot], plain.codes[row, position[row, slot] + 1])
     np.testing.assert_array_equal(changed.target_codes[:, :frames], plain.target_codes)
-    held_out = next(records.evaluation_batches(dataset.folder, "valid", MODEL, global_batch=4, prompt_frames=40))
+    held_out = next(records.evaluation_batches(dataset.folder, "valid", MODEL, global_batch_size=4, prompt_frames=40))
     assert held_out.target_position.shape == (4, frames + 40) and np.any(held_out.target_position[:, frames:] >= 0)
 
 
@@ -133,7 +133,7 @@ def test_exchanged_frames_are_frames_of_the_row_and_as_many_as_asked_for():
     rng = np.random.default_rng(0)
     codes = np.arange(8000, dtype=np.int32).reshape(2000, 4)
     codes[::2] = -1
-    changed = AugmentConfig(frames=0.2).codes(codes, rng)
+    changed = AugmentConfig(frame_substitution_prob=0.2).codes(codes, rng)
     differs = (changed != codes).any(axis=1)
     assert 0.15 < differs[1::2].mean() < 0.25 and not differs[::2].any()
     assert {tuple(frame) for frame in changed[1::2]} <= {tuple(frame) for frame in codes[1::2]}
@@ -165,4 +165,4 @@ def test_impossible_divisions_and_splits_are_errors(dataset):
     with pytest.raises(InputError, match="process_index 2"):
         stream(dataset, 1, process_index=2, process_count=2)
     with pytest.raises(InputError, match=r"no split 'vaild' \(near: valid\)"):
-        records.evaluation_batches(dataset.folder, "vaild", MODEL, global_batch=1)
+        records.evaluation_batches(dataset.folder, "vaild", MODEL, global_batch_size=1)

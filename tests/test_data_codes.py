@@ -19,7 +19,15 @@ from data_pipelines.dialogues import read_corpus
 
 CONFIG = CodecConfig(
     seanet=SeanetConfig(num_filters=4, ratios=(32, 30)),  # few layers: these tests wait for the compiler
-    transformer=EncoderConfig(num_layers=1, width=32, num_heads=2, num_kv_heads=2, head_dim=16, mlp_width=32, layer_scale=0.01),
+    transformer=EncoderConfig(
+        num_hidden_layers=1,
+        hidden_size=32,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=16,
+        intermediate_size=32,
+        layer_scale=0.01,
+    ),
     quantizer=QuantizerConfig(num_codebooks=4, codebook_size=32, codebook_dim=16),
     upsample_groups=32,
 )
@@ -69,7 +77,7 @@ def test_silence_after_a_recording_leaves_its_codes_as_they_are(paths):
 
 def test_latents_are_those_of_the_recordings_without_their_padding(paths):
     found = latents(paths, small_codec(), CONFIG.samples_per_frame, max_seconds=9, progress="none")
-    assert found.dtype == np.float32 and found.shape == (sum(map(frames_of, paths)), CONFIG.width)
+    assert found.dtype == np.float32 and found.shape == (sum(map(frames_of, paths)), CONFIG.hidden_size)
 
 
 def test_other_weights_have_another_fingerprint():

@@ -18,13 +18,13 @@ from data_pipelines.dialogues import read_corpus
 from data_pipelines.prepare import prepare, recordings, usable
 
 EVERYTHING = CurriculumConfig(
-    listen=1.0,
-    write=1.0,
-    answer=2.0,
+    speech_qa=1.0,
+    asr=1.0,
+    text_qa=2.0,
     facts=20,
-    imagined=0.5,
-    read=0.5,
-    proceed=1.0,
+    pseudo_speech=0.5,
+    tts=0.5,
+    continuation=1.0,
     prompts="any",
     prompt_seconds=3.0,
     no_prompt=0.3,
@@ -74,8 +74,8 @@ def test_what_takes_part_follows_from_the_kind(corpus):
     for e in of(examples, "listen"):
         assert e.heard and not e.said and e.transcription.startswith("What") and e.answer and not e.spoken
     for e in of(examples, "answer") + of(examples, "fact"):
-        assert e.heard is None and bool(e.said) != bool(e.imagined) and e.answer and not e.spoken
-    assert any(e.said for e in of(examples, "answer")) and any(e.imagined for e in of(examples, "answer"))
+        assert e.heard is None and bool(e.said) != bool(e.pseudo_speech) and e.answer and not e.spoken
+    assert any(e.said for e in of(examples, "answer")) and any(e.pseudo_speech for e in of(examples, "answer"))
     for e in of(examples, "read"):
         assert e.heard is None and e.said == READ_ALOUD + e.answer and e.reply
     for e in of(examples, "proceed"):
@@ -109,7 +109,7 @@ def test_nothing_of_valid_and_test_is_trained_on(corpus):
     texts = {t for d in corpus.dialogues if d.split != "train" for t in (d.question, d.answer)}
     for e in drawn(corpus, EVERYTHING, passes=3):
         assert not held_out & {c.path for c in (*e.spoken, *([e.heard] if e.heard else []))}
-        assert e.answer not in texts and not {e.imagined, e.said.removeprefix(READ_ALOUD)} & texts
+        assert e.answer not in texts and not {e.pseudo_speech, e.said.removeprefix(READ_ALOUD)} & texts
 
 
 def test_the_same_seed_draws_the_same_and_another_one_does_not(corpus):
@@ -149,12 +149,12 @@ def test_rows_hold_only_the_parts_that_take_part(prepared):
             assert text.any() == (kind != "proceed"), kind
             assert positions.any() == mine.any() == (kind in ("dialogue", "read", "proceed")), kind
             if mine.any():
-                np.testing.assert_array_equal(a["target_codes"][mine][-1], MODEL.codebook_eos)
+                np.testing.assert_array_equal(a["target_codes"][mine][-1], MODEL.codebook_eos_token_id)
             if kind == "proceed":
                 assert not (a["hidden_index"][positions] != NONE_TOKEN).any()
                 assert list(a["token"][positions][:2]) == [MODEL.tokens.text_start, MODEL.tokens.text_end]
     assert seen == {"dialogue", "listen", "write", "answer", "fact", "read", "proceed"}
-    batch = next(records.batches(prepared.folder, "train", MODEL, global_batch=4, seed=0))
+    batch = next(records.batches(prepared.folder, "train", MODEL, global_batch_size=4, seed=0))
     assert np.isfinite(batch.mel).all()
 
 
@@ -173,7 +173,7 @@ def test_a_recording_that_cannot_be_read_is_named_and_the_rest_is_used(prepared)
 
 
 def test_what_cannot_be_is_named(folder, tmp_path):
-    for wrong in ({"read": -1.0}, {"imagined": 1.5}, {"speeds": ()}, {"speeds": (3.0,)}, {"piece_seconds": 0.0}):
+    for wrong in ({"read": -1.0}, {"pseudo_speech": 1.5}, {"speeds": ()}, {"speeds": (3.0,)}, {"piece_seconds": 0.0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             CurriculumConfig(**wrong)
     config = data_config(folder, curriculum=CurriculumConfig(unwritten=(str(tmp_path / "nowhere"),)))

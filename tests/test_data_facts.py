@@ -28,10 +28,10 @@ def held_out(corpus):
 
 
 def test_no_question_or_answer_of_the_test_split_is_taught(corpus, held_out):
-    config = CurriculumConfig(dialogue=0.0, facts=4000, imagined=0.5)
+    config = CurriculumConfig(dialogue=0.0, facts=4000, pseudo_speech=0.5)
     examples = curriculum.drawn(corpus, "train", config, 3, 0, {})
     assert len(examples) == 3 * 4000
-    asked = {normalised(e.said or e.imagined) for e in examples}
+    asked = {normalised(e.said or e.pseudo_speech) for e in examples}
     answered = {normalised(e.answer) for e in examples}
     texts = {normalised(text) for text in curriculum.written(corpus, config)}
     for e in held_out:
@@ -53,12 +53,12 @@ def test_case_and_punctuation_do_not_hide_what_is_held_out():
 
 
 def test_what_is_withheld_is_not_taught_and_is_the_same_whatever_is_held_out(corpus, held_out):
-    config = CurriculumConfig(dialogue=0.0, facts=4000, imagined=0.5, withhold=0.1)
+    config = CurriculumConfig(dialogue=0.0, facts=4000, pseudo_speech=0.5, holdout_fraction=0.1)
     kept = withheld(0.1, held_out)
     asked = {normalised(e.question) for of in kept.values() for e in of}
     answered = {normalised(e.answer) for of in kept.values() for e in of}
     examples = curriculum.drawn(corpus, "train", config, 3, 0, {})
-    assert not {normalised(e.said or e.imagined) for e in examples} & asked
+    assert not {normalised(e.said or e.pseudo_speech) for e in examples} & asked
     assert not ({normalised(e.answer) for e in examples} | {normalised(t) for t in curriculum.written(corpus, config)}) & answered
     everything, taught = ({k: set(v) for k, v in exchanges(held_out, share).items()} for share in (0.0, 0.1))
     assert all(everything[kind] == taught[kind] | set(kept[kind]) for kind in everything)
@@ -125,8 +125,8 @@ def test_imagined_speech_is_spelled_as_the_encoder_would():
     c, packing = MODEL.tokens, pack_config(MODEL, feature_config(MODEL))
     encode = lambda text: list(text.encode())
     given = {"answer_text": "Four.", "answer_codes": None, "encode": encode, "config": packing}
-    imagined = conversation("i", wave=None, imagined=[7, 7, 0, 8], **given)
-    start = list(imagined.text).index(c.audio_start)
-    assert list(imagined.text[start : start + 6]) == [c.audio_start, 7, 7, 0, 8, c.audio_end]
-    assert not len(imagined.wave) and (imagined.audio_index < 0).all() and not len(imagined.heard_token)
-    assert list(imagined.answer_token) == [*encode("Four."), c.im_end]
+    pseudo_speech = conversation("i", wave=None, pseudo_speech=[7, 7, 0, 8], **given)
+    start = list(pseudo_speech.text).index(c.audio_start)
+    assert list(pseudo_speech.text[start : start + 6]) == [c.audio_start, 7, 7, 0, 8, c.audio_end]
+    assert not len(pseudo_speech.wave) and (pseudo_speech.audio_index < 0).all() and not len(pseudo_speech.ctc_target)
+    assert list(pseudo_speech.answer_token) == [*encode("Four."), c.im_end]

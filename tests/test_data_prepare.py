@@ -54,7 +54,7 @@ def test_a_row_keeps_the_user_s_speech_and_the_codec_s_codes(prepared, corpus):
             spoken = audio.load(corpus / dialogues[name]["answer_audio"], audio.CODEC_RATE)
             frames = -(-len(spoken) // StandInCodec.samples_per_frame)
             padded = np.pad(spoken, (0, frames * StandInCodec.samples_per_frame - len(spoken)))
-            codes = StandInCodec().encode(padded[None])[0][:, : MODEL.codebooks]
+            codes = StandInCodec().encode(padded[None])[0][:, : MODEL.num_codebooks]
             a = row.arrays
             mine = (a["target_position"] != NONE_TOKEN) & (a["segment"][np.maximum(a["target_position"], 0)] == segment)
             np.testing.assert_array_equal(a["target_codes"][mine], np.concatenate([codes, np.zeros((1, 4), int)]))
@@ -67,7 +67,7 @@ def test_dataset_json_says_what_is_in_the_folder(prepared):
     assert 0 < train["fill"]["positions"] <= 1 and train["user_hours"] > 0
     assert m["corpus"]["licence"] == "Public domain" and m["skipped"]["count"] == 0
     assert 0 < m["unigram"]["valid"]["text"] < m["unigram"]["uniform"]["text"]
-    assert m["unigram"]["valid"]["c0"] > 0 and len(m["unigram"]["valid"]["codes"]) == MODEL.codebooks
+    assert m["unigram"]["valid"]["c0"] > 0 and len(m["unigram"]["valid"]["codes"]) == MODEL.num_codebooks
     assert prepared.shape == data_config("x").row and prepared.tokenizer.is_file()
 
 
@@ -95,7 +95,7 @@ def test_another_configuration_is_an_error_that_says_what_differs(prepared, corp
 
     raises(r"data.row.text: 256 there, 300 here", data_config(corpus, row=RowShape(6, 300, 64, 192, 64)))
     raises(r"data.seed: 0 there, 7 here", data_config(corpus, seed=7))
-    raises(r"model.codebooks: 4 there, 8 here", model=dataclasses.replace(MODEL, codebooks=8))
+    raises(r"model.num_codebooks: 4 there, 8 here", model=dataclasses.replace(MODEL, num_codebooks=8))
     raises("codec: 'StandInCodec' there, 'Other' here", codec=type("Other", (StandInCodec,), {})())
 
 
@@ -183,14 +183,14 @@ def test_damaged_records_are_named(copy):
         records.open_dataset(copy, MODEL)
     path.write_bytes(bytes(len(data)))
     with pytest.raises(InputError, match="train.array_record"):
-        records.batches(copy, "train", MODEL, global_batch=1, seed=0)
+        records.batches(copy, "train", MODEL, global_batch_size=1, seed=0)
     damaged = bytearray(data)
     damaged[2000:2400] = bytes(400)  # inside the first record
     path.write_bytes(damaged)
     with pytest.raises(InputError, match="train.array_record: record 0 is damaged"):
         records.RowReader(records.open_dataset(copy, MODEL), "train")[0]
     with pytest.raises(InputError, match="train.array_record: record 0 is damaged"):
-        iterator = records.batches(copy, "train", MODEL, global_batch=4, seed=0)
+        iterator = records.batches(copy, "train", MODEL, global_batch_size=4, seed=0)
         for _ in range(20):
             next(iterator)
 
@@ -205,5 +205,5 @@ def test_a_record_that_was_altered_is_noticed(prepared):
 
 
 def test_a_dataset_for_another_model_is_an_error(prepared):
-    with pytest.raises(InputError, match="prepared for another model: model.codebooks: 4 there, 2 here"):
-        records.open_dataset(prepared.folder, dataclasses.replace(MODEL, codebooks=2))
+    with pytest.raises(InputError, match="prepared for another model: model.num_codebooks: 4 there, 2 here"):
+        records.open_dataset(prepared.folder, dataclasses.replace(MODEL, num_codebooks=2))

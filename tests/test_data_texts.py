@@ -181,8 +181,8 @@ def test_the_command_writes_lines_and_counts_them(tmp_path, capsys):
 def test_impossible_requests_are_named(tmp_path):
     with pytest.raises(InputError, match=r"--dialogues 100000: the generator has \d+ for train"):
         write_texts(TextsConfig(dialogues=100_000), tmp_path / "a.jsonl")
-    with pytest.raises(InputError, match="--withhold is a share"):
-        TextsConfig(withhold=0.5)
+    with pytest.raises(InputError, match="--holdout_fraction is a share"):
+        TextsConfig(holdout_fraction=0.5)
     with pytest.raises(InputError, match="--sentences must not be negative"):
         TextsConfig(sentences=-1)
     assert not (tmp_path / "a.jsonl").exists()

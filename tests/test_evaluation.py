@@ -189,7 +189,7 @@ def test_knowledge_is_what_would_be_written(tiny_run, corpus, tmp_path):
     config = configs.load(tiny_run)
     model, _, tokenizer = load_run(tiny_run, config)
     reasoner, encode = model.reasoner, encoder(tokenizer)
-    width, rows = model.config.reasoner.text.width, []
+    width, rows = model.config.reasoner.text.hidden_size, []
     for asked in ("What?", "How many days are in a week?"):
         given, written = question(encode, model.config.tokens, said=asked), []
         for _ in range(5):  # the likeliest token after all before it, one at a time
@@ -201,11 +201,11 @@ def test_knowledge_is_what_would_be_written(tiny_run, corpus, tmp_path):
     assert would_write(model, rows * 7) == [True, False, False] * 14
     found = evaluate(tiny_run, config, tmp_path / "out", corpus=corpus, parts=("knowledge",), judges=STAND_INS)["knowledge"]
     assert found["test split"]["questions"] == 2 and 0 <= found["test split"]["typed"] <= 1 and len(found) == 1
-    withholding = replace(config, "data.curriculum.withhold", 0.05)
+    withholding = replace(config, "data.curriculum.holdout_fraction", 0.05)
     found = evaluate(tiny_run, withholding, tmp_path / "more", corpus=corpus, parts=("knowledge",), judges=STAND_INS)
     kinds = [values for name, values in found["knowledge"].items() if name.startswith("withheld: ")]
     assert len(kinds) > 5 and sum(v["questions"] for v in kinds) == found["knowledge"]["withheld"]["questions"] > 50
-    assert "imagined as heard" in report.text(found)
+    assert "pseudo_speech as heard" in report.text(found)
 
 
 @pytest.mark.slow
@@ -215,7 +215,7 @@ def test_a_codec_run_is_judged_without_answers(tmp_path, corpus):
     from chroma_jax.runs.codec_train import train_codec
     from data_pipelines.waves import prepare_waves
 
-    config = config_for(corpus, training__steps=1, recipe__quantize_from=0, recipe__judge_from=9)
+    config = config_for(corpus, training__steps=1, recipe__quantizer_start_step=0, recipe__discriminator_start_step=9)
     prepare_waves(config.data, config.model, tmp_path / "waves", progress="none")
     train_codec(config, tmp_path / "run", tmp_path / "waves")
     found = evaluate(tmp_path / "run", config, tmp_path / "out", corpus=corpus, judges=STAND_INS)

@@ -112,7 +112,7 @@ def test_which_rows_they_serve(monkeypatch):
     ids=["one device", "rows and heads divided", "positions divided, which another kernel computes"],
 )
 def test_a_layer_computes_the_same_on_tpu(mesh, monkeypatch):
-    layer = Attention(nnx.Rngs(0), width=64, num_heads=8, num_kv_heads=4, head_dim=64, bias="qkv")
+    layer = Attention(nnx.Rngs(0), hidden_size=64, num_attention_heads=8, num_key_value_heads=4, head_dim=64, bias="qkv")
     graph, state = nnx.split(jax.tree.map(lambda x: x.astype(jnp.bfloat16), layer))
     x, towards = drawn(1, ROWS, POSITIONS, 64), drawn(2, ROWS, POSITIONS, 64)
     positions = jnp.broadcast_to(jnp.arange(POSITIONS), (ROWS, POSITIONS))
@@ -151,7 +151,7 @@ def counted(calls: list, kernel, *refs, **given):
 
 @pytest.mark.parametrize("part", ["q", "o"])
 def test_what_is_adapted_by_low_rank_is_so_with_merged_axes_too(part):
-    layer = Attention(nnx.Rngs(0), width=64, num_heads=4, num_kv_heads=2, head_dim=64, bias="qkvo")
+    layer = Attention(nnx.Rngs(0), hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=64, bias="qkvo")
     product = getattr(layer, part)
     x = drawn(0, 2, 16, *product.kernel.shape[: product.num_inputs], dtype=jnp.float32)
     merged = lambda x: x.reshape(2, 16, -1)

@@ -98,7 +98,13 @@ def test_sample_by_sample_is_as_the_whole_turn():
 @functools.cache
 def encoder(block_frames: int) -> AudioEncoder:
     config = AudioEncoderConfig(
-        num_layers=2, width=32, num_heads=2, mlp_width=48, mel_bins=16, block_frames=block_frames, output_width=24
+        num_hidden_layers=2,
+        hidden_size=32,
+        num_attention_heads=2,
+        intermediate_size=48,
+        mel_bins=16,
+        block_frames=block_frames,
+        output_dim=24,
     )
     return jax.jit(lambda: AudioEncoder(nnx.Rngs(0), config))()
 

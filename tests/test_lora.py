@@ -31,7 +31,7 @@ def config(tiny_prepared):
 @pytest.fixture(scope="module")
 def batch(tiny_prepared):
     config, prepared = tiny_prepared
-    return next(batches(prepared, "train", config.model, global_batch=8, seed=0))
+    return next(batches(prepared, "train", config.model, global_batch_size=8, seed=0))
 
 
 def test_only_the_pairs_are_trained_and_they_start_from_the_model_itself(config, batch):

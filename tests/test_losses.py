@@ -31,8 +31,8 @@ def parts():
     rng = np.random.default_rng(0)
     graph, weights = nnx.split(nnx.eval_shape(lambda: Chroma(nnx.Rngs(0), MODEL)))  # drawing them would be compiled
     weights = jax.tree.map(lambda x: jnp.asarray(0.2 * rng.standard_normal(x.shape), x.dtype), weights)
-    hidden = jax.random.normal(jax.random.key(0), (2, FRAMES, MODEL.backbone.width))
-    codes = jax.random.randint(jax.random.key(1), (2, FRAMES, MODEL.codebooks), 0, 58)
+    hidden = jax.random.normal(jax.random.key(0), (2, FRAMES, MODEL.backbone.hidden_size))
+    codes = jax.random.randint(jax.random.key(1), (2, FRAMES, MODEL.num_codebooks), 0, 58)
     return graph, weights, hidden, codes.at[1, 3:].set(-1)
 
 
@@ -54,9 +54,9 @@ def metrics_of(parts, config: LossConfig, whole: Counts | None = None) -> FrameL
 
 
 def test_uniform_weights_are_lambda_of_the_share_of_residual_codebooks(parts):
-    q = MODEL.codebooks
-    value, found, gradient = losses_of(parts, LossConfig(codebook_weights=(2.0,) * q, decoder_hidden="attached"))
-    expected, same, wanted = losses_of(parts, LossConfig(decoder_weight=(q - 1) / q, decoder_hidden="attached"))
+    q = MODEL.num_codebooks
+    value, found, gradient = losses_of(parts, LossConfig(codebook_weights=(2.0,) * q, stop_gradient_hidden=False))
+    expected, same, wanted = losses_of(parts, LossConfig(decoder_weight=(q - 1) / q, stop_gradient_hidden=False))
     np.testing.assert_allclose(value, expected, rtol=1e-6)  # float32 sums in another order, here and below
     np.testing.assert_allclose(value, np.mean(found.nll), rtol=1e-6)
     np.testing.assert_array_equal(found.nll, same.nll)
@@ -68,13 +68,13 @@ def test_uniform_weights_are_lambda_of_the_share_of_residual_codebooks(parts):
 def test_weights_select_codebooks_in_loss_and_gradient(parts, chunk):
     """The loss is Σ w·CE / Σ w. A codebook of weight zero gives its head no gradient."""
     weights = (1.0, 0.0, 3.0, 0.5)
-    config = LossConfig(codebook_weights=weights, decoder_chunk=chunk, decoder_hidden="attached")
+    config = LossConfig(codebook_weights=weights, decoder_chunk_size=chunk, stop_gradient_hidden=False)
     value, found, gradient = losses_of(parts, config)
     np.testing.assert_allclose(value, np.dot(weights, found.nll) / sum(weights), rtol=1e-6)
     plain = metrics_of(parts, LossConfig())
     np.testing.assert_allclose(found.nll, plain.nll, rtol=1e-6)
     np.testing.assert_allclose(found.accuracy, plain.accuracy, rtol=1e-6)
-    heads = [g for g in gradient if g.shape == (MODEL.codebooks - 1, MODEL.decoder.width, MODEL.audio_vocab)]
+    heads = [g for g in gradient if g.shape == (MODEL.num_codebooks - 1, MODEL.decoder.hidden_size, MODEL.audio_vocab_size)]
     assert [[bool(np.any(head)) for head in g] for g in heads] == [[False, True, True]]
     graph, leaves, hidden, codes = parts
     there = np.nonzero(np.asarray(codes[..., 0]) >= 0)
@@ -85,7 +85,7 @@ def test_weights_select_codebooks_in_loss_and_gradient(parts, chunk):
         h = hidden[there]
         each, first = jax.nn.log_softmax(model.frame_logits(h, real)), jax.nn.log_softmax(model.backbone.logits(h))
         nll = [-jnp.mean(jnp.take_along_axis(first, real[:, :1], 1))]
-        nll += [-jnp.mean(jnp.take_along_axis(each[:, q], real[:, q + 1, None], 1)) for q in range(MODEL.codebooks - 1)]
+        nll += [-jnp.mean(jnp.take_along_axis(each[:, q], real[:, q + 1, None], 1)) for q in range(MODEL.num_codebooks - 1)]
         return sum(w * x for w, x in zip(weights, nll)) / sum(weights)
 
     expected, wanted = jax.jit(jax.value_and_grad(direct, argnums=(0, 1)))(leaves, hidden)
@@ -108,10 +108,10 @@ def test_metrics_of_two_pieces_add_up_to_those_of_the_whole(parts):
 
 
 def test_a_share_of_the_frames_is_its_own_mean(parts):
-    """With decoder_frames < 1 the metrics of c1 … are means over the frames that were drawn."""
+    """With decoder_frame_fraction < 1 the metrics of c1 … are means over the frames that were drawn."""
     graph, weights, hidden, codes = parts
     same = jnp.broadcast_to(hidden[:1, :1], hidden.shape), jnp.where(is_present(codes), codes[:1, :1], -1)
-    found = metrics_of((graph, weights, *same), LossConfig(decoder_frames=2 / FRAMES))
+    found = metrics_of((graph, weights, *same), LossConfig(decoder_frame_fraction=2 / FRAMES))
     every = metrics_of((graph, weights, *same), LossConfig())
     np.testing.assert_allclose(found.nll, every.nll, rtol=1e-6)
 
@@ -132,7 +132,7 @@ def test_weights_that_make_no_sense_are_errors(changes, message):
 
 def test_a_wrong_number_of_weights_is_an_error_before_anything_is_built():
     config, mesh = replace(tiny.config(), "loss.codebook_weights", (1.0,) * 8), make_mesh(MeshConfig())
-    with jax.set_mesh(mesh), pytest.raises(InputError, match="codebook_weights has 8 weights, model.codebooks is 4"):
+    with jax.set_mesh(mesh), pytest.raises(InputError, match="codebook_weights has 8 weights, model.num_codebooks is 4"):
         make_trainer(config.model, config.optimizer, config.loss, config.precision, 0, mesh)
 
 
@@ -150,7 +150,7 @@ def test_evaluation_weights_each_metric_by_its_own_targets(tiny_prepared, monkey
     monkeypatch.setattr("chroma_jax.runs.train.evaluation_batches", lambda *_, **__: [None, None])
     task = Speaking.__new__(Speaking)
     task.config, task.prepared, task.share, task.reading, task.place = config, prepared, {}, {}, lambda batch: batch
-    task.trainer = type("Trainer", (), {"eval_step": lambda self, state, batch: next(steps) | {"heard_tokens": 0.0}})()
+    task.trainer = type("Trainer", (), {"eval_step": lambda self, state, batch: next(steps) | {"ctc_targets": 0.0}})()
     found = task.evaluate(0, None, None)
     assert found["valid/nll_0"] == pytest.approx((10 * 1 + 30 * 3) / 40) and found["valid/nll_1"] == pytest.approx((2 + 6) / 2)
     assert found["valid/accuracy_0"] == pytest.approx((10 * 0.5 + 30 * 1.5) / 40)
@@ -167,7 +167,7 @@ OVER = Counts(*map(jnp.float32, (6, 6, 0, 0, 5, 5)))  # reply and prompt frames 
 def with_prompt(parts):
     """Rows of four reply and three prompt targets, of which two and one are absent."""
     graph, weights, hidden, _ = parts
-    codes = jax.random.randint(jax.random.key(1), (2, FRAMES, MODEL.codebooks), 0, 58)
+    codes = jax.random.randint(jax.random.key(1), (2, FRAMES, MODEL.num_codebooks), 0, 58)
     return graph, weights, hidden, codes.at[1, 2:4].set(-1).at[0, 6].set(-1)
 
 
@@ -178,7 +178,7 @@ def speech_of(parts, config: LossConfig, over: Counts, hidden=None):
 
 
 def test_a_prompt_frame_counts_prompt_weight_of_a_reply_frame(with_prompt):
-    config = LossConfig(prompt_weight=0.5, prompt_frames=SLOTS, decoder_hidden="attached")
+    config = LossConfig(prompt_weight=0.5, prompt_frames=SLOTS, stop_gradient_hidden=False)
     (value, metrics), gradient = speech_of(with_prompt, config, OVER)
     reply, prompt = (float(jnp.mean(metrics[name][1:]) + metrics[name][0]) / 2 for name in ("nll", "prompt_nll"))
     np.testing.assert_allclose(value, (6 * reply + 0.5 * 5 * prompt) / (6 + 0.5 * 5), rtol=1e-6)
@@ -202,7 +202,7 @@ def test_with_weight_one_prompt_and_reply_are_one_pool_of_frames(with_prompt):
 def test_a_step_with_a_prompt_loss_has_its_metrics_and_counts():
     """Shapes alone: nothing is compiled. The counts of reply and prompt are told apart by the slots."""
     config = replace(replace(tiny.config(), "loss.prompt_weight", 0.5), "loss.prompt_frames", 20)
-    config = replace(config, "training.accumulate", 2)
+    config = replace(config, "training.gradient_accumulation_steps", 2)
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         trainer = trainer_of(config, mesh)
@@ -213,7 +213,7 @@ def test_a_step_with_a_prompt_loss_has_its_metrics_and_counts():
     c0 = np.full((2, 68, 4), -1, np.int32)
     c0[0, :40], c0[1, 48:53] = 1, 1
     batch = jax.tree.map(lambda x: np.zeros((2, *x.shape[1:]), x.dtype), shapes)._replace(target_codes=c0)
-    counts = count(batch, dataclasses.replace(config.loss, decoder_frames=0.5))
+    counts = count(batch, dataclasses.replace(config.loss, decoder_frame_fraction=0.5))
     assert (counts.frames, counts.residual, counts.prompt_frames, counts.prompt_residual) == (40, 24, 5, 5)
     assert count(batch, LossConfig()).prompt_frames is None
     assert counted_by("prompt_nll_0") == "prompt_frames" and counted_by("prompt_accuracy_2") == "prompt_residual_frames"
@@ -223,8 +223,8 @@ def test_a_step_with_a_prompt_loss_has_its_metrics_and_counts():
 def test_training_with_weights_and_a_prompt_loss_writes_every_metric(tiny_prepared, tmp_path):
     config, prepared = tiny_prepared
     config = replace(replace(config, "loss.prompt_weight", 0.5), "loss.codebook_weights", (1.0, 3.0, 2.0, 1.0))
-    config = replace(replace(config, "loss.prompt_frames", 40), "training.accumulate", 2)
-    state = train(replace(config, "augment.frames", 0.2), tmp_path / "run", prepared)
+    config = replace(replace(config, "loss.prompt_frames", 40), "training.gradient_accumulation_steps", 2)
+    state = train(replace(config, "augment.frame_substitution_prob", 0.2), tmp_path / "run", prepared)
     assert int(state.step) == config.training.steps
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")
     trained, held_out = [x for x in lines if "train/loss" in x], [x for x in lines if "valid/loss" in x]

@@ -18,7 +18,7 @@ from data_pipelines.records import batches
 @pytest.fixture(scope="module")
 def batch(tiny_prepared):
     config, prepared = tiny_prepared
-    return next(batches(prepared, "train", config.model, global_batch=8, seed=0))
+    return next(batches(prepared, "train", config.model, global_batch_size=8, seed=0))
 
 
 def trained(config, mesh_config, batch, steps: int):

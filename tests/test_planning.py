@@ -436,7 +436,7 @@ def planned(topology: str, mesh: MeshConfig, slices: int = 1, **changes):
 @needs_compiler
 def test_a_training_step_is_planned_for_chips_that_are_not_here():
     """Eight of them, as two slices, which divide the data axis and are joined by the network."""
-    plan, program = planned("v5e:2x2", MeshConfig(data=2, fsdp=2, tensor=2), slices=2, training__global_batch=32)
+    plan, program = planned("v5e:2x2", MeshConfig(data=2, fsdp=2, tensor=2), slices=2, training__global_batch_size=32)
     assert plan.chips == 8 and plan.memory.free > 0.5 and plan.unknown_loops == 0
     assert 0 < plan.utilisation < 1 and plan.step_seconds >= plan.roof_seconds > 0
     found = program.memory_analysis()
@@ -461,9 +461,9 @@ def test_a_training_step_is_planned_for_chips_that_are_not_here():
 @pytest.mark.slow
 @needs_compiler
 def test_the_training_step_of_a_codec_is_planned_by_the_same_command(tmp_path, capsys):
-    flags = {"recipe.judge_from": 10, "recipe.discriminator.windows": 64, "recipe.discriminator.filters": 2}
+    flags = {"recipe.discriminator_start_step": 10, "recipe.discriminator.windows": 64, "recipe.discriminator.filters": 2}
     flags |= {"recipe.loss.resolutions.windows": 64, "recipe.loss.resolutions.bins": 5, "model.seanet.num_filters": 4}
-    flags |= {"model.seanet.ratios": "5 4", "model.transformer.num_layers": 1, "model.quantizer.num_codebooks": 2}
+    flags |= {"model.seanet.ratios": "5 4", "model.transformer.num_hidden_layers": 1, "model.quantizer.num_codebooks": 2}
     flags |= {"data.crop_frames": 4, "mesh.data": 4, "effort": "quick", "dollars_per_chip_hour": 1, "out": tmp_path / "plan.json"}
     given = [text for name, value in flags.items() for text in (f"--{name}", *str(value).split())]
     assert main(["plan", "codec_nano", "--topology", "v5e:2x2", *given]) == 0
@@ -560,7 +560,7 @@ def test_every_pod_has_a_mesh_of_its_devices():
     for config, name, slices in POD_CONFIGS:
         topology, found = parse_topology(name, slices), read_python(config)
         assert found.mesh.num_devices == topology.num_chips * topology.chip.devices, config
-        assert found.training.global_batch % found.mesh.num_row_shards == 0, config
+        assert found.training.global_batch_size % found.mesh.num_row_shards == 0, config
         assert on_pod(config.partition("@")[0], name, slices) == config
     assert on_pod("nano", "v5e:4x4") == "nano" and on_pod("chroma_4b_full@v5p:4x4x4", "v5e:4x4") == "chroma_4b_full@v5p:4x4x4"
     with pytest.raises(InputError, match="no mesh for 'v5e:4x5' .near: v5e:4x4"):
@@ -597,10 +597,14 @@ def test_the_streaming_ticks_are_planned_for_devices_that_share_a_model(tmp_path
     alone, shared = (json.loads((tmp_path / topology).read_text())[0] for topology in ("v5e:1x1", "v5e:2x2"))
     c = read_python("nano").model
     text, audio = c.reasoner.text, c.reasoner.audio
-    mlps = 3 * sum(stack.num_layers * stack.width * stack.mlp_width for stack in (text, c.backbone, c.decoder))
-    heard = audio.num_layers * (2 * audio.width * (2 * audio.width + audio.mlp_width + 1) + audio.mlp_width)
+    mlps = 3 * sum(
+        stack.num_hidden_layers * stack.hidden_size * stack.intermediate_size for stack in (text, c.backbone, c.decoder)
+    )
+    heard = audio.num_hidden_layers * (
+        2 * audio.hidden_size * (2 * audio.hidden_size + audio.intermediate_size + 1) + audio.intermediate_size
+    )
     # all else is whole on each: the Codec, and what two heads of keys do not divide by four
-    in_quarters = 2 * (mlps + heard + 2 * c.reasoner.vocab_size * text.width)
+    in_quarters = 2 * (mlps + heard + 2 * c.reasoner.vocab_size * text.hidden_size)
     assert shared["chips"] == 4 and alone["weights"] - shared["weights"] == 3 / 4 * in_quarters
     assert shared["pair"]["link_seconds"] > 0 == alone["pair"]["link_seconds"]
 
@@ -609,7 +613,7 @@ def test_candidates_use_every_device():
     topology = parse_topology("tpu7x:2x2x1")
     tried = dict(candidates(tiny.config(), topology))
     assert len(tried) > 10 and all(c.mesh.num_devices == 8 for c in tried.values())
-    assert all(c.training.global_batch % c.mesh.num_row_shards == 0 for c in tried.values())
+    assert all(c.training.global_batch_size % c.mesh.num_row_shards == 0 for c in tried.values())
 
 
 def test_the_default_backend_is_left_alone():

@@ -65,7 +65,7 @@ def test_the_codec_keeps_loudness_over_time(codec):
 
 def test_a_codec_of_other_sizes_is_refused():
     wider = dataclasses.replace(
-        configs.read_python("nano").model, codec=configs.read_python("mini").model.codec, audio_vocab=1027
+        configs.read_python("nano").model, codec=configs.read_python("mini").model.codec, audio_vocab_size=1027
     )
     with pytest.raises(InputError, match="shape"):
         trained_codec(FOLDER, wider)

@@ -38,7 +38,10 @@ def test_it_computes_what_the_configuration_says(saved):
         ours = trainer_of(config, mesh)
         loaded = with_executable(ours, compiled_from(config), abstract_batch(config, ours), path)
         for name, trainer in (("compiled", ours._replace(train_step=compiled)), ("loaded", loaded)):
-            state, reader = trainer.init(), batches(data, "train", config.model, global_batch=t.global_batch, seed=t.seed)
+            state, reader = (
+                trainer.init(),
+                batches(data, "train", config.model, global_batch_size=t.global_batch_size, seed=t.seed),
+            )
             losses = []
             for _ in range(3):
                 batch = jax.device_put(next(reader), trainer.batch_sharding)
@@ -61,7 +64,7 @@ def test_another_configuration_is_refused_and_what_differs_is_named(saved):
 
 def test_what_a_step_does_not_depend_on_may_differ(saved):
     config, _, _, path = saved
-    longer = replace(replace(config, "training.steps", 77), "checkpoint.every", 5)
+    longer = replace(replace(config, "training.steps", 77), "checkpoint.save_interval_steps", 5)
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         trainer = trainer_of(longer, mesh)

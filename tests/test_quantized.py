@@ -85,7 +85,7 @@ def test_small_weights_say_what_float_weights_of_the_same_values_say(models):
         )  # float32 rounding, which these models amplify
 
 
-@pytest.mark.parametrize("cache", [pytest.param("as_dtype", marks=pytest.mark.slow), "int8"])
+@pytest.mark.parametrize("cache", [pytest.param("none", marks=pytest.mark.slow), "int8"])
 def test_with_small_weights_a_row_in_a_batch_says_what_it_says_alone(models, cache):
     speaker = Generator(*models[1:], cache=cache)
     sampling, keys = settings(2, temperature=0.0, top_k=0, seed=1)
@@ -136,7 +136,7 @@ def test_forms_of_a_model_are_measured_beside_the_exact_one(tiny_prepared, tiny_
     exact, small = found["forms"]
     assert all(found["targets"].values()) and set(exact["agreement"].values()) == {1.0}
     losses = {}
-    for batch in evaluation_batches(prepared, "valid", config.model, global_batch=2):
+    for batch in evaluation_batches(prepared, "valid", config.model, global_batch_size=2):
         _, losses = jax.jit(partial(loss, config=LossConfig(text_weight=1.0), dtype=jnp.float32))(
             model, batch, key=jax.random.key(0)
         )

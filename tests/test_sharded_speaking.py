@@ -86,7 +86,7 @@ def test_slots_of_a_divided_model_say_what_they_say_on_one_device(modules, tmp_p
 
 
 def test_queries_are_divided_where_their_keys_are_not():
-    text = dataclasses.replace(CONFIG.reasoner.text, num_heads=16, num_kv_heads=2)
+    text = dataclasses.replace(CONFIG.reasoner.text, num_attention_heads=16, num_key_value_heads=2)
     config = dataclasses.replace(CONFIG, reasoner=dataclasses.replace(CONFIG.reasoner, text=text))
     rules = divided(config, 4).reasoner.text.rules
     assert rules.heads == () and rules.group == ("tensor",)
@@ -104,7 +104,7 @@ def test_a_divided_model_holds_its_part_of_every_kernel(modules):
         assert scale.addressable_shards[0].data.shape[-1] * 2 == scale.shape[-1]
 
 
-@pytest.mark.parametrize("weights", ["as_dtype", "int8"])
+@pytest.mark.parametrize("weights", ["none", "int8"])
 def test_a_run_is_loaded_in_parts(tiny_run, weights):
     """No device ever holds all of it; what is read so is what one device reads."""
     config = load(tiny_run)

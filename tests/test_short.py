@@ -51,7 +51,15 @@ def test_which_rows_it_serves():
 
 @pytest.mark.parametrize("mesh", [None, MeshConfig(data=2, fsdp=2, tensor=2)], ids=["one device", "divided"])
 def test_an_encoder_computes_the_same_on_tpu(mesh, monkeypatch):
-    config = AudioEncoderConfig(num_layers=2, width=256, num_heads=4, mlp_width=128, mel_bins=8, block_frames=28, output_width=16)
+    config = AudioEncoderConfig(
+        num_hidden_layers=2,
+        hidden_size=256,
+        num_attention_heads=4,
+        intermediate_size=128,
+        mel_bins=8,
+        block_frames=28,
+        output_dim=16,
+    )
     encoder = AudioEncoder(nnx.Rngs(0), config)
     graph, state = nnx.split(jax.tree.map(lambda x: x.astype(jnp.bfloat16), encoder))
     mel, lengths = drawn(1, 4, 3, 28, 8), jnp.array([[28, 28, 28], [28, 28, 9], [28, 3, 0], [5, 0, 0]], jnp.int32)
@@ -80,7 +88,7 @@ def counted(calls: list, kernel, *refs, **given):
 def test_an_attention_with_more_than_the_kernel_knows_is_computed_plainly(monkeypatch):
     monkeypatch.setattr(attention, "on_tpu", lambda: True)
     x = drawn(2, 1, 12, 256)
-    layer = lambda kv: Attention(nnx.Rngs(0), width=256, num_heads=4, num_kv_heads=kv, head_dim=64)
+    layer = lambda kv: Attention(nnx.Rngs(0), hidden_size=256, num_attention_heads=4, num_key_value_heads=kv, head_dim=64)
     assert layer(4).may_be_short(x) and not layer(2).may_be_short(x) and not layer(4).may_be_short(x.astype(jnp.float32))
     lengths = jnp.array([7], jnp.int32)
     a, b = (layer(2)(x, None, mask) for mask in (Lengths(lengths), short.mask(lengths, 12)))

@@ -21,7 +21,7 @@ from data_pipelines.records import RowReader, batches
 @pytest.fixture(scope="module")
 def config(tiny_prepared):
     config = replace(tiny_prepared[0], "optimizer.freeze", ("reasoner/",))
-    return replace(replace(config, "loss.text_weight", 0.0), "loss.hearing_weight", 0.0)
+    return replace(replace(config, "loss.text_weight", 0.0), "loss.ctc_weight", 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +49,8 @@ def test_training_behind_stored_states_is_training_behind_the_reasoner(config, s
 
 
 def test_no_speech_is_read(config, states):
-    batch = next(batches(states, "train", config.model, global_batch=4, seed=0, reasoner="stored"))
-    assert batch.mel.size == 0 and batch.hidden.shape == (*batch.answer_token.shape, config.model.reasoner.text.width)
+    batch = next(batches(states, "train", config.model, global_batch_size=4, seed=0, reasoner="stored"))
+    assert batch.mel.size == 0 and batch.hidden.shape == (*batch.answer_token.shape, config.model.reasoner.text.hidden_size)
     there = np.abs(batch.hidden.astype(np.float32)).sum(axis=-1) > 0
     np.testing.assert_array_equal(there, batch.answer_position >= 0)
 
@@ -95,7 +95,7 @@ def with_other_weights(run, config, folder):
 
 
 def test_misuse_is_an_error(config, states, run, tmp_path):
-    with pytest.raises(ValueError, match="set text_weight and hearing_weight to 0"):
+    with pytest.raises(ValueError, match="set text_weight and ctc_weight to 0"):
         replace(replace(config, "loss.text_weight", 1.0), "loss.reasoner", "stored")
     trained = replace(replace(config, "loss.reasoner", "stored"), "optimizer.freeze", ())
     with pytest.raises(InputError, match="the Reasoner is trained; freeze it"):

@@ -205,7 +205,7 @@ def test_as_the_reference_the_codec_attends_to_everything(modules):
     sampling, keys = settings(1, temperature=0.0, top_k=0, seed=0)
     speaker = Generator(*modules, compatibility="reference")
     outputs = list(speaker.stream(stack([CASES[0].prompt], "reference"), sampling, keys, MAX_FRAMES))
-    assert 2 * len(outputs) > CONFIG.codec.window  # in positions
+    assert 2 * len(outputs) > CONFIG.codec.sliding_window  # in positions
     samples, codes = (np.concatenate([getattr(x, name) for x in outputs]) for name in ("samples", "codes"))
     decode = jax.jit(lambda codec, codes: codec.decode(codes)[0])
     everything = decode(with_window(modules[1], None), codes[None])

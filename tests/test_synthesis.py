@@ -297,7 +297,7 @@ def test_utterances_are_read_aloud_and_serve_as_prompts(tmp_path):
     corpus = read_corpus(tmp_path / "corpus", on_problem="strict")
     assert len(corpus.utterances) == 8 and len(corpus.dialogues) == 8
     lengths = usable(recordings(corpus), 30.0, [])
-    config = CurriculumConfig(dialogue=0.0, read=1.0, prompts="any", no_prompt=0.0)
+    config = CurriculumConfig(dialogue=0.0, tts=1.0, prompts="any", no_prompt=0.0)
     train = drawn(corpus, "train", config, 1, 0, lengths)
     utterances = {u.audio: u for u in corpus.utterances if u.split == "train"}
     assert {e.reply.path for e in train} >= utterances.keys()
@@ -306,7 +306,7 @@ def test_utterances_are_read_aloud_and_serve_as_prompts(tmp_path):
     assert [e.id.split()[0] for e in valid] == ["d25", "read"] and valid[1].said.startswith(READ_ALOUD) and valid[1].prompt
     bare = held_out_examples(corpus, "valid", CurriculumConfig(no_prompt=1.0), 0, lengths)
     assert bare[0].prompt and not bare[1].prompt
-    one = drawn(corpus, "train", CurriculumConfig(read=1.0, proceed=1.0, max_voices=1), 1, 0, lengths)
+    one = drawn(corpus, "train", CurriculumConfig(tts=1.0, continuation=1.0, max_voices=1), 1, 0, lengths)
     voice = {u.audio: u.voice for u in corpus.utterances} | {d.answer_audio: d.assistant_voice for d in corpus.dialogues}
     voice |= {d.question_audio: d.user_voice for d in corpus.dialogues} | {r.audio: r.voice for r in corpus.references}
     assert one and {voice[e.reply.path] for e in one} == {"v0000"}
@@ -315,7 +315,7 @@ def test_utterances_are_read_aloud_and_serve_as_prompts(tmp_path):
 def test_a_corpus_of_utterances_alone_can_be_prepared(tmp_path):
     made(tmp_path, [sentence(i, s) for i, s in enumerate(["train"] * 6 + ["valid"] * 2 + ["test"])])
     row = RowShape(6, 320, 96, 256, 96)
-    config = data_config(tmp_path / "corpus", row=row, curriculum=CurriculumConfig(dialogue=0.0, read=1.0))
+    config = data_config(tmp_path / "corpus", row=row, curriculum=CurriculumConfig(dialogue=0.0, tts=1.0))
     dataset = prepare(config, MODEL, StandInCodec(), tmp_path / "set", progress="none")
     splits = dataset.manifest["splits"]
     assert splits["train"]["conversations"] > 6 and (splits["valid"]["conversations"], splits["test"]["conversations"]) == (2, 1)

@@ -28,7 +28,7 @@ from chroma_jax.planning.training_step import trainer_of
 from chroma_jax.runs.codec_teacher import audio_encoder, hearing
 from chroma_jax.runs.train import place, train
 from chroma_jax.training.checkpoint import Checkpoints
-from chroma_jax.training.loss import LossConfig, choose_frames, cross_entropy, frame_losses, hearing_loss, text_losses
+from chroma_jax.training.loss import LossConfig, choose_frames, cross_entropy, ctc_loss, frame_losses, text_losses
 from chroma_jax.training.metrics import read_lines
 from chroma_jax.training.optimizer import OptimizerConfig, split_trainable
 from chroma_jax.training.state import make_trainer
@@ -40,7 +40,7 @@ from data_pipelines.records import batches
 @pytest.fixture(scope="module")
 def batch(tiny_prepared):
     config, prepared = tiny_prepared
-    return next(batches(prepared, "train", config.model, global_batch=8, seed=0))
+    return next(batches(prepared, "train", config.model, global_batch_size=8, seed=0))
 
 
 def trainer_on(config, mesh):
@@ -85,7 +85,7 @@ def losses_on_one_device(tiny_prepared, batch, weights):
 )
 def test_a_batch_has_the_same_loss_on_every_mesh(tiny_prepared, batch, weights, losses_on_one_device, mesh):
     got = evaluated(tiny_prepared[0], mesh, batch, weights)
-    for name in ("loss", "c0_loss", "residual_loss", "text_loss", "hearing_loss"):
+    for name in ("loss", "c0_loss", "residual_loss", "text_loss", "ctc_loss"):
         # float32 sums in another order
         np.testing.assert_allclose(got[name], losses_on_one_device[name], rtol=1e-5, err_msg=name)
 
@@ -124,11 +124,11 @@ def test_a_target_is_scored_at_its_own_position_only(tiny_prepared, batch):
     """Moving h at the position that predicts frame f moves the loss; moving it where frame f is fed does not."""
     config, _ = tiny_prepared
     model = jax.jit(lambda: Chroma(nnx.Rngs(0), config.model))()
-    hidden = jax.random.normal(jax.random.key(0), (1, 6, config.model.backbone.width))
-    codes = np.full((1, 6, config.model.codebooks), -1, np.int32)
+    hidden = jax.random.normal(jax.random.key(0), (1, 6, config.model.backbone.hidden_size))
+    codes = np.full((1, 6, config.model.num_codebooks), -1, np.int32)
     codes[0, 2] = 5
     gradient = jax.jit(
-        jax.grad(lambda h: sum(frame_losses(model, h, codes, LossConfig(decoder_hidden="attached"), jax.random.key(0))[:2]))
+        jax.grad(lambda h: sum(frame_losses(model, h, codes, LossConfig(stop_gradient_hidden=False), jax.random.key(0))[:2]))
     )
     moved = np.abs(np.asarray(gradient(hidden))).sum(-1)[0]
     assert moved[2] > 0 and not moved[[0, 1, 3, 4, 5]].any()
@@ -137,11 +137,11 @@ def test_a_target_is_scored_at_its_own_position_only(tiny_prepared, batch):
 def test_the_decoder_leaves_the_backbone_alone_when_detached(tiny_prepared):
     config, _ = tiny_prepared
     model = jax.jit(lambda: Chroma(nnx.Rngs(0), config.model))()
-    hidden = jax.random.normal(jax.random.key(0), (1, 3, config.model.backbone.width))
-    codes = np.ones((1, 3, config.model.codebooks), np.int32)
+    hidden = jax.random.normal(jax.random.key(0), (1, 3, config.model.backbone.hidden_size))
+    codes = np.ones((1, 3, config.model.num_codebooks), np.int32)
 
     def residual(h, kind):
-        return frame_losses(model, h, codes, LossConfig(decoder_hidden=kind), jax.random.key(0))[1]
+        return frame_losses(model, h, codes, LossConfig(stop_gradient_hidden=kind), jax.random.key(0))[1]
 
     gradient = jax.jit(jax.grad(residual), static_argnums=1)
     assert not np.any(gradient(hidden, "detached")) and np.any(gradient(hidden, "attached"))
@@ -152,10 +152,10 @@ def test_the_decoder_in_chunks_gives_the_same_loss_and_gradient(tiny_prepared, b
     config, _ = tiny_prepared
     graph, weights = nnx.split(jax.jit(lambda: Chroma(nnx.Rngs(0), config.model))())
     codes = jnp.asarray(batch.target_codes)
-    hidden = jax.random.normal(jax.random.key(0), (*codes.shape[:2], config.model.backbone.width))
+    hidden = jax.random.normal(jax.random.key(0), (*codes.shape[:2], config.model.backbone.hidden_size))
 
     def total(weights, hidden, chunk):
-        losses = LossConfig(decoder_chunk=chunk, decoder_hidden="attached")
+        losses = LossConfig(decoder_chunk_size=chunk, stop_gradient_hidden=False)
         c0, residual, *sums = frame_losses(nnx.merge(graph, weights), hidden, codes, losses, jax.random.key(0))
         return c0 + 3 * residual, sums
 
@@ -175,7 +175,7 @@ def test_the_decoder_in_chunks_may_be_divided(tiny_prepared, batch):
     for chunk, shape in ((0, MeshConfig()), (5, MeshConfig(data=2, fsdp=2, tensor=2))):
         mesh = make_mesh(shape)
         with jax.set_mesh(mesh):
-            trainer = trainer_of(replace(tiny_prepared[0], "loss.decoder_chunk", chunk), mesh)
+            trainer = trainer_of(replace(tiny_prepared[0], "loss.decoder_chunk_size", chunk), mesh)
             metrics.append(jax.device_get(trainer.train_step(trainer.init(), place(batch, trainer))[1]))
     for name in ("residual_loss", "gradient_norm"):
         np.testing.assert_allclose(metrics[1][name], metrics[0][name], rtol=1e-5)
@@ -203,7 +203,7 @@ def test_text_logits_in_pieces_give_the_same_loss_and_gradient(tiny_prepared, ba
     """23 answers at a time, which does not divide them."""
     config, _ = tiny_prepared
     model = jax.jit(lambda: Chroma(nnx.Rngs(0), config.model))()
-    answers = jax.random.normal(jax.random.key(0), (*batch.answer_token.shape, config.model.backbone.width))
+    answers = jax.random.normal(jax.random.key(0), (*batch.answer_token.shape, config.model.backbone.hidden_size))
 
     @partial(jax.jit, static_argnums=1)
     def run(answers, chunk):
@@ -232,18 +232,18 @@ def test_the_hearing_loss_sums_over_all_ways_to_spell(tiny_prepared, batch):
     audio = np.zeros((1, 100, table.shape[1]), np.float32)
     audio[0, :valid, 1:4] = rng.uniform(0.1, 2, (valid, 3))
     audio[0, valid:50, 1] = 9.0  # padding, to be taken for silence
-    heard = batch._replace(mel_length=np.array([[4 * valid, 0]]), heard_token=np.array([spoken + [-1] * 5], np.int32))
+    heard = batch._replace(mel_length=np.array([[4 * valid, 0]]), ctc_target=np.array([spoken + [-1] * 5], np.int32))
     shares = jax.nn.softmax(jnp.asarray(audio[0, :valid]) @ table.T)[:, np.array([7, 3, blank])]
     likelihood = 0.0
     for way in itertools.product(range(3), repeat=valid):
         read = [(7, 3, None)[token] for token, _ in itertools.groupby(way)]
         if [token for token in read if token is not None] == spoken:
             likelihood += float(np.prod([shares[t, token] for t, token in enumerate(way)]))
-    found = jax.jit(lambda audio: hearing_loss(reasoner, audio, heard, blank))(audio)
+    found = jax.jit(lambda audio: ctc_loss(reasoner, audio, heard, blank))(audio)
     np.testing.assert_allclose(found, -np.log(likelihood), rtol=1e-5)
     # three tokens, of which two are the same, do not fit into three outputs; such a row counts nothing
     crowded = heard._replace(mel_length=np.array([[4 * 3, 0]]))
-    assert hearing_loss(reasoner, jnp.asarray(audio), crowded, blank) == 0
+    assert ctc_loss(reasoner, jnp.asarray(audio), crowded, blank) == 0
 
 
 def test_a_reasoner_is_trained_alone_without_computing_the_rest(tiny_prepared, batch, weights):
@@ -253,8 +253,8 @@ def test_a_reasoner_is_trained_alone_without_computing_the_rest(tiny_prepared, b
     with jax.set_mesh(mesh):
         trainer = trainer_on(config, mesh)
         _, metrics = trainer.train_step(started(trainer, weights), place(batch, trainer))
-    assert "c0_loss" not in metrics and metrics["text_loss"] > 0 and metrics["hearing_loss"] > 0
-    expected = metrics["text_loss"] + 0.5 * metrics["hearing_loss"]
+    assert "c0_loss" not in metrics and metrics["text_loss"] > 0 and metrics["ctc_loss"] > 0
+    expected = metrics["text_loss"] + 0.5 * metrics["ctc_loss"]
     np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-6)
 
 
@@ -265,7 +265,7 @@ def test_a_step_in_pieces_is_the_step_at_once(tiny_prepared, batch, weights, pie
     for accumulate, shape in ((1, MeshConfig()), (pieces, MeshConfig(data=2))):
         mesh = make_mesh(shape)
         with jax.set_mesh(mesh):
-            trainer = trainer_of(replace(config, "training.accumulate", accumulate), mesh)
+            trainer = trainer_of(replace(config, "training.gradient_accumulation_steps", accumulate), mesh)
             state, metrics = trainer.train_step(started(trainer, weights), place(batch, trainer))
             found.append((jax.device_get(metrics), jax.device_get(state.trained)))
     (metrics, ours), (others, theirs) = found
@@ -327,7 +327,7 @@ def test_every_weight_has_logical_axes_with_a_rule(tiny_prepared):
     abstract = nnx.eval_shape(lambda: Chroma(nnx.Rngs(0), tiny_prepared[0].model))
     for _, variable in nnx.to_flat_state(nnx.state(abstract)):
         assert len(variable.get_metadata()["axes"]) == len(variable.shape)
-        AxisRules().at_rest(variable.get_metadata()["axes"])
+        AxisRules().param_spec(variable.get_metadata()["axes"])
 
 
 def test_a_mesh_that_does_not_divide_a_weight_is_an_error_that_names_it(tiny_prepared):
@@ -472,7 +472,7 @@ def test_a_run_s_audio_encoder_teaches_a_codec(tiny_prepared, straight):
     sound = lambda time: 0.1 * np.sin(2 * np.pi * np.outer(time, tones[0]) + tones[1]).sum(1) * (1 + np.sin(9 * time))
     encoder = audio_encoder(run)
     heard = jax.jit(hearing(encoder, 24_000))(jnp.asarray(sound(high)[None], jnp.float32))
-    assert heard.shape == (1, 120, model.reasoner.audio.width)
+    assert heard.shape == (1, 120, model.reasoner.audio.hidden_size)
     mel, lengths = cut_blocks(log_mel(sound(low)), model.reasoner.audio.block_frames)
     expected = encoder.norm(encoder.attend(encoder.front(mel, lengths, jnp.float32), lengths)).reshape(1, -1, heard.shape[2])
     # single precision and another sum over the window; the last block's attention sees the right edge, which is reflected

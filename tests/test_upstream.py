@@ -48,7 +48,7 @@ LOGITS = {"rtol": 0, "atol": 1e-3}
 
 def model_config():
     """Mimi in transformers wants a power of two of codes."""
-    config = dataclasses.replace(tiny.model(), audio_vocab=VOCABULARY, codebook_pad=VOCABULARY - 1)
+    config = dataclasses.replace(tiny.model(), audio_vocab_size=VOCABULARY, codebook_pad_token_id=VOCABULARY - 1)
     return tiny.replace(config, "codec.quantizer.codebook_size", 64)
 
 
@@ -254,7 +254,7 @@ def csm(exported: Path, levels: int = LEVELS):
         depth_decoder_config={
             **{k: v for k, v in said["decoder_config"].items() if k not in ("model_type", "vocab_size")},
             **{k: v for k, v in shape.items() if k != "codebook_pad_token_id"},
-            "backbone_hidden_size": MODEL.backbone.width,
+            "backbone_hidden_size": MODEL.backbone.hidden_size,
         },
         codec_config=said["codec_config"] | {"model_type": "mimi"},
         bos_token_id=1,
@@ -285,7 +285,7 @@ def their_heads(theirs, inputs: np.ndarray, codes: np.ndarray) -> tuple[np.ndarr
 
 
 def check_heads(model: Chroma, theirs) -> None:
-    inputs = RNG.normal(size=(11, MODEL.backbone.width)).astype(np.float32)
+    inputs = RNG.normal(size=(11, MODEL.backbone.hidden_size)).astype(np.float32)
     codes = RNG.integers(0, 64, LEVELS).astype(np.int32)
     for found, expected in zip(our_heads(model, inputs, codes), their_heads(theirs, inputs, codes), strict=True):
         assert found.std() > 1e-3

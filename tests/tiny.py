@@ -31,48 +31,54 @@ class TinyCodec(StandInCodec):
 
 
 def model() -> ChromaConfig:
-    stack = LlamaConfig(num_layers=2, width=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=64)
+    stack = LlamaConfig(
+        num_hidden_layers=2, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, head_dim=8, intermediate_size=64
+    )
     return ChromaConfig(
         reasoner=ReasonerConfig(
-            audio=AudioEncoderConfig(num_layers=1, width=32, num_heads=2, mlp_width=64, output_width=32),
-            text=dataclasses.replace(stack, qkv_bias="qkv", norm_eps=1e-6, rope=RopeConfig(theta=1e6)),
+            audio=AudioEncoderConfig(
+                num_hidden_layers=1, hidden_size=32, num_attention_heads=2, intermediate_size=64, output_dim=32
+            ),
+            text=dataclasses.replace(stack, qkv_bias=True, rms_norm_eps=1e-6, rope=RopeConfig(theta=1e6)),
             vocab_size=512,
         ),
         backbone=stack,
-        decoder=dataclasses.replace(stack, width=24, num_layers=1, head_dim=6),
+        decoder=dataclasses.replace(stack, hidden_size=24, num_hidden_layers=1, head_dim=6),
         codec=CodecConfig(
             seanet=SeanetConfig(num_filters=4),
             transformer=EncoderConfig(
-                num_layers=1,
-                width=16,
-                num_heads=2,
-                num_kv_heads=2,
+                num_hidden_layers=1,
+                hidden_size=16,
+                num_attention_heads=2,
+                num_key_value_heads=2,
                 head_dim=8,
-                mlp_width=16,
+                intermediate_size=16,
                 layer_scale=0.01,
                 rope=RopeConfig(theta=1e4),
             ),
             quantizer=QuantizerConfig(num_codebooks=4, codebook_size=58, codebook_dim=8),
             upsample_groups=16,
-            window=20,
+            sliding_window=20,
         ),
         tokens=SpecialTokens(*range(504, 512)),
-        codebooks=4,
-        audio_vocab=CODES,
-        codebook_pad=CODES - 1,
+        num_codebooks=4,
+        audio_vocab_size=CODES,
+        codebook_pad_token_id=CODES - 1,
     )
 
 
 def config(corpus: Path | str = "embedded") -> Config:
     return Config(
         model=model(),
-        data=DataConfig(corpus=str(corpus), row=RowShape(blocks=4, text=256, answers=64, positions=160, frames=48, heard=96)),
+        data=DataConfig(
+            corpus=str(corpus), row=RowShape(blocks=4, text=256, answers=64, positions=160, frames=48, ctc_targets=96)
+        ),
         mesh=MeshConfig(),
-        training=TrainingConfig(steps=4, global_batch=8, eval_every=100, log_every=1),
-        loss=LossConfig(text_weight=1.0, hearing_weight=0.5),
+        training=TrainingConfig(steps=4, global_batch_size=8, eval_interval_steps=100, log_interval_steps=1),
+        loss=LossConfig(text_weight=1.0, ctc_weight=0.5),
         optimizer=OptimizerConfig(learning_rate=1e-2),
         precision=PrecisionConfig(compute="float32"),
-        checkpoint=CheckpointConfig(every=2, keep=3),
+        checkpoint=CheckpointConfig(save_interval_steps=2, max_to_keep=3),
     )
 
 

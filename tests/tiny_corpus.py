@@ -15,7 +15,7 @@ from data_pipelines.prepare import DataConfig
 RATE = 24_000
 TOKENS = SpecialTokens(*range(504, 512))
 MODEL = dataclasses.replace(
-    ChromaConfig(), tokens=TOKENS, reasoner=dataclasses.replace(ChromaConfig().reasoner, vocab_size=512), codebooks=4
+    ChromaConfig(), tokens=TOKENS, reasoner=dataclasses.replace(ChromaConfig().reasoner, vocab_size=512), num_codebooks=4
 )
 ROW = RowShape(blocks=6, text=256, answers=64, positions=192, frames=64)
 

@@ -27,26 +27,43 @@ FEATURES = FeatureConfig(mel_bins=16)
 
 
 def tiny() -> ChromaConfig:
-    llama = LlamaConfig(num_layers=2, width=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=48)
-    audio = AudioEncoderConfig(num_layers=1, width=32, num_heads=2, mlp_width=48, mel_bins=16, block_frames=40, output_width=32)
+    llama = LlamaConfig(
+        num_hidden_layers=2, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, head_dim=8, intermediate_size=48
+    )
+    audio = AudioEncoderConfig(
+        num_hidden_layers=1,
+        hidden_size=32,
+        num_attention_heads=2,
+        intermediate_size=48,
+        mel_bins=16,
+        block_frames=40,
+        output_dim=32,
+    )
     transformer = EncoderConfig(
-        num_layers=1, width=16, num_heads=2, num_kv_heads=2, head_dim=8, mlp_width=24, layer_scale=0.5, rope=RopeConfig(1e4)
+        num_hidden_layers=1,
+        hidden_size=16,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
+        intermediate_size=24,
+        layer_scale=0.5,
+        rope=RopeConfig(1e4),
     )
     return ChromaConfig(
-        reasoner=ReasonerConfig(audio=audio, text=dataclasses.replace(llama, qkv_bias="qkv"), vocab_size=VOCABULARY),
+        reasoner=ReasonerConfig(audio=audio, text=dataclasses.replace(llama, qkv_bias=True), vocab_size=VOCABULARY),
         backbone=llama,
-        decoder=dataclasses.replace(llama, num_layers=1, width=16, head_dim=4, mlp_width=24),
+        decoder=dataclasses.replace(llama, num_hidden_layers=1, hidden_size=16, head_dim=4, intermediate_size=24),
         codec=CodecConfig(
             seanet=SeanetConfig(num_filters=4, ratios=(4, 2)),
             transformer=transformer,
             quantizer=QuantizerConfig(num_codebooks=LEVELS, codebook_size=CODES, codebook_dim=8),
             upsample_groups=16,
-            window=6,
+            sliding_window=6,
         ),
         tokens=SpecialTokens(*range(VOCABULARY - 8, VOCABULARY)),
-        codebooks=LEVELS,
-        audio_vocab=AUDIO_VOCAB,
-        codebook_pad=AUDIO_VOCAB - 1,
+        num_codebooks=LEVELS,
+        audio_vocab_size=AUDIO_VOCAB,
+        codebook_pad_token_id=AUDIO_VOCAB - 1,
     )
 
 

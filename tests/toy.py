@@ -32,8 +32,8 @@ WIDTH, ROWS = 4096, 8  # so wide that each device's weights have a place of thei
 
 @dataclasses.dataclass(frozen=True)
 class ToyConfig:
-    training: TrainingConfig = TrainingConfig(steps=8, global_batch=ROWS, eval_every=4, log_every=1)
-    checkpoint: CheckpointConfig = CheckpointConfig(every=2, keep=3)
+    training: TrainingConfig = TrainingConfig(steps=8, global_batch_size=ROWS, eval_interval_steps=4, log_interval_steps=1)
+    checkpoint: CheckpointConfig = CheckpointConfig(save_interval_steps=2, max_to_keep=3)
     mesh: MeshConfig = MeshConfig(fsdp=8)
 
 
@@ -63,7 +63,7 @@ class Toy:
             place((), jnp.int32, rest), place((WIDTH,), jnp.float32, divided), place((WIDTH,), jnp.float32, divided)
         )
         self.rows = rows
-        self.share = data_shard(rows, config.training.global_batch)
+        self.share = data_shard(rows, config.training.global_batch_size)
 
         def loss(w, batch):
             w = jax.sharding.reshard(w, P())
@@ -74,7 +74,7 @@ class Toy:
             norm = jnp.sqrt(jnp.sum(jnp.square(gradient)))
             momentum = 0.9 * state.momentum + gradient
             new = ToyState(state.step + 1, state.weights - 0.02 * momentum, momentum)
-            new, skipped = applied(new, state, value, norm, config.training.skip_norm)
+            new, skipped = applied(new, state, value, norm, config.training.skip_step_grad_norm)
             return new, {"loss": value, "gradient_norm": norm, "skipped": skipped}
 
         self.compiled = jax.jit(step, donate_argnums=0)
@@ -88,7 +88,7 @@ class Toy:
     def batch(self, position: int) -> np.ndarray:
         """This process's rows of a global batch that depends on its position alone."""
         rng = np.random.default_rng(position)
-        x = 4 / np.sqrt(WIDTH) * rng.normal(size=(self.config.training.global_batch, WIDTH)).astype(np.float32)
+        x = 4 / np.sqrt(WIDTH) * rng.normal(size=(self.config.training.global_batch_size, WIDTH)).astype(np.float32)
         whole = np.concatenate([x, x @ np.linspace(-1, 1, WIDTH, dtype=np.float32)[:, None]], axis=1)
         return np.split(whole, self.share["process_count"])[self.share["process_index"]]
 

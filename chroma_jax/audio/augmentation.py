@@ -10,14 +10,20 @@ from chroma_jax.audio.log_mel import FeatureConfig
 
 @dataclasses.dataclass(frozen=True)
 class AugmentConfig:
-    """All zero: nothing is changed.
+    """Random changes to the user's speech, to its features, and to the frames that the Backbone is fed.
 
-    gain_db: louder or softer by up to so much. noise: the share of recordings that get noise, its spectrum falling by up to 6 dB
-    per octave, at a signal-to-noise ratio drawn from snr_db. tilt_db: highs against lows, up or down by up to so much. Of the
-    features, warp: every frequency is multiplied or divided by up to one plus so much, as if by another vocal tract (Jaitly and
-    Hinton, 2013); and (Park et al., arXiv 1904.08779) time_masks and bin_masks, how many stretches of frames and of mel bins are
-    hidden, each of up to time_mask frames (a hundred a second) and bin_mask bins. frames: the share of the frames fed to the
-    Backbone that another frame of the row takes the place of, so that it learns to go on after its own mistakes; targets stay.
+    Attributes:
+        gain_db: Maximum change of level in dB.
+        noise: Probability that a recording gets noise whose spectrum falls by up to 6 dB per octave.
+        snr_db: Range of the signal-to-noise ratio in dB.
+        tilt_db: Maximum spectral tilt in dB.
+        warp: Maximum relative change of all frequencies of the features, as by another vocal tract (Jaitly and Hinton, 2013).
+        time_masks: Number of masked stretches of frames (Park et al., arXiv 1904.08779).
+        time_mask: Maximum length of a masked stretch in frames of 10 ms.
+        bin_masks: Number of masked stretches of mel bins.
+        bin_mask: Maximum length of a masked stretch in mel bins.
+        frame_substitution_prob: Probability that an input frame is replaced by another frame of the packed sequence; targets
+            stay.
     """
 
     gain_db: float = 0.0
@@ -29,7 +35,7 @@ class AugmentConfig:
     time_mask: int = 20
     bin_masks: int = 0
     bin_mask: int = 20
-    frames: float = 0.0
+    frame_substitution_prob: float = 0.0
 
     def __post_init__(self):
         for name in ("gain_db", "noise", "tilt_db", "warp", "time_masks", "bin_masks"):
@@ -37,8 +43,8 @@ class AugmentConfig:
                 raise ValueError(f"augment.{name} must not be negative, got {getattr(self, name)}")
         if self.snr_db[0] > self.snr_db[1]:
             raise ValueError(f"augment.snr_db {self.snr_db} does not go from low to high")
-        if not 0 <= self.frames <= 1:
-            raise ValueError(f"augment.frames must lie in 0 … 1, got {self.frames}")
+        if not 0 <= self.frame_substitution_prob <= 1:
+            raise ValueError(f"augment.frame_substitution_prob must lie in 0 … 1, got {self.frame_substitution_prob}")
 
     def wave(self, wave: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """wave: float32 [S]. Returns float32 [S]."""
@@ -75,9 +81,9 @@ class AugmentConfig:
     def codes(self, codes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """codes: int32 [T, Q] of a row, negative where no frame is fed. Returns the same with some frames exchanged."""
         there = np.flatnonzero(codes[:, 0] >= 0)
-        if not self.frames or not len(there):
+        if not self.frame_substitution_prob or not len(there):
             return codes
-        changed = there[rng.random(len(there)) < self.frames]
+        changed = there[rng.random(len(there)) < self.frame_substitution_prob]
         codes = codes.copy()
         codes[changed] = codes[rng.choice(there, len(changed))]
         return codes

@@ -24,8 +24,16 @@ RANGE = 8.0  # decades below the loudest bin at which features are cut off
 
 @dataclasses.dataclass(frozen=True)
 class FeatureConfig:
-    """Log-mel front end. n_fft, hop: samples. max_seconds: the longest recording, which is also the length that the
-    reference pads every recording to. top: upper edge of the mel filters in Hz, whatever the sample rate."""
+    """Log-mel front end.
+
+    Attributes:
+        sample_rate: In Hz.
+        n_fft: Window length in samples.
+        hop: Hop in samples.
+        mel_bins: Number of mel bins.
+        max_seconds: Maximum length of a recording, to which the reference implementation pads every recording.
+        top: Upper edge of the mel filters in Hz, whatever the sample rate.
+    """
 
     sample_rate: int = 16_000
     n_fft: int = 400

@@ -19,11 +19,11 @@ def full_rows(config: Config, rows: int, seed: int = 0) -> Batch:
     place = np.arange(row.positions)
     turn = place % 3  # an answer token, and two frames
     frame = (turn > 0)[None, :, None]
-    codes = rng.integers(0, c.codec.quantizer.codebook_size, (rows, row.positions, c.codebooks), np.int32)
+    codes = rng.integers(0, c.codec.quantizer.codebook_size, (rows, row.positions, c.num_codebooks), np.int32)
     targets = np.flatnonzero(turn > 0)[: row.frames] - 1
     slots = row.frames + config.loss.prompt_slots
     absent = np.full(slots - len(targets), -1)
-    target = rng.integers(0, c.codec.quantizer.codebook_size, (rows, slots, c.codebooks), np.int32)
+    target = rng.integers(0, c.codec.quantizer.codebook_size, (rows, slots, c.num_codebooks), np.int32)
     answer = np.minimum(place // 3, row.answers - 1)
     return Batch(
         mel=rng.standard_normal((rows, row.blocks, audio.block_frames, audio.mel_bins), np.float32),
@@ -41,6 +41,6 @@ def full_rows(config: Config, rows: int, seed: int = 0) -> Batch:
         position=each(place),
         target_position=each(np.concatenate([targets, absent])),
         target_codes=np.where((np.arange(slots) < len(targets))[None, :, None], target, -1),
-        heard_token=np.full((rows, row.heard), -1, np.int32),
+        ctc_target=np.full((rows, row.ctc_targets), -1, np.int32),
         hidden=np.zeros((rows, row.answers, 0), np.float16),
     )

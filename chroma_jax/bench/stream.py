@@ -72,7 +72,9 @@ def bench_stream(
     reply: how codes are chosen, and the type computed in. text_positions, chunk: of the engine. peer: "torch", or "none".
     Raises: InputError where the peer is not installed, or where the sizes do not fit together.
     """
-    model.config = dataclasses.replace(model.config, codebook_eos=NONE_TOKEN)  # no code is that, so that no reply ends early
+    model.config = dataclasses.replace(
+        model.config, codebook_eos_token_id=NONE_TOKEN
+    )  # no code is that, so that no reply ends early
     sizes = EngineSizes(model, codec, reply, talk, text_positions, chunk)
     device, threads = jax.devices()[0], len(os.sched_getaffinity(0))
     read = bandwidth(device)
@@ -224,9 +226,9 @@ def bytes_read(sizes: EngineSizes, slots: int) -> float:
     c, talk, reply = sizes.model.config, sizes.talk, sizes.reply
 
     def entry(stack) -> int:
-        heads = stack.num_kv_heads // (reply.tensor if stack.rules.heads else 1)
+        heads = stack.num_key_value_heads // (reply.tensor if stack.rules.heads else 1)
         number = stack.head_dim + 4 if reply.cache == "int8" else stack.head_dim * jnp.dtype(reply.dtype).itemsize
-        return 2 * stack.num_layers * heads * number
+        return 2 * stack.num_hidden_layers * heads * number
 
     text = (len(sizes.text()) + talk.frames / FRAMES_PER_PAIR / 2) * entry(c.reasoner.text) / FRAMES_PER_PAIR
     sound = (sizes.voice_length + talk.frames) * entry(c.backbone)

@@ -64,17 +64,20 @@ class TorchPeer(nn.Module):
             with torch.device(self.device):
                 self.audio = Qwen2_5OmniAudioEncoder(Qwen2_5OmniAudioEncoderConfig(**thinker["audio_config"], **attention))
                 self.text = Qwen2_5OmniThinkerTextModel(Qwen2_5OmniTextConfig(**thinker["text_config"], **attention))
-                self.words = nn.Linear(config.reasoner.text.width, config.reasoner.vocab_size, bias=False)
+                self.words = nn.Linear(config.reasoner.text.hidden_size, config.reasoner.vocab_size, bias=False)
                 nothing = {"bos_token_id": None, "eos_token_id": None}
                 backbone = backbone | nothing | {"model_type": "llama", "vocab_size": 1, "max_position_embeddings": 8192}
                 self.backbone = LlamaModel(LlamaConfig(**backbone, **attention))
                 self.backbone.embed_tokens = None
-                self.first = nn.Linear(config.backbone.width, config.audio_vocab, bias=False)
-                decoder = decoder | {"model_type": "csm_depth_decoder_model", "num_codebooks": config.codebooks}
-                decoder |= {"backbone_hidden_size": config.backbone.width}
+                self.first = nn.Linear(config.backbone.hidden_size, config.audio_vocab_size, bias=False)
+                decoder = decoder | {"model_type": "csm_depth_decoder_model", "num_codebooks": config.num_codebooks}
+                decoder |= {"backbone_hidden_size": config.backbone.hidden_size}
                 self.decoder = CsmDepthDecoderModel(CsmDepthDecoderConfig(**decoder, **attention))
                 # kept as a product takes them at once, not as CSM has them, in one array that it picks from by copying
-                heads = (nn.Linear(config.decoder.width, config.audio_vocab, bias=False) for _ in range(config.codebooks - 1))
+                heads = (
+                    nn.Linear(config.decoder.hidden_size, config.audio_vocab_size, bias=False)
+                    for _ in range(config.num_codebooks - 1)
+                )
                 self.heads = nn.ModuleList(heads)
                 torch.set_default_dtype(torch.float32)
                 self.codec = MimiModel(MimiConfig(**said["codec_config"] | {"model_type": "mimi"}, **attention))
@@ -84,7 +87,7 @@ class TorchPeer(nn.Module):
             if name.endswith("embed_sum"):
                 nn.init.normal_(buffer)
         self.eval().requires_grad_(False)
-        self.offsets = config.audio_vocab * torch.arange(config.codebooks, device=self.device)
+        self.offsets = config.audio_vocab_size * torch.arange(config.num_codebooks, device=self.device)
 
     @property
     def num_parameters(self) -> int:
@@ -94,7 +97,7 @@ class TorchPeer(nn.Module):
     def encode(self, voice: np.ndarray) -> torch.Tensor:
         """voice: float32 [S] at the Codec's rate. Returns codes [F, Q]."""
         samples = torch.from_numpy(voice).to(self.device)[None, None]
-        return self.codec.encode(samples, num_quantizers=self.config.codebooks).audio_codes[0].T
+        return self.codec.encode(samples, num_quantizers=self.config.num_codebooks).audio_codes[0].T
 
     @torch.inference_mode()
     def reply(
@@ -181,7 +184,7 @@ class TorchPeer(nn.Module):
             x = self.decoder(inputs_embeds=x, **{CACHE: cache}, use_cache=True).last_hidden_state[:, -1]
             code = head(x)[:, :spoken].argmax(-1)
             codes.append(code)
-            x = embed(code + level * self.config.audio_vocab)[:, None]
+            x = embed(code + level * self.config.audio_vocab_size)[:, None]
         return torch.stack(codes, -1)
 
     def _sound(self, frames: list[torch.Tensor], cache: DynamicCache | None) -> np.ndarray:

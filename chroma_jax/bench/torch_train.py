@@ -20,14 +20,14 @@ def stack(cls, make, c: Sizes, vocab: int, positions: int):
     """A decoder stack of transformers at our sizes."""
     config = make(
         vocab_size=vocab,
-        hidden_size=c.width,
-        intermediate_size=c.mlp_width,
-        num_hidden_layers=c.num_layers,
-        num_attention_heads=c.num_heads,
-        num_key_value_heads=c.num_kv_heads,
+        hidden_size=c.hidden_size,
+        intermediate_size=c.intermediate_size,
+        num_hidden_layers=c.num_hidden_layers,
+        num_attention_heads=c.num_attention_heads,
+        num_key_value_heads=c.num_key_value_heads,
         head_dim=c.head_dim,
         max_position_embeddings=positions,
-        rms_norm_eps=c.norm_eps,
+        rms_norm_eps=c.rms_norm_eps,
         rope_theta=c.rope.theta,
         use_cache=False,
         attn_implementation="sdpa",
@@ -46,35 +46,37 @@ class Peer(nn.Module):
         self.audio = WhisperEncoder(
             WhisperConfig(
                 num_mel_bins=audio.mel_bins,
-                d_model=audio.width,
-                encoder_layers=audio.num_layers,
-                encoder_attention_heads=audio.num_heads,
-                encoder_ffn_dim=audio.mlp_width,
+                d_model=audio.hidden_size,
+                encoder_layers=audio.num_hidden_layers,
+                encoder_attention_heads=audio.num_attention_heads,
+                encoder_ffn_dim=audio.intermediate_size,
                 max_source_positions=audio.block_frames // 2,
                 attn_implementation="sdpa",
             )
         )
-        self.project = nn.Linear(audio.width, audio.output_width)
+        self.project = nn.Linear(audio.hidden_size, audio.output_dim)
         self.text = stack(Qwen2Model, Qwen2Config, c.reasoner.text, c.reasoner.vocab_size, row.text)
-        self.words = nn.Linear(c.reasoner.text.width, c.reasoner.vocab_size, bias=False)
+        self.words = nn.Linear(c.reasoner.text.hidden_size, c.reasoner.vocab_size, bias=False)
         self.backbone = stack(LlamaModel, LlamaConfig, c.backbone, 1, row.positions)
         self.backbone.embed_tokens = None
-        self.first = nn.Linear(c.backbone.width, c.audio_vocab, bias=False)
-        self.codes = nn.Embedding(c.codebooks * c.audio_vocab, c.backbone.width)
-        self.narrow = nn.Linear(c.backbone.width, c.decoder.width, bias=False)
-        self.decoder = stack(LlamaModel, LlamaConfig, c.decoder, 1, c.codebooks)
+        self.first = nn.Linear(c.backbone.hidden_size, c.audio_vocab_size, bias=False)
+        self.codes = nn.Embedding(c.num_codebooks * c.audio_vocab_size, c.backbone.hidden_size)
+        self.narrow = nn.Linear(c.backbone.hidden_size, c.decoder.hidden_size, bias=False)
+        self.decoder = stack(LlamaModel, LlamaConfig, c.decoder, 1, c.num_codebooks)
         self.decoder.embed_tokens = None
-        self.heads = nn.Parameter(torch.randn(c.codebooks - 1, c.decoder.width, c.audio_vocab) * c.decoder.width**-0.5)
+        self.heads = nn.Parameter(
+            torch.randn(c.num_codebooks - 1, c.decoder.hidden_size, c.audio_vocab_size) * c.decoder.hidden_size**-0.5
+        )
 
     def embedded(self, codes: torch.Tensor) -> torch.Tensor:
         """[…, Q'] codes of the first Q' codebooks → […, Q', D]."""
-        return self.codes(codes + self.config.model.audio_vocab * torch.arange(codes.shape[-1], device=codes.device))
+        return self.codes(codes + self.config.model.audio_vocab_size * torch.arange(codes.shape[-1], device=codes.device))
 
     def forward(self, b: dict[str, torch.Tensor]) -> torch.Tensor:
         config, c = self.config, self.config.model
         row = torch.arange(len(b["mel"]), device=b["mel"].device)[:, None]
         heard = self.audio(b["mel"].flatten(0, 1).transpose(1, 2)).last_hidden_state
-        heard = self.project(heard.unflatten(1, (-1, 2)).mean(2)).reshape(len(row), -1, c.reasoner.text.width)
+        heard = self.project(heard.unflatten(1, (-1, 2)).mean(2)).reshape(len(row), -1, c.reasoner.text.hidden_size)
         spoken = b["audio_index"] >= 0
         taken = heard.gather(1, b["audio_index"].clamp(min=0)[..., None].expand(-1, -1, heard.shape[-1]))
         x = torch.where(spoken[..., None], taken, self.text.embed_tokens(b["text"]))
@@ -95,8 +97,10 @@ class Peer(nn.Module):
         target = b["target_codes"].flatten(0, 1)
         c0 = F.cross_entropy(self.first(hidden), target[:, 0], ignore_index=-1)
         hidden, part = hidden.detach(), target
-        if config.loss.decoder_frames < 1:
-            chosen = torch.randperm(len(hidden), device=hidden.device)[: int(np.ceil(len(hidden) * config.loss.decoder_frames))]
+        if config.loss.decoder_frame_fraction < 1:
+            chosen = torch.randperm(len(hidden), device=hidden.device)[
+                : int(np.ceil(len(hidden) * config.loss.decoder_frame_fraction))
+            ]
             hidden, part = hidden[chosen], target[chosen]
         x = self.narrow(torch.cat([hidden[:, None], self.embedded(part[:, :-1].clamp(min=0))], 1))
         x = self.decoder(inputs_embeds=x).last_hidden_state[:, 1:]
@@ -128,8 +132,8 @@ class TorchStep:
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         options = {"lr": o.learning_rate, "betas": (o.b1, o.b2), "eps": o.eps, "weight_decay": o.weight_decay}
         self.optimizer = torch.optim.AdamW(self.trained, fused=True, **options)
-        self.clip = o.clip
-        arrays = {name: np.array(x) for name, x in batch._asdict().items() if name not in ("hidden", "heard_token")}
+        self.clip = o.grad_clip_norm
+        arrays = {name: np.array(x) for name, x in batch._asdict().items() if name not in ("hidden", "ctc_target")}
         arrays = {name: x if x.dtype == np.float32 else x.astype(np.int64) for name, x in arrays.items()}
         self.batch = {name: torch.from_numpy(x).to(device) for name, x in arrays.items()}
 

@@ -31,7 +31,7 @@ def bench_train(config: Config, *, rows: int, rounds: int, peer: str) -> dict:
 
     peer: "torch", or "none". Raises: InputError where the peer is not installed.
     """
-    config = dataclasses.replace(config, training=dataclasses.replace(config.training, global_batch=rows))
+    config = dataclasses.replace(config, training=dataclasses.replace(config.training, global_batch_size=rows))
     batch, threads = full_rows(config, rows), len(os.sched_getaffinity(0))
     ours = OurStep(config, batch)
     sides: dict[str, Step] = {"chroma_jax": ours}
@@ -116,7 +116,7 @@ class OurStep:
 def mlp_factors(config: Config, rows: int) -> tuple[np.ndarray, np.ndarray]:
     """Factors as of the Backbone's MLP, float32 [rows · positions, D] and [D, M]."""
     c, draw = config.model.backbone, np.random.default_rng(0)
-    shapes = (rows * config.data.row.positions, c.width), (c.width, c.mlp_width)
+    shapes = (rows * config.data.row.positions, c.hidden_size), (c.hidden_size, c.intermediate_size)
     return tuple(draw.standard_normal(shape, np.float32) for shape in shapes)
 
 

@@ -33,7 +33,7 @@ class Texts:
         out: JSON-lines file to write.
         dialogues: Number of questions with answers in the train split.
         sentences: Number of sentences in the train split.
-        withhold: Share of the answers to rules (sums, calendar …) that the train split lacks.
+        holdout_fraction: Share of the answers to rules (sums, calendar …) that the train split lacks.
         seed: Seed of the random choices.
         voice: Voice of every reply and sentence, such as v0000; by default ``synthesize`` draws voices.
     """
@@ -41,7 +41,7 @@ class Texts:
     out: Positional[Path]
     dialogues: int = 3100
     sentences: int = 8000
-    withhold: float = 0.08
+    holdout_fraction: float = 0.08
     seed: int = 0
     voice: str = ""
 

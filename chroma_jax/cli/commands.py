@@ -64,7 +64,7 @@ def texts(args: Texts) -> int:
     from data_pipelines.dialogues import SPLITS
     from data_pipelines.texts import TextsConfig, write_texts
 
-    config = TextsConfig(args.dialogues, args.sentences, withhold=args.withhold, seed=args.seed, voice=args.voice)
+    config = TextsConfig(args.dialogues, args.sentences, holdout_fraction=args.holdout_fraction, seed=args.seed, voice=args.voice)
     counts = write_texts(config, args.out)
     print(f"{'kind':<12}" + "".join(f"{split:>8}" for split in SPLITS))
     for kind, of_split in counts.items():
@@ -254,7 +254,7 @@ def bench_small(args: BenchSmall, config) -> int:
 
     if args.rows < 1 or (args.batches is not None and args.batches < 1):
         raise InputError(f"--rows is {args.rows} and --batches {args.batches}; they must be at least 1")
-    reply = dataclasses.replace(config.reply, dtype="float32", weights="as_dtype")
+    reply = dataclasses.replace(config.reply, dtype="float32", weights="none")
     model, _, _ = load_run(args.run, dataclasses.replace(config, reply=reply))
     found = bench_small(model, args.prepared, split=args.split, rows=args.rows, batches=args.batches)
     text = json.dumps({"run": args.run.name} | found, indent=1)

@@ -51,7 +51,7 @@ def usage() -> str:
         first = args.__doc__.strip().splitlines()[0]
         lines.append(f"  {name + (' CONFIG' if source.startswith('file') else ''):<20} {first}")
     lines += ["", f"CONFIG is a configuration file or the name of a shipped one ({', '.join(shipped())});"]
-    lines += ["any field of it can be overridden, as in --model.backbone.num_layers 4."]
+    lines += ["any field of it can be overridden, as in --model.backbone.num_hidden_layers 4."]
     lines += ["", "exit codes:", *(f"  {code:<16} {meaning}" for code, meaning in EXIT_CODES.items())]
     return "\n".join(lines)
 

@@ -132,9 +132,9 @@ def stored_codec(run: Path, config: CodecRun) -> Codec:
 
 def with_codec(codec: CodecConfig) -> ChromaConfig:
     """A model with this Codec, for tables of names: they begin at the whole model."""
-    books = min(codec.num_codebooks, ChromaConfig().codebooks)
-    size = max(codec.codebook_size, ChromaConfig().audio_vocab)
-    return dataclasses.replace(ChromaConfig(), codec=codec, codebooks=books, audio_vocab=size)
+    books = min(codec.num_codebooks, ChromaConfig().num_codebooks)
+    size = max(codec.codebook_size, ChromaConfig().audio_vocab_size)
+    return dataclasses.replace(ChromaConfig(), codec=codec, num_codebooks=books, audio_vocab_size=size)
 
 
 def export_codec(run: Path, dest: Path) -> str:

@@ -20,7 +20,7 @@ from chroma_jax.utils.errors import InputError
 
 PARTS = ("reasoner", "backbone", "decoder", "codec")
 # What a source knows better than the configuration that it is imported onto: the weights were trained so.
-ADOPTED = re.compile(r".*\b(rope\..*|norm_eps|layer_scale|window)$")
+ADOPTED = re.compile(r".*\b(rope\..*|(rms_)?norm_eps|layer_scale|sliding_window)$")
 PartConfigs = dict[str, Any]  # part → its configuration, as a source's config.json says it
 
 
@@ -58,10 +58,17 @@ def _csm_said(config: dict) -> PartConfigs:
     return said | ({"codec": hf_config.codec_from_hf(config["codec_config"])} if "codec_config" in config else {})
 
 
-def csm_rope(original_length: int) -> RopeConfig:
+def csm_rope(original_max_position_embeddings: int) -> RopeConfig:
     """CSM-1B's frequencies: Llama 3.2's, in the two parametrisations of its published configuration."""
-    low, high = 0.125 * original_length / 1024, 0.5 * original_length / 1024
-    return RopeConfig(5e5, "llama3", factor=32.0, low_freq_factor=low, high_freq_factor=high, original_length=original_length)
+    low, high = 0.125 * original_max_position_embeddings / 1024, 0.5 * original_max_position_embeddings / 1024
+    return RopeConfig(
+        5e5,
+        "llama3",
+        factor=32.0,
+        low_freq_factor=low,
+        high_freq_factor=high,
+        original_max_position_embeddings=original_max_position_embeddings,
+    )
 
 
 def _thinker_said(config: dict) -> PartConfigs:

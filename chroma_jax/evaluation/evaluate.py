@@ -55,7 +55,7 @@ def evaluate(
         codec, books, parts = trained_codec(run, with_codec(config.model)), config.model.num_codebooks, ("codec",)
     else:
         model, codec, tokenizer = load_run(run, config)
-        c, books = config.reply, model.config.codebooks
+        c, books = config.reply, model.config.num_codebooks
         speaker = Generator(model, codec, c.dtype, c.compatibility, c.cache)
     rate = codec.config.sampling_rate
     found: dict = {
@@ -97,6 +97,6 @@ def asked_in_text(config: Config, suite: Suite, corpus: Corpus) -> dict[str, lis
     """The suite's questions, and of general knowledge what the run's training had not, in all and by kind."""
     found = {f"{suite.split} split": [Exchange(d.question, d.answer) for d in suite.dialogues]}
     known = [Exchange(d.question, d.answer) for d in corpus.dialogues]
-    facts = withheld(config.data.curriculum.withhold, held_out(corpus, "train"), known)
+    facts = withheld(config.data.curriculum.holdout_fraction, held_out(corpus, "train"), known)
     found["withheld"] = [e for of in facts.values() for e in of]
     return found | {f"withheld: {kind}": of for kind, of in facts.items()}

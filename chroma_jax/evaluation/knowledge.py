@@ -1,4 +1,5 @@
-"""What a speaking model knows: whether it would write an answer to the letter, its questions given as text or imagined as speech.
+"""What a speaking model knows: whether it would write an answer to the letter, its questions given as text or as
+pseudo-speech.
 
 Needs no recordings, so it also measures what was withheld from training to choose a recipe by (`data_pipelines.facts`).
 """
@@ -20,14 +21,14 @@ from data_pipelines.pack import spread
 from data_pipelines.tokenizer import encoder
 
 ROWS, LENGTH = 32, 32  # conversations that are read at once; their length is rounded up to a multiple of this
-GIVEN = ("typed", "imagined")
+GIVEN = ("typed", "pseudo_speech")
 
 
 def evaluate_knowledge(model: Chroma, tokenizer: Tokenizer, asked: Mapping[str, Sequence[Exchange]], system: str = "") -> dict:
     """By the name of each group: how many questions it has, and the shares answered right when they are typed, and when they are
     laid out as speech that was heard without an error."""
     encode, tokens, rng = encoder(tokenizer), model.config.tokens, np.random.default_rng(0)
-    layouts = {"typed": lambda q: {"said": q}, "imagined": lambda q: {"heard": spread(encode(q), tokens.pad, rng)}}
+    layouts = {"typed": lambda q: {"said": q}, "pseudo_speech": lambda q: {"heard": spread(encode(q), tokens.pad, rng)}}
     found: dict[str, dict] = {name: {"questions": len(exchanges)} for name, exchanges in asked.items() if exchanges}
     for given in GIVEN:
         rows = [
@@ -51,7 +52,7 @@ def would_write(model: Chroma, rows: Sequence[tuple[Sequence[int], Sequence[int]
     @jax.jit
     def likeliest(state, tokens, segments):
         reasoner, (batch, length) = nnx.merge(graph, state), tokens.shape
-        nothing = jnp.zeros((batch, 1, model.config.reasoner.text.width), jnp.float32)
+        nothing = jnp.zeros((batch, 1, model.config.reasoner.text.hidden_size), jnp.float32)
         positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
         hidden = reasoner.read(nothing, tokens, positions, segments, jnp.full_like(tokens, NONE_TOKEN))
         return jnp.argmax(reasoner.logits(hidden), -1)

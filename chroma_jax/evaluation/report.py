@@ -119,11 +119,11 @@ def tables(report: dict) -> list[tuple[str, list[str], list[list[str]]]]:
         found.append((f"Answers: {report['suite']['dialogues']} questions", ["voice prompt", *COLUMNS.values()], rows))
     if "knowledge" in report:
         rows = [
-            [name, str(v["questions"]), number("right", v["typed"]), number("right", v["imagined"])]
+            [name, str(v["questions"]), number("right", v["typed"]), number("right", v["pseudo_speech"])]
             for name, v in report["knowledge"].items()
         ]
         found.append(
-            ("Knowledge: right to the letter, asked in text", ["questions", "number", "typed", "imagined as heard"], rows)
+            ("Knowledge: right to the letter, asked in text", ["questions", "number", "typed", "pseudo_speech as heard"], rows)
         )
     if "reading" in report:
         summary = report["reading"]["summary"]

@@ -87,7 +87,7 @@ def voice_prompt(suite: Suite, dialogue: Dialogue, condition: Condition, rate: i
 
 def coded(speaker: Generator, prompt: VoicePrompt) -> np.ndarray:
     """The voice prompt's codes, int32 [R, Q], R = 0 without one."""
-    return speaker.encode(prompt.wave) if len(prompt.wave) else np.zeros((0, speaker.config.codebooks), np.int32)
+    return speaker.encode(prompt.wave) if len(prompt.wave) else np.zeros((0, speaker.config.num_codebooks), np.int32)
 
 
 def row_of(

@@ -9,7 +9,7 @@ recording; a row whose text has ended is still fed a pair when another row is, a
 positions and are masked as keys. A frame that is zero but for its last code finishes a row, which yet goes on until every row
 is finished; it is heard up to its first frame of zeros. Codes that the Codec does not have may be chosen.
 
-The Codec's attention. corrected: `CodecConfig.window`, by default 250 positions. reference: full causal.
+The Codec's attention. corrected: `CodecConfig.sliding_window`, by default 250 positions. reference: full causal.
 
 The setting acts where a batch is put together (`prompt.stack`), on the step, and on the Codec of a `Generator`.
 """
@@ -44,6 +44,6 @@ def is_reference(compatibility: Compatibility) -> bool:
 
 def with_window(codec: Codec, window: int | None) -> Codec:
     """The same weights with another attention window."""
-    config = dataclasses.replace(codec.config, window=window)
+    config = dataclasses.replace(codec.config, sliding_window=window)
     graph, _ = nnx.split(nnx.eval_shape(lambda: Codec(nnx.Rngs(0), config)))
     return nnx.merge(graph, nnx.state(codec))

@@ -15,8 +15,8 @@ Choose = Callable[[jax.Array, jax.Array], jax.Array]  # logits [B, V], level →
 def residual_codes(
     model: Chroma, hidden: jax.Array, c0: jax.Array, choose: Choose, positions: Positions = "trained"
 ) -> tuple[jax.Array, jax.Array]:
-    """hidden: [B, D]; c0: int32 [B]. Returns (int32 [B, Q], the logits of c1 … c(Q−1), [B, Q−1, audio_vocab])."""
-    b, q = len(c0), model.config.codebooks
+    """hidden: [B, D]; c0: int32 [B]. Returns (int32 [B, Q], the logits of c1 … c(Q−1), [B, Q−1, audio_vocab_size])."""
+    b, q = len(c0), model.config.num_codebooks
     shift = 1 if positions == "trained" else 0
     decoder, embed = model.decoder, lambda code, level: model.audio_embedding(code, level, hidden.dtype)
 

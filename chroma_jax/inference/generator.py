@@ -54,7 +54,7 @@ def programs(
 
     def encode(weights, audio):
         model, codec = modules(weights)
-        return codec.encode(audio, model.config.codebooks)
+        return codec.encode(audio, model.config.num_codebooks)
 
     def prefill(weights, prompt, sampling, keys, capacity):
         return prefills.prefill(*modules(weights), prompt, sampling, keys, capacity, jnp.dtype(dtype))
@@ -81,7 +81,7 @@ class Generator:
         codec: Codec,
         dtype: str = "float32",
         compatibility: Compatibility = "corrected",
-        cache: CacheDType = "as_dtype",
+        cache: CacheDType = "none",
     ):
         self.config, self.compatibility, self.cache = model.config, compatibility, cache
         codec = codec_used(codec, compatibility)

@@ -90,11 +90,11 @@ def divided(config: ChromaConfig, tensor: int) -> ChromaConfig:
         return AxisRules(heads=fits(heads), group=("tensor",) if by_group else (), mlp=fits(mlp), vocab=fits(vocab))
 
     def of(stack, vocab: int = 0):
-        group = stack.num_heads // stack.num_kv_heads
-        return dataclasses.replace(stack, rules=rules(stack.num_kv_heads, group, stack.mlp_width, vocab))
+        group = stack.num_attention_heads // stack.num_key_value_heads
+        return dataclasses.replace(stack, rules=rules(stack.num_key_value_heads, group, stack.intermediate_size, vocab))
 
     r, codec = config.reasoner, config.codec
-    audio = dataclasses.replace(r.audio, rules=rules(r.audio.num_heads, 1, r.audio.mlp_width))
+    audio = dataclasses.replace(r.audio, rules=rules(r.audio.num_attention_heads, 1, r.audio.intermediate_size))
     reasoner = dataclasses.replace(r, audio=audio, text=of(r.text, r.vocab_size))
     codec = dataclasses.replace(codec, transformer=dataclasses.replace(codec.transformer, rules=WHOLE))
     return dataclasses.replace(config, reasoner=reasoner, backbone=of(config.backbone), decoder=of(config.decoder), codec=codec)

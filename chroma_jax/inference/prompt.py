@@ -50,7 +50,7 @@ def make_prompt(
         encode: Text to token ids.
         question: The user's speech, float [S] at 16 kHz; None for a question in text alone.
         said: Text that the user writes, after the speech if there is any.
-        reference_codes: int [R, Q] of the voice prompt, Q ≥ ``config.codebooks``; R may be 0.
+        reference_codes: int [R, Q] of the voice prompt, Q ≥ ``config.num_codebooks``; R may be 0.
         transcript: Words of the voice prompt.
         system: System text.
 
@@ -88,11 +88,11 @@ def voice_sequence(
     """A voice prompt in the Backbone's order: token int32 [T] and codes int32 [T, Q], NONE_TOKEN where there is none; the last
     position has neither. Arguments as of `make_prompt`."""
     spoken = np.array(voice_tokens(encode, config.tokens, transcript), np.int32)
-    frames = np.asarray(reference_codes, np.int32)[:, : config.codebooks]
+    frames = np.asarray(reference_codes, np.int32)[:, : config.num_codebooks]
     length = len(spoken) + len(frames) + 1
     token = np.full(length, NONE_TOKEN, np.int32)
     token[: len(spoken)] = spoken
-    codes = np.full((length, config.codebooks), NONE_TOKEN, np.int32)
+    codes = np.full((length, config.num_codebooks), NONE_TOKEN, np.int32)
     codes[len(spoken) : -1] = frames
     return token, codes
 

@@ -235,7 +235,7 @@ class BatchState:
             weights = (model_state, codec_state) if on_many(self._place) else self.put((model_state, codec_state))
             self._weights = with_layouts(self._programs[1, "all"], weights, self._state)
         self._slot = [self.put(np.int32(i)) for i in range(slots)]
-        self.no_audio = self.put(np.zeros((self.block_outputs, self.config.reasoner.text.width), self.dtype))
+        self.no_audio = self.put(np.zeros((self.block_outputs, self.config.reasoner.text.hidden_size), self.dtype))
 
     @property
     def block_outputs(self) -> int:
@@ -257,7 +257,7 @@ class BatchState:
 
     def empty_carry(self) -> PoolCarry:
         """What `encode` starts from at the beginning of a turn."""
-        width = self.config.reasoner.audio.width
+        width = self.config.reasoner.audio.hidden_size
         return self.put(PoolCarry(np.zeros((1, width), self.dtype), np.zeros(1, bool)))
 
     def encode(self, carry: PoolCarry, mel: np.ndarray, length: int) -> tuple[PoolCarry, jax.Array]:

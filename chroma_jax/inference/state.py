@@ -17,7 +17,7 @@ from chroma_jax.models.codec import Codec, CodecState
 from chroma_jax.sequence.interleave import NONE_TOKEN
 
 MOST_AT_ONCE = 8  # frames that the Codec decodes in one pass, so that its weights are read once for them
-CacheDType = Literal["as_dtype", "int8"]  # in which form weights or caches lie in memory
+CacheDType = Literal["none", "int8"]  # in which form weights or caches lie in memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,10 +31,10 @@ class Capacity:
     text: int
     audio: int
     frames: int
-    cache: CacheDType = "as_dtype"
+    cache: CacheDType = "none"
 
     @classmethod
-    def of(cls, text_length: int, voice_length: int, max_frames: int, cache: CacheDType = "as_dtype") -> "Capacity":
+    def of(cls, text_length: int, voice_length: int, max_frames: int, cache: CacheDType = "none") -> "Capacity":
         """What replies of ``max_frames`` frames can need after questions and voice prompts of (up to) these lengths."""
         pairs = (max_frames + 1) // 2
         return cls(text_length + pairs, voice_length + max_frames + 2 * pairs, max_frames, cache)
@@ -83,11 +83,11 @@ def idle(config: ChromaConfig, codec: Codec, rows: int, capacity: Capacity, dtyp
         frames=jnp.zeros(rows, jnp.int32),
         reasoner_cache=config.reasoner.text.empty_cache(rows, capacity.text, capacity.cached_as(dtype)),
         reasoner_position=jnp.zeros(rows, jnp.int32),
-        text_hidden=jnp.zeros((rows, config.reasoner.text.width), dtype),
+        text_hidden=jnp.zeros((rows, config.reasoner.text.hidden_size), dtype),
         text_open=jnp.zeros(rows, bool),
         backbone_cache=config.backbone.empty_cache(rows, capacity.audio, capacity.cached_as(dtype)),
         backbone_position=jnp.zeros(rows, jnp.int32),
-        codes=jnp.full((rows, config.codebooks), NONE_TOKEN, jnp.int32),
+        codes=jnp.full((rows, config.num_codebooks), NONE_TOKEN, jnp.int32),
         speaking=jnp.zeros(rows, bool),
         codec=codec.decoder_state(rows, jnp.float32, frames_per_step=MOST_AT_ONCE, max_frames=capacity.frames),
         sampling=Sampling.of(0.0, 0, rows),

@@ -63,8 +63,8 @@ class StepTrace(NamedTuple):
     inputs: jax.Array  # [B, 3, D]
     fed: jax.Array  # bool [B, 3]
     hidden: jax.Array  # [B, D]
-    logits: jax.Array  # [B, audio_vocab]
-    decoder_logits: jax.Array  # [B, Q−1, audio_vocab]
+    logits: jax.Array  # [B, audio_vocab_size]
+    decoder_logits: jax.Array  # [B, Q−1, audio_vocab_size]
     codes: jax.Array  # int32 [B, Q]
     live: jax.Array  # bool [B]
 
@@ -160,12 +160,12 @@ def _advance_backbone(model: Chroma, state: StreamState, text: TextPair, pairs: 
 
 
 def _chooser(config: ChromaConfig, state: StreamState):
-    """Logits [B, audio_vocab] and level → codes [B], by each row's sampling settings and its random key for this frame."""
+    """Logits [B, audio_vocab_size] and level → codes [B], by each row's sampling settings and its random key for this frame."""
     keys = jax.vmap(jax.random.fold_in)(state.keys, state.frames)
-    spoken = config.codec.codebook_size if state.reference is None else config.audio_vocab
+    spoken = config.codec.codebook_size if state.reference is None else config.audio_vocab_size
 
     def choose(logits, level):
-        logits = jnp.where(jnp.arange(config.audio_vocab) < spoken, logits, -jnp.inf)
+        logits = jnp.where(jnp.arange(config.audio_vocab_size) < spoken, logits, -jnp.inf)
         return sample(logits, state.sampling, jax.vmap(jax.random.fold_in, (0, None))(keys, level))
 
     return choose
@@ -173,7 +173,7 @@ def _chooser(config: ChromaConfig, state: StreamState):
 
 def _ended(config: ChromaConfig, state: StreamState, codes: jax.Array) -> tuple[StreamState, jax.Array]:
     """Keeps the new frame and ends what it ends. Returns (state, live bool [B]: the frame belongs to the reply)."""
-    zero = codes == config.codebook_eos
+    zero = codes == config.codebook_eos_token_id
     audible = jnp.any(~zero, axis=-1)
     if state.reference is None:
         live = state.speaking & audible

@@ -30,7 +30,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax
 def _attend(q, k, v, segments):
     q = jnp.moveaxis(q * q.shape[-1] ** -0.5, 1, 3)  # [B, K, G, T, H]
     k, v = (jnp.moveaxis(x, 1, 2) for x in (k, v))  # [B, K, S, H]
-    q, k, v = (checkpoint_name(x, "products") for x in (q, k, v))
+    q, k, v = (checkpoint_name(x, "dots") for x in (q, k, v))
     return jnp.moveaxis(_heads_first(q, k, v, segments), 3, 1)
 
 

@@ -19,7 +19,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax
     devices, positions not. Raises: InputError on another device than an NVIDIA GPU, or for another type than 16-bit floats.
     """
     if not device_kind().startswith("NVIDIA"):
-        raise InputError(f"attention 'cudnn' is for NVIDIA GPUs, this is {device_kind()}: set 'blocks', on TPU 'splash'")
+        raise InputError(f"attention 'cudnn' is for NVIDIA GPUs, this is {device_kind()}: set 'chunked', on TPU 'splash'")
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         raise InputError(f"attention 'cudnn' computes in 16-bit floats, not {q.dtype}: set precision.compute bfloat16")
     return on_rows_and_heads(_attend, q, k, v, segments)
@@ -28,6 +28,6 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax
 def _attend(q, k, v, segments):
     b, t, heads, group, width = q.shape
     same = (segments[:, :, None] == segments[:, None])[:, None]
-    q, k, v = (checkpoint_name(x, "products") for x in (q.reshape(b, t, heads * group, width), k, v))
+    q, k, v = (checkpoint_name(x, "dots") for x in (q.reshape(b, t, heads * group, width), k, v))
     found = jax.nn.dot_product_attention(q, k, v, mask=same, is_causal=True, implementation=IMPLEMENTATION)
     return checkpoint_name(found.reshape(b, t, heads, group, width), SAVED)

@@ -28,7 +28,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax
     """
     length = q.shape[1]
     if length % LANES:
-        raise InputError(f"attention 'splash' wants rows of a multiple of {LANES} positions, got {length}; use 'plain'")
+        raise InputError(f"attention 'splash' wants rows of a multiple of {LANES} positions, got {length}; use 'xla'")
     compute = functools.partial(_attend, interpret=not on_tpu())
     if not active():
         return compute(q, k, v, segments, segments, 0)
@@ -49,7 +49,7 @@ def _attend(q, k, v, query_segments, key_segments, shard, *, interpret: bool):
     groups, queries, keys = q.shape[3], q.shape[1], k.shape[1]
     q = jnp.moveaxis(q * q.shape[-1] ** -0.5, 1, 3)  # [B, K, G, T, H]
     k, v = (jnp.moveaxis(x, 1, 2) for x in (k, v))  # [B, K, S, H]
-    q, k, v = (checkpoint_name(x, "products") for x in (q, k, v))
+    q, k, v = (checkpoint_name(x, "dots") for x in (q, k, v))
     pieces = keys // queries
     if pieces == 1:
         run = make(groups, queries, keys, 0, interpret)

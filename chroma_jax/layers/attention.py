@@ -29,10 +29,10 @@ from chroma_jax.layers import rope
 from chroma_jax.layers.linear import Linear, multiplied_type, zeros
 from chroma_jax.parallel.sharding import RULES, AxisRules, active, constrain, divided, leading_spec, on_tpu, parts, reshard
 
-# How packed rows are computed. "plain": all positions with all. "blocks": queries in blocks, which leaves out most of what comes
+# How packed rows are computed. "xla": all positions with all. "chunked": queries in blocks, which leaves out most of what comes
 # later than they, for processors that have no kernel. "splash": TPU's kernels, JAX's and, where it serves, `flash`. "cudnn": the
 # kernel of NVIDIA's GPUs.
-Kernel = Literal["plain", "blocks", "splash", "cudnn"]
+Kernel = Literal["xla", "chunked", "splash", "cudnn"]
 LANES = splash.LANES
 AT_ONCE = 2**25  # bytes of scores that a TPU keeps beside the products; of more it would compute some again
 
@@ -219,7 +219,7 @@ Mask = jax.Array | Segments | Blocks | Fused | Lengths
 
 def packed(segments: jax.Array, kernel: Kernel) -> Mask:
     """What the positions of packed rows see, for any way to compute it."""
-    return {"plain": causal_mask, "blocks": Blocks, "splash": Segments, "cudnn": Fused}[kernel](segments)
+    return {"xla": causal_mask, "chunked": Blocks, "splash": Segments, "cudnn": Fused}[kernel](segments)
 
 
 def cached_mask(positions: jax.Array, capacity: int) -> jax.Array:
@@ -243,7 +243,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
         mask = short.mask(mask.count, q.shape[1])
     if active():  # with the sequence divided, every device needs all keys
         k, v = (reshard(x, P(leading_spec(x, 1)[0], None, leading_spec(x, 3)[2])) for x in (k, v))
-    q, k, v = (checkpoint_name(x, "products") for x in (q, k, v))
+    q, k, v = (checkpoint_name(x, "dots") for x in (q, k, v))
     scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     probabilities = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
@@ -332,17 +332,17 @@ class Attention(nnx.Module):
         self,
         rngs: nnx.Rngs,
         *,
-        width: int,
-        num_heads: int,
-        num_kv_heads: int,
+        hidden_size: int,
+        num_attention_heads: int,
+        num_key_value_heads: int,
         head_dim: int,
         bias: str = "",
         layers: int | None = None,
         rules: AxisRules = RULES,
     ):
         """bias: which of the four projections have one, as letters of "qkvo"."""
-        model, kv = {"embed": width}, {"heads": num_kv_heads, "head": head_dim}
-        query = {"heads": num_kv_heads, "group": num_heads // num_kv_heads, "head": head_dim}
+        model, kv = {"embed": hidden_size}, {"heads": num_key_value_heads, "head": head_dim}
+        query = {"heads": num_key_value_heads, "group": num_attention_heads // num_key_value_heads, "head": head_dim}
 
         def linear(letter, inputs, outputs):
             return Linear(rngs, inputs, outputs, layers=layers, bias=zeros if letter in bias else None, rules=rules)
@@ -361,11 +361,11 @@ class Attention(nnx.Module):
 
     def __call__(self, x: jax.Array, rotation: Rotation | None, mask: Mask) -> jax.Array:
         if isinstance(mask, Lengths) and rotation is None and self.may_be_short(x):
-            q, k, v = (checkpoint_name(linear.merged(x), "products") for linear in (self.q, self.k, self.v))
+            q, k, v = (checkpoint_name(linear.merged(x), "dots") for linear in (self.q, self.k, self.v))
             found = short.attend(q, k, v, mask.count, self.k.kernel.shape[-1])
             return self.o.merged(checkpoint_name(found, splash.SAVED))
         if isinstance(mask, Segments) and rotation is not None and self.may_be_flash(x):
-            q, k, v = (checkpoint_name(linear.merged(x), "products") for linear in (self.q, self.k, self.v))
+            q, k, v = (checkpoint_name(linear.merged(x), "dots") for linear in (self.q, self.k, self.v))
             head = self.k.kernel.shape[-1]
             q, k = flash.rotated(q, *rotation, flash.scale(head)), flash.rotated(k, *rotation)
             return self.o.merged(flash.attend(q, k, v, mask.ids, head))

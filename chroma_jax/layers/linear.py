@@ -41,7 +41,7 @@ def weight(
     return nnx.Param(init(rngs.params(), shape, dtype), axes=axes, inputs=inputs)
 
 
-def compute_spec(param: nnx.Param, dtype, rules: AxisRules = RULES) -> jax.Array:
+def for_compute(param: nnx.Param, dtype, rules: AxisRules = RULES) -> jax.Array:
     """The weight as it is multiplied: in the compute type, gathered over the axes that divide it for storage only.
 
     Inside a scan over layers the stacked axis is already gone; the last ``ndim`` declared axes are then the right ones.
@@ -50,7 +50,7 @@ def compute_spec(param: nnx.Param, dtype, rules: AxisRules = RULES) -> jax.Array
     if not active():
         return value
     axes = param.get_metadata()["axes"][-value.ndim :]
-    return reshard(value, rules.in_use(axes))
+    return reshard(value, rules.compute_spec(axes))
 
 
 def multiplied_type(dtype) -> jnp.dtype:
@@ -89,7 +89,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = scaled(product(x, self.kernel, self.num_inputs, self.rules), self.scale, self.rules)
-        y = y if self.bias is None else y + compute_spec(self.bias, x.dtype, self.rules)
+        y = y if self.bias is None else y + for_compute(self.bias, x.dtype, self.rules)
         return y if self.lora is None else y + self.lora(x, self.num_inputs, self.rules)
 
     def merged(self, x: jax.Array) -> jax.Array:
@@ -97,7 +97,7 @@ class Linear(nnx.Module):
         TPU would turn around, and fill up if they are narrower than its lanes."""
         y = product(x, one_axis(self.kernel, self.num_inputs), 1, self.rules)
         y = scaled(y, None if self.scale is None else one_axis(self.scale), self.rules)
-        y = y if self.bias is None else y + compute_spec(one_axis(self.bias), x.dtype, self.rules)
+        y = y if self.bias is None else y + for_compute(one_axis(self.bias), x.dtype, self.rules)
         return y if self.lora is None else y + self.lora.merged(x, self.num_inputs, self.rules)
 
 
@@ -112,7 +112,7 @@ def one_axis(param: nnx.Param, num_inputs: int = 0) -> nnx.Param:
 
 def product(x: jax.Array, weight: nnx.Param, num_inputs: int, rules: AxisRules) -> jax.Array:
     """x's last axes times a weight's first ones, or the last ones of a weight that is `turned`."""
-    kernel = compute_spec(weight, x.dtype, rules)
+    kernel = for_compute(weight, x.dtype, rules)
     if weight.get_metadata().get("turned"):
         return _column_product(x, kernel, num_inputs)
     lead = x.ndim - num_inputs
@@ -120,7 +120,7 @@ def product(x: jax.Array, weight: nnx.Param, num_inputs: int, rules: AxisRules) 
     out = None
     if active():
         axes = weight.get_metadata()["axes"][-kernel.ndim :][num_inputs:]
-        out = P(*leading_spec(x, lead), *rules.in_use(axes))
+        out = P(*leading_spec(x, lead), *rules.compute_spec(axes))
     if lead > 1 and not on_tpu() and not any(divided(a, axis) for a in (x, kernel) for axis in range(a is x, a.ndim)):
         return _matrix_product(x, kernel, num_inputs, out)
     return jax.lax.dot_general(x, kernel, (contracting, ((), ())), out_sharding=out)
@@ -168,7 +168,7 @@ def _column_product(x: jax.Array, kernel: jax.Array, num_inputs: int) -> jax.Arr
 
 def scaled(y: jax.Array, scale: nnx.Param | None, rules: AxisRules = RULES) -> jax.Array:
     """The result of a product with a kernel that stands for kernel · scale, in float32 for once: one factor per output."""
-    return y if scale is None else (y.astype(jnp.float32) * compute_spec(scale, jnp.float32, rules)).astype(y.dtype)
+    return y if scale is None else (y.astype(jnp.float32) * for_compute(scale, jnp.float32, rules)).astype(y.dtype)
 
 
 def linears(module: nnx.Module, path: str = "") -> list[tuple[str, Linear]]:
@@ -211,7 +211,7 @@ class Embedding(nnx.Module):
 
     def __call__(self, ids: jax.Array, dtype) -> jax.Array:
         """ids: int32 […]. Returns [… , D]."""
-        return look_up(compute_spec(self.table, dtype, self.rules), ids)
+        return look_up(for_compute(self.table, dtype, self.rules), ids)
 
 
 class RMSNorm(nnx.Module):
@@ -227,7 +227,7 @@ class RMSNorm(nnx.Module):
     def _of_rows(self, x: jax.Array) -> jax.Array:
         y = x.astype(jnp.float32)
         y = y * sums.spread(jax.lax.rsqrt(sums.mean(jnp.square(y)) + self.eps), y)
-        return compute_spec(self.scale, x.dtype) * y.astype(x.dtype)
+        return for_compute(self.scale, x.dtype) * y.astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):
@@ -249,5 +249,5 @@ class LayerNorm(nnx.Module):
         else:
             variance = sums.mean(jnp.square(y - average))
         y = (y - average) * sums.spread(jax.lax.rsqrt(variance + self.eps), y)
-        y = y * compute_spec(self.scale, jnp.float32) + compute_spec(self.bias, jnp.float32)
+        y = y * for_compute(self.scale, jnp.float32) + for_compute(self.bias, jnp.float32)
         return y.astype(x.dtype)

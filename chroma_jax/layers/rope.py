@@ -13,15 +13,23 @@ from chroma_jax.parallel.sharding import active, on_tpu
 
 @dataclasses.dataclass(frozen=True)
 class RopeConfig:
-    """theta: base of the frequencies. scaling "llama3": long wavelengths are slowed down by ``factor``, short ones kept,
-    with a linear blend between ``low_freq_factor`` and ``high_freq_factor`` (Llama 3.1 model card and code)."""
+    """Rotary position embeddings.
+
+    Attributes:
+        theta: Base of the frequencies.
+        scaling: "llama3" stretches long wavelengths, as Llama 3.1 does.
+        factor: Factor by which long wavelengths are stretched.
+        low_freq_factor: Wavelengths above original_max_position_embeddings / low_freq_factor are stretched fully.
+        high_freq_factor: Wavelengths below original_max_position_embeddings / high_freq_factor are kept.
+        original_max_position_embeddings: Context length before the stretch.
+    """
 
     theta: float = 500_000.0
     scaling: Literal["none", "llama3"] = "none"
     factor: float = 32.0
     low_freq_factor: float = 0.125
     high_freq_factor: float = 0.5
-    original_length: int = 1024
+    original_max_position_embeddings: int = 1024
 
 
 def inverse_frequencies(config: RopeConfig, head_dim: int) -> np.ndarray:
@@ -30,7 +38,7 @@ def inverse_frequencies(config: RopeConfig, head_dim: int) -> np.ndarray:
     if config.scaling == "llama3":
         wavelength = 2 * math.pi / inverse
         low, high = config.low_freq_factor, config.high_freq_factor
-        blend = np.clip((config.original_length / wavelength - low) / (high - low), 0.0, 1.0)
+        blend = np.clip((config.original_max_position_embeddings / wavelength - low) / (high - low), 0.0, 1.0)
         inverse = (1 - blend) * inverse / config.factor + blend * inverse
     return inverse.astype(np.float32)
 

@@ -17,22 +17,22 @@ from chroma_jax.kernels.splash import SAVED
 from chroma_jax.layers import rope
 from chroma_jax.layers.attention import Attention, Kernel, KVCache, Mask, Past, Rotation, cached_mask
 from chroma_jax.layers.gelu import gated, gelu
-from chroma_jax.layers.linear import LayerNorm, Linear, RMSNorm, compute_spec, weight, zeros
+from chroma_jax.layers.linear import LayerNorm, Linear, RMSNorm, for_compute, weight, zeros
 from chroma_jax.layers.rope import RopeConfig
 from chroma_jax.parallel.sharding import RULES, AxisRules
 
-Remat = Literal["none", "products", "attention", "full"]
-PRODUCTS = ("products", SAVED)  # named where they are made: here, in `attention`, `flash` and `splash`
+Remat = Literal["none", "dots", "attention", "full"]
+DOTS = ("dots", SAVED)  # named where they are made: here, in `attention`, `flash` and `splash`
 
 
 def rematerialise(body, policy: Remat):
-    """Wraps a scan body: "none" keeps every activation for the backward pass; "products" the layer's input and what its products
+    """Wraps a scan body: "none" keeps every activation for the backward pass; "dots" the layer's input and what its products
     make, so that only cheap things are computed again; "attention" the input and what attention makes; "full" the input alone."""
     if policy == "none":
         return body
     policies = jax.checkpoint_policies
     saved = {
-        "products": policies.save_only_these_names(*PRODUCTS),
+        "dots": policies.save_only_these_names(*DOTS),
         "attention": policies.save_only_these_names(SAVED),
         "full": policies.nothing_saveable,
     }
@@ -76,58 +76,76 @@ def through_cached(blocks, x, rotation, mask, cache: KVCache, slots, row=None) -
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """Sizes of a Llama stack. attention: how packed rows are computed, see `Kernel`."""
+    """Sizes of a Llama stack.
 
-    num_layers: int
-    width: int
-    num_heads: int
-    num_kv_heads: int
+    Attributes:
+        num_hidden_layers: Number of layers.
+        hidden_size: Width of the residual stream.
+        num_attention_heads: Number of query heads.
+        num_key_value_heads: Number of key and value heads.
+        head_dim: Width of a head.
+        intermediate_size: Width of the MLP.
+        rms_norm_eps: Epsilon of the RMS norms.
+        qkv_bias: Whether the query, key and value maps have biases.
+        rope: Rotary position embeddings.
+        remat: What the backward pass computes again, see `Remat`.
+        attention: Kernel for packed sequences, see `Kernel`.
+        rules: Logical axis → mesh axes.
+    """
+
+    num_hidden_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
     head_dim: int
-    mlp_width: int
-    norm_eps: float = 1e-5
-    qkv_bias: Literal["none", "qkv"] = "none"
+    intermediate_size: int
+    rms_norm_eps: float = 1e-5
+    qkv_bias: bool = False
     rope: RopeConfig = RopeConfig()
     remat: Remat = "none"
-    attention: Kernel = "plain"
+    attention: Kernel = "xla"
     rules: AxisRules = RULES
 
     def __post_init__(self):
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}"
+            )
 
     def empty_cache(self, batch: int, capacity: int, dtype) -> KVCache:
-        return KVCache.zeros(self.num_layers, batch, capacity, self.num_kv_heads, self.head_dim, dtype, self.rules)
+        return KVCache.zeros(self.num_hidden_layers, batch, capacity, self.num_key_value_heads, self.head_dim, dtype, self.rules)
 
 
 class LlamaBlock(nnx.Module):
     """x + attention(norm(x)); x + down(silu(gate(norm(x))) · up(norm(x)))."""
 
     def __init__(self, rngs: nnx.Rngs, config: LlamaConfig):
-        c, layers = config, config.num_layers
-        model, mlp = {"embed": c.width}, {"mlp": c.mlp_width}
-        self.attention_norm = RMSNorm(rngs, c.width, c.norm_eps, layers=layers)
+        c, layers = config, config.num_hidden_layers
+        model, mlp = {"embed": c.hidden_size}, {"mlp": c.intermediate_size}
+        self.attention_norm = RMSNorm(rngs, c.hidden_size, c.rms_norm_eps, layers=layers)
         self.attention = Attention(
             rngs,
-            width=c.width,
-            num_heads=c.num_heads,
-            num_kv_heads=c.num_kv_heads,
+            hidden_size=c.hidden_size,
+            num_attention_heads=c.num_attention_heads,
+            num_key_value_heads=c.num_key_value_heads,
             head_dim=c.head_dim,
-            bias="qkv" if c.qkv_bias == "qkv" else "",
+            bias="qkv" if c.qkv_bias else "",
             layers=layers,
             rules=c.rules,
         )
-        self.mlp_norm = RMSNorm(rngs, c.width, c.norm_eps, layers=layers)
+        self.mlp_norm = RMSNorm(rngs, c.hidden_size, c.rms_norm_eps, layers=layers)
         self.gate = Linear(rngs, model, mlp, layers=layers, rules=c.rules)
         self.up = Linear(rngs, model, mlp, layers=layers, rules=c.rules)
         self.down = Linear(rngs, mlp, model, layers=layers, rules=c.rules)
 
     def mlp(self, x: jax.Array) -> jax.Array:
         y = grad_barrier(self.mlp_norm(x))
-        gate, up = (checkpoint_name(part(y), "products") for part in (self.gate, self.up))
+        gate, up = (checkpoint_name(part(y), "dots") for part in (self.gate, self.up))
         return x + self.down(gated(gate, up))
 
     def __call__(self, x: jax.Array, rotation: Rotation, mask: Mask) -> jax.Array:
-        x = checkpoint_name(x + self.attention(grad_barrier(self.attention_norm(x)), rotation, mask), "products")
+        x = checkpoint_name(x + self.attention(grad_barrier(self.attention_norm(x)), rotation, mask), "dots")
         return force_layout(self.mlp(force_layout(x)))
 
     def cached(self, x, rotation, past, old):
@@ -141,7 +159,7 @@ class Llama(nnx.Module):
     def __init__(self, rngs: nnx.Rngs, config: LlamaConfig):
         self.config = config
         self.blocks = LlamaBlock(rngs, config)
-        self.norm = RMSNorm(rngs, config.width, config.norm_eps)
+        self.norm = RMSNorm(rngs, config.hidden_size, config.rms_norm_eps)
 
     def __call__(self, x: jax.Array, positions: jax.Array, mask: Mask) -> jax.Array:
         """x: [B, T, D]; positions: int32 [B, T]; mask: bool [B, T, T], or what `packed` makes of segments. Returns [B, T, D]
@@ -177,24 +195,40 @@ class Llama(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
-    """Sizes of an encoder stack. attention_bias: letters of "qkvo". layer_scale: initial value, or None for none."""
+    """Sizes of an encoder stack.
 
-    num_layers: int
-    width: int
-    num_heads: int
-    num_kv_heads: int
+    Attributes:
+        num_hidden_layers: Number of layers.
+        hidden_size: Width of the residual stream.
+        num_attention_heads: Number of query heads.
+        num_key_value_heads: Number of key and value heads.
+        head_dim: Width of a head.
+        intermediate_size: Width of the MLP.
+        norm_eps: Epsilon of the layer norms.
+        attention_bias: Which of the attention's maps have biases: letters of "qkvo".
+        mlp_bias: Whether the MLP has biases.
+        layer_scale: Initial value of the layer scale; None for no layer scale.
+        rope: Rotary position embeddings; None for none.
+        remat: What the backward pass computes again, see `Remat`.
+        rules: Logical axis → mesh axes.
+    """
+
+    num_hidden_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
     head_dim: int
-    mlp_width: int
+    intermediate_size: int
     norm_eps: float = 1e-5
     attention_bias: str = ""
-    mlp_bias: Literal["none", "both"] = "none"
+    mlp_bias: bool = False
     layer_scale: float | None = None
     rope: RopeConfig | None = None
     remat: Remat = "none"
     rules: AxisRules = RULES
 
     def empty_cache(self, batch: int, capacity: int, dtype) -> KVCache:
-        return KVCache.zeros(self.num_layers, batch, capacity, self.num_kv_heads, self.head_dim, dtype, self.rules)
+        return KVCache.zeros(self.num_hidden_layers, batch, capacity, self.num_key_value_heads, self.head_dim, dtype, self.rules)
 
 
 class LayerScale(nnx.Module):
@@ -204,33 +238,33 @@ class LayerScale(nnx.Module):
         self.scale = weight(rngs, {"norm": width}, lambda key, shape, dtype: jnp.full(shape, initial, dtype), layers=layers)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return x * compute_spec(self.scale, x.dtype)
+        return x * for_compute(self.scale, x.dtype)
 
 
 class EncoderBlock(nnx.Module):
     """x + scale · attention(norm(x)); x + scale · fc2(gelu(fc1(norm(x))))."""
 
     def __init__(self, rngs: nnx.Rngs, config: EncoderConfig):
-        c, layers = config, config.num_layers
-        model, mlp = {"embed": c.width}, {"mlp": c.mlp_width}
-        bias = zeros if c.mlp_bias == "both" else None
-        self.attention_norm = LayerNorm(rngs, c.width, c.norm_eps, layers=layers)
+        c, layers = config, config.num_hidden_layers
+        model, mlp = {"embed": c.hidden_size}, {"mlp": c.intermediate_size}
+        bias = zeros if c.mlp_bias else None
+        self.attention_norm = LayerNorm(rngs, c.hidden_size, c.norm_eps, layers=layers)
         self.attention = Attention(
             rngs,
-            width=c.width,
-            num_heads=c.num_heads,
-            num_kv_heads=c.num_kv_heads,
+            hidden_size=c.hidden_size,
+            num_attention_heads=c.num_attention_heads,
+            num_key_value_heads=c.num_key_value_heads,
             head_dim=c.head_dim,
             bias=c.attention_bias,
             layers=layers,
             rules=c.rules,
         )
-        self.mlp_norm = LayerNorm(rngs, c.width, c.norm_eps, layers=layers)
+        self.mlp_norm = LayerNorm(rngs, c.hidden_size, c.norm_eps, layers=layers)
         self.fc1 = Linear(rngs, model, mlp, layers=layers, bias=bias, rules=c.rules)
         self.fc2 = Linear(rngs, mlp, model, layers=layers, bias=bias, rules=c.rules)
         scaled = c.layer_scale is not None
-        self.attention_scale = LayerScale(rngs, c.width, c.layer_scale, layers) if scaled else None
-        self.mlp_scale = LayerScale(rngs, c.width, c.layer_scale, layers) if scaled else None
+        self.attention_scale = LayerScale(rngs, c.hidden_size, c.layer_scale, layers) if scaled else None
+        self.mlp_scale = LayerScale(rngs, c.hidden_size, c.layer_scale, layers) if scaled else None
 
     def _add(self, x, y, scale):
         return x + (y if scale is None else scale(y))

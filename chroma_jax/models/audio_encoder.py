@@ -16,42 +16,56 @@ from jax.sharding import PartitionSpec as P
 
 from chroma_jax.layers.attention import Lengths
 from chroma_jax.layers.gelu import gelu
-from chroma_jax.layers.linear import LayerNorm, Linear, compute_spec, normal, weight, zeros
+from chroma_jax.layers.linear import LayerNorm, Linear, for_compute, normal, weight, zeros
 from chroma_jax.layers.transformer import Encoder, EncoderConfig, Remat
 from chroma_jax.parallel.sharding import RULES, AxisRules, active, leading_spec, reshape_rows
 
 
 @dataclasses.dataclass(frozen=True)
 class AudioEncoderConfig:
-    """Sizes of the audio encoder. block_frames: mel frames per attention block, even."""
+    """Sizes of the audio encoder.
 
-    num_layers: int = 32
-    width: int = 1280
-    num_heads: int = 20
-    mlp_width: int = 5120
+    Attributes:
+        num_hidden_layers: Number of layers.
+        hidden_size: Width of the residual stream.
+        num_attention_heads: Number of heads.
+        intermediate_size: Width of the MLP.
+        mel_bins: Number of mel bins.
+        block_frames: Mel frames per attention block, an even number.
+        output_dim: Width of the outputs.
+        remat: What the backward pass computes again, see `Remat`.
+        rules: Logical axis → mesh axes.
+    """
+
+    num_hidden_layers: int = 32
+    hidden_size: int = 1280
+    num_attention_heads: int = 20
+    intermediate_size: int = 5120
     mel_bins: int = 128
     block_frames: int = 200
-    output_width: int = 2048
+    output_dim: int = 2048
     remat: Remat = "none"
     rules: AxisRules = RULES
 
     def __post_init__(self):
-        if self.width % self.num_heads:
-            raise ValueError(f"audio encoder width {self.width} is not a multiple of num_heads {self.num_heads}")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"audio encoder width {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
+            )
         if self.block_frames % 2:
             raise ValueError(f"block_frames {self.block_frames} is odd")
 
     @property
     def encoder(self) -> EncoderConfig:
         return EncoderConfig(
-            num_layers=self.num_layers,
-            width=self.width,
-            num_heads=self.num_heads,
-            num_kv_heads=self.num_heads,
-            head_dim=self.width // self.num_heads,
-            mlp_width=self.mlp_width,
+            num_hidden_layers=self.num_hidden_layers,
+            hidden_size=self.hidden_size,
+            num_attention_heads=self.num_attention_heads,
+            num_key_value_heads=self.num_attention_heads,
+            head_dim=self.hidden_size // self.num_attention_heads,
+            intermediate_size=self.intermediate_size,
             attention_bias="qvo",
-            mlp_bias="both",
+            mlp_bias=True,
             remat=self.remat,
             rules=self.rules,
         )
@@ -116,12 +130,12 @@ class Convolution(nnx.Module):
         are. Taps that are picked out of the positions instead end the compiler for Ironwood (libtpu 0.0.42)."""
         (b, a, c), s = x.shape, self.stride
         groups, out = -(-3 // s), (a - 1) // s + 1
-        kernel = jnp.pad(compute_spec(self.kernel, x.dtype), ((0, groups * s - 3), (0, 0), (0, 0))).reshape(groups, s * c, -1)
+        kernel = jnp.pad(for_compute(self.kernel, x.dtype), ((0, groups * s - 3), (0, 0), (0, 0))).reshape(groups, s * c, -1)
         spec = P(*leading_spec(x, 2), None) if active() else None
         x = jnp.pad(x, ((0, 0), (1, (out + groups - 1) * s - a - 1), (0, 0)))
         x = jax.lax.reshape(x, (b, out + groups - 1, s * c), out_sharding=spec)
         products = (jnp.einsum("BAC,CE->BAE", x[:, g : g + out], kernel[g], out_sharding=spec) for g in range(groups))
-        return sum(products) + compute_spec(self.bias, x.dtype)
+        return sum(products) + for_compute(self.bias, x.dtype)
 
 
 class AudioEncoder(nnx.Module):
@@ -130,13 +144,13 @@ class AudioEncoder(nnx.Module):
     def __init__(self, rngs: nnx.Rngs, config: AudioEncoderConfig):
         c = config
         self.config = c
-        self.conv1 = Convolution(rngs, c.mel_bins, c.width, 1)
-        self.conv2 = Convolution(rngs, c.width, c.width, 2)
+        self.conv1 = Convolution(rngs, c.mel_bins, c.hidden_size, 1)
+        self.conv2 = Convolution(rngs, c.hidden_size, c.hidden_size, 2)
         self.encoder = Encoder(rngs, c.encoder)
-        self.norm = LayerNorm(rngs, c.width, 1e-5)
-        self.projection = Linear(rngs, {"embed": c.width}, {"width": c.output_width}, bias=zeros, rules=c.rules)
+        self.norm = LayerNorm(rngs, c.hidden_size, 1e-5)
+        self.projection = Linear(rngs, {"embed": c.hidden_size}, {"width": c.output_dim}, bias=zeros, rules=c.rules)
         # two embeddings that the released checkpoint carries; nothing reads them
-        self.unused_markers = weight(rngs, (("codebook", 2), ("embed", c.output_width)), normal(0.02))
+        self.unused_markers = weight(rngs, (("codebook", 2), ("embed", c.output_dim)), normal(0.02))
 
     def front(self, mel: jax.Array, lengths: jax.Array, dtype) -> jax.Array:
         """Convolutions and positions of blocks. mel: [R, block_frames, bins]; lengths: int32 [R]. Returns [R, A, D], with
@@ -161,7 +175,7 @@ class AudioEncoder(nnx.Module):
     def __call__(self, mel: jax.Array, lengths: jax.Array, dtype=jnp.float32) -> jax.Array:
         """mel: [B, blocks, block_frames, bins]; lengths: int32 [B, blocks] valid frames of each block (0: none).
 
-        Returns [B, blocks · block_frames / 4, output_width]. The outputs of a recording that begins at block r begin at
+        Returns [B, blocks · block_frames / 4, output_dim]. The outputs of a recording that begins at block r begin at
         r · block_frames / 4, and the first ``num_outputs(mel_frames)`` of them are valid; recordings may be packed into one
         row when block_frames is a multiple of 4.
         """
@@ -172,13 +186,13 @@ class AudioEncoder(nnx.Module):
 
     def empty_carry(self, batch: int, dtype=jnp.float32) -> PoolCarry:
         """Before the first block."""
-        return PoolCarry(jnp.zeros((batch, self.config.width), dtype), jnp.zeros(batch, bool))
+        return PoolCarry(jnp.zeros((batch, self.config.hidden_size), dtype), jnp.zeros(batch, bool))
 
     def step(self, carry: PoolCarry, mel: jax.Array, lengths: jax.Array) -> tuple[PoolCarry, jax.Array]:
         """One block of each row; all of a recording's, one after the other, give what ``__call__`` gives at once.
 
         mel: [B, block_frames, bins]; lengths: int32 [B] valid frames, fewer than block_frames in a recording's last block only.
-        Returns (carry, [B, ⌈A / 2⌉, output_width]) with A = block_frames / 2, computed in the carry's type. Of p valid
+        Returns (carry, [B, ⌈A / 2⌉, output_dim]) with A = block_frames / 2, computed in the carry's type. Of p valid
         positions and w = 1 for a row that has one waiting, the first ⌊(w + p) / 2⌋ outputs are valid.
         """
         x = self.attend(self.front(mel, lengths, carry.last.dtype), lengths)

@@ -11,16 +11,16 @@ from chroma_jax.sequence.batch import is_present
 
 
 class AudioEmbedding(nnx.Module):
-    """The one table of audio embeddings, shared by Backbone and Decoder: row = code + audio_vocab · level."""
+    """The one table of audio embeddings, shared by Backbone and Decoder: row = code + audio_vocab_size · level."""
 
-    def __init__(self, rngs: nnx.Rngs, codebooks: int, audio_vocab: int, width: int):
-        self.codebooks, self.audio_vocab = codebooks, audio_vocab
-        self.rows = Embedding(rngs, {"codes": codebooks * audio_vocab}, width)
+    def __init__(self, rngs: nnx.Rngs, codebooks: int, audio_vocab_size: int, width: int):
+        self.codebooks, self.audio_vocab_size = codebooks, audio_vocab_size
+        self.rows = Embedding(rngs, {"codes": codebooks * audio_vocab_size}, width)
 
     def __call__(self, codes: jax.Array, levels: jax.Array, dtype) -> jax.Array:
         """codes, levels: int32, of one shape up to broadcasting. Returns [… , D]; an absent code (−1) counts as 0, as in the
         reference."""
-        return self.rows(jnp.maximum(codes, 0) + self.audio_vocab * levels, dtype)
+        return self.rows(jnp.maximum(codes, 0) + self.audio_vocab_size * levels, dtype)
 
     def frames(self, codes: jax.Array, dtype) -> jax.Array:
         """A frame's embedding is the sum over its codes. codes: int32 [… , Q]. Returns [… , D]; an absent frame (its first
@@ -32,10 +32,10 @@ class AudioEmbedding(nnx.Module):
 class Backbone(nnx.Module):
     """Llama stack and codebook-0 head."""
 
-    def __init__(self, rngs: nnx.Rngs, config: LlamaConfig, audio_vocab: int):
+    def __init__(self, rngs: nnx.Rngs, config: LlamaConfig, audio_vocab_size: int):
         self.config = config
         self.model = Llama(rngs, config)
-        self.head = Linear(rngs, {"embed": config.width}, {"codes": audio_vocab}, rules=config.rules)
+        self.head = Linear(rngs, {"embed": config.hidden_size}, {"codes": audio_vocab_size}, rules=config.rules)
 
     def __call__(self, inputs: jax.Array, positions: jax.Array, segments: jax.Array) -> jax.Array:
         """inputs: [B, T, D]; positions, segments: int32 [B, T]. Returns h after the final norm, [B, T, D]."""
@@ -46,5 +46,5 @@ class Backbone(nnx.Module):
         return self.model.cached(inputs, positions, cache, mask)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """[…, D] → codebook-0 logits [… , audio_vocab]."""
+        """[…, D] → codebook-0 logits [… , audio_vocab_size]."""
         return self.head(hidden)

@@ -21,34 +21,57 @@ from chroma_jax.sequence.chat_template import SpecialTokens
 class ChromaConfig:
     """The whole model. The defaults are the released 4B model's sizes.
 
-    codebooks: of each frame that the model speaks (the Codec may have more). audio_vocab: entries per codebook with the
-    special ones. codebook_pad: the code of a finished row in the reference's output; a frame of ``codebook_eos`` ends a reply.
+    Attributes:
+        reasoner: Audio encoder and language model.
+        backbone: Llama stack over text and audio interleaved 1:2.
+        decoder: Llama stack over the codebooks of a frame.
+        codec: Sizes of the Codec.
+        tokens: Ids of the special tokens.
+        num_codebooks: Codebooks of each frame that the model predicts; the Codec may have more.
+        audio_vocab_size: Entries per codebook, special ones included.
+        codebook_pad_token_id: Code of a finished row in the reference implementation's output.
+        codebook_eos_token_id: A frame of this code ends a reply.
     """
 
     reasoner: ReasonerConfig = ReasonerConfig()
     backbone: LlamaConfig = LlamaConfig(
-        num_layers=16, width=2048, num_heads=32, num_kv_heads=8, head_dim=64, mlp_width=8192, rope=RopeConfig(theta=5e5)
+        num_hidden_layers=16,
+        hidden_size=2048,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=64,
+        intermediate_size=8192,
+        rope=RopeConfig(theta=5e5),
     )
     decoder: LlamaConfig = LlamaConfig(
-        num_layers=4, width=1024, num_heads=8, num_kv_heads=2, head_dim=128, mlp_width=8192, rope=RopeConfig(theta=5e5)
+        num_hidden_layers=4,
+        hidden_size=1024,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=128,
+        intermediate_size=8192,
+        rope=RopeConfig(theta=5e5),
     )
     codec: CodecConfig = CodecConfig()
     tokens: SpecialTokens = SpecialTokens()
-    codebooks: int = 8
-    audio_vocab: int = 2051
-    codebook_pad: int = 2050
-    codebook_eos: int = 0
+    num_codebooks: int = 8
+    audio_vocab_size: int = 2051
+    codebook_pad_token_id: int = 2050
+    codebook_eos_token_id: int = 0
 
     def __post_init__(self):
-        if self.backbone.width != self.reasoner.text.width:
+        if self.backbone.hidden_size != self.reasoner.text.hidden_size:
             raise ValueError(
-                f"backbone.width {self.backbone.width} differs from reasoner.text.width {self.reasoner.text.width}:"
-                " the Reasoner's vectors enter the Backbone unprojected"
+                f"backbone.hidden_size {self.backbone.hidden_size} differs from "
+                f"reasoner.text.hidden_size {self.reasoner.text.hidden_size}: "
+                "the Reasoner's vectors enter the Backbone unprojected"
             )
-        if self.audio_vocab < self.codec.codebook_size:
-            raise ValueError(f"audio_vocab {self.audio_vocab} is smaller than codec.codebook_size {self.codec.codebook_size}")
-        if self.codebooks > self.codec.num_codebooks:
-            raise ValueError(f"codebooks {self.codebooks} exceeds codec.num_codebooks {self.codec.num_codebooks}")
+        if self.audio_vocab_size < self.codec.codebook_size:
+            raise ValueError(
+                f"audio_vocab_size {self.audio_vocab_size} is smaller than codec.codebook_size {self.codec.codebook_size}"
+            )
+        if self.num_codebooks > self.codec.num_codebooks:
+            raise ValueError(f"num_codebooks {self.num_codebooks} exceeds codec.num_codebooks {self.codec.num_codebooks}")
         largest = max(dataclasses.asdict(self.tokens).values())
         if largest >= self.reasoner.vocab_size:
             raise ValueError(f"special token {largest} is outside reasoner.vocab_size {self.reasoner.vocab_size}")
@@ -73,9 +96,11 @@ class Chroma(nnx.Module):
         c = config
         self.config = c
         self.reasoner = Reasoner(rngs, c.reasoner)
-        self.backbone = Backbone(rngs, c.backbone, c.audio_vocab)
-        self.audio_embedding = AudioEmbedding(rngs, c.codebooks, c.audio_vocab, c.backbone.width)
-        self.decoder = Decoder(rngs, c.decoder, input_width=c.backbone.width, codebooks=c.codebooks, audio_vocab=c.audio_vocab)
+        self.backbone = Backbone(rngs, c.backbone, c.audio_vocab_size)
+        self.audio_embedding = AudioEmbedding(rngs, c.num_codebooks, c.audio_vocab_size, c.backbone.hidden_size)
+        self.decoder = Decoder(
+            rngs, c.decoder, input_width=c.backbone.hidden_size, codebooks=c.num_codebooks, audio_vocab_size=c.audio_vocab_size
+        )
 
     def answers(self, batch: Batch, audio: jax.Array) -> jax.Array:
         """The Reasoner's hidden states that predict the reply tokens of packed rows: [B, answers, D]. audio: [B, A, D], what the
@@ -99,7 +124,7 @@ class Chroma(nnx.Module):
         """Teacher-forced logits of the residual codebooks.
 
         hidden: [N, D], the Backbone's h at the position that predicts each frame; codes: int32 [N, Q] of that frame.
-        Returns [N, Q−1, audio_vocab].
+        Returns [N, Q−1, audio_vocab_size].
         """
         return frame_logits(self.decoder, self.audio_embedding, hidden, codes)
 

@@ -5,33 +5,33 @@ import jax.numpy as jnp
 from flax import nnx
 
 from chroma_jax.layers.attention import KVCache
-from chroma_jax.layers.linear import Linear, compute_spec, normal, scaled, weight
+from chroma_jax.layers.linear import Linear, for_compute, normal, scaled, weight
 from chroma_jax.layers.transformer import Llama, LlamaConfig
 
 
 class Decoder(nnx.Module):
     """Input projection, Llama stack over at most Q positions, one output head per codebook."""
 
-    def __init__(self, rngs: nnx.Rngs, config: LlamaConfig, *, input_width: int, codebooks: int, audio_vocab: int):
+    def __init__(self, rngs: nnx.Rngs, config: LlamaConfig, *, input_width: int, codebooks: int, audio_vocab_size: int):
         self.config, self.codebooks = config, codebooks
-        self.projection = Linear(rngs, {"embed": input_width}, {"width": config.width}, rules=config.rules)
+        self.projection = Linear(rngs, {"embed": input_width}, {"width": config.hidden_size}, rules=config.rules)
         self.model = Llama(rngs, config)
-        dims = (("codebook", codebooks - 1), ("embed", config.width), ("codes", audio_vocab))
-        self.heads = weight(rngs, dims, normal(config.width**-0.5), inputs=1)
-        self.heads_scale: nnx.Param | None = None  # [Q−1, audio_vocab], of int8 heads, see `chroma_jax.models.quantization`
+        dims = (("codebook", codebooks - 1), ("embed", config.hidden_size), ("codes", audio_vocab_size))
+        self.heads = weight(rngs, dims, normal(config.hidden_size**-0.5), inputs=1)
+        self.heads_scale: nnx.Param | None = None  # [Q−1, audio_vocab_size], of int8 heads, see `chroma_jax.models.quantization`
 
     def __call__(self, hidden: jax.Array, code_embeddings: jax.Array) -> jax.Array:
         """All levels at once, teacher-forced; positions 0 … Q−1.
 
         hidden: [N, D], the Backbone's h of N frames; code_embeddings: [N, Q−1, D] of c0 … c(Q−2).
-        Returns logits [N, Q−1, audio_vocab] of c1 … c(Q−1).
+        Returns logits [N, Q−1, audio_vocab_size] of c1 … c(Q−1).
         """
         x = self.projection(jnp.concatenate([hidden[:, None], code_embeddings], axis=1))
         n, q = x.shape[:2]
         positions = jnp.broadcast_to(jnp.arange(q), (n, q))
         mask = jnp.broadcast_to(jnp.tril(jnp.ones((q, q), bool)), (n, q, q))
         x = self.model(x, positions, mask)[:, 1:]
-        return scaled(jnp.einsum("NQD,QDV->NQV", x, compute_spec(self.heads, x.dtype, self.config.rules)), self.heads_scale)
+        return scaled(jnp.einsum("NQD,QDV->NQV", x, for_compute(self.heads, x.dtype, self.config.rules)), self.heads_scale)
 
     def cached(self, inputs: jax.Array, positions: jax.Array, slots: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
         """Continues a frame. inputs: [B, T, input width]; positions, slots: int32 [B, T]. Returns ([B, T, D], cache)."""
@@ -44,11 +44,11 @@ class Decoder(nnx.Module):
 
     def level_logits(self, x: jax.Array, level: jax.Array | int) -> jax.Array:
         """x: [B, D] after the stack at slot ``level`` (1 … Q−1), an int where the heads are apart. Returns the logits of that
-        level, [B, audio_vocab]."""
+        level, [B, audio_vocab_size]."""
 
         def of_level(heads):
             if heads is None or self.apart:
                 return heads and heads[level - 1]
             return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, level - 1, 0, False), heads)
 
-        return scaled(x @ compute_spec(of_level(self.heads), x.dtype, self.config.rules), of_level(self.heads_scale))
+        return scaled(x @ for_compute(of_level(self.heads), x.dtype, self.config.rules), of_level(self.heads_scale))

@@ -17,25 +17,31 @@ from chroma_jax.sequence.batch import is_present
 
 @dataclasses.dataclass(frozen=True)
 class ReasonerConfig:
-    """Audio encoder, text model and vocabulary. The defaults are those of the released checkpoint."""
+    """Audio encoder, text model and vocabulary. The defaults are those of the released checkpoint.
+
+    Attributes:
+        audio: Sizes of the audio encoder.
+        text: Sizes of the language model.
+        vocab_size: Number of tokens.
+    """
 
     audio: AudioEncoderConfig = AudioEncoderConfig()
     text: LlamaConfig = LlamaConfig(
-        num_layers=36,
-        width=2048,
-        num_heads=16,
-        num_kv_heads=2,
+        num_hidden_layers=36,
+        hidden_size=2048,
+        num_attention_heads=16,
+        num_key_value_heads=2,
         head_dim=128,
-        mlp_width=11008,
-        norm_eps=1e-6,
-        qkv_bias="qkv",
+        intermediate_size=11008,
+        rms_norm_eps=1e-6,
+        qkv_bias=True,
         rope=RopeConfig(theta=1e6),
     )
     vocab_size: int = 151_936
 
     def __post_init__(self):
-        if self.audio.output_width != self.text.width:
-            raise ValueError(f"audio.output_width {self.audio.output_width} differs from text.width {self.text.width}")
+        if self.audio.output_dim != self.text.hidden_size:
+            raise ValueError(f"audio.output_dim {self.audio.output_dim} differs from text.hidden_size {self.text.hidden_size}")
 
 
 class Reasoner(nnx.Module):
@@ -44,9 +50,9 @@ class Reasoner(nnx.Module):
     def __init__(self, rngs: nnx.Rngs, config: ReasonerConfig):
         self.config = config
         self.audio = AudioEncoder(rngs, config.audio)
-        self.embedding = Embedding(rngs, {"vocab": config.vocab_size}, config.text.width, rules=config.text.rules)
+        self.embedding = Embedding(rngs, {"vocab": config.vocab_size}, config.text.hidden_size, rules=config.text.rules)
         self.text = Llama(rngs, config.text)
-        self.head = Linear(rngs, {"embed": config.text.width}, {"vocab": config.vocab_size}, rules=config.text.rules)
+        self.head = Linear(rngs, {"embed": config.text.hidden_size}, {"vocab": config.vocab_size}, rules=config.text.rules)
 
     def embed(self, tokens: jax.Array, audio_index: jax.Array, audio: jax.Array) -> jax.Array:
         """Token embeddings with encoder outputs in the places that are audio.

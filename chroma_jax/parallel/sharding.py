@@ -25,10 +25,13 @@ MESH_AXES = ("data", "fsdp", "tensor", "context")
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Sizes of the mesh axes; their product is the number of devices used.
+    """Sizes of the mesh axes; their product is the number of devices.
 
-    data: copies of the model, each on its own rows. fsdp: rows too, with the weights divided among the devices.
-    tensor: heads and MLP columns. context: sequence positions of the Reasoner and the Backbone.
+    Attributes:
+        data: Replicas of the model, each with its own packed sequences.
+        fsdp: Shards of the weights, each with its own packed sequences.
+        tensor: Shards of attention heads, MLP columns and vocabulary.
+        context: Shards of the positions of Reasoner and Backbone.
     """
 
     data: int = 1
@@ -75,11 +78,11 @@ class AxisRules:
     width: tuple[str, ...] = ()  # a second model width of the same weight
     rank: tuple[str, ...] = ()  # between the two matrices of LoRA
 
-    def at_rest(self, axes: tuple[str | None, ...]) -> P:
+    def param_spec(self, axes: tuple[str | None, ...]) -> P:
         """PartitionSpec of an array as it is stored."""
         return P(*(self._mesh_axes(axis) for axis in axes))
 
-    def in_use(self, axes: tuple[str | None, ...]) -> P:
+    def compute_spec(self, axes: tuple[str | None, ...]) -> P:
         """PartitionSpec of a weight while it is multiplied: what is divided for storage alone is gathered."""
         return P(*(None if axis == "embed" else self._mesh_axes(axis) for axis in axes))
 
@@ -154,7 +157,7 @@ def reshard(x: jax.Array, spec: P) -> jax.Array:
 
 def constrain(x: jax.Array, *axes: str | None, rules: AxisRules = RULES) -> jax.Array:
     """``x`` laid out by its logical axes."""
-    return reshard(x, rules.at_rest(axes))
+    return reshard(x, rules.param_spec(axes))
 
 
 def leading_spec(x: jax.Array, count: int) -> tuple:
@@ -258,7 +261,7 @@ def state_shardings(state: nnx.State, mesh: Mesh, rules: AxisRules | Callable[[s
         if axes is None or len(axes) != len(variable.shape):
             problems.append(f"{name}: no logical axis for each of {tuple(variable.shape)}")
             return variable.replace(NamedSharding(mesh, P()))
-        spec = (rules(name) if callable(rules) else rules).at_rest(axes)
+        spec = (rules(name) if callable(rules) else rules).param_spec(axes)
         for axis, size, names in zip(axes, variable.shape, spec):
             parts = math.prod(mesh.shape[n] for n in ((names,) if isinstance(names, str) else names or ()))
             if size % parts:

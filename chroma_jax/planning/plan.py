@@ -26,7 +26,7 @@ from data_pipelines.waves import WaveBatch
 
 QUICK = {"optimization_level": 9}  # "O0" of XLA, as a number, which every version of JAX takes
 SCOPES = (
-    *("reasoner", "text_loss", "hearing_loss", "backbone", "frames", "optimizer"),
+    *("reasoner", "text_loss", "ctc_loss", "backbone", "frames", "optimizer"),
     *("codec_encode", "codec_quantize", "codec_decode", "teacher", "mel_loss", "discriminator"),
 )
 
@@ -79,7 +79,7 @@ class Plan:
     topology: str
     chips: int
     mesh: dict[str, int]
-    global_batch: int
+    global_batch_size: int
     effort: str
     memory: Memory
     flops: dict[str, float]
@@ -174,7 +174,7 @@ def plan_training(config: Config, topology: Topology, *, effort: str = "full") -
 
     Raises: DoesNotFit; InputError for a mesh that the topology or the weights do not fit.
     """
-    mesh, rows, row = mesh_on(topology, config.mesh), config.training.global_batch, config.data.row
+    mesh, rows, row = mesh_on(topology, config.mesh), config.training.global_batch_size, config.data.row
     with jax.set_mesh(mesh):
         trainer = trainer_of(config, mesh)
         batch, state = abstract_batch(config, trainer), trainer.abstract
@@ -185,7 +185,7 @@ def plan_training(config: Config, topology: Topology, *, effort: str = "full") -
             mesh,
             effort,
             step="training step",
-            global_batch=rows,
+            global_batch_size=rows,
             flops=step_flops(config, trainer)._asdict(),
             positions=rows * (row.positions + row.text),
             sound_seconds=rows * row.frames / config.model.codec.frame_rate,
@@ -197,12 +197,12 @@ def plan_codec(
 ) -> tuple[Plan, jax.stages.Compiled]:
     """The same for a Codec, in the last phase of its training, in which most takes part. teacher: what ``config.recipe.teacher``
     names."""
-    mesh, rows, recipe = mesh_on(topology, config.mesh), config.training.global_batch, config.recipe
+    mesh, rows, recipe = mesh_on(topology, config.mesh), config.training.global_batch_size, config.recipe
     model, frames, last = config.model, config.data.crop_frames, config.training.steps - 1
-    phase = Phase(quantized=last >= recipe.quantize_from, judged=last >= recipe.judge_from)
+    phase = Phase(quantized=last >= recipe.quantizer_start_step, judged=last >= recipe.discriminator_start_step)
     parts = {"quantizer": phase.quantized, "discriminator": phase.judged, "teacher": teacher is not None}
     with jax.set_mesh(mesh):
-        trainer = make_codec_trainer(model, recipe, config.training.seed, mesh, teacher, config.training.skip_norm)
+        trainer = make_codec_trainer(model, recipe, config.training.seed, mesh, teacher, config.training.skip_step_grad_norm)
         shape = (rows, frames * model.samples_per_frame)
         shapes, state = WaveBatch(shape, shape, shape[:1]), trainer.abstract
         batch = WaveBatch(*(jax.ShapeDtypeStruct(s, np.float32, sharding=x) for s, x in zip(shapes, trainer.batch_sharding)))
@@ -219,7 +219,7 @@ def plan_codec(
             mesh,
             effort,
             step=f"training step of a codec with {', '.join(part for part, there in parts.items() if there) or 'no quantizer'}",
-            global_batch=rows,
+            global_batch_size=rows,
             flops=counted(traced.jaxpr, SCOPES),
             positions=0,
             sound_seconds=rows * frames / model.frame_rate,

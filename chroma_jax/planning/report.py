@@ -16,7 +16,7 @@ def page(plan: Plan, dollars_per_chip_hour: float | None = None) -> str:
     mesh = " × ".join(f"{axis} {n}" for axis, n in plan.mesh.items() if n > 1) or "one device"
     devices = " (two devices a chip)" if plan.topology.startswith("tpu7x") else ""
     lines = [
-        f"{plan.topology}: {plan.chips} chips{devices}, mesh {mesh}, {plan.step}, {plan.global_batch} rows",
+        f"{plan.topology}: {plan.chips} chips{devices}, mesh {mesh}, {plan.step}, {plan.global_batch_size} rows",
         "",
         "HBM of a device, GiB",
     ]
@@ -142,9 +142,9 @@ def stream_table(found: Sequence[dict]) -> str:
 
 HELP = {
     "train": (
-        "fewer rows a step (--training.global_batch), or the same in pieces (--training.accumulate);",
+        "fewer rows a step (--training.global_batch_size), or the same in pieces (--training.gradient_accumulation_steps);",
         "rematerialisation (--model.backbone.remat full, --model.reasoner.text.remat full); more fsdp in the mesh;",
-        "frozen weights in bfloat16 (--precision.frozen); fewer of the Decoder's frames (--loss.decoder_frames)",
+        "frozen weights in bfloat16 (--precision.frozen); fewer of the Decoder's frames (--loss.decoder_frame_fraction)",
     ),
     "stream": (
         "fewer conversations (--rows) or positions (--positions); weights or caches of a byte a number (--weights int8,",
@@ -167,14 +167,14 @@ def table(found: Sequence[tuple[str, Plan | DoesNotFit]]) -> str:
 
     def rank(item):
         plan = item[1]
-        return (1, 0.0) if isinstance(plan, DoesNotFit) else (0, plan.step_seconds / plan.global_batch)
+        return (1, 0.0) if isinstance(plan, DoesNotFit) else (0, plan.step_seconds / plan.global_batch_size)
 
     lines = [f"{'mesh, rows, rematerialisation':<58}{'ms/step':>9}{'rows/s':>9}{'used':>7}{'GiB':>8}{'free':>7}"]
     for name, plan in sorted(found, key=rank):
         if isinstance(plan, DoesNotFit):
             lines += [f"{name:<58}{'–':>9}{'–':>9}{'–':>7}{plan.needed / GIB:>8.2f}{'none':>7}"]
             continue
-        speed = plan.global_batch / plan.step_seconds
+        speed = plan.global_batch_size / plan.step_seconds
         memory = f"{plan.memory.total / GIB:>8.2f}{plan.memory.free:>7.0%}"
         lines += [f"{name:<58}{plan.step_seconds * 1e3:>9.1f}{speed:>9.1f}{plan.utilisation:>7.1%}{memory}"]
     return "\n".join(lines) + "\n"

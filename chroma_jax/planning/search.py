@@ -13,7 +13,7 @@ from chroma_jax.utils.chips import Topology
 from chroma_jax.utils.errors import InputError
 
 ROWS = (1, 2, 4, 8)  # of a device, or of those that share a row
-REMATS = ("products", "attention", "full")
+REMATS = ("dots", "attention", "full")
 
 
 def search(config: Config, topology: Topology) -> list[tuple[str, Plan | DoesNotFit]]:
@@ -54,5 +54,5 @@ def changed(config: Config, mesh: MeshConfig, rows: int, remat: str) -> Config:
         config,
         mesh=mesh,
         model=dataclasses.replace(model, backbone=backbone, reasoner=reasoner),
-        training=dataclasses.replace(config.training, global_batch=rows),
+        training=dataclasses.replace(config.training, global_batch_size=rows),
     )

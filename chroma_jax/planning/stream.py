@@ -142,7 +142,7 @@ def plan_stream(
     model_config = divided(config.model, len(devices))
     mesh = make_mesh(MeshConfig(tensor=len(devices)), devices)
     dtype = jnp.dtype("float32" if weights == "float32" else "bfloat16")
-    kept: Literal["as_dtype", "int8"] = "int8" if cache == "int8" else "as_dtype"
+    kept: Literal["none", "int8"] = "int8" if cache == "int8" else "none"
     capacity = Capacity(text=positions, audio=positions, frames=positions, cache=kept)
     with jax.set_mesh(mesh):
         graphs, held = abstract_weights(model_config, dtype, weights, mesh)
@@ -222,7 +222,7 @@ def must_read(model: Chroma, codec: Codec, state: StreamState, pairs: Pairs) -> 
 def weights_read(model: Chroma, codec: Codec, pairs: Pairs) -> float:
     """Bytes of weights that a tick has to read on one device, without the few rows of tables that are looked up."""
     weights = lambda *modules: sum(size(nnx.state(module)) for module in modules if module is not None)
-    decoder, passes = model.decoder, model.config.codebooks - 1
+    decoder, passes = model.decoder, model.config.num_codebooks - 1
     heads = [x for x in (decoder.heads, decoder.heads_scale) if x is not None]
     total = weights(model.backbone, codec.decoder, codec.decoder_transformer, codec.upsample)
     total += passes * weights(decoder.model, decoder.projection) + size([x.get_value() for x in heads])

@@ -12,7 +12,13 @@ from chroma_jax.utils.tree_paths import values
 
 # Fields of a configuration that a program does not depend on.
 OUTSIDE = ("data.", "checkpoint.", "augment.", "reply.", "training.")
-INSIDE = ("data.row.", "training.global_batch", "training.accumulate", "training.skip_norm", "training.seed")
+INSIDE = (
+    "data.row.",
+    "training.global_batch_size",
+    "training.gradient_accumulation_steps",
+    "training.skip_step_grad_norm",
+    "training.seed",
+)
 
 
 def compiled_from(config: Config) -> dict[str, str]:
@@ -24,7 +30,11 @@ def compiled_from(config: Config) -> dict[str, str]:
 def trainer_of(config: Config, mesh: Mesh) -> Trainer:
     """What a configuration's run is made of, on a mesh, which must be set."""
     c, t = config, config.training
-    more = {"accumulate": t.accumulate, "lora": c.lora, "skip_norm": t.skip_norm}
+    more = {
+        "gradient_accumulation_steps": t.gradient_accumulation_steps,
+        "lora": c.lora,
+        "skip_step_grad_norm": t.skip_step_grad_norm,
+    }
     return make_trainer(c.model, c.optimizer, c.loss, c.precision, t.seed, mesh, **more)
 
 
@@ -34,11 +44,11 @@ def abstract_batch(config: Config, trainer: Trainer):
     audio = c.reasoner.audio
     batch = empty_batch(
         config.data.row,
-        rows=config.training.global_batch,
+        rows=config.training.global_batch_size,
         block_frames=audio.block_frames,
         mel_bins=audio.mel_bins,
-        codebooks=c.codebooks,
-        stored_width=c.reasoner.text.width if config.loss.reasoner == "stored" else 0,
+        codebooks=c.num_codebooks,
+        stored_width=c.reasoner.text.hidden_size if config.loss.reasoner == "stored" else 0,
         prompt_frames=config.loss.prompt_slots,
     )
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=trainer.batch_sharding), batch)
@@ -48,4 +58,4 @@ def step_flops(config: Config, trainer: Trainer) -> flops.PartFlops:
     """FLOPs of a training step on full rows, by part."""
     trained = {"/".join(path.split("/")[:2]) for path in values(trainer.abstract.trained)}
     forward = flops.forward_flops(config.model, config.data.row, config.loss)
-    return flops.PartFlops(*(config.training.global_batch * part for part in flops.train_flops(forward, trained)))
+    return flops.PartFlops(*(config.training.global_batch_size * part for part in flops.train_flops(forward, trained)))

@@ -34,7 +34,7 @@ from data_pipelines.waves import WaveBatch, crops, held_out, open_waves
 
 FRAMES_PER_CODE = 32  # latents that a code is fitted to
 # Constants of the model that its weights were trained with and that no shape shows.
-CONSTANTS = re.compile(r"sampling_rate|window|transformer\.norm_eps|transformer\.rope\..*")
+CONSTANTS = re.compile(r"sampling_rate|sliding_window|transformer\.norm_eps|transformer\.rope\..*")
 COLLAPSED = 0.02  # an alarm is given when a codebook's held-out perplexity is below this share of its size
 
 
@@ -60,13 +60,16 @@ def train_codec(
     t = config.training
     open_waves(prepared, config.model)
     check_batch(config)
-    if t.accumulate > 1:
-        raise InputError(f"training.accumulate is {t.accumulate}: a codec's step computes its recordings at once; use 1")
+    if t.gradient_accumulation_steps > 1:
+        raise InputError(
+            f"training.gradient_accumulation_steps is {t.gradient_accumulation_steps}: "
+            "a Codec's step computes its recordings at once; use 1"
+        )
     check_run(config, run)
     teacher = load_teacher(config.recipe.teacher, config.model.sampling_rate)
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        trainer = make_codec_trainer(config.model, config.recipe, t.seed, mesh, teacher, t.skip_norm)
+        trainer = make_codec_trainer(config.model, config.recipe, t.seed, mesh, teacher, t.skip_step_grad_norm)
         given = init_from if init_from is not None and not has_checkpoint(run) else None
         weights = {} if given is None else initial_weights(config, trainer, given)
         keep(config, run, [])
@@ -128,23 +131,27 @@ class CodecTask:
 
     def __init__(self, config: CodecRun, prepared: Path, trainer: CodecTrainer):
         self.config, self.prepared, self.trainer = config, prepared, trainer
-        self.share = data_shard(trainer.wave_sharding, config.training.global_batch)
+        self.share = data_shard(trainer.wave_sharding, config.training.global_batch_size)
 
     def phase(self, step: int) -> Phase:
         recipe = self.config.recipe
-        decoded = step >= recipe.decode_from
-        return Phase(quantized=step >= recipe.quantize_from, judged=decoded and step >= recipe.judge_from, decoded=decoded)
+        decoded = step >= recipe.decoder_start_step
+        return Phase(
+            quantized=step >= recipe.quantizer_start_step,
+            judged=decoded and step >= recipe.discriminator_start_step,
+            decoded=decoded,
+        )
 
     def batches(self, position: int) -> Iterator[WaveBatch]:
         t = self.config.training
-        share = self.share | {"global_batch": t.global_batch, "seed": t.seed}
+        share = self.share | {"global_batch_size": t.global_batch_size, "seed": t.seed}
         return crops(self.prepared, self.config.model, self.config.data, position=position, **share)
 
     def place(self, batch: WaveBatch) -> WaveBatch:
         return jax.tree.map(jax.make_array_from_process_local_data, self.trainer.batch_sharding, batch)
 
     def step(self, step: int, state: CodecTrainState, batch: WaveBatch) -> tuple[CodecTrainState, dict[str, jax.Array]]:
-        if step == self.config.recipe.quantize_from > 0:
+        if step == self.config.recipe.quantizer_start_step > 0:
             state = self.fitted(step, state)
         return self.trainer.train_step(state, batch, self.phase(step))
 
@@ -153,7 +160,7 @@ class CodecTask:
         model, t = self.config.model, self.config.training
         data, found, wanted = self.batches(step), [], FRAMES_PER_CODE * model.codebook_size
         while sum(map(len, found)) < wanted:
-            found.append(np.asarray(self.trainer.latents(state, self.place(next(data)).input)).reshape(-1, model.width))
+            found.append(np.asarray(self.trainer.latents(state, self.place(next(data)).input)).reshape(-1, model.hidden_size))
         graph, whole = nnx.split(self.trainer.module(state))
         here = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), self.whole(whole))
         fit = FitConfig(semantic="trained" if self.config.recipe.teacher else "components")
@@ -179,7 +186,7 @@ class CodecTask:
         model, phase = self.config.model, self.phase(step)
         if not phase.decoded:
             return {}
-        share = self.share | {"global_batch": self.config.training.global_batch}
+        share = self.share | {"global_batch_size": self.config.training.global_batch_size}
         distances, scores, first, matches = [], [], [], []
         counts = np.zeros((model.num_codebooks, model.codebook_size))
         for batch, samples in held_out(self.prepared, model, self.config.data, **share):
@@ -225,4 +232,4 @@ class CodecTask:
 
     def audio_seconds(self, metrics: dict[str, float]) -> float:
         """Seconds of the crops of a step."""
-        return self.config.training.global_batch * self.config.data.crop_frames / self.config.model.frame_rate
+        return self.config.training.global_batch_size * self.config.data.crop_frames / self.config.model.frame_rate

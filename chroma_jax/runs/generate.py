@@ -174,7 +174,7 @@ def speak(speaker: Generator, make: Callable[[], Prompt], config: ReplyConfig, m
             bar.update()
     return Spoken(
         wave=np.concatenate(samples) if samples else np.zeros(0, np.float32),
-        codes=np.stack(codes) if codes else np.zeros((0, speaker.config.codebooks), np.int32),
+        codes=np.stack(codes) if codes else np.zeros((0, speaker.config.num_codebooks), np.int32),
         tokens=tokens,
         ended=ended,
         features=1000 * (prefill_started - started),

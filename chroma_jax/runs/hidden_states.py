@@ -42,8 +42,8 @@ def store_hidden(prepared: Path, run: Path, *, rows_at_once: int = 8) -> str:
         graph, state, fingerprint = frozen_reasoner(run, config, mesh)
         first = jax.process_index() == 0
         if first:
-            hidden.check(dataset, {"weights": fingerprint, "dtype": str(dtype), "width": config.model.reasoner.text.width})
-        place = NamedSharding(mesh, RULES.at_rest(("batch",)))
+            hidden.check(dataset, {"weights": fingerprint, "dtype": str(dtype), "width": config.model.reasoner.text.hidden_size})
+        place = NamedSharding(mesh, RULES.param_spec(("batch",)))
 
         @jax.jit
         def compute(state, batch):

@@ -81,7 +81,7 @@ def reference_logits(source: Path, inputs: dict[str, np.ndarray] | None = None) 
     config = exported_run(source) if (source / "config.json").is_file() else configs.load(source)
     if not isinstance(config, Config):
         raise InputError(f"{source}: a codec, expected a speaking model")
-    reply = dataclasses.replace(config.reply, dtype="float32", weights="as_dtype", cache="as_dtype", tensor=1)
+    reply = dataclasses.replace(config.reply, dtype="float32", weights="none", cache="none", tensor=1)
     model, codec, _ = load_run(source, dataclasses.replace(config, reply=reply))
     inputs = make_inputs(model.config) if inputs is None else inputs
     weights = values(nnx.state(model)) | values(nnx.state(codec), "codec/")
@@ -100,7 +100,7 @@ def make_inputs(config: ChromaConfig, seed: int = 0) -> dict[str, np.ndarray]:
     length = positions + WORDS + ANSWERS
     place = np.arange(ANSWERS + FRAMES)
     is_frame = place % 3 > 0  # the schedule: one answer token, two frames
-    codes = rng.integers(0, entries, (len(place), config.codebooks))
+    codes = rng.integers(0, entries, (len(place), config.num_codebooks))
     made = {
         "mel": rng.integers(-MEL_SCALE, MEL_SCALE + 1, (audio.block_frames, audio.mel_bins)).astype(np.int8),
         "text": rng.integers(0, words, length),
@@ -135,7 +135,7 @@ def batch_of(inputs: dict[str, np.ndarray]) -> Batch:
         position=jnp.arange(token.shape[1], dtype=jnp.int32)[None],
         target_position=of["target_position"],
         target_codes=of["target_codes"],
-        heard_token=jnp.zeros((1, 0), jnp.int32),
+        ctc_target=jnp.zeros((1, 0), jnp.int32),
         hidden=jnp.zeros((1, ANSWERS, 0), jnp.float32),
     )
 

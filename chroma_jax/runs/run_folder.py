@@ -22,7 +22,7 @@ def check_run(config, run: Path) -> None:
     """Makes sure that ``run`` is new, or a run of the same model on the same data. Raises InputError otherwise."""
     if (run / "config.txt").exists():
         before, now = configs.fields(configs.load(run)), configs.fields(config)
-        fixed = [n for n in now if n.startswith(("model.", "data.")) or n in ("training.global_batch", "training.seed")]
+        fixed = [n for n in now if n.startswith(("model.", "data.")) or n in ("training.global_batch_size", "training.seed")]
         changed = [f"{n} {before.get(n)!r} → {now[n]!r}" for n in fixed if before.get(n) != now[n]]
         if changed:
             raise InputError(f"{run}: holds another run ({'; '.join(changed[:5])}); choose another run folder")

@@ -151,7 +151,7 @@ def prompt_shapes(config: ChromaConfig, sizes: Sizes) -> Prompt:
         audio_index=integers(sizes.text),
         text_length=integers(),
         voice_token=integers(sizes.voice),
-        voice_codes=integers(sizes.voice, config.codebooks),
+        voice_codes=integers(sizes.voice, config.num_codebooks),
         voice_length=integers(),
     )
 
@@ -252,7 +252,7 @@ def description(config: ChromaConfig, dtype: str, sizes: Sizes, programs: dict[s
         "dtype": dtype,
         "sampling_rate": config.codec.sampling_rate,
         "samples_per_frame": config.codec.samples_per_frame,
-        "codebooks": config.codebooks,
+        "codebooks": config.num_codebooks,
         "codebook_size": config.codec.codebook_size,
         "tokens": dataclasses.asdict(config.tokens),
         "nothing": NONE_TOKEN,

@@ -103,7 +103,7 @@ def starting_weights(config: Config, trainer: Trainer, start: Path) -> dict[str,
     with Checkpoints(start, config.checkpoint, access="read") as checkpoints:
         held = checkpoints.held().keys() & wanted.keys()
         parts = {path.split("/")[0] for path in held}
-        of_all = ("codebooks", "audio_vocab", "tokens.")
+        of_all = ("num_codebooks", "audio_vocab_size", "tokens.")
         apart = {
             name: value
             for name, value in before.items()
@@ -129,7 +129,7 @@ def kept(prepared: Path, start: Path | None) -> list[Path]:
 
 
 # Numbers of targets that the other metrics are means over; those of the voice prompt exist where it has a loss.
-COUNTS = ("frames", "residual_frames", "tokens", "heard_tokens", "prompt_frames", "prompt_residual_frames")
+COUNTS = ("frames", "residual_frames", "tokens", "ctc_targets", "prompt_frames", "prompt_residual_frames")
 
 
 def counted_by(name: str) -> str:
@@ -139,17 +139,17 @@ def counted_by(name: str) -> str:
         return f"prompt_{counted_by(rest)}"
     if kind == "residual" or (kind in ("nll", "accuracy") and rest != "0"):  # the Decoder may see a share of the frames
         return "residual_frames"
-    return {"text": "tokens", "hearing": "heard_tokens"}.get(kind, "frames")
+    return {"text": "tokens", "ctc": "ctc_targets"}.get(kind, "frames")
 
 
 class Speaking:
     """The loop's task: a speaking model on packed rows."""
 
-    shown = ("c0_loss", "residual_loss", "text_loss", "hearing_loss")
+    shown = ("c0_loss", "residual_loss", "text_loss", "ctc_loss")
 
     def __init__(self, config: Config, prepared: Path, trainer: Trainer):
         self.config, self.prepared, self.trainer = config, prepared, trainer
-        self.share = data_shard(trainer.batch_sharding, config.training.global_batch)
+        self.share = data_shard(trainer.batch_sharding, config.training.global_batch_size)
         self.reading = {"reasoner": config.loss.reasoner, "prompt_frames": config.loss.prompt_slots}
         self.step_flops = sum(step_flops(config, trainer))
         peak = flops.peak_flops(jax.devices()[0])
@@ -157,7 +157,7 @@ class Speaking:
 
     def batches(self, position: int) -> Iterator[Batch]:
         t = self.config.training
-        share = self.share | {"global_batch": t.global_batch, "seed": t.seed}
+        share = self.share | {"global_batch_size": t.global_batch_size, "seed": t.seed}
         share |= {"augment": self.config.augment} | self.reading
         return batches(self.prepared, "train", self.config.model, position=position, **share)
 
@@ -171,7 +171,7 @@ class Speaking:
         """Means over the valid split, each loss weighted by its own number of targets."""
         totals: dict[str, float] = {}
         counts = dict.fromkeys(COUNTS, 0.0)
-        share = self.share | {"global_batch": self.config.training.global_batch} | self.reading
+        share = self.share | {"global_batch_size": self.config.training.global_batch_size} | self.reading
         for batch in evaluation_batches(self.prepared, "valid", self.config.model, **share):
             metrics = flat(jax.device_get(self.trainer.eval_step(state, self.place(batch))))
             for name in counts:
@@ -185,7 +185,7 @@ class Speaking:
         counts = {name: metrics.pop(name) for name in COUNTS if name in metrics}
         rates = {
             "reply_tokens_per_second": counts["tokens"] * steps_per_second,
-            "positions_per_second": t.global_batch * (row.positions + row.text) * steps_per_second,
+            "positions_per_second": t.global_batch_size * (row.positions + row.text) * steps_per_second,
             "reply_audio_seconds_per_second": counts["frames"] / self.config.model.codec.frame_rate * steps_per_second,
             "flops_per_second": self.step_flops * steps_per_second,
         }

@@ -13,7 +13,7 @@ conversation. NONE_TOKEN (−1) marks an empty entry everywhere. Written once pe
 | answer_position | int32 [answers] | where in ``text`` each reply token is predicted |
 | answer_token | int32 [answers] | that token |
 | hidden | bfloat16 [answers, D] | the Reasoner's states that predict the reply tokens, where they were stored; else D is 0 |
-| heard_token | int32 [heard] | what the users say, recording after recording: what the hearing loss spells out |
+| ctc_target | int32 [ctc_targets] | what the users say, recording after recording: what the hearing loss spells out |
 | token | int32 [positions] | Backbone: token whose embedding is fed |
 | hidden_index | int32 [positions] | Backbone: answer whose predicting hidden state is fed |
 | codes | int32 [positions, Q] | Backbone: frame that is fed |
@@ -36,11 +36,15 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class RowShape:
-    """Capacities of one packed row.
+    """Capacities of a packed sequence.
 
-    blocks: audio-encoder blocks of user speech. text: Reasoner positions. answers: reply tokens. positions: Backbone
-    positions. frames: target frames, EOS included. heard: tokens of what users say; 0 keeps none, and leaves no hearing loss to
-    train with.
+    Attributes:
+        blocks: Audio encoder blocks of user speech.
+        text: Reasoner positions.
+        answers: Reply tokens.
+        positions: Backbone positions.
+        frames: Target frames, EOS included.
+        ctc_targets: Tokens of the users' transcripts; 0 leaves no CTC loss to train with.
     """
 
     blocks: int = 8
@@ -48,7 +52,7 @@ class RowShape:
     answers: int = 64
     positions: int = 768
     frames: int = 256
-    heard: int = 0
+    ctc_targets: int = 0
 
 
 class Batch(NamedTuple):
@@ -69,7 +73,7 @@ class Batch(NamedTuple):
     position: jax.Array
     target_position: jax.Array
     target_codes: jax.Array
-    heard_token: jax.Array
+    ctc_target: jax.Array
     hidden: jax.Array
 
 
@@ -106,7 +110,7 @@ def empty_batch(
         position=struct(s.positions),
         target_position=struct(s.frames + prompt_frames),
         target_codes=struct(s.frames + prompt_frames, codebooks),
-        heard_token=struct(s.heard),
+        ctc_target=struct(s.ctc_targets),
         hidden=struct(s.answers, stored_width, dtype=jnp.bfloat16),
     )
 

@@ -8,7 +8,18 @@ Encode = Callable[[str], list[int]]  # text → token ids, without special token
 
 @dataclasses.dataclass(frozen=True)
 class SpecialTokens:
-    """Token ids with a meaning of their own; the defaults are Qwen2.5's and Chroma's."""
+    """Ids of tokens with a meaning of their own; the defaults are Qwen2.5's and Chroma's.
+
+    Attributes:
+        pad: Padding.
+        im_start: Begins a turn.
+        im_end: Ends a turn.
+        audio: Placeholder of an audio encoder output.
+        audio_start: Begins the user's speech.
+        audio_end: Ends the user's speech.
+        text_start: Begins a transcript.
+        text_end: Ends a transcript.
+    """
 
     pad: int = 151_643
     im_start: int = 151_644

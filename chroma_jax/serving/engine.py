@@ -38,11 +38,18 @@ Decode = Callable[[list[int]], str]  # token ids → text
 
 @dataclasses.dataclass(frozen=True)
 class EngineConfig:
-    """slots: conversations at once, one of 1, 2, 4 … 64. text_positions: that the Reasoner keeps of a conversation; when it is
-    full the oldest turns are dropped whole. voice_positions: of the longest voice prompt, 12.5 a second and one a token.
-    max_seconds: of a reply. chunk: positions that are read at once between ticks. frames_per_call: most frames asked for in one
-    call. lead_seconds: how far ahead of its listeners a reply is spoken; None is as fast as the device can. cache: "int8" for
-    caches of a byte a number; weights of a byte come with the model, see `chroma_jax.models.quantization`.
+    """Capacities of an engine.
+
+    Attributes:
+        slots: Concurrent conversations: 1, 2, 4 … 64.
+        text_positions: Reasoner positions of a conversation; when they are full, the oldest turns are dropped whole.
+        voice_positions: Backbone positions of the longest voice prompt, 12.5 per second and one per token.
+        max_seconds: Maximum length of a reply in seconds.
+        chunk: Positions per prefill chunk between decode steps.
+        frames_per_call: Maximum number of frames per call of the decode step.
+        lead_seconds: Maximum playback buffer in seconds; None for no limit.
+        dtype: Compute dtype.
+        cache: KV-cache dtype: "int8", or "none" for dtype.
     """
 
     slots: int = 8
@@ -53,7 +60,7 @@ class EngineConfig:
     frames_per_call: Literal[1, 2, 4, 8] = 8
     lead_seconds: float | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
-    cache: CacheDType = "as_dtype"
+    cache: CacheDType = "none"
 
     def __post_init__(self):
         if self.slots not in BUCKETS:

@@ -45,7 +45,7 @@ class VoiceEncoder:
         self._pieces = ChunkedEncoder(
             codec,
             frames_per_step=FRAMES_PER_PIECE,
-            num_codebooks=slots.config.codebooks,
+            num_codebooks=slots.config.num_codebooks,
             max_frames=slots.voice_positions,
         )
 

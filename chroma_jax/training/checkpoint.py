@@ -27,14 +27,22 @@ from chroma_jax.utils.tree_paths import flat, nested
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """every: steps between checkpoints (the last step is always saved). keep: how many of the newest stay."""
+    """When checkpoints are saved, and how many are kept.
 
-    every: int = 1000
-    keep: int = 3
+    Attributes:
+        save_interval_steps: Steps between checkpoints; the last step is always saved.
+        max_to_keep: Number of newest checkpoints that are kept.
+    """
+
+    save_interval_steps: int = 1000
+    max_to_keep: int = 3
 
     def __post_init__(self):
-        if self.every < 1 or self.keep < 1:
-            raise ValueError(f"checkpoint.every {self.every} and checkpoint.keep {self.keep} must be at least 1")
+        if self.save_interval_steps < 1 or self.max_to_keep < 1:
+            raise ValueError(
+                f"checkpoint.save_interval_steps {self.save_interval_steps} and "
+                f"checkpoint.max_to_keep {self.max_to_keep} must be at least 1"
+            )
 
 
 class State(Protocol):
@@ -64,7 +72,7 @@ class Checkpoints:
             self.folder,
             context=context,
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            preservation_policy=ocp.training.preservation_policies.LatestN(config.keep),
+            preservation_policy=ocp.training.preservation_policies.LatestN(config.max_to_keep),
             cleanup_tmp_directories=access == "write",
         )
 
@@ -84,7 +92,7 @@ class Checkpoints:
         return self.folder / str(max(found)) if found else None
 
     def due(self, step: int, last: int) -> bool:
-        return step == last or step % self.config.every == 0
+        return step == last or step % self.config.save_interval_steps == 0
 
     def save(self, step: int, state: State) -> None:
         """Starts writing; returns as soon as the arrays are copied."""

@@ -42,17 +42,19 @@ def peak_flops(device: jax.Device) -> float | None:
 
 def llama(c: LlamaConfig, positions: int, context: float) -> float:
     """Forward FLOPs of a stack over ``positions`` positions that see ``context`` positions each, on average."""
-    attention = c.width * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)
-    weights = c.num_layers * (attention + 3 * c.width * c.mlp_width)
-    return 2 * positions * weights + 4 * positions * context * c.num_layers * c.num_heads * c.head_dim
+    attention = c.hidden_size * c.head_dim * (2 * c.num_attention_heads + 2 * c.num_key_value_heads)
+    weights = c.num_hidden_layers * (attention + 3 * c.hidden_size * c.intermediate_size)
+    return 2 * positions * weights + 4 * positions * context * c.num_hidden_layers * c.num_attention_heads * c.head_dim
 
 
 def audio_encoder(c: AudioEncoderConfig) -> float:
     """Forward FLOPs of one block."""
     frames, positions = c.block_frames, c.block_frames // 2
-    convolutions = 6 * frames * c.mel_bins * c.width + 6 * positions * c.width**2
-    layers = c.num_layers * (2 * positions * (4 * c.width**2 + 2 * c.width * c.mlp_width) + 4 * positions**2 * c.width)
-    return convolutions + layers + positions * c.width * c.output_width
+    convolutions = 6 * frames * c.mel_bins * c.hidden_size + 6 * positions * c.hidden_size**2
+    layers = c.num_hidden_layers * (
+        2 * positions * (4 * c.hidden_size**2 + 2 * c.hidden_size * c.intermediate_size) + 4 * positions**2 * c.hidden_size
+    )
+    return convolutions + layers + positions * c.hidden_size * c.output_dim
 
 
 class PartFlops(NamedTuple):
@@ -66,19 +68,19 @@ class PartFlops(NamedTuple):
 
 def forward_flops(model: ChromaConfig, row: RowShape, loss: LossConfig) -> PartFlops:
     """Causal attention counts half of the square; heads count the positions they are applied to."""
-    c, q = model, model.codebooks
+    c, q = model, model.num_codebooks
     text = llama(c.reasoner.text, row.text, row.text / 2)
     if loss.text_weight:
-        text += 2 * row.answers * c.reasoner.text.width * c.reasoner.vocab_size
-    if loss.hearing_weight:
-        text += 2 * row.blocks * (c.reasoner.audio.block_frames // 4) * c.reasoner.text.width * c.reasoner.vocab_size
+        text += 2 * row.answers * c.reasoner.text.hidden_size * c.reasoner.vocab_size
+    if loss.ctc_weight:
+        text += 2 * row.blocks * (c.reasoner.audio.block_frames // 4) * c.reasoner.text.hidden_size * c.reasoner.vocab_size
     if not loss.speech_weight:
         return PartFlops(row.blocks * audio_encoder(c.reasoner.audio), text, 0, 0)
     targets = row.frames + loss.prompt_slots
-    backbone = llama(c.backbone, row.positions, row.positions / 2) + 2 * targets * c.backbone.width * c.audio_vocab
-    frame = llama(c.decoder, q, q / 2) + 2 * q * c.backbone.width * c.decoder.width
-    frame += 2 * (q - 1) * c.decoder.width * c.audio_vocab
-    frames = sum(math.ceil(slots * loss.decoder_frames) for slots in (row.frames, loss.prompt_slots))
+    backbone = llama(c.backbone, row.positions, row.positions / 2) + 2 * targets * c.backbone.hidden_size * c.audio_vocab_size
+    frame = llama(c.decoder, q, q / 2) + 2 * q * c.backbone.hidden_size * c.decoder.hidden_size
+    frame += 2 * (q - 1) * c.decoder.hidden_size * c.audio_vocab_size
+    frames = sum(math.ceil(slots * loss.decoder_frame_fraction) for slots in (row.frames, loss.prompt_slots))
     return PartFlops(row.blocks * audio_encoder(c.reasoner.audio), text, backbone, frames * frame)
 
 
@@ -130,13 +132,13 @@ def frame_bytes(model: ChromaConfig, dtype=jnp.bfloat16) -> float:
     the Codec's decoder half, each once; the embedding tables only by row."""
     c, size = model, jnp.dtype(dtype).itemsize
     text = sum(p.parameters for p in part_sizes(model) if p.name == "Reasoner: text model")
-    text -= c.reasoner.vocab_size * c.reasoner.text.width  # the input embedding is read by row
+    text -= c.reasoner.vocab_size * c.reasoner.text.hidden_size  # the input embedding is read by row
     backbone = next(p.parameters for p in part_sizes(model) if p.name == "Backbone")
     decoder = next(p.parameters for p in part_sizes(model) if p.name.startswith("Decoder"))
-    table = c.codebooks * c.audio_vocab * c.backbone.width
-    heads = (c.codebooks - 1) * c.decoder.width * c.audio_vocab
+    table = c.num_codebooks * c.audio_vocab_size * c.backbone.hidden_size
+    heads = (c.num_codebooks - 1) * c.decoder.hidden_size * c.audio_vocab_size
     codec = next(p.parameters for p in part_sizes(model) if p.name == "Codec") / 2
-    return size * (text / 2 + backbone + (c.codebooks - 1) * (decoder - table - heads) + heads + codec)
+    return size * (text / 2 + backbone + (c.num_codebooks - 1) * (decoder - table - heads) + heads + codec)
 
 
 def counted(program: jex.core.ClosedJaxpr | jex.core.Jaxpr, scopes: Sequence[str], within: str = "other") -> dict[str, float]:
@@ -198,11 +200,11 @@ def describe_codec(config) -> str:
         lines.append(
             f"{name:<36}{count:>16,}{4 * count / 1e9:>12.3f}" + (f"{gflop:>28.3f}" if gflop is not None else f"{'–':>28}")
         )
-    crop = config.training.global_batch * config.data.crop_frames / model.frame_rate
+    crop = config.training.global_batch_size * config.data.crop_frames / model.frame_rate
     bits = model.num_codebooks * math.log2(model.codebook_size) * model.frame_rate
     lines += [
         f"The codebooks hold {books:,} values, which are running sums, not parameters; {bits:,.0f} bits per second of sound.",
-        f"A step: {config.training.global_batch} crops of {config.data.crop_frames} frames, {crop:.1f} s of sound.",
+        f"A step: {config.training.global_batch_size} crops of {config.data.crop_frames} frames, {crop:.1f} s of sound.",
     ]
     return "\n".join(lines)
 

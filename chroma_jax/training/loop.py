@@ -26,33 +26,48 @@ from chroma_jax.utils.errors import DIVERGED, STOPPED, InputError, TrainingStopp
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig:
-    """global_batch: rows per step over all devices. accumulate: in how many pieces, one after the other, a speaking model's step
-    computes them. eval_every, log_every: in steps.
+    """Length and rhythm of a training.
 
-    skip_norm: a step whose gradient is longer is not applied, as one whose loss or gradient is not finite; 0 for any length,
-    as ``optimizer.clip`` shortens what is long. max_skipped: so many such steps in a row end the training. stall_seconds: when a
-    step takes longer, every thread's stack is printed; 0 for never. max_minutes: wall time after which this invocation saves a
-    checkpoint and exits with code 75, as after SIGTERM, but not before its first step; 0 for no limit. profile_steps: (first,
-    last), between which JAX's profiler records to RUN/profile.
+    Attributes:
+        steps: Number of training steps.
+        global_batch_size: Packed sequences (or crops) per step over all devices.
+        gradient_accumulation_steps: Number of micro-batches that a step of a speaking model computes one after the other.
+        eval_interval_steps: Steps between evaluations on the valid split.
+        log_interval_steps: Steps between two lines of metrics.
+        seed: Seed of the weights, of the data order and of all random choices.
+        skip_step_grad_norm: A step with a longer gradient is skipped, like one with a loss or gradient that is not finite; 0 for
+            no limit.
+        max_skipped: Number of consecutive skipped steps that ends the training.
+        stall_seconds: A step that takes longer makes every thread's stack printed; 0 for never.
+        max_minutes: Wall time after which this process saves a checkpoint and exits with code 75, as after SIGTERM; 0 for no
+            limit.
+        profile_steps: First and last step that JAX's profiler records to RUN/profile; empty for none.
     """
 
     steps: int = 100_000
-    global_batch: int = 32
-    accumulate: int = 1
-    eval_every: int = 1000
-    log_every: int = 10
+    global_batch_size: int = 32
+    gradient_accumulation_steps: int = 1
+    eval_interval_steps: int = 1000
+    log_interval_steps: int = 10
     seed: int = 0
-    skip_norm: float = 0.0
+    skip_step_grad_norm: float = 0.0
     max_skipped: int = 10
     stall_seconds: float = 600.0
     max_minutes: float = 0.0
     profile_steps: tuple[int, ...] = ()
 
     def __post_init__(self):
-        for name in ("steps", "global_batch", "accumulate", "eval_every", "log_every", "max_skipped"):
+        for name in (
+            "steps",
+            "global_batch_size",
+            "gradient_accumulation_steps",
+            "eval_interval_steps",
+            "log_interval_steps",
+            "max_skipped",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"training.{name} is {getattr(self, name)}, must be at least 1")
-        for name in ("skip_norm", "stall_seconds", "max_minutes"):
+        for name in ("skip_step_grad_norm", "stall_seconds", "max_minutes"):
             if getattr(self, name) < 0:
                 raise ValueError(f"training.{name} is {getattr(self, name)}, must not be negative")
         at = self.profile_steps
@@ -103,12 +118,12 @@ def run_steps(
                 raise TrainingStopped(
                     STOPPED, f"asked to stop at step {step} of {t.steps}; {kept}, the same command goes on from it"
                 )
-            if not evaluated and (step % t.eval_every == 0 or step == t.steps):
+            if not evaluated and (step % t.eval_interval_steps == 0 or step == t.steps):
                 with ledger.time("evaluate", step):
                     record(writer, bar, task, step, task.evaluate(step, state, writer))
             owed |= checkpoints.due(step, t.steps)
             if owed and (step == t.steps or not metrics.get("skipped")):  # so that bad steps do not push good checkpoints out
-                if step % t.log_every:  # so that a run that resumes here knows its progress
+                if step % t.log_interval_steps:  # so that a run that resumes here knows its progress
                     record(writer, bar, task, step, meter.progress())
                 save(checkpoints, step, state, ledger, last=step == t.steps)
                 owed = False
@@ -121,7 +136,7 @@ def run_steps(
                 state, metrics = task.step(step, state, batch)
             step, evaluated = step + 1, False
             meter.count(step, metrics)
-            if step % t.log_every == 0 or step == t.steps:
+            if step % t.log_interval_steps == 0 or step == t.steps:
                 log_metrics(writer, bar, task, step, meter, ledger)
                 if meter.streak >= t.max_skipped:
                     raise TrainingStopped(DIVERGED, diverged(checkpoints, step, meter.streak))
@@ -165,7 +180,7 @@ def diverged(checkpoints: Checkpoints, step: int, count: int) -> str:
     checkpoints.wait()
     good = checkpoints.before(step - count)
     where = "there is no checkpoint from before them" if good is None else f"the last good checkpoint is {good}"
-    how = "their loss or gradient was not finite, or the gradient longer than training.skip_norm"
+    how = "their loss or gradient was not finite, or the gradient longer than training.skip_step_grad_norm"
     return f"{count} steps in a row, up to step {step}, were not applied: {how}; {where}"
 
 
@@ -192,10 +207,14 @@ class Trace:
 
 
 def check_batch(config) -> None:
-    """Raises InputError for a global batch that the mesh and ``training.accumulate`` do not divide."""
-    rows, shards, pieces = config.training.global_batch, config.mesh.num_row_shards, config.training.accumulate
+    """Raises InputError for a global batch that the mesh and ``training.gradient_accumulation_steps`` do not divide."""
+    rows, shards, pieces = (
+        config.training.global_batch_size,
+        config.mesh.num_row_shards,
+        config.training.gradient_accumulation_steps,
+    )
     if rows % shards:
-        raise InputError(f"training.global_batch {rows} is not a multiple of mesh.data × mesh.fsdp = {shards}")
+        raise InputError(f"training.global_batch_size {rows} is not a multiple of mesh.data × mesh.fsdp = {shards}")
     if rows % (shards * pieces):
-        named = "mesh.data × mesh.fsdp × training.accumulate"
-        raise InputError(f"training.global_batch {rows} is not a multiple of {named} = {shards * pieces}")
+        named = "mesh.data × mesh.fsdp × training.gradient_accumulation_steps"
+        raise InputError(f"training.global_batch_size {rows} is not a multiple of {named} = {shards * pieces}")

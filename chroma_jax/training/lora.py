@@ -19,9 +19,14 @@ MARK = "/lora/"  # in the path of every weight that is added
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """targets: regular expressions; a product whose path (such as ``reasoner/text/blocks/attention/q``) begins with a match gets
-    a pair of matrices of rank ``rank``, whose product is scaled by alpha / rank. None by default. What the pairs stand beside is
-    trained too unless ``optimizer.freeze`` names it, which never freezes the pairs themselves."""
+    """Low-rank adapters (Hu et al., arXiv 2106.09685). Adapted weights are trained too unless optimizer.freeze names them.
+
+    Attributes:
+        targets: Regular expressions; linear maps whose path, such as reasoner/text/blocks/attention/q, begins with a match get an
+            adapter.
+        rank: Rank of an adapter.
+        alpha: An adapter's output is scaled by alpha / rank.
+    """
 
     targets: tuple[str, ...] = ()
     rank: int = 16

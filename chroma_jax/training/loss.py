@@ -21,13 +21,13 @@ from chroma_jax.training.loss_config import LossConfig
 
 
 class Counts(NamedTuple):
-    """How many targets each mean is over, float32: frames, residual (per codebook but the first), tokens, heard_tokens; and those
+    """How many targets each mean is over, float32: frames, residual (per codebook but the first), tokens, ctc_targets; and those
     of the voice prompt, with a loss on it: prompt_frames, prompt_residual."""
 
     frames: jax.Array
     residual: jax.Array
     tokens: jax.Array
-    heard_tokens: jax.Array
+    ctc_targets: jax.Array
     prompt_frames: jax.Array | None = None
     prompt_residual: jax.Array | None = None
 
@@ -43,11 +43,11 @@ def count(batch: Batch, config: LossConfig) -> Counts:
 
     def of_frames(c0: jax.Array) -> tuple[jax.Array, jax.Array]:
         """c0: int32 [B, F]. Frames, and those that the Decoder sees."""
-        drawn = math.ceil(c0.shape[1] * config.decoder_frames)
+        drawn = math.ceil(c0.shape[1] * config.decoder_frame_fraction)
         return total(c0), jnp.sum(jnp.minimum(jnp.sum(is_present(c0), axis=-1), drawn)).astype(jnp.float32)
 
     reply, prompt = split_targets(batch.target_codes[..., 0], config.prompt_slots)
-    counts = Counts(*of_frames(reply), total(batch.answer_token), total(batch.heard_token))
+    counts = Counts(*of_frames(reply), total(batch.answer_token), total(batch.ctc_target))
     return Counts(*counts[:4], *of_frames(prompt)) if config.prompt_slots else counts
 
 
@@ -112,12 +112,12 @@ def frame_losses(
     present = is_present(codes[..., 0])
     frames = jnp.sum(present) if whole is None else whole.frames
     c0_loss, c0_accuracy = mean(jnp.sum(nll), frames), mean(jnp.sum(hit), frames)
-    if config.decoder_frames < 1:
-        index, chosen = choose_frames(present, math.ceil(codes.shape[1] * config.decoder_frames), key)
+    if config.decoder_frame_fraction < 1:
+        index, chosen = choose_frames(present, math.ceil(codes.shape[1] * config.decoder_frame_fraction), key)
         hidden, codes = take_rows(hidden, index), jnp.where(chosen[..., None], take_rows(codes, index), -1)
-    if config.decoder_hidden == "detached":
+    if config.stop_gradient_hidden:
         hidden = jax.lax.stop_gradient(hidden)
-    total, (nlls, hits) = residual_losses(model, hidden, codes, config.decoder_chunk, config.codebook_weights[1:])
+    total, (nlls, hits) = residual_losses(model, hidden, codes, config.decoder_chunk_size, config.codebook_weights[1:])
     count = jnp.sum(is_present(codes[..., 1:]), axis=(0, 1))
     count = count if whole is None else jnp.broadcast_to(whole.residual, count.shape)
     residual_loss = mean(total, jnp.sum(count))
@@ -170,7 +170,7 @@ def residual_losses(
         model: Its Decoder and audio embedding compute the logits.
         hidden: [B, F, D].
         codes: int32 [B, F, Q], negative = no target.
-        chunk: See `LossConfig.decoder_chunk`.
+        chunk: See `LossConfig.decoder_chunk_size`.
         weights: One per residual codebook; scaled to a mean of 1. Empty: all are 1.
 
     Returns:
@@ -246,12 +246,12 @@ def text_losses(reasoner: Reasoner, answers: jax.Array, tokens: jax.Array, chunk
     return jax.lax.scan(step, (jnp.float32(0), jnp.float32(0)), starts)[0]
 
 
-def hearing_loss(reasoner: Reasoner, audio: jax.Array, batch: Batch, blank: int) -> jax.Array:
+def ctc_loss(reasoner: Reasoner, audio: jax.Array, batch: Batch, blank: int) -> jax.Array:
     """How well the audio encoder's outputs spell what is said: connectionist temporal classification (Graves et al., ICML 2006)
     with the text model's token embeddings for an output layer, so that speech enters the text model as its words would.
 
     audio: [B, A, D], the encoder's outputs. blank: the token that stands for none. Returns float32 [], nats in all of
-    ``batch.heard_token``. The recordings of a row are spelled as one, one after the other.
+    ``batch.ctc_target``. The recordings of a row are spelled as one, one after the other.
     """
     table = reasoner.embedding.table[...].astype(audio.dtype)
     logits = jnp.einsum("BAD,VD->BAV", reshard(audio, P(*leading_spec(audio, 1))), reshard(table, P()))
@@ -272,7 +272,7 @@ def hearing_loss(reasoner: Reasoner, audio: jax.Array, batch: Batch, blank: int)
 
     # without the check of what varies, which optax's scan does not pass
     spell = jax.shard_map(spelled, out_specs=P(*leading_spec(logits, 1)), check_vma=False) if active() else spelled
-    return jnp.sum(spell(logits, batch.heard_token))
+    return jnp.sum(spell(logits, batch.ctc_target))
 
 
 def loss(
@@ -296,14 +296,14 @@ def loss(
             answers = model.answers(batch, audio)
     total = jnp.zeros((), jnp.float32)
     metrics = {}
-    if config.hearing_weight:
-        with jax.named_scope("hearing_loss"):
-            nll = hearing_loss(model.reasoner, audio, batch, model.config.tokens.pad)
-            metrics["hearing_loss"] = mean(nll, over.heard_tokens)
-            total += config.hearing_weight * metrics["hearing_loss"]
+    if config.ctc_weight:
+        with jax.named_scope("ctc_loss"):
+            nll = ctc_loss(model.reasoner, audio, batch, model.config.tokens.pad)
+            metrics["ctc_loss"] = mean(nll, over.ctc_targets)
+            total += config.ctc_weight * metrics["ctc_loss"]
     if config.text_weight:
         with jax.named_scope("text_loss"):
-            nll, hits = text_losses(model.reasoner, answers, batch.answer_token, config.text_chunk)
+            nll, hits = text_losses(model.reasoner, answers, batch.answer_token, config.logits_chunk_size)
             metrics["text_loss"], metrics["text_accuracy"] = mean(nll, over.tokens), mean(hits, over.tokens)
             total += config.text_weight * metrics["text_loss"]
     if config.speech_weight:
@@ -317,5 +317,5 @@ def loss(
     metrics |= {"loss": total, "frames": own.frames, "residual_frames": own.residual}
     if config.prompt_slots:
         metrics |= {"prompt_frames": own.prompt_frames, "prompt_residual_frames": own.prompt_residual}
-    metrics |= {"tokens": own.tokens, "heard_tokens": own.heard_tokens}
+    metrics |= {"tokens": own.tokens, "ctc_targets": own.ctc_targets}
     return total, metrics

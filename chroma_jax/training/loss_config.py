@@ -11,29 +11,25 @@ DECODER_WEIGHT = 0.5  # the report's λ
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """decoder_weight: λ. codebook_weights: one non-negative weight w_q per codebook, instead of λ. The speech loss is then
-    Σ_q w_q · CE(c_q) / Σ_q w_q. Q equal weights are λ = (Q − 1) / Q. Empty: λ applies.
+    """Weights of the losses of a speaking model, and how they are computed.
 
-    prompt_weight: weight of a frame of the voice prompt relative to a frame of the reply. With N reply frames and M prompt frames
-    the speech loss is (N · reply mean + prompt_weight · M · prompt mean) / (N + prompt_weight · M). 0: no prompt loss.
-    prompt_frames: maximum number of prompt frames with a loss in a packed sequence. When it has more, each step chooses anew.
-
-    speech_weight: of the loss of c0 … c7 (0 leaves Backbone and Decoder uncomputed). text_weight: of the Reasoner's text loss (0
-    leaves its logits uncomputed). hearing_weight: of `hearing_loss`, for an audio encoder that is trained from scratch.
-
-    text_chunk: answers of a row whose text logits exist at a time; 0 for all at once. With a vocabulary of 152k, 192 answers of a
-    row are 117 MB of logits, and as much again for their gradient.
-
-    reasoner: where its hidden states come from, "computed" in every step, or "stored" beside the data (``prepare
-    --cache_reasoner``), which needs a Reasoner that is not trained.
-
-    decoder_chunk: target frames per chunk; each chunk's forward and backward pass run together; 0 for all at once. What it
-    makes of them then stays in a processor's caches, and takes no memory for longer. Of several devices, each chunk's gradient is
-    summed over them by itself, so it is for one.
-
-    decoder_frames: the share of target frames per row that the Decoder is trained on; below 1, that share of the row's
-    capacity is drawn anew at every step, in a fixed number, as CSM does with 1/16. decoder_hidden: whether the Decoder's
-    loss reaches the Backbone through h.
+    Attributes:
+        decoder_weight: λ: share of codebooks 1 to Q − 1 in the speech loss, (1 − λ) · CE(c0) + λ · mean CE(c1 …).
+        codebook_weights: One weight w_q per codebook instead of λ: the speech loss is Σ_q w_q · CE(c_q) / Σ_q w_q. Empty: λ
+            applies.
+        prompt_weight: Weight of a voice prompt's frame relative to a reply's frame; 0 for no loss on the prompt.
+        prompt_frames: Maximum number of prompt frames with a loss per packed sequence; longer prompts are sampled anew at each
+            step.
+        speech_weight: Weight of the speech loss; 0 leaves Backbone and Decoder uncomputed.
+        reasoner: Whether the Reasoner's hidden states are "computed" in every step, or "stored" next to the data by prepare
+            --cache_reasoner, for a Reasoner that is not trained.
+        text_weight: Weight of the Reasoner's text loss; 0 leaves its logits uncomputed.
+        logits_chunk_size: Reply tokens of a packed sequence whose text logits exist at a time; 0 for all at once.
+        ctc_weight: Weight of the CTC loss on the audio encoder's outputs, for an encoder that is trained from scratch.
+        decoder_chunk_size: Target frames per chunk of the Decoder; each chunk's forward and backward pass run together, on one
+            device; 0 for all at once.
+        decoder_frame_fraction: Fraction of the target frames that the Decoder is trained on, sampled anew at each step.
+        stop_gradient_hidden: Whether the Decoder's loss stops at the Backbone's hidden state.
     """
 
     decoder_weight: float = DECODER_WEIGHT
@@ -43,15 +39,15 @@ class LossConfig:
     speech_weight: float = 1.0
     reasoner: Literal["computed", "stored"] = "computed"
     text_weight: float = 0.0
-    text_chunk: int = 0
-    hearing_weight: float = 0.0
-    decoder_chunk: int = 0
-    decoder_frames: float = 1.0
-    decoder_hidden: Literal["detached", "attached"] = "detached"
+    logits_chunk_size: int = 0
+    ctc_weight: float = 0.0
+    decoder_chunk_size: int = 0
+    decoder_frame_fraction: float = 1.0
+    stop_gradient_hidden: bool = True
 
     def __post_init__(self):
-        if not 0 < self.decoder_frames <= 1:
-            raise ValueError(f"loss.decoder_frames {self.decoder_frames} is not in (0, 1]")
+        if not 0 < self.decoder_frame_fraction <= 1:
+            raise ValueError(f"loss.decoder_frame_fraction {self.decoder_frame_fraction} is not in (0, 1]")
         if not 0 <= self.decoder_weight <= 1:
             raise ValueError(f"loss.decoder_weight {self.decoder_weight} is not in [0, 1]")
         if self.codebook_weights:
@@ -70,9 +66,9 @@ class LossConfig:
             raise ValueError(f"loss.prompt_frames is {self.prompt_frames}, must be at least 1; loss.prompt_weight 0 turns it off")
         if self.prompt_weight and not self.speech_weight:
             raise ValueError("loss.prompt_weight is set, but loss.speech_weight is 0; set speech_weight, or prompt_weight to 0")
-        if self.reasoner == "stored" and (self.text_weight or self.hearing_weight or not self.speech_weight):
-            raise ValueError("loss.reasoner 'stored' leaves no loss but that of speech; set text_weight and hearing_weight to 0")
-        for name in ("text_chunk", "decoder_chunk"):
+        if self.reasoner == "stored" and (self.text_weight or self.ctc_weight or not self.speech_weight):
+            raise ValueError("loss.reasoner 'stored' leaves no loss but that of speech; set text_weight and ctc_weight to 0")
+        for name in ("logits_chunk_size", "decoder_chunk_size"):
             if getattr(self, name) < 0:
                 raise ValueError(f"loss.{name} is {getattr(self, name)}, must not be negative")
 
@@ -91,6 +87,6 @@ class LossConfig:
         """Raises InputError unless there is one weight for each of the model's codebooks."""
         if self.codebook_weights and len(self.codebook_weights) != codebooks:
             raise InputError(
-                f"loss.codebook_weights has {len(self.codebook_weights)} weights, model.codebooks is {codebooks};"
+                f"loss.codebook_weights has {len(self.codebook_weights)} weights, model.num_codebooks is {codebooks};"
                 " give one weight per codebook"
             )

@@ -31,7 +31,9 @@ def table(run: Path) -> dict[str, list]:
     lines = read_lines(path)
     evaluations = {line["step"]: line for line in lines if any(name.startswith(NLL) for name in line)}
     if not evaluations:
-        raise InputError(f"{path}: no {NLL}* in it; the run has not evaluated yet (training.eval_every), or is an older one")
+        raise InputError(
+            f"{path}: no {NLL}* in it; the run has not evaluated yet (training.eval_interval_steps), or is an older one"
+        )
     hours = {0: 0.0} | {line["step"]: line[AUDIO_HOURS] for line in lines if AUDIO_HOURS in line}
     steps = sorted(evaluations)
     if steps[-1] > 0 and len(hours) == 1:

@@ -20,16 +20,24 @@ from chroma_jax.utils.errors import InputError, near
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up and decay; the defaults are the report's (its learning rate is constant).
+    """AdamW with linear warmup and decay; the defaults are the report's, whose learning rate is constant.
 
-    kind: "adamw"; "muon" for the matrices inside the stacks and AdamW for all else, at the same learning rate, as Muon's updates
-    are scaled to the size of AdamW's; "adafactor", whose second moments are kept as one row and one column per matrix. momentum:
-    of Muon; Adafactor has none.
-
-    freeze: regular expressions; a weight whose path (such as ``reasoner/text/blocks/gate/kernel``) begins with a match is not
-    trained and has neither gradient nor optimizer state, except what LoRA adds. decay_steps: length of the decay after the
-    warm-up; learning_rate · final_factor is kept from then on. weight_decay: applied to matrices, not to norms, biases and
-    scales.
+    Attributes:
+        kind: "adamw"; "muon" for the matrices inside the stacks and AdamW for the rest; or "adafactor" with factored second
+            moments.
+        learning_rate: Peak learning rate; Muon's updates are scaled to the size of AdamW's.
+        warmup_steps: Steps of linear warmup.
+        schedule: Shape of the decay after the warmup.
+        decay_steps: Steps of the decay after the warmup.
+        min_lr_ratio: Final learning rate relative to the peak; it is kept after the decay.
+        b1: Decay of AdamW's first moments.
+        b2: Decay of the second moments.
+        eps: Added to the root of the second moments.
+        momentum: Momentum of Muon.
+        weight_decay: Weight decay of matrices; norms, biases and scales have none.
+        grad_clip_norm: Longer gradients are scaled down to this norm.
+        freeze: Regular expressions; weights whose path, such as reasoner/text/blocks/gate/kernel, begins with a match are not
+            trained.
     """
 
     kind: Literal["adamw", "muon", "adafactor"] = "adamw"
@@ -37,13 +45,13 @@ class OptimizerConfig:
     warmup_steps: int = 0
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     decay_steps: int = 100_000
-    final_factor: float = 0.1
+    min_lr_ratio: float = 0.1
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
     momentum: float = 0.95
     weight_decay: float = 0.01
-    clip: float = 1.0
+    grad_clip_norm: float = 1.0
     freeze: tuple[str, ...] = ()
 
     def __post_init__(self):
@@ -56,10 +64,10 @@ class OptimizerConfig:
 
 def learning_rate(config: OptimizerConfig) -> optax.Schedule:
     """Step → learning rate."""
-    peak, final = config.learning_rate, config.learning_rate * config.final_factor
+    peak, final = config.learning_rate, config.learning_rate * config.min_lr_ratio
     after = {
         "constant": lambda: optax.constant_schedule(peak),
-        "cosine": lambda: optax.cosine_decay_schedule(peak, config.decay_steps, config.final_factor),
+        "cosine": lambda: optax.cosine_decay_schedule(peak, config.decay_steps, config.min_lr_ratio),
         "linear": lambda: optax.linear_schedule(peak, final, config.decay_steps),
     }[config.schedule]()
     if not config.warmup_steps:
@@ -84,7 +92,7 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
             optax.scale_by_learning_rate(rate),
         ),
     }
-    return optax.chain(clipped(c.clip), kinds[c.kind])
+    return optax.chain(clipped(c.grad_clip_norm), kinds[c.kind])
 
 
 def clipped(norm: float) -> optax.GradientTransformation:

@@ -53,8 +53,12 @@ class TrainState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class PrecisionConfig:
-    """compute: type of activations and of weights in products. frozen: type in which frozen weights are kept; trained
-    weights and their moments are always float32."""
+    """Dtypes of the training; trained weights and their moments are always float32.
+
+    Attributes:
+        compute: Dtype of activations, and of weights in matmuls.
+        frozen: Dtype in which frozen weights are kept.
+    """
 
     compute: DType = "bfloat16"
     frozen: DType = "float32"
@@ -82,16 +86,16 @@ def make_trainer(
     seed: int,
     mesh: Mesh,
     *,
-    accumulate: int = 1,
+    gradient_accumulation_steps: int = 1,
     lora: LoraConfig = LoraConfig(),
-    skip_norm: float = 0.0,
+    skip_step_grad_norm: float = 0.0,
 ) -> Trainer:
     """Builds the step functions for a mesh (which must be set, ``jax.set_mesh``).
 
-    accumulate: in how many pieces a step computes its rows, one after the other; the gradient is that of all at once. skip_norm:
-    see `applied`. Raises: InputError for weights that the mesh does not divide, or freeze or LoRA patterns that do not fit.
+    gradient_accumulation_steps: micro-batches of a step; the gradient is that of the whole batch. skip_step_grad_norm: see
+    `applied`. Raises: InputError for weights that the mesh does not divide, or freeze or LoRA patterns that do not fit.
     """
-    losses.check_codebooks(model.codebooks)
+    losses.check_codebooks(model.num_codebooks)
     tx, compute = make_optimizer(optimizer), jnp.dtype(precision.compute)
     rate = learning_rate(optimizer)
 
@@ -126,7 +130,7 @@ def make_trainer(
         return loss(nnx.merge(graph, trained, state.frozen), batch, losses, key, compute, whole)
 
     def gradients(state: TrainState, batch: Batch):
-        if accumulate == 1:
+        if gradient_accumulation_steps == 1:
             return jax.grad(forward, has_aux=True)(state.trained, state, batch)
         whole = count(batch, losses)
 
@@ -136,7 +140,7 @@ def make_trainer(
             return jax.tree.map(jnp.add, total, gradient), metrics
 
         zeros = jax.tree.map(jnp.zeros_like, state.trained)
-        pieces = jnp.arange(accumulate), jax.tree.map(lambda x: dealt(x, accumulate), batch)
+        pieces = jnp.arange(gradient_accumulation_steps), jax.tree.map(lambda x: dealt(x, gradient_accumulation_steps), batch)
         gradient, metrics = jax.lax.scan(add, zeros, pieces)
         return gradient, jax.tree.map(lambda x: jnp.sum(x, axis=0), metrics)
 
@@ -148,7 +152,7 @@ def make_trainer(
         norm = sums.norm(gradient)
         metrics |= {"gradient_norm": norm, "learning_rate": rate(state.step)}
         new = TrainState(state.step + 1, trained, state.frozen, optimizer_state)
-        new, metrics["skipped"] = applied(new, state, metrics["loss"], norm, skip_norm)
+        new, metrics["skipped"] = applied(new, state, metrics["loss"], norm, skip_step_grad_norm)
         return new, metrics
 
     def eval_step(state: TrainState, batch: Batch) -> Metrics:
@@ -160,7 +164,7 @@ def make_trainer(
         init=init,
         train_step=jax.jit(train_step, donate_argnums=0, compiler_options=options(mesh.devices.flat[0], compute)),
         eval_step=jax.jit(eval_step),
-        batch_sharding=NamedSharding(mesh, RULES.at_rest(("batch",))),
+        batch_sharding=NamedSharding(mesh, RULES.param_spec(("batch",))),
     )
 
 
@@ -170,12 +174,13 @@ def dealt(x: jax.Array, pieces: int) -> jax.Array:
     return jnp.moveaxis(x, 1, 0)
 
 
-def applied(new: State, old: State, loss: jax.Array, norm: jax.Array, skip_norm: float) -> tuple[State, jax.Array]:
-    """(the state after a step, 0), or, where the loss or the norm of the gradient is not finite or the norm exceeds ``skip_norm``
-    (0 for no limit), (the state before it but for ``step``, 1): the data goes on, the weights and moments stay."""
+def applied(new: State, old: State, loss: jax.Array, norm: jax.Array, skip_step_grad_norm: float) -> tuple[State, jax.Array]:
+    """(the state after a step, 0), or, where the loss or the norm of the gradient is not finite or the norm exceeds
+    ``skip_step_grad_norm`` (0 for no limit), (the state before it but for ``step``, 1): the data goes on, the weights and
+    moments stay."""
     bad = ~(jnp.isfinite(loss) & jnp.isfinite(norm))
-    if skip_norm:
-        bad |= norm > skip_norm
+    if skip_step_grad_norm:
+        bad |= norm > skip_step_grad_norm
     kept = jax.tree.map(lambda after, before: jnp.where(bad, before, after), new, old)
     return kept._replace(step=new.step), bad.astype(jnp.int32)
 

@@ -19,7 +19,7 @@ from chroma_jax.verify.case import AUDIO, EXACT, HIDDEN, MEL, RESAMPLED, Case, C
 def codec(case: Case) -> Checks:
     """Codes and every intermediate, with full causal attention and with the sliding window; decoding whole and streamed."""
     codec = case.codec()
-    variants = {"": None, "sliding_": case.config.codec.window}
+    variants = {"": None, "sliding_": case.config.codec.sliding_window}
     codecs = {prefix: with_window(codec, window) for prefix, window in variants.items()}
     encode = jax.jit(lambda c, x: (c.encode_stages(x), c.encode(x)))
     for prefix, variant in codecs.items():
@@ -44,7 +44,7 @@ def codec(case: Case) -> Checks:
     for name in (n for n in case.outputs if n.startswith("audio_first")):
         first = codes[..., : int(name.removeprefix("audio_first"))]
         yield case.check(name, stages(codecs[""], first).audio[:, None], AUDIO)
-    if codec.config.window is not None:
+    if codec.config.sliding_window is not None:
         step, state, pieces = jax.jit(lambda c, s, x: c.decode_step(s, x)), codec.decoder_state(len(codes)), []
         for frame in range(codes.shape[1]):
             state, piece = step(codec, state, codes[:, frame : frame + 1])

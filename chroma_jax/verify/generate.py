@@ -76,14 +76,14 @@ def generation(case: Case) -> Checks:
     yield from compared(case, model, given, plain)
     yield from reasoner_positions(case, len(texts(plain)))
     yield from sounds(case, codec, returned(case, plain), "")
-    yield case.check("decoder_cache_position", np.maximum(np.arange(case.config.codebooks - 1), 0), EXACT)
+    yield case.check("decoder_cache_position", np.maximum(np.arange(case.config.num_codebooks - 1), 0), EXACT)
     if "fixed_codes" in o:
         fixed = run("trained")
         yield case.check("fixed_codes", returned(case, fixed), EXACT)
         yield case.check("fixed_backbone_logits", np.stack([t.logits for t in fixed.traces]), HIDDEN)
         yield case.check("fixed_decoder_logits", decoder_logits(fixed), HIDDEN)
     if "eoskw_codes" in o:
-        stopped = run("reference", pad=case.config.codebook_pad)
+        stopped = run("reference", pad=case.config.codebook_pad_token_id)
         yield case.check("eoskw_codes", returned(case, stopped), EXACT)
         yield case.check("eoskw_backbone_inputs_embeds", inputs(given, stopped), HIDDEN)
         yield case.check("eoskw_backbone_logits", np.stack([t.logits for t in stopped.traces]), HIDDEN)
@@ -130,7 +130,7 @@ def decoder_logits(run: Generation) -> np.ndarray:
 
 def returned(case: Case, run: Generation) -> np.ndarray:
     """Codes as the reference returns them: a last frame in which every row ends is not part of the reply. [B, T, Q]."""
-    return run.codes[:, :-1] if (run.codes[:, -1] == case.config.codebook_eos).all() else run.codes
+    return run.codes[:, :-1] if (run.codes[:, -1] == case.config.codebook_eos_token_id).all() else run.codes
 
 
 def reasoner_positions(case: Case, calls: int) -> Checks:
@@ -148,7 +148,7 @@ def reasoner_positions(case: Case, calls: int) -> Checks:
 def sounds(case: Case, codec: Codec, codes: np.ndarray, prefix: str) -> Checks:
     """Each row's audio, up to its first frame of zeros."""
     for row, said in enumerate(codes):
-        said = said[: replied(said, case.config.codebook_eos)]
+        said = said[: replied(said, case.config.codebook_eos_token_id)]
         yield case.check(f"{prefix}audio_{row}", decode(codec, said[None]), AUDIO)
 
 
@@ -164,7 +164,7 @@ def spoken(case: Case, model: Chroma, voice_codes: np.ndarray, frames: int) -> C
     outputs = heard(Generator(model, case.codec(), compatibility="reference"), rows, "reference", frames)
     for row, (ours, samples) in enumerate(outputs):
         theirs = case.outputs["codes"][row]
-        theirs = theirs[: replied(theirs, case.config.codebook_eos)]
+        theirs = theirs[: replied(theirs, case.config.codebook_eos_token_id)]
         check = case.check("codes", ours, EXACT, theirs)
         yield check._replace(quantity=f"{check.quantity} of row {row}, spoken")
         check = case.check(f"audio_{row}", samples[None], AUDIO)
@@ -198,7 +198,7 @@ def single(case: Case, name: str) -> dict[int, np.ndarray]:
 
 def agreed(case: Case, name: str, ours: list[np.ndarray], expected: dict[int, np.ndarray], how: str) -> Checks:
     for row, theirs in expected.items():
-        theirs = theirs[: replied(theirs, case.config.codebook_eos)]
+        theirs = theirs[: replied(theirs, case.config.codebook_eos_token_id)]
         # the reference also stops at a frame of zeros but for its last code; ours then goes on
         check = case.check(name if len(ours) == 1 else f"single_{name}_{row}", ours[row][: len(theirs)], EXACT, theirs)
         yield check._replace(quantity=f"{check.quantity}, {how}")
@@ -211,7 +211,7 @@ def heard(speaker: Generator, rows: list[Prompt], compatibility: Compatibility, 
     live = [[x for x in outputs if x.live[row]] for row in range(len(rows))]
     return [
         (
-            np.array([x.codes[row] for x in said], np.int32).reshape(-1, speaker.config.codebooks),
+            np.array([x.codes[row] for x in said], np.int32).reshape(-1, speaker.config.num_codebooks),
             np.concatenate([x.samples[row] for x in said]) if said else np.zeros(0, np.float32),
         )
         for row, said in enumerate(live)
@@ -247,8 +247,8 @@ def voice_arrays(case: Case, transcript: np.ndarray, codes: np.ndarray) -> tuple
     """Tokens [T] and codes [T, Q] of a voice prompt. codes: [F, ≥ Q]."""
     t, frames = case.config.tokens, len(codes)
     token = np.concatenate([[t.text_start], transcript, [t.text_end], np.full(frames + 1, NONE_TOKEN)]).astype(np.int32)
-    voice = np.full((len(token), case.config.codebooks), NONE_TOKEN, np.int32)
-    voice[-1 - frames : -1] = codes[:, : case.config.codebooks]
+    voice = np.full((len(token), case.config.num_codebooks), NONE_TOKEN, np.int32)
+    voice[-1 - frames : -1] = codes[:, : case.config.num_codebooks]
     return token, voice
 
 

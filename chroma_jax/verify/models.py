@@ -22,7 +22,7 @@ from chroma_jax.models.reasoner import Reasoner
 from chroma_jax.training.loss import LossConfig, cross_entropy, frame_losses, mean
 from chroma_jax.verify.case import EXACT, GRADIENT, HIDDEN, LOSS, Case, Check, Checks
 
-DETACHED, ATTACHED = LossConfig(decoder_hidden="detached"), LossConfig(decoder_hidden="attached")
+DETACHED, ATTACHED = LossConfig(stop_gradient_hidden=True), LossConfig(stop_gradient_hidden=False)
 
 
 def recordings(features: np.ndarray, mask: np.ndarray, block_frames: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -136,7 +136,7 @@ def unpad(
     is_audio = (tokens == audio_token) & (np.arange(ids.shape[1]) < valid.sum(1)[:, None])
     audio_index = np.where(is_audio, np.cumsum(is_audio, 1) - 1, -1).astype(np.int32)
     if features is None:
-        return tokens, audio_index, np.zeros((len(ids), 1, reasoner.config.text.width), np.float32)
+        return tokens, audio_index, np.zeros((len(ids), 1, reasoner.config.text.hidden_size), np.float32)
     mel, lengths, frames = recordings(*features, reasoner.config.audio.block_frames)
     encoded = jax.jit(lambda r, m, n: r.audio(m, n))(reasoner, mel, lengths)
     outputs = np.concatenate([np.asarray(row)[:n] for row, n in zip(encoded, num_outputs(frames))])

@@ -26,12 +26,12 @@ from chroma_jax.parallel.sharding import RULES, AxisRules
 from chroma_jax.utils.errors import InputError
 
 MIMI_TRANSFORMER = EncoderConfig(
-    num_layers=8,
-    width=512,
-    num_heads=8,
-    num_kv_heads=8,
+    num_hidden_layers=8,
+    hidden_size=512,
+    num_attention_heads=8,
+    num_key_value_heads=8,
     head_dim=64,
-    mlp_width=2048,
+    intermediate_size=2048,
     layer_scale=0.01,
     rope=RopeConfig(theta=10_000.0),
 )
@@ -44,11 +44,15 @@ RING = 8  # rows of a TPU's tiles: a ring of a multiple of it is not copied befo
 class CodecConfig:
     """Sizes of the Codec; the defaults are kyutai's Mimi.
 
-    transformer: of the encoder's and of the decoder's stack, which are alike; its width is the Codec's width D.
-    stride: transformer positions per frame; at 1 there is no resampling between transformer and codes.
-    upsample_groups: groups of the transposed convolution before the decoder.
-    window: how many positions a position attends to, itself included; None is full causal attention, as in
-    transformers ≤ 5.0, which streams for as many frames as its state has room for.
+    Attributes:
+        sampling_rate: In Hz.
+        seanet: Sizes of the convolutional stacks.
+        transformer: Sizes of the encoder's and of the decoder's transformer; its hidden size is that of the latents.
+        quantizer: Sizes of the residual quantizer.
+        stride: Transformer positions per frame.
+        upsample_groups: Groups of the transposed convolution before the decoder.
+        sliding_window: Number of positions that a position attends to, itself included; None is full causal attention, as in
+            transformers ≤ 5.0.
     """
 
     sampling_rate: int = 24_000
@@ -57,16 +61,16 @@ class CodecConfig:
     quantizer: QuantizerConfig = QuantizerConfig()
     stride: int = 2
     upsample_groups: int = 512
-    window: int | None = 250
+    sliding_window: int | None = 250
 
     def __post_init__(self):
         for name in ("sampling_rate", "stride", "upsample_groups"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.transformer.width % self.upsample_groups:
-            raise ValueError(f"upsample_groups {self.upsample_groups} does not divide the width {self.transformer.width}")
-        if self.window is not None and self.window < 1:
-            raise ValueError(f"window must be at least 1 or None, got {self.window}")
+        if self.transformer.hidden_size % self.upsample_groups:
+            raise ValueError(f"upsample_groups {self.upsample_groups} does not divide the width {self.transformer.hidden_size}")
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ValueError(f"sliding_window must be at least 1 or None, got {self.sliding_window}")
 
     @property
     def samples_per_frame(self) -> int:
@@ -78,8 +82,8 @@ class CodecConfig:
         return self.sampling_rate / self.samples_per_frame
 
     @property
-    def width(self) -> int:
-        return self.transformer.width
+    def hidden_size(self) -> int:
+        return self.transformer.hidden_size
 
     @property
     def num_codebooks(self) -> int:
@@ -165,14 +169,14 @@ class Codec(nnx.Module):
     """
 
     def __init__(self, rngs: nnx.Rngs, config: CodecConfig):
-        c, width, kernel = config, config.width, 2 * config.stride
+        c, width, kernel = config, config.hidden_size, 2 * config.stride
         self.config = c
         self.encoder = SeanetEncoder(rngs, c.seanet, width)
         self.encoder_transformer = Encoder(rngs, c.transformer)
         downsample = upsample = None
         if c.stride > 1:
-            downsample = Conv(rngs, width, width, kernel, stride=c.stride, padding="replicate", bias="none")
-            upsample = ConvTranspose(rngs, width, width, kernel, stride=c.stride, groups=c.upsample_groups, bias="none")
+            downsample = Conv(rngs, width, width, kernel, stride=c.stride, padding="replicate", bias=False)
+            upsample = ConvTranspose(rngs, width, width, kernel, stride=c.stride, groups=c.upsample_groups, bias=False)
         self.downsample, self.upsample = downsample, upsample
         self.quantizer = SplitQuantizer(rngs, c.quantizer, width)
         self.decoder_transformer = Encoder(rngs, c.transformer)
@@ -292,12 +296,12 @@ class Codec(nnx.Module):
 
     def _attend_whole(self, transformer: Encoder, x: jax.Array) -> jax.Array:
         positions = jnp.arange(x.shape[1])
-        return transformer(x, positions[None], visible(positions[None], positions, self.config.window))
+        return transformer(x, positions[None], visible(positions[None], positions, self.config.sliding_window))
 
     # Streaming.
 
     def _state(self, batch, dtype, frames_per_step, max_frames, run, example) -> CodecState:
-        stride, window, whole = self.config.stride, self.config.window, RING
+        stride, window, whole = self.config.stride, self.config.sliding_window, RING
         if frames_per_step < 1:
             raise ValueError(f"frames_per_step must be at least 1, got {frames_per_step}")
         if window is None:
@@ -320,7 +324,7 @@ class Codec(nnx.Module):
 
     def _window(self, capacity: int) -> int:
         """Positions that a position attends to, given a ring's capacity."""
-        return capacity + 1 - self.config.stride if self.config.window is None else self.config.window
+        return capacity + 1 - self.config.stride if self.config.sliding_window is None else self.config.sliding_window
 
     def _resume(self, state: CodecState, length: jax.Array | None = None):
         """The convolutions' carry, an attention over the ring, and a list that holds the new ring once it has run."""

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from chroma_jax.kernels.splash import LANES
-from chroma_jax.layers.linear import as_multiplied, compute_spec, normal, product, weight, zeros
+from chroma_jax.layers.linear import as_multiplied, for_compute, normal, product, weight, zeros
 from chroma_jax.parallel.sharding import RULES, device_kind, on_tpu, reshape_rows
 
 Padding = Literal["zeros", "replicate"]
@@ -76,7 +76,7 @@ class Conv(nnx.Module):
         stride: int = 1,
         dilation: int = 1,
         padding: Padding = "zeros",
-        bias: Literal["bias", "none"] = "bias",
+        bias: bool = True,
         gain: float = 1.0,
     ):
         """gain: the kernel starts normal with variance gain² / fan-in."""
@@ -86,7 +86,7 @@ class Conv(nnx.Module):
             raise ValueError(f"kernel {kernel} with dilation {dilation} does not cover stride {stride}")
         dims = (("kernel", kernel), ("channels", inputs), ("channels", outputs))
         self.kernel = weight(rngs, dims, normal(gain * (kernel * inputs) ** -0.5))
-        self.bias = weight(rngs, {"channels": outputs}, zeros) if bias == "bias" else None
+        self.bias = weight(rngs, {"channels": outputs}, zeros) if bias else None
 
     def __call__(self, x: jax.Array, carry: ConvState, fold: int = 1) -> jax.Array:
         """x: [B, S, in]. Returns [B, ⌈S / stride⌉, out]; a piece that another one follows must be whole strides long. With fold,
@@ -105,12 +105,12 @@ class Conv(nnx.Module):
             x = jnp.concatenate([memory.astype(x.dtype), x], axis=1)
             carry.put(x[:, x.shape[1] - self.context :].astype(dtype))
         if device_kind() != "cpu":
-            y = self._as_convolution(x, compute_spec(self.kernel, x.dtype), self.stride, dtype)
+            y = self._as_convolution(x, for_compute(self.kernel, x.dtype), self.stride, dtype)
         elif carry.resumes:
             y = self._as_matmul(x, dtype)
         else:
             y = self._as_convolution(*self._without_stride(x), dtype)
-        return y if self.bias is None else y + compute_spec(self.bias, dtype)
+        return y if self.bias is None else y + for_compute(self.bias, dtype)
 
     def _as_convolution(self, x: jax.Array, kernel: jax.Array, stride: int, dtype) -> jax.Array:
         return jax.lax.conv_general_dilated(
@@ -128,7 +128,7 @@ class Conv(nnx.Module):
 
         The samples of a stride become channels. XLA's gradient of a strided convolution takes about twice as long on CPUs.
         """
-        kernel, stride = compute_spec(self.kernel, x.dtype), self.stride
+        kernel, stride = for_compute(self.kernel, x.dtype), self.stride
         taps, inputs, outputs = kernel.shape
         if stride == 1 or taps % stride or self.dilation > 1:
             return x, kernel, stride
@@ -141,7 +141,7 @@ class Conv(nnx.Module):
         XLA's convolutions round the last rows differently on CPUs without AVX-512 (AMD EPYC, jax 0.10.2 and 0.12.0), so that
         samples of the last slot of a batch would differ from those of the others.
         """
-        kernel = compute_spec(self.kernel, x.dtype)
+        kernel = for_compute(self.kernel, x.dtype)
         taps, inputs, outputs = kernel.shape
         length = (x.shape[1] - (taps - 1) * self.dilation - 1) // self.stride + 1
         last = (length - 1) * self.stride + 1
@@ -164,12 +164,12 @@ class Conv(nnx.Module):
         m, p, r = (jnp.arange(n) for n in (before + 1, fold, fold))
         tap, between = jnp.divmod((m[:, None, None] - before) * fold + p[:, None] - r + self.context, self.dilation)
         tap = jnp.where((tap >= 0) & (tap < taps) & (between == 0), tap, taps)
-        kernel = jnp.pad(compute_spec(self.kernel, x.dtype), ((0, 1), (0, 0), (0, 0)))[tap]
+        kernel = jnp.pad(for_compute(self.kernel, x.dtype), ((0, 1), (0, 0), (0, 0)))[tap]
         kernel = kernel.transpose(0, 1, 3, 2, 4).reshape(before + 1, fold * inputs, fold * outputs)
         y = jax.lax.conv_general_dilated(
             x, kernel, (1,), "VALID", dimension_numbers=("NWC", "WIO", "NWC"), preferred_element_type=dtype
         )
-        return y if self.bias is None else y + jnp.tile(compute_spec(self.bias, dtype), fold)
+        return y if self.bias is None else y + jnp.tile(for_compute(self.bias, dtype), fold)
 
     def _cut(self, x: jax.Array, length: jax.Array) -> jax.Array:
         """The padding from each row's end on. length: int32 [B]."""
@@ -198,7 +198,7 @@ class ConvTranspose(nnx.Module):
         *,
         stride: int,
         groups: int = 1,
-        bias: Literal["bias", "none"] = "bias",
+        bias: bool = True,
     ):
         if kernel < stride:
             raise ValueError(f"kernel {kernel} does not cover stride {stride}")
@@ -209,7 +209,7 @@ class ConvTranspose(nnx.Module):
         fan_in = inputs // groups * kernel / stride
         dims = (("channels", inputs), ("kernel", kernel), ("channels", outputs // groups))
         self.kernel = weight(rngs, dims, normal(fan_in**-0.5))
-        self.bias = weight(rngs, {"channels": outputs}, zeros) if bias == "bias" else None
+        self.bias = weight(rngs, {"channels": outputs}, zeros) if bias else None
 
     @property
     def fold(self) -> int:
@@ -231,7 +231,7 @@ class ConvTranspose(nnx.Module):
         if self.groups == 1:  # as a product of groups, processors would turn the whole kernel round first
             z = product(x, self.kernel, 1, RULES)
         else:
-            kernel = compute_spec(self.kernel, x.dtype)
+            kernel = for_compute(self.kernel, x.dtype)
             kernel = kernel.reshape(self.groups, inputs // self.groups, *kernel.shape[1:])
             z = jnp.einsum("BTGI,GIKO->BTKGO", x.reshape(batch, length, self.groups, -1), kernel)
             z = z.reshape(batch, length, taps, -1)
@@ -248,13 +248,13 @@ class ConvTranspose(nnx.Module):
             y = y + jnp.pad(memory, ((0, 0), (0, length * self.stride), (0, 0)))
             carry.put(y[:, length * self.stride :])
         y = y[:, : length * self.stride]
-        return y if self.bias is None else y + compute_spec(self.bias, x.dtype)
+        return y if self.bias is None else y + for_compute(self.bias, x.dtype)
 
     def _of_halves(self, x: jax.Array, carry: ConvState) -> jax.Array:
         """What each input makes of its own outputs, and the input before of them: nothing is laid over each other, which TPU
         would do by copies."""
         dtype, x = x.dtype, as_multiplied(x)
-        kernel = compute_spec(self.kernel, x.dtype)
+        kernel = for_compute(self.kernel, x.dtype)
         own, later = kernel[:, : self.stride], kernel[:, self.stride :]
         if self.fold > 1:
             own, later = (k.reshape(len(k), 1, -1) for k in (own, later))
@@ -271,5 +271,5 @@ class ConvTranspose(nnx.Module):
         memory = reshape_rows(memory, batch, 1, *y.shape[2:])
         y = y + jnp.pad(memory, ((0, 0), (0, length - 1), (0, 0), (0, 0)))
         if self.bias is not None:
-            y = y + jnp.tile(compute_spec(self.bias, dtype), self.fold)
+            y = y + jnp.tile(for_compute(self.bias, dtype), self.fold)
         return reshape_rows(y, batch, length * y.shape[2], y.shape[3])

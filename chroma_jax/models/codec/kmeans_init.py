@@ -88,8 +88,8 @@ def fit_quantizer(codec: Codec, latents: np.ndarray, seed: int, config: FitConfi
     shape or values that are not finite.
     """
     latents = np.asarray(latents, np.float32)
-    if latents.ndim != 2 or latents.shape[1] != codec.config.width or not len(latents):
-        raise InputError(f"latents must be [frames, {codec.config.width}] with at least one frame, got {latents.shape}")
+    if latents.ndim != 2 or latents.shape[1] != codec.config.hidden_size or not len(latents):
+        raise InputError(f"latents must be [frames, {codec.config.hidden_size}] with at least one frame, got {latents.shape}")
     if not np.isfinite(latents).all():
         raise InputError("latents hold values that are not finite")
     if len(latents) > config.max_latents:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from chroma_jax.layers.linear import Linear, compute_spec, normal, ones, weight
+from chroma_jax.layers.linear import Linear, for_compute, normal, ones, weight
 from chroma_jax.parallel.sharding import active, leading_spec
 
 MIN_USAGE = 1e-5  # a code is never divided by less
@@ -15,8 +15,14 @@ MIN_USAGE = 1e-5  # a code is never divided by less
 
 @dataclasses.dataclass(frozen=True)
 class QuantizerConfig:
-    """num_codebooks: both branches together, the first num_semantic being semantic. codebook_dim: width of a code; where it
-    differs from the Codec's width, each branch has projections in and out."""
+    """Sizes of the residual quantizer.
+
+    Attributes:
+        num_codebooks: Number of codebooks, semantic ones included.
+        num_semantic: Number of semantic codebooks; they come first.
+        codebook_size: Number of codes per codebook.
+        codebook_dim: Width of a code; projections lead to it where it differs from the hidden size.
+    """
 
     num_codebooks: int = 32
     num_semantic: int = 1
@@ -42,7 +48,7 @@ class Codebooks(nnx.Module):
 
     def stacked(self, count: int) -> tuple[jax.Array, jax.Array]:
         """embed_sum and cluster_usage of the first ``count`` codebooks, float32."""
-        return compute_spec(self.embed_sum, jnp.float32)[:count], compute_spec(self.cluster_usage, jnp.float32)[:count]
+        return for_compute(self.embed_sum, jnp.float32)[:count], for_compute(self.cluster_usage, jnp.float32)[:count]
 
     def rows(self, codes: jax.Array) -> jax.Array:
         """codes: int32 [B, F, Q], level q from codebook q. Returns the codes' vectors, float32 [B, F, Q, C]."""

@@ -15,9 +15,16 @@ from chroma_jax.parallel.sharding import reshape_rows
 class SeanetConfig:
     """Sizes of the convolutional stacks.
 
-    num_filters: channels next to the waveform, doubled at every ratio. ratios: strides in the decoder's order (the encoder
-    goes backwards); a stride's kernel is twice as long. dilation_growth: residual layer j of a stage has dilation
-    dilation_growth^j. compress: a residual layer is that many times narrower inside.
+    Attributes:
+        num_filters: Channels next to the waveform, doubled at every ratio.
+        ratios: Strides in the decoder's order; a stride's kernel is twice as long.
+        kernel_size: Kernel of the first convolution.
+        last_kernel_size: Kernel of the last convolution.
+        residual_kernel_size: Kernel of the residual layers.
+        num_residual_layers: Residual layers per stage.
+        dilation_growth: Residual layer j of a stage has dilation dilation_growth^j.
+        compress: A residual layer is this many times narrower inside.
+        shortcut: Shortcut of the residual layers.
     """
 
     num_filters: int = 64

@@ -30,7 +30,7 @@ def rope_from_hf(section: Json) -> RopeConfig:
         factor=float(p["factor"]),
         low_freq_factor=float(p["low_freq_factor"]),
         high_freq_factor=float(p["high_freq_factor"]),
-        original_length=int(p["original_max_position_embeddings"]),
+        original_max_position_embeddings=int(p["original_max_position_embeddings"]),
     )
 
 
@@ -43,7 +43,7 @@ def rope_to_hf(rope: RopeConfig) -> Json:
         "factor": rope.factor,
         "low_freq_factor": rope.low_freq_factor,
         "high_freq_factor": rope.high_freq_factor,
-        "original_max_position_embeddings": rope.original_length,
+        "original_max_position_embeddings": rope.original_max_position_embeddings,
     }
 
 
@@ -61,19 +61,19 @@ def demand(section: Json, **only: Any) -> None:
             raise ValueError(f"{section.get('model_type', '?')}: {key} is {section[key]!r}, only {value!r} is implemented")
 
 
-def llama_from_hf(section: Json, *, bias: str = "none") -> LlamaConfig:
+def llama_from_hf(section: Json, *, bias: bool = False) -> LlamaConfig:
     demand(section, hidden_act="silu", mlp_bias=False, use_sliding_window=False)
-    if bias == "none":
+    if not bias:
         demand(section, attention_bias=False)
     heads = section["num_attention_heads"]
     return LlamaConfig(
-        num_layers=section["num_hidden_layers"],
-        width=section["hidden_size"],
-        num_heads=heads,
-        num_kv_heads=section.get("num_key_value_heads", heads),
+        num_hidden_layers=section["num_hidden_layers"],
+        hidden_size=section["hidden_size"],
+        num_attention_heads=heads,
+        num_key_value_heads=section.get("num_key_value_heads", heads),
         head_dim=section.get("head_dim") or section["hidden_size"] // heads,
-        mlp_width=section["intermediate_size"],
-        norm_eps=section["rms_norm_eps"],
+        intermediate_size=section["intermediate_size"],
+        rms_norm_eps=section["rms_norm_eps"],
         qkv_bias=bias,
         rope=rope_from_hf(section),
     )
@@ -81,13 +81,13 @@ def llama_from_hf(section: Json, *, bias: str = "none") -> LlamaConfig:
 
 def llama_to_hf(config: LlamaConfig) -> Json:
     return {
-        "num_hidden_layers": config.num_layers,
-        "hidden_size": config.width,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
+        "num_hidden_layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
         "head_dim": config.head_dim,
-        "intermediate_size": config.mlp_width,
-        "rms_norm_eps": config.norm_eps,
+        "intermediate_size": config.intermediate_size,
+        "rms_norm_eps": config.rms_norm_eps,
         "rope_parameters": rope_to_hf(config.rope),
         "hidden_act": "silu",
     }
@@ -115,10 +115,10 @@ def from_hf(config: Json) -> ChromaConfig:
                 text_start=config["text_start_token_id"],
                 text_end=config["text_end_token_id"],
             ),
-            codebooks=config["audio_num_codebooks"],
-            audio_vocab=config["backbone_config"]["vocab_size"],
-            codebook_pad=config["codebook_pad_token_id"],
-            codebook_eos=config["codebook_eos_token_id"],
+            num_codebooks=config["audio_num_codebooks"],
+            audio_vocab_size=config["backbone_config"]["vocab_size"],
+            codebook_pad_token_id=config["codebook_pad_token_id"],
+            codebook_eos_token_id=config["codebook_eos_token_id"],
         )
     except KeyError as e:
         raise InputError(f"config.json: key {e} is missing") from e
@@ -131,15 +131,15 @@ def reasoner_from_hf(thinker: Json) -> ReasonerConfig:
     audio, text = thinker["audio_config"], thinker["text_config"]
     return ReasonerConfig(
         audio=AudioEncoderConfig(
-            num_layers=audio["encoder_layers"],
-            width=audio["d_model"],
-            num_heads=audio["encoder_attention_heads"],
-            mlp_width=audio["encoder_ffn_dim"],
+            num_hidden_layers=audio["encoder_layers"],
+            hidden_size=audio["d_model"],
+            num_attention_heads=audio["encoder_attention_heads"],
+            intermediate_size=audio["encoder_ffn_dim"],
             mel_bins=audio["num_mel_bins"],
             block_frames=2 * audio["n_window"],
-            output_width=audio["output_dim"],
+            output_dim=audio["output_dim"],
         ),
-        text=llama_from_hf(text, bias="qkv"),
+        text=llama_from_hf(text, bias=True),
         vocab_size=text["vocab_size"],
     )
 
@@ -152,24 +152,24 @@ def to_hf(config: ChromaConfig, dtype: str = "float32") -> Json:
         "model_type": "chroma",
         "dtype": dtype,
         "audio_frame_freq": c.codec.samples_per_frame,
-        "audio_num_codebooks": c.codebooks,
-        "codebook_eos_token_id": c.codebook_eos,
-        "codebook_pad_token_id": c.codebook_pad,
+        "audio_num_codebooks": c.num_codebooks,
+        "codebook_eos_token_id": c.codebook_eos_token_id,
+        "codebook_pad_token_id": c.codebook_pad_token_id,
         "im_start_token_id": t.im_start,
         "im_end_token_id": t.im_end,
         "text_start_token_id": t.text_start,
         "text_end_token_id": t.text_end,
         "backbone_config": {
             "model_type": "chroma_backbone",
-            "audio_num_codebooks": c.codebooks,
-            "vocab_size": c.audio_vocab,
+            "audio_num_codebooks": c.num_codebooks,
+            "vocab_size": c.audio_vocab_size,
             **llama_to_hf(c.backbone),
         },
         "decoder_config": {
             "model_type": "chroma_decoder",
-            "audio_num_codebooks": c.codebooks,
-            "audio_embedding_dim": c.backbone.width,
-            "vocab_size": c.audio_vocab,
+            "audio_num_codebooks": c.num_codebooks,
+            "audio_embedding_dim": c.backbone.hidden_size,
+            "vocab_size": c.audio_vocab_size,
             "max_position_embeddings": 33,
             **llama_to_hf(c.decoder),
         },
@@ -184,14 +184,14 @@ def to_hf(config: ChromaConfig, dtype: str = "float32") -> Json:
             "audio_config": {
                 "model_type": "qwen2_5_omni_audio_encoder",
                 "activation_function": "gelu",
-                "encoder_layers": a.num_layers,
-                "num_hidden_layers": a.num_layers,
-                "d_model": a.width,
-                "encoder_attention_heads": a.num_heads,
-                "encoder_ffn_dim": a.mlp_width,
+                "encoder_layers": a.num_hidden_layers,
+                "num_hidden_layers": a.num_hidden_layers,
+                "d_model": a.hidden_size,
+                "encoder_attention_heads": a.num_attention_heads,
+                "encoder_ffn_dim": a.intermediate_size,
                 "num_mel_bins": a.mel_bins,
                 "n_window": a.block_frames // 2,
-                "output_dim": a.output_width,
+                "output_dim": a.output_dim,
             },
             "text_config": {
                 "model_type": "qwen2_5_omni_text",
@@ -226,12 +226,12 @@ def codec_from_hf(section: Json) -> CodecConfig:
             shortcut="conv" if section.get("use_conv_shortcut") else "identity",
         ),
         transformer=EncoderConfig(
-            num_layers=section["num_hidden_layers"],
-            width=width,
-            num_heads=heads,
-            num_kv_heads=section.get("num_key_value_heads", heads),
+            num_hidden_layers=section["num_hidden_layers"],
+            hidden_size=width,
+            num_attention_heads=heads,
+            num_key_value_heads=section.get("num_key_value_heads", heads),
             head_dim=section.get("head_dim") or width // heads,
-            mlp_width=section["intermediate_size"],
+            intermediate_size=section["intermediate_size"],
             norm_eps=section["norm_eps"],
             layer_scale=section["layer_scale_initial_scale"],
             rope=rope_from_hf(section),
@@ -244,7 +244,7 @@ def codec_from_hf(section: Json) -> CodecConfig:
         ),
         stride=round(section["sampling_rate"] / hop / frame_rate),
         upsample_groups=section.get("upsample_groups", width),
-        window=section.get("sliding_window"),
+        sliding_window=section.get("sliding_window"),
     )
 
 
@@ -255,7 +255,7 @@ def codec_to_hf(config: CodecConfig) -> Json:
         "sampling_rate": c.sampling_rate,
         "_frame_rate": c.frame_rate,
         "audio_channels": 1,
-        "hidden_size": c.width,
+        "hidden_size": c.hidden_size,
         "num_filters": s.num_filters,
         "upsampling_ratios": list(s.ratios),
         "kernel_size": s.kernel_size,
@@ -268,11 +268,11 @@ def codec_to_hf(config: CodecConfig) -> Json:
         "use_causal_conv": True,
         "pad_mode": "constant",
         "trim_right_ratio": 1.0,
-        "num_hidden_layers": t.num_layers,
-        "num_attention_heads": t.num_heads,
-        "num_key_value_heads": t.num_kv_heads,
+        "num_hidden_layers": t.num_hidden_layers,
+        "num_attention_heads": t.num_attention_heads,
+        "num_key_value_heads": t.num_key_value_heads,
         "head_dim": t.head_dim,
-        "intermediate_size": t.mlp_width,
+        "intermediate_size": t.intermediate_size,
         "norm_eps": t.norm_eps,
         "layer_scale_initial_scale": t.layer_scale,
         "rope_parameters": rope_to_hf(t.rope),
@@ -283,5 +283,5 @@ def codec_to_hf(config: CodecConfig) -> Json:
         "codebook_dim": q.codebook_dim,
         "vector_quantization_hidden_dimension": q.codebook_dim,
         "upsample_groups": c.upsample_groups,
-        "sliding_window": c.window,
+        "sliding_window": c.sliding_window,
     }

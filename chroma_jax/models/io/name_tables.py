@@ -102,7 +102,7 @@ def norm_rows(foreign: str, path: str, layers: int | None = None) -> list[Row]:
 
 def reasoner_rows(config: ChromaConfig, foreign: str = "thinker.") -> list[Row]:
     """foreign: what stands before the names, its dot included."""
-    tower, audio, layers = f"{foreign}audio_tower", "reasoner/audio", config.reasoner.audio.num_layers
+    tower, audio, layers = f"{foreign}audio_tower", "reasoner/audio", config.reasoner.audio.num_hidden_layers
     block, ours = tower + ".layers.{i}", f"{audio}/encoder/blocks"
     return [
         Row(f"{tower}.conv1.weight", f"{audio}/conv1/kernel", CONV),
@@ -125,14 +125,14 @@ def reasoner_rows(config: ChromaConfig, foreign: str = "thinker.") -> list[Row]:
         Row(f"{tower}.proj.bias", f"{audio}/projection/bias", SAME),
         Row(f"{tower}.audio_bos_eos_token.weight", f"{audio}/unused_markers", SAME),
         Row(f"{foreign}model.embed_tokens.weight", "reasoner/embedding/table", SAME),
-        *llama_rows(f"{foreign}model", "reasoner/text", config.reasoner.text.num_layers, bias="qkv"),
+        *llama_rows(f"{foreign}model", "reasoner/text", config.reasoner.text.num_hidden_layers, bias="qkv"),
         Row(f"{foreign}lm_head.weight", "reasoner/head/kernel", linear(), tied_to=f"{foreign}model.embed_tokens.weight"),
     ]
 
 
 def backbone_rows(config: ChromaConfig) -> list[Row]:
     return [
-        *llama_rows("backbone.model", "backbone/model", config.backbone.num_layers),
+        *llama_rows("backbone.model", "backbone/model", config.backbone.num_hidden_layers),
         Row("backbone.codebook0_head.weight", "backbone/head/kernel", linear()),
     ]
 
@@ -141,7 +141,7 @@ def decoder_rows(config: ChromaConfig) -> list[Row]:
     return [
         Row("decoder.audio_embedding.embed_audio_tokens.weight", "audio_embedding/rows/table", SAME),
         Row("decoder.projection.weight", "decoder/projection/kernel", linear()),
-        *llama_rows("decoder.model", "decoder/model", config.decoder.num_layers),
+        *llama_rows("decoder.model", "decoder/model", config.decoder.num_hidden_layers),
         Row("decoder.codebook_head.weight", "decoder/heads", SAME),
     ]
 
@@ -153,11 +153,11 @@ def csm_rows(config: ChromaConfig) -> list[Row]:
     """In transformers' naming."""
     depth, table = "depth_decoder.model", "backbone_model.embed_tokens.embed_audio_tokens.weight"
     return [
-        *llama_rows("backbone_model", "backbone/model", config.backbone.num_layers),
+        *llama_rows("backbone_model", "backbone/model", config.backbone.num_hidden_layers),
         Row("lm_head.weight", "backbone/head/kernel", linear()),
         Row(f"{depth}.embed_tokens.weight", "audio_embedding/rows/table", SAME, tied_to=table, extent="first"),
         Row(f"{depth}.inputs_embeds_projector.weight", "decoder/projection/kernel", linear()),
-        *llama_rows(depth, "decoder/model", config.decoder.num_layers),
+        *llama_rows(depth, "decoder/model", config.decoder.num_hidden_layers),
         Row("depth_decoder.codebooks_head.weight", "decoder/heads", SAME, extent="first"),
     ]
 
@@ -165,11 +165,11 @@ def csm_rows(config: ChromaConfig) -> list[Row]:
 def csm_sesame_rows(config: ChromaConfig) -> list[Row]:
     """In Sesame's own naming, which is torchtune's."""
     return [
-        *torchtune_rows("backbone", "backbone/model", config.backbone.num_layers),
+        *torchtune_rows("backbone", "backbone/model", config.backbone.num_hidden_layers),
         Row("codebook0_head.weight", "backbone/head/kernel", linear()),
         Row("audio_embeddings.weight", "audio_embedding/rows/table", SAME, extent="first"),
         Row("projection.weight", "decoder/projection/kernel", linear()),
-        *torchtune_rows("decoder", "decoder/model", config.decoder.num_layers),
+        *torchtune_rows("decoder", "decoder/model", config.decoder.num_hidden_layers),
         Row("audio_head", "decoder/heads", SAME, extent="first"),
     ]
 
@@ -241,14 +241,14 @@ def codec_rows(
     codec = config.codec
     rows = seanet_rows(config, foreign, path)
     for side in ("encoder", "decoder"):
-        stack, layers = f"{side}_transformer", codec.transformer.num_layers
+        stack, layers = f"{side}_transformer", codec.transformer.num_hidden_layers
         rows += codec_transformer_rows(f"{foreign}{stack}", f"{path}/{stack}", layers)
     semantic = codec.quantizer.num_semantic
     for branch, count in (("semantic", semantic), ("acoustic", codec.num_codebooks - semantic)):
         theirs, ours = f"{foreign}quantizer.{branch}_residual_vector_quantizer", f"{path}/quantizer/{branch}"
         for name in ("embed_sum", "cluster_usage", "initialized"):
             rows.append(Row(theirs + ".layers.{i}.codebook." + name, f"{ours}/codebooks/{name}", SAME, count, extent=extent))
-        if codec.quantizer.codebook_dim != codec.width:
+        if codec.quantizer.codebook_dim != codec.hidden_size:
             for side in ("input", "output"):
                 rows.append(Row(f"{theirs}.{side}_proj.weight", f"{ours}/{side}/kernel", POINTWISE))
     if codec.stride > 1:

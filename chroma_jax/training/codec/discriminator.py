@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from chroma_jax.layers.linear import compute_spec, normal, ones, weight, zeros
+from chroma_jax.layers.linear import for_compute, normal, ones, weight, zeros
 from chroma_jax.parallel.sharding import reshape_rows
 from chroma_jax.training.codec.spectra import stft
 
@@ -91,9 +91,9 @@ class Conv2d(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Returns [B, T, ⌈W / stride⌉, out]."""
-        direction = compute_spec(self.direction, jnp.float32)
+        direction = for_compute(self.direction, jnp.float32)
         length = jnp.sqrt(jnp.sum(jnp.square(direction), axis=(0, 1, 2)) + 1e-12)
-        kernel = (direction * (compute_spec(self.gain, jnp.float32) / length)).astype(x.dtype)
+        kernel = (direction * (for_compute(self.gain, jnp.float32) / length)).astype(x.dtype)
         (taps, wide), edge = kernel.shape[:2], (kernel.shape[0] - 1) * self.dilation // 2
         out = -(-x.shape[2] // self.stride)
         low = max((out - 1) * self.stride + wide - x.shape[2], 0) // 2
@@ -116,7 +116,7 @@ class Conv2d(nnx.Module):
             rhs_dilation=(self.dilation, 1),
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
-        return y + compute_spec(self.bias, x.dtype)
+        return y + for_compute(self.bias, x.dtype)
 
 
 class StftDiscriminator(nnx.Module):

@@ -18,7 +18,12 @@ from chroma_jax.training.codec.spectra import log_mel
 
 @dataclasses.dataclass(frozen=True)
 class MelLossConfig:
-    """windows: in samples; bins: mel bins of each."""
+    """Resolutions of the mel loss.
+
+    Attributes:
+        windows: Window lengths in samples; hops are a quarter.
+        bins: Mel bins of each window.
+    """
 
     windows: tuple[int, ...] = (32, 64, 128, 256, 512, 1024, 2048)
     bins: tuple[int, ...] = (5, 10, 20, 40, 80, 160, 320)

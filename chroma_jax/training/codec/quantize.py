@@ -19,19 +19,23 @@ from chroma_jax.parallel.sharding import active, leading_spec, reshard
 
 @dataclasses.dataclass(frozen=True)
 class QuantizerTraining:
-    """decay: of the running means, per step. dead_ratio: a code is dead when its share is below so much of the mean share.
-    quantized: how often a recording is quantized at all, the rest is decoded from the latents themselves (Défossez et al.,
-    arXiv 2410.00037, section 3.3.2). dropout: how often a quantized recording keeps only its first few acoustic codebooks, any
-    number of them being as likely.
+    """How codebooks follow the vectors that choose them.
+
+    Attributes:
+        decay: Decay of the running means per step.
+        dead_code_threshold: A code is dead, and replaced, when its usage is below this fraction of the mean usage.
+        quantized: Probability that a recording is quantized; the others are decoded from the latents (arXiv 2410.00037, section
+            3.3.2).
+        dropout: Probability that a quantized recording keeps only its first acoustic codebooks, a uniform number of them.
     """
 
     decay: float = 0.99
-    dead_ratio: float = 0.1
+    dead_code_threshold: float = 0.1
     quantized: float = 0.5
     dropout: float = 0.5
 
     def __post_init__(self):
-        for name in ("decay", "dead_ratio", "quantized", "dropout"):
+        for name in ("decay", "dead_code_threshold", "quantized", "dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in 0 … 1, got {getattr(self, name)}")
 
@@ -148,7 +152,7 @@ def followed(embed_sum: jax.Array, usage: jax.Array, statistics: Statistics, con
     usage = keep * usage + (1 - keep) * count * scale
     embed_sum = keep[..., None] * embed_sum + (1 - keep)[..., None] * statistics.total * scale[..., None]
     mean = jnp.mean(usage, axis=1, keepdims=True)
-    dead = (usage < config.dead_ratio * mean) & (whole > 0)
+    dead = (usage < config.dead_code_threshold * mean) & (whole > 0)
     embed_sum = jnp.where(dead[..., None], statistics.spare * mean[..., None], embed_sum)
     return embed_sum, jnp.where(dead, mean, usage)
 

@@ -56,10 +56,10 @@ class CodecRecipe:
     """How a codec is trained, data and duration aside.
 
     Attributes:
-        decode_from: the step at which the decoder joins. Until then the encoder is trained by the losses that need no decoder:
-            spectrum, pitch, distillation, latents and commitment.
-        quantize_from: the step at which the quantizer joins.
-        judge_from: the step at which the discriminator joins.
+        decoder_start_step: the step at which the decoder joins. Until then the encoder is trained by the losses that need no
+            decoder: spectrum, pitch, distillation, latents and commitment.
+        quantizer_start_step: the step at which the quantizer joins.
+        discriminator_start_step: the step at which the discriminator joins.
         teacher: of the semantic codebook, ``module:function`` or the run folder of a speaking model, see
             `chroma_jax.runs.codec_teacher`; empty for none.
         pitch_weight: weight of the pitch teacher's loss, which takes part while the quantizer does, see
@@ -73,9 +73,9 @@ class CodecRecipe:
         discriminator_optimizer: of the discriminator.
     """
 
-    decode_from: int = 0
-    quantize_from: int = 0
-    judge_from: int = 0
+    decoder_start_step: int = 0
+    quantizer_start_step: int = 0
+    discriminator_start_step: int = 0
     teacher: str = ""
     pitch_weight: float = 0.0
     pitch_codebooks: tuple[int, ...] = (1,)
@@ -163,9 +163,14 @@ class Modules(NamedTuple):
 
 
 def make_codec_trainer(
-    codec: CodecConfig, recipe: CodecRecipe, seed: int, mesh: Mesh, teacher: Teacher | None = None, skip_norm: float = 0.0
+    codec: CodecConfig,
+    recipe: CodecRecipe,
+    seed: int,
+    mesh: Mesh,
+    teacher: Teacher | None = None,
+    skip_step_grad_norm: float = 0.0,
 ) -> CodecTrainer:
-    """Builds the functions for a mesh (which must be set, ``jax.set_mesh``). skip_norm: of the codec's gradient, see
+    """Builds the functions for a mesh (which must be set, ``jax.set_mesh``). skip_step_grad_norm: of the codec's gradient, see
     `chroma_jax.training.state.applied`; a step is applied as a whole or not at all.
 
     Raises: InputError for weights that the mesh does not divide, or freeze patterns that do not fit.
@@ -177,11 +182,11 @@ def make_codec_trainer(
 
     def build() -> Modules:
         width = None if teacher is None else teacher_width(teacher, codec)
-        head = None if width is None else Linear(nnx.Rngs(seed + 2), {"embed": codec.width}, {"channels": width})
+        head = None if width is None else Linear(nnx.Rngs(seed + 2), {"embed": codec.hidden_size}, {"channels": width})
         channels = len(pitch_codebooks) * codec.quantizer.codebook_dim
         pitch = PitchHead(nnx.Rngs(seed + 3), channels) if pitch_codebooks else None
         spectra = {"channels": SPECTRA * SPECTRUM_BINS}
-        spectrum = Linear(nnx.Rngs(seed + 4), {"embed": codec.width}, spectra, bias=zeros) if loss.spectrum else None
+        spectrum = Linear(nnx.Rngs(seed + 4), {"embed": codec.hidden_size}, spectra, bias=zeros) if loss.spectrum else None
         heads = Heads(head, pitch, spectrum)
         return Modules(Codec(nnx.Rngs(seed), codec), heads, Discriminator(nnx.Rngs(seed + 1), recipe.discriminator))
 
@@ -267,7 +272,7 @@ def make_codec_trainer(
         if phase.judged:
             state, metrics["discriminator_loss"], judge_norm = corrected(state, jax.lax.stop_gradient(made), batch.target)
             sound += metrics["discriminator_loss"] + judge_norm  # it only matters whether all are finite
-        state, metrics["skipped"] = applied(state, before, sound, norm, skip_norm)
+        state, metrics["skipped"] = applied(state, before, sound, norm, skip_step_grad_norm)
         return state, metrics
 
     def corrected(state: CodecTrainState, made: jax.Array, real: jax.Array) -> tuple[CodecTrainState, jax.Array, jax.Array]:
@@ -292,7 +297,7 @@ def make_codec_trainer(
         made = module(state).decode(codes) if phase.quantized else module(state).sound(latents)
         return Heard(made, mel_distance(made, batch.target, codec.sampling_rate, loss.resolutions), codes)
 
-    waves, mask = (NamedSharding(mesh, RULES.at_rest(axes)) for axes in (("batch", None), ("batch",)))
+    waves, mask = (NamedSharding(mesh, RULES.param_spec(axes)) for axes in (("batch", None), ("batch",)))
     return CodecTrainer(
         abstract=abstract_state(shapes, places, tx, judge_tx, rest),
         init=init,
