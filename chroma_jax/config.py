@@ -28,7 +28,7 @@ from data_pipelines.waves import CodecDataConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class ReplyConfig:
+class GenerationConfig:
     """How replies are generated.
 
     Attributes:
@@ -71,7 +71,7 @@ class Config:
         precision: Dtypes of the training.
         augment: Augmentation.
         checkpoint: When checkpoints are saved.
-        reply: How replies are generated.
+        generation: How replies are generated.
     """
 
     model: ChromaConfig = ChromaConfig()
@@ -84,7 +84,7 @@ class Config:
     precision: PrecisionConfig = PrecisionConfig()
     augment: AugmentConfig = AugmentConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
-    reply: ReplyConfig = ReplyConfig()
+    generation: GenerationConfig = GenerationConfig()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Backbone and Decoder trained, the Reasoner's text model adapted by pairs of low rank; ``convert export`` merges them."""
+"""Backbone and Decoder trained, the Reasoner's text model adapted by pairs of low rank; ``export`` merges them."""
 
 import dataclasses
 

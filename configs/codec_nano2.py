@@ -1,7 +1,7 @@
 """The next codec_nano: it keeps pitch. Recordings in free phase are encoded, and decoded in canonical phase.
 
 chroma-jax prepare codec_nano2 WAVES --data.corpora CORPUS_PAIRS embedded FOLDER-OF-RECORDINGS
-chroma-jax train codec_nano2 RUN --prepared WAVES
+chroma-jax train codec_nano2 RUN --dataset_dir WAVES
 """
 
 import dataclasses

@@ -5,7 +5,7 @@ first stage; `nano_decoder` is its second."""
 import dataclasses
 
 from chroma_jax.audio.augmentation import AugmentConfig
-from chroma_jax.config import Config, ReplyConfig, TrainingConfig
+from chroma_jax.config import Config, GenerationConfig, TrainingConfig
 from chroma_jax.layers.rope import RopeConfig
 from chroma_jax.layers.transformer import LlamaConfig
 from chroma_jax.models.audio_encoder import AudioEncoderConfig
@@ -103,5 +103,5 @@ def config() -> Config:
             frame_substitution_prob=0.15,
         ),
         checkpoint=CheckpointConfig(save_interval_steps=500, max_to_keep=2),
-        reply=ReplyConfig(temperature=0.5, top_k=50),
+        generation=GenerationConfig(temperature=0.5, top_k=50),
     )

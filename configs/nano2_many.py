@@ -1,7 +1,7 @@
 """Third stage of the next nano: many voices, each given by a prompt of up to four seconds whose own frames are targets too.
 
 chroma-jax prepare nano2_many DATA --codec codec_nano --data.corpus CORPUS --data.tokenizer TOKENIZER --cache_reasoner RUN
-chroma-jax train nano2_many RUN --prepared DATA --init-from ONE_RUN
+chroma-jax train nano2_many RUN --dataset_dir DATA --init-from ONE_RUN
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """Second stage of the next nano: Backbone and Decoder read texts aloud in one voice, behind the frozen Reasoner.
 
 chroma-jax prepare nano2_one DATA --codec codec_nano --data.corpus CORPUS --cache_reasoner TEXT_RUN
-chroma-jax train nano2_one RUN --prepared DATA --init-from TEXT_RUN
+chroma-jax train nano2_one RUN --dataset_dir DATA --init-from TEXT_RUN
 """
 
 import dataclasses

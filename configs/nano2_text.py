@@ -1,12 +1,12 @@
 """First stage of the next nano: the text model learns facts and to repeat texts. Its vectors then enter Backbone and Decoder.
 
 chroma-jax prepare nano2_text DATA --codec codec_nano --data.corpus CORPUS
-chroma-jax train nano2_text RUN --prepared DATA
+chroma-jax train nano2_text RUN --dataset_dir DATA
 """
 
 import dataclasses
 
-from chroma_jax.config import Config, ReplyConfig, TrainingConfig
+from chroma_jax.config import Config, GenerationConfig, TrainingConfig
 from chroma_jax.layers.rope import RopeConfig
 from chroma_jax.layers.transformer import LlamaConfig
 from chroma_jax.models.audio_encoder import AudioEncoderConfig
@@ -81,5 +81,5 @@ def config() -> Config:
         ),
         precision=PrecisionConfig(compute="float32"),
         checkpoint=CheckpointConfig(save_interval_steps=175, max_to_keep=2),
-        reply=ReplyConfig(temperature=0.5, top_k=50),
+        generation=GenerationConfig(temperature=0.5, top_k=50),
     )

@@ -27,7 +27,7 @@ class PackConfig:
     tokens: SpecialTokens
     block_frames: int
     hop: int
-    codebooks: int
+    num_codebooks: int
     codebook_eos_token_id: int
     system: str = ""
 

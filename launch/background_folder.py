@@ -35,7 +35,7 @@ from launch.background_process import own_environment, read_json, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 STATE = "background.json"
-TRAIN = ("{python}", "-m", "chroma_jax", "train", "{config}", "{run}", "--prepared", "{data}")
+TRAIN = ("{python}", "-m", "chroma_jax", "train", "{config}", "{run}", "--dataset_dir", "{data}")
 
 
 @dataclasses.dataclass(frozen=True)

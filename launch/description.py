@@ -110,7 +110,15 @@ class Description:
         """The arguments of chroma-jax, the bucket (or what takes its place) being at ``root``."""
         init_from = [] if self.init_from is None else ["--init-from", self._inside(root, "init_from")]
         config = self._inside(root, "config") if self.config.endswith(".py") else self.config
-        return ["train", config, f"{root}/runs/{self.run}", "--prepared", self._inside(root, "prepared"), *init_from, *self.flags]
+        return [
+            "train",
+            config,
+            f"{root}/runs/{self.run}",
+            "--dataset_dir",
+            self._inside(root, "prepared"),
+            *init_from,
+            *self.flags,
+        ]
 
     def environment(self) -> dict[str, str]:
         """Variables of a training on TPU: without a TPU it is an error, and what was compiled once is there after a restart."""

@@ -47,7 +47,7 @@ TEXT
 
 usage_train() {
     cat <<'TEXT'
-usage: launch/local.sh train CONFIG RUN --prepared DATA [--processes N] [FLAGS …]
+usage: launch/local.sh train CONFIG RUN --dataset_dir DATA [--processes N] [FLAGS …]
 
 Runs "chroma-jax train" in this script's environment; FLAGS are its own (chroma-jax train CONFIG --help). With --processes N, so many
 processes train together on virtual CPU devices, as so many hosts of a cluster would: what works so, works there. The mesh must have
@@ -213,7 +213,7 @@ demo() {
         read -r question
     } <<<"$picked"
     begin "1/5 answering \"$question\" in the voice of $(basename "$voice") → $out/reply"
-    chroma reply nano --question "$recording" --reference "$voice" --transcript "$transcript" --out "$out/reply"
+    chroma generate nano --question "$recording" --reference "$voice" --transcript "$transcript" --out "$out/reply"
 
     local -a less=(--data.prompts_per_dialogue 1 --data.curriculum.speeds 1.0) # one pass, each voice at its own speed
     local -a how=(--optimizer.decay_steps "$steps" --training.eval_interval_steps 50 --checkpoint.save_interval_steps 50)
@@ -226,7 +226,7 @@ demo() {
     fi
     begin "2/5 preparing the corpus → $out/data"
     chroma prepare nano "$out/data" --codec nano "${less[@]}"
-    set -- --prepared "$out/data" "${less[@]}" "${how[@]}"
+    set -- --dataset_dir "$out/data" "${less[@]}" "${how[@]}"
     begin "3/5 training to step $(((steps + 1) / 2)) → $out/run"
     chroma train nano "$out/run" "$@" --training.steps $(((steps + 1) / 2))
     begin "4/5 resuming, to step $steps"
@@ -274,7 +274,7 @@ train() {
         esac
         shift
     done
-    ((${#given[@]})) || die "train: expected CONFIG RUN --prepared DATA; see train --help"
+    ((${#given[@]})) || die "train: expected CONFIG RUN --dataset_dir DATA; see train --help"
     (cd -- "$ROOT" && environment core)
     settings
     if ((processes == 1)); then

@@ -77,7 +77,7 @@ one() {
     synthesized one
     packed nano2_text one "$tokenizer"
     if [[ -z $export ]]; then
-        chroma train nano2_text "$folder/text" --prepared "$folder/one"
+        chroma train nano2_text "$folder/text" --dataset_dir "$folder/one"
     elif [[ ! -d $folder/text ]]; then
         chroma convert import "$export" "$folder/text" --onto nano2_text
     fi

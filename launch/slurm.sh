@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains on a GPU cluster under Slurm: one process per node, with all its GPUs. See launch/cloud.py, or by hand:
 #
-#   sbatch --nodes=2 --gpus-per-node=8 launch/slurm.sh chroma_4b RUN --prepared DATA --mesh.fsdp 16
+#   sbatch --nodes=2 --gpus-per-node=8 launch/slurm.sh chroma_4b RUN --dataset_dir DATA --mesh.fsdp 16
 #
 # The arguments are those of `chroma-jax train`; RUN and DATA lie where all nodes see them. CHROMA_PYTHON: the Python of the environment
 # in which chroma-jax is installed. Two minutes before its time is over, or when Slurm takes the nodes away, the training saves itself;
@@ -20,8 +20,8 @@ die() {
     exit 2
 }
 
-[[ -n ${SLURM_JOB_ID:-} ]] || die "this is for sbatch: sbatch --nodes=2 --gpus-per-node=8 launch/slurm.sh CONFIG RUN --prepared DATA …"
-(($# >= 2)) || die "expected the arguments of chroma-jax train: CONFIG RUN --prepared DATA …"
+[[ -n ${SLURM_JOB_ID:-} ]] || die "this is for sbatch: sbatch --nodes=2 --gpus-per-node=8 launch/slurm.sh CONFIG RUN --dataset_dir DATA …"
+(($# >= 2)) || die "expected the arguments of chroma-jax train: CONFIG RUN --dataset_dir DATA …"
 
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 export CHROMA_PYTHON=${CHROMA_PYTHON:-python3}

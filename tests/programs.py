@@ -89,11 +89,11 @@ def run_here(out: Path) -> dict[str, int]:
     corpus = Path(__file__).parents[1] / "data_pipelines" / "corpus"
     question = corpus / json.loads((corpus / "dialogues.jsonl").read_text().splitlines()[0])["question_audio"]
     voice = json.loads((corpus / "references.jsonl").read_text().splitlines()[0])
-    spoken = ["--transcript", voice["text"], "--reply.max_seconds", "2"]
+    spoken = ["--transcript", voice["text"], "--generation.max_seconds", "2"]
     reference, counts = str(corpus / voice["audio"]), {}
     for name, arguments in {
         "generate": [
-            "reply",
+            "generate",
             "nano",
             "--question",
             str(question),

@@ -21,7 +21,7 @@ from tiny import model as tiny_model
 from tiny_speaker import drawn
 
 from chroma_jax.cli.main import main
-from chroma_jax.config import Config, ReplyConfig
+from chroma_jax.config import Config, GenerationConfig
 from chroma_jax.inference.generator import Generator
 from chroma_jax.inference.prefill import Prompt
 from chroma_jax.inference.prompt import make_prompt, stack
@@ -171,7 +171,7 @@ def test_the_commands_make_the_artefact_and_its_prompt(run, tmp_path, capsys):
     assert "a question of 0.8 s for 1 row" in capsys.readouterr().out
     subprocess.run([sys.executable, EXAMPLE, artefact, prompt, out], check=True, timeout=300)
     seconds = str(7.5 / CONFIG.codec.frame_rate)
-    assert main(["reply", str(run), *recordings, "--out", str(tmp_path / "reply"), "--reply.max_seconds", seconds]) == 0
+    assert main(["reply", str(run), *recordings, "--out", str(tmp_path / "reply"), "--generation.max_seconds", seconds]) == 0
     ours, theirs = (soundfile.read(file)[0] for file in (tmp_path / "reply" / "reply.wav", out / "0.wav"))
     assert len(ours) == len(theirs) == 7 * CONFIG.codec.samples_per_frame
     np.testing.assert_allclose(ours, theirs, atol=1e-4)  # 16 bit
@@ -238,7 +238,7 @@ def test_it_does_not_tell_where_it_was_made(artefact):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_weights_are_those_of_the_run_in_the_replys_type(run, artefact, tmp_path, dtype):
-    config = Config(reply=ReplyConfig(dtype=dtype))
+    config = Config(generation=GenerationConfig(dtype=dtype))
     if dtype == "bfloat16":
         artefact = tmp_path / "artefact"
         export_stablehlo(run, artefact, config, SIZES, ("cpu",))
@@ -291,7 +291,7 @@ def test_what_an_artefact_cannot_be_is_named(run, tmp_path, monkeypatch):
     refused("cpu, cpu", platforms=("cpu", "cpu"))
     refused("tokenizer|no such folder", run=tmp_path / "absent")
     refused("text is 60, but 2.5 seconds of question alone take 62", sizes=dataclasses.replace(SIZES, text=60))
-    refused("reply.compatibility", config=Config(reply=ReplyConfig(compatibility="reference")))
+    refused("generation.compatibility", config=Config(generation=GenerationConfig(compatibility="reference")))
     monkeypatch.setitem(sys.modules, "flatbuffers", None)
     assert importlib.util.find_spec("flatbuffers") is None
     refused("pip install flatbuffers")

@@ -69,7 +69,7 @@ def test_a_peer_that_is_not_installed_is_named(config):
         bench_train(config, rows=1, rounds=1, peer="torch")
 
 
-@pytest.mark.parametrize("wrong", [["nano", "--rows", "0"], ["nano", "--rounds", "0"], ["codec_nano"]])
+@pytest.mark.parametrize("wrong", [["nano", "--batch_size", "0"], ["nano", "--rounds", "0"], ["codec_nano"]])
 def test_what_cannot_be_measured_is_an_error(wrong, capsys):
     assert main(["bench", "train", *wrong]) == 2
     assert "must be at least 1" in (err := capsys.readouterr().err) or "speaking model" in err

@@ -13,7 +13,7 @@ from chroma_jax.bench.memory import bandwidth
 from chroma_jax.bench.stream import EngineSizes, bench_stream, of_peer, of_replies, random_models
 from chroma_jax.bench.talk import Talk
 from chroma_jax.cli.main import main
-from chroma_jax.config import ReplyConfig
+from chroma_jax.config import GenerationConfig
 from chroma_jax.models.audio_encoder import num_outputs
 from chroma_jax.sequence.chat_template import voice_prompt
 from chroma_jax.training.flops import part_sizes
@@ -31,7 +31,7 @@ def model():
 def measured(**changes) -> dict:
     config = model()
     given = {"slots": (2,), "rounds": 2, "text_positions": 128, "chunk": 64, "peer": "none"} | changes
-    return bench_stream(*random_models(config, ReplyConfig()), ReplyConfig(), TALK, **given)
+    return bench_stream(*random_models(config, GenerationConfig()), GenerationConfig(), TALK, **given)
 
 
 @pytest.mark.slow
@@ -48,7 +48,7 @@ def test_conversations_at_once_are_measured_with_all_that_a_figure_depends_on():
 
 def test_what_is_said_has_the_lengths_that_were_asked_for():
     config = model()
-    sizes = EngineSizes(*random_models(config, ReplyConfig()), ReplyConfig(), TALK, 128, 64)
+    sizes = EngineSizes(*random_models(config, GenerationConfig()), GenerationConfig(), TALK, 128, 64)
     heard = num_outputs(len(log_mel(TALK.question(), FeatureConfig(mel_bins=config.reasoner.audio.mel_bins))))
     text = sizes.text()
     assert text.count(config.tokens.audio) == heard and len(text) - heard == TALK.question_tokens
@@ -138,7 +138,7 @@ def test_the_peer_says_all_its_frames_however_it_decodes():
 
     config = model()
     peer = TorchPeer(config, "float32", 1, "cpu")
-    text = EngineSizes(*random_models(config, ReplyConfig()), ReplyConfig(), TALK, 128, 64).text()
+    text = EngineSizes(*random_models(config, GenerationConfig()), GenerationConfig(), TALK, 128, 64).text()
     said = (TALK.question(), np.array(text), np.arange(5))
     for every in (1, 3, 8):
         reply = peer.reply(*said, TALK.voice(config), frames=8, codec_every=every)

@@ -1,5 +1,7 @@
 """Bad input ends in one line that names the thing, exit code 2, and nothing half-written."""
 
+import dataclasses
+import re
 import shutil
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import soundfile
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
+from chroma_jax import config as configs
 from chroma_jax.cli.main import COMMANDS, main
 
 
@@ -40,7 +43,7 @@ def files(tmp_path, tiny_prepared, run):
 
 
 REPLY = "reply {run} --question {tmp}/speech.wav --reference {tmp}/speech.wav --transcript hello --out {out}"
-TRAIN = "train {tmp}/tiny.py {out} --prepared {prepared}"
+TRAIN = "train {tmp}/tiny.py {out} --dataset_dir {prepared}"
 
 # name → (command line, what the message must contain)
 BAD = {
@@ -71,16 +74,16 @@ BAD = {
         "prepare {tmp}/tiny.py {out} --codec {tmp}/bad.safetensors",
         ["2 tensors do not fit", "missing: codec_model.", "misshapen: codec_model."],
     ),
-    "not prepared data": ("train {tmp}/tiny.py {out} --prepared {tmp}/full", ["full", "dataset.json"]),
+    "not prepared data": ("train {tmp}/tiny.py {out} --dataset_dir {tmp}/full", ["full", "dataset.json"]),
     "data of another model": (TRAIN + " --model.num_codebooks 3", ["codebooks"]),
     "rows of another shape": (TRAIN + " --data.row.text 300", ["text=300"]),
     "batch that the mesh does not divide": (TRAIN + " --mesh.data 3", ["training.global_batch_size 8", "= 3"]),
     "more devices than there are": (TRAIN + " --mesh.context 16 --training.global_batch_size 16", ["16 devices", "8 present"]),
     "mesh that does not divide a weight": (TRAIN + " --mesh.tensor 8", ["kernel", "heads", "not divisible"]),
     "freeze pattern that fits nothing": (TRAIN + " --optimizer.freeze bakbone", ["bakbone", "matches no weight"]),
-    "run folder is something else": ("train {tmp}/tiny.py {tmp}/full --prepared {prepared}", ["full", "not a run folder"]),
+    "run folder is something else": ("train {tmp}/tiny.py {tmp}/full --dataset_dir {prepared}", ["full", "not a run folder"]),
     "run of another model": (
-        "train {tmp}/tiny.py {run} --prepared {prepared} --model.decoder.rms_norm_eps 1e-4",
+        "train {tmp}/tiny.py {run} --dataset_dir {prepared} --model.decoder.rms_norm_eps 1e-4",
         ["rms_norm_eps", "another run"],
     ),
     "reply from no run": (REPLY.replace("{run}", "{tmp}/full"), ["full", "not a run folder"]),
@@ -202,3 +205,25 @@ def test_exported_names_are_the_released_ones(files):
         with safe_open(Path(__file__).parent / "golden" / case / "weights.safetensors", "np") as file:
             theirs |= {n for n in file.keys() if not n.startswith("thinker.visual.")}
     assert strip(ours) == strip(theirs)
+
+
+def documented(cls: type) -> set[str]:
+    """Fields that a docstring describes under Attributes."""
+    _, _, attributes = (cls.__doc__ or "").partition("Attributes:\n")
+    return set(re.findall(r"^ {8}(\w+): \S", attributes, re.MULTILINE))
+
+
+def dataclasses_below(cls: type) -> set[type]:
+    """A dataclass, and those of its fields' defaults."""
+    found = {cls}
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(field.default):
+            found |= dataclasses_below(type(field.default))
+    return found
+
+
+def test_every_flag_has_a_sentence_of_its_own():
+    commands = {arguments for arguments, _, _ in COMMANDS.values()}
+    classes = set().union(*map(dataclasses_below, commands | {configs.Config, configs.CodecRun}))
+    missing = {cls.__name__: names for cls in classes if (names := {f.name for f in dataclasses.fields(cls)} - documented(cls))}
+    assert not missing

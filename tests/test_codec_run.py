@@ -308,14 +308,14 @@ def test_the_command_line_tells_the_two_kinds_apart(corpus, finished, tmp_path, 
     assert cli.main(["prepare", str(file), str(tmp_path / "waves")]) == 0
     assert "train 22 recordings" in capsys.readouterr().out
     assert cli.main(["export", str(finished[0]), str(tmp_path / "start")]) == 0
-    train = ["train", str(file), str(tmp_path / "run"), "--prepared", str(tmp_path / "waves"), "--training.steps", "1"]
+    train = ["train", str(file), str(tmp_path / "run"), "--dataset_dir", str(tmp_path / "waves"), "--training.steps", "1"]
     assert cli.main([*train, "--init-from", str(tmp_path / "start")]) == 0
     assert f"initializing from {tmp_path / 'start'}; drawn at random: discriminator" in capsys.readouterr().out
     assert cli.main(["export", str(tmp_path / "run"), str(tmp_path / "export")]) == 0
     assert cli.main(["info", str(file)]) == 0
     assert "discriminator (training only)" in capsys.readouterr().out
     assert cli.main(["prepare", str(file), str(tmp_path / "other"), "--codec", str(finished[0])]) == 2
-    assert cli.main(["train", "nano", str(tmp_path / "x"), "--prepared", str(tmp_path / "waves")]) == 2
-    assert cli.main(["reply", str(finished[0]), "--question", "q", "--reference", "r", "--transcript", "t", "--out", "o"]) == 2
+    assert cli.main(["train", "nano", str(tmp_path / "x"), "--dataset_dir", str(tmp_path / "waves")]) == 2
+    assert cli.main(["generate", str(finished[0]), "--question", "q", "--reference", "r", "--transcript", "t", "--out", "o"]) == 2
     said = capsys.readouterr().err
     assert "--codec is for dialogues" in said and "expected a speaking model" in said

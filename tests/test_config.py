@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from chroma_jax import config as configs
-from chroma_jax.config import ReplyConfig
+from chroma_jax.config import GenerationConfig
 from chroma_jax.training.flops import part_sizes
 from chroma_jax.utils.errors import InputError
 
@@ -63,8 +63,8 @@ def test_broken_text_is_an_error_that_names_the_field(before, after, message):
 def test_a_field_that_is_younger_than_the_run_has_its_default():
     config = configs.read_python("nano")
     lines = configs.dump(config).splitlines()
-    older = "\n".join(line for line in lines if not line.startswith(("mesh.data", "reply.")))
-    assert configs.parse(older, "config.txt") == dataclasses.replace(config, reply=ReplyConfig())
+    older = "\n".join(line for line in lines if not line.startswith(("mesh.data", "generation.")))
+    assert configs.parse(older, "config.txt") == dataclasses.replace(config, generation=GenerationConfig())
 
 
 def test_every_field_is_plain_data():

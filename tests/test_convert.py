@@ -413,7 +413,7 @@ def test_a_run_starts_from_an_import_and_leaves_it_alone(source, tiny_prepared, 
     finite = write(tmp_path / "finite", {name: np.full_like(x, 0.01) for name, x in all_in(source).items()})
     start = imported(tmp_path / "imported", finite, config=config, unused="keep")
     before = {p: p.read_bytes() for p in start.rglob("*") if p.is_file()}
-    flags = ["--prepared", str(prepared), "--data.corpus", config.data.corpus, "--training.steps", "1"]
+    flags = ["--dataset_dir", str(prepared), "--data.corpus", config.data.corpus, "--training.steps", "1"]
     assert main(["train", onto, str(tmp_path / "run"), *flags, "--init-from", str(start)]) == 0
     assert "initializing from" in capsys.readouterr().out
     assert {p: p.read_bytes() for p in start.rglob("*") if p.is_file()} == before

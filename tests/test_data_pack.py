@@ -9,7 +9,7 @@ from chroma_jax.sequence.interleave import NONE_TOKEN
 from chroma_jax.utils.errors import InputError
 from data_pipelines.pack import FIELDS, PackConfig, conversation, excess, first_fit, place, with_prompt_targets
 
-CONFIG = PackConfig(TOKENS, block_frames=8, hop=160, codebooks=2, codebook_eos_token_id=0)
+CONFIG = PackConfig(TOKENS, block_frames=8, hop=160, num_codebooks=2, codebook_eos_token_id=0)
 SHAPE = RowShape(blocks=12, text=160, answers=24, positions=96, frames=32)
 NO = NONE_TOKEN
 
@@ -176,4 +176,4 @@ def test_what_does_not_fit_is_named():
     with pytest.raises(InputError, match="long: does not fit into the row: frames 41 > 32"):
         place([c], SHAPE, CONFIG)
     with pytest.raises(InputError, match="multiple of 4"):
-        PackConfig(TOKENS, block_frames=6, hop=160, codebooks=2, codebook_eos_token_id=0)
+        PackConfig(TOKENS, block_frames=6, hop=160, num_codebooks=2, codebook_eos_token_id=0)

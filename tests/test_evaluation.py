@@ -135,7 +135,7 @@ def test_a_summary_counts_what_it_says():
 @pytest.fixture(scope="module")
 def judged(tiny_run, corpus, tmp_path_factory):
     out = tmp_path_factory.mktemp("evaluation") / "out"
-    config = replace(configs.load(tiny_run), "reply.max_seconds", 0.8)
+    config = replace(configs.load(tiny_run), "generation.max_seconds", 0.8)
     parts = ("codec", "answers", "ablations")
     return out, evaluate(tiny_run, config, out, corpus=corpus, parts=parts, judges=STAND_INS)
 
@@ -165,7 +165,7 @@ def test_the_report_is_complete(judged):
 
 
 def test_utterances_of_the_corpus_are_read_aloud(tiny_run, corpus, tmp_path):
-    config = replace(configs.load(tiny_run), "reply.max_seconds", 0.4)
+    config = replace(configs.load(tiny_run), "generation.max_seconds", 0.4)
     with pytest.raises(InputError, match="no utterance in the test split, which --parts reading reads aloud"):
         evaluate(tiny_run, config, tmp_path / "none", corpus=corpus, parts=("reading",), judges=STAND_INS)
     spoken = shutil.copytree(corpus, tmp_path / "spoken")

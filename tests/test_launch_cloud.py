@@ -429,7 +429,7 @@ def test_what_lies_in_the_bucket_is_named_as_there_or_from_its_root():
     whole = description(config="gs://my-bucket/mine.py", prepared="gs://my-bucket/data/x", init_from="gs://my-bucket/runs/a")
     short = description(config="mine.py", prepared="data/x", init_from="runs/a")
     assert whole.train() == short.train()
-    expected = ["train", "/bucket/mine.py", "/bucket/runs/first-run", "--prepared", "/bucket/data/x"]
+    expected = ["train", "/bucket/mine.py", "/bucket/runs/first-run", "--dataset_dir", "/bucket/data/x"]
     expected += ["--init-from", "/bucket/runs/a"]
     assert short.train() == expected
     assert short.train("/shared")[1] == "/shared/mine.py"
@@ -474,7 +474,7 @@ def test_a_host_trains_until_it_is_done(host):
     assert len(runs) == 5
     assert "the training is done" in said
     assert (
-        "registry.example/chroma:1 train chroma_4b /bucket/runs/chroma-4b-1 --prepared /bucket/data/chroma_4b --mesh.fsdp 16"
+        "registry.example/chroma:1 train chroma_4b /bucket/runs/chroma-4b-1 --dataset_dir /bucket/data/chroma_4b --mesh.fsdp 16"
         in runs[0]
     )
     assert "--env=JAX_PLATFORMS=tpu,cpu" in runs[0] and "--network host" in runs[0]
@@ -553,7 +553,7 @@ def cluster(tmp_path, started):
             "SLURM_NTASKS": "2",
         }
         environment |= {"SLURM_JOB_NODELIST": "node-[7-8]", "CHROMA_PYTHON": "python3"}
-        command = [ROOT / "launch" / "slurm.sh", "nano", "run", "--prepared", "data set", "--mesh.data", "16"]
+        command = [ROOT / "launch" / "slurm.sh", "nano", "run", "--dataset_dir", "data set", "--mesh.data", "16"]
         return started(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
     return submit, log
@@ -562,7 +562,7 @@ def cluster(tmp_path, started):
 def test_slurm_starts_one_process_per_node_that_know_of_each_other(cluster):
     submit, log = cluster
     assert submit(["exit 0"]).wait(30) == 0
-    expected = "-m chroma_jax train nano run --prepared data set --mesh.data 16 --distributed.coordinator node-7:23456"
+    expected = "-m chroma_jax train nano run --dataset_dir data set --mesh.data 16 --distributed.coordinator node-7:23456"
     started = sorted(line for line in log.read_text().splitlines() if line.startswith("process"))
     assert started == [f"process unset {expected} --distributed.processes 2 --distributed.process {i}" for i in range(2)]
     assert "requeue" not in log.read_text()
@@ -638,7 +638,7 @@ def local(tmp_path, started):
     return start
 
 
-TRAIN = ["nano", "run", "--prepared", "data set"]
+TRAIN = ["nano", "run", "--dataset_dir", "data set"]
 
 
 def test_processes_train_together_each_line_with_its_number(local):
@@ -646,7 +646,7 @@ def test_processes_train_together_each_line_with_its_number(local):
     out, err = job.communicate(timeout=60)
     assert job.returncode == 0, err
     started = sorted(line for line in out.splitlines() if "started" in line)
-    pattern = r"\[(\d)\] started -m chroma_jax train nano run --prepared data set --mesh.data 3 "
+    pattern = r"\[(\d)\] started -m chroma_jax train nano run --dataset_dir data set --mesh.data 3 "
     pattern += r"--distributed.coordinator 127.0.0.1:(\d+) --distributed.processes 3 --distributed.process (\d)"
     matches = [re.fullmatch(pattern, line).groups() for line in started]
     assert [(number, process) for number, _, process in matches] == [("0", "0"), ("1", "1"), ("2", "2")]
@@ -658,7 +658,7 @@ def test_processes_train_together_each_line_with_its_number(local):
 def test_one_process_is_a_plain_training(local):
     job = local(TRAIN)
     out, err = job.communicate(timeout=60)
-    assert (job.returncode, out) == (0, "started -m chroma_jax train nano run --prepared data set\n"), err
+    assert (job.returncode, out) == (0, "started -m chroma_jax train nano run --dataset_dir data set\n"), err
 
 
 def test_when_a_process_fails_the_others_are_ended_and_its_exit_code_is_returned(local):

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from tiny_speaker import CONFIG, VOCABULARY, drawn
 
 from chroma_jax.cli.main import main
-from chroma_jax.config import Config, ReplyConfig
+from chroma_jax.config import Config, GenerationConfig
 from chroma_jax.models.chroma import Chroma
 from chroma_jax.models.codec import Codec
 from chroma_jax.models.io.hf_config import to_hf
@@ -49,7 +49,7 @@ def recordings(tmp_path_factory):
 
 def test_recordings_are_answered_and_the_replies_kept(speaker, recordings, tmp_path, capsys):
     questions = [str(recordings / "one.wav"), str(recordings / "two.wav")]
-    common = ["chat", str(speaker), "--questions", *questions, "--pace", "at once", "--reply.max_seconds", str(SECONDS)]
+    common = ["chat", str(speaker), "--questions", *questions, "--pace", "at once", "--generation.max_seconds", str(SECONDS)]
     voice, kept = str(recordings / "voice.wav"), str(tmp_path / "kept.safetensors")
     first = ["--voice", voice, "--transcript", "it is", "--keep_voice", kept, "--out", str(tmp_path / "first")]
     assert main([*common, *first]) == 0
@@ -71,7 +71,7 @@ def test_a_divided_model_replies_the_same(speaker, recordings, tmp_path):
         out = tmp_path / devices
         asked = ["chat", str(speaker), "--questions", str(recordings / "one.wav"), "--pace", "at once", "--out", str(out)]
         voice = ["--voice", str(recordings / "voice.wav"), "--transcript", "it is"]
-        assert main([*asked, *voice, "--reply.tensor", devices, "--reply.max_seconds", str(SECONDS)]) == 0
+        assert main([*asked, *voice, "--generation.tensor", devices, "--generation.max_seconds", str(SECONDS)]) == 0
         replies.append(soundfile.read(out / "reply-1.wav")[0])
     np.testing.assert_allclose(*replies, atol=2 / 2**15)  # 16 bits, of sums in another order
 
@@ -113,7 +113,7 @@ def test_through_a_microphone_enter_begins_ends_and_interrupts(speaker, recordin
 
     monkeypatch.setattr("chroma_jax.serving.live.input", line, raising=False)
     monkeypatch.setattr(Lines.__init__, "__defaults__", (line,))
-    config = Config(model=CONFIG, reply=ReplyConfig(max_seconds=SECONDS))
+    config = Config(model=CONFIG, generation=GenerationConfig(max_seconds=SECONDS))
     measured = chat(
         speaker,
         config,

@@ -478,7 +478,7 @@ def test_the_training_step_of_a_codec_is_planned_by_the_same_command(tmp_path, c
     assert {"codec_encode", "codec_decode", "discriminator", "mel_loss"} <= plan["flops"].keys()
     assert plan["memory"]["trained"] > 0 and plan["memory"]["free"] > 0.9 and plan["unknown_loops"] == 0
     assert any(t["axes"] == "data" and t["kind"] == "all-reduce" for t in plan["traffic"])
-    for wrong in (["--step", "stream"], ["--search"], ["--program", "p"]):
+    for wrong in (["--step", "stream"], ["--search"], ["--aot_executable", "p"]):
         assert main(["plan", "codec_nano", "--topology", "v5e:2x2", *wrong]) == 2
 
 
@@ -577,20 +577,20 @@ def test_the_small_configuration_fits_on_one_chip():
 @needs_compiler
 def test_the_streaming_ticks_are_planned_for_one_device(tmp_path, capsys):
     plan = ["plan", "nano", "--topology", "v5e:1x1", "--step", "stream", "--positions", "64", "--effort", "quick"]
-    assert main([*plan, "--rows", "2", "--weights", "int8", "--cache", "int8", "--out", str(tmp_path / "plan.json")]) == 0
+    assert main([*plan, "--slots", "2", "--weights", "int8", "--cache", "int8", "--out", str(tmp_path / "plan.json")]) == 0
     page = capsys.readouterr().out
     assert "2 conversations, weights int8, caches int8 of 64 positions" in page and "HBM at full bandwidth" in page
     (found,) = json.loads((tmp_path / "plan.json").read_text())
     assert found["fits"] and found["pair"]["read"] > found["frame"]["read"] > 0
     assert found["pair"]["hbm_bytes"] > found["frame"]["hbm_bytes"] and not found["pair"]["unknown_loops"]
-    assert main([*plan, "--rows", "0"]) == 2
-    assert main([*plan, "--rows", "2", "--reply.tensor", "2"]) == 2  # of one device
+    assert main([*plan, "--slots", "0"]) == 2
+    assert main([*plan, "--slots", "2", "--generation.tensor", "2"]) == 2  # of one device
 
 
 @pytest.mark.slow
 @needs_compiler
 def test_the_streaming_ticks_are_planned_for_devices_that_share_a_model(tmp_path, capsys):
-    plan = ["plan", "nano", "--step", "stream", "--positions", "64", "--effort", "quick", "--rows", "2"]
+    plan = ["plan", "nano", "--step", "stream", "--positions", "64", "--effort", "quick", "--slots", "2"]
     for topology in ("v5e:1x1", "v5e:2x2"):
         assert main([*plan, "--topology", topology, "--out", str(tmp_path / topology)]) == 0
     assert "each of 4 chips that share the model" in capsys.readouterr().out

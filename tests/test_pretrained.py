@@ -73,7 +73,9 @@ def test_a_codec_of_other_sizes_is_refused():
 
 def test_commands_take_the_name(tmp_path, capsys):
     assert run_configuration([str(FOLDER)], "any").model == configs.read_python("codec_nano").model
-    assert main(["reply", "codec_nano", "--question", "q", "--reference", "r", "--transcript", "t", "--out", str(tmp_path)]) == 2
+    assert (
+        main(["generate", "codec_nano", "--question", "q", "--reference", "r", "--transcript", "t", "--out", str(tmp_path)]) == 2
+    )
     assert "a codec, expected a speaking model" in capsys.readouterr().err
 
 
@@ -97,7 +99,7 @@ def test_the_speaking_model_answers_in_words_that_fit_and_at_a_length_that_does(
     model, codec, tokenizer = load_run(SPEAKING, config)
     suite = read_suite("parley", "valid", limit=ROWS)
     asked = [(d, voice_prompt(suite, d, MAIN, codec.config.sampling_rate)) for d in suite.dialogues]
-    replies = list(answered(Generator(model, codec), tokenizer, asked, config.reply, ""))
+    replies = list(answered(Generator(model, codec), tokenizer, asked, config.generation, ""))
     right = [same(r.text, r.dialogue.answer) for r in replies]
     assert sum(right) >= ROWS // 3, [(r.dialogue.question, r.text) for r in replies]
     assert all(r.ended and 1 < len(r.wave) / 24_000 < 8 for r in replies)

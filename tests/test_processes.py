@@ -220,7 +220,7 @@ def test_a_checkpoint_that_one_process_cannot_read_is_given_up_by_all(straight, 
 
 
 def commands(source: Path, prepared: Path, run: Path, port: int, mesh: dict, steps: int) -> Processes:
-    command = [sys.executable, "-m", "chroma_jax", "train", source, run, "--prepared", prepared, "--training.steps", steps]
+    command = [sys.executable, "-m", "chroma_jax", "train", source, run, "--dataset_dir", prepared, "--training.steps", steps]
     command += [word for axis, size in mesh.items() for word in (f"--mesh.{axis}", size)]
     command += ["--distributed.coordinator", f"localhost:{port}", "--distributed.processes", 2, "--distributed.process"]
     return Processes(command, run.parent, own=([0], [1]))
@@ -261,7 +261,7 @@ def test_two_processes_train_the_same_codec_as_one(tmp_path, monkeypatch):
     source.write_text(f"from test_codec_run import config_for\ndef config():\n    return {called}\n")
     with commands(source, tmp_path / "waves", run, free_port(), {"data": 4, "fsdp": 2}, 6) as processes:
         assert processes.ended(within=400) == [0, 0], processes.said(0)
-    alone = [sys.executable, "-m", "chroma_jax", "train", source, tmp_path / "one", "--prepared", tmp_path / "waves"]
+    alone = [sys.executable, "-m", "chroma_jax", "train", source, tmp_path / "one", "--dataset_dir", tmp_path / "waves"]
     alone += ["--training.steps", "6", "--mesh.data", "4", "--mesh.fsdp", "2"]
     settings = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8", "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}"}
     subprocess.run(alone, env=os.environ | settings, check=True, capture_output=True)

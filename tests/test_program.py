@@ -82,10 +82,10 @@ def test_a_file_that_is_none_is_named(saved, tmp_path, content):
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         trainer = trainer_of(config, mesh)
-        with pytest.raises(InputError, match="not a file that plan --program wrote"):
+        with pytest.raises(InputError, match="not a file that plan --aot_executable wrote"):
             with_executable(trainer, compiled_from(config), abstract_batch(config, trainer), path)
 
 
 def test_a_codec_has_none(tmp_path, capsys):
-    assert main(["train", "codec_nano", str(tmp_path / "r"), "--prepared", str(tmp_path), "--program", "x"]) == 2
-    assert "--program is for" in capsys.readouterr().err
+    assert main(["train", "codec_nano", str(tmp_path / "r"), "--dataset_dir", str(tmp_path), "--aot_executable", "x"]) == 2
+    assert "--aot_executable is for" in capsys.readouterr().err

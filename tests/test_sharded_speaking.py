@@ -10,7 +10,7 @@ from flax import nnx
 from tiny_speaker import CONFIG, case, drawn
 
 from chroma_jax.bench.stream import random_models
-from chroma_jax.config import ReplyConfig, load
+from chroma_jax.config import GenerationConfig, load
 from chroma_jax.inference.generator import Generator, settings
 from chroma_jax.inference.placement import divided, on_mesh
 from chroma_jax.inference.prompt import stack
@@ -111,7 +111,8 @@ def test_a_run_is_loaded_in_parts(tiny_run, weights):
 
     def loaded(tensor: int):
         return load_run(
-            tiny_run, dataclasses.replace(config, reply=dataclasses.replace(config.reply, weights=weights, tensor=tensor))
+            tiny_run,
+            dataclasses.replace(config, generation=dataclasses.replace(config.generation, weights=weights, tensor=tensor)),
         )
 
     (whole, *_), (model, codec, _) = loaded(1), loaded(2)
@@ -128,12 +129,12 @@ def test_more_devices_than_there_are(tiny_run):
     config = load(tiny_run)
     for tensor, said in ((0, "must be at least 1"), (64, "needs 64 devices, 8 present")):
         with pytest.raises(InputError, match=said):
-            load_run(tiny_run, dataclasses.replace(config, reply=dataclasses.replace(config.reply, tensor=tensor)))
+            load_run(tiny_run, dataclasses.replace(config, generation=dataclasses.replace(config.generation, tensor=tensor)))
 
 
 @pytest.mark.slow
 def test_random_models_are_made_in_parts():
-    (whole, _), (model, codec) = (random_models(CONFIG, ReplyConfig(tensor=tensor)) for tensor in (1, 2))
+    (whole, _), (model, codec) = (random_models(CONFIG, GenerationConfig(tensor=tensor)) for tensor in (1, 2))
     assert jax.tree.map(lambda x: x.shape, nnx.state(model)) == jax.tree.map(lambda x: x.shape, nnx.state(whole))
     kernel = model.backbone.model.blocks.gate.kernel[...]
     assert kernel.addressable_shards[0].data.shape[-1] * 2 == kernel.shape[-1]

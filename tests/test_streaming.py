@@ -14,7 +14,7 @@ from flax import nnx
 from safetensors.numpy import save_file
 from tiny_speaker import AUDIO_VOCAB, CODES, CONFIG, RATE, VOCABULARY, case, drawn, edited, rescored
 
-from chroma_jax.config import Config, ReplyConfig
+from chroma_jax.config import Config, GenerationConfig
 from chroma_jax.convert.export import generation_config
 from chroma_jax.inference import step as steps
 from chroma_jax.inference.compatibility import with_window
@@ -310,7 +310,7 @@ def folders(modules, tmp_path_factory):
 
 
 def settings_of() -> Config:
-    return Config(model=CONFIG, reply=ReplyConfig(max_seconds=(MAX_FRAMES + 0.5) / CONFIG.codec.frame_rate))
+    return Config(model=CONFIG, generation=GenerationConfig(max_seconds=(MAX_FRAMES + 0.5) / CONFIG.codec.frame_rate))
 
 
 def test_a_run_and_its_export_give_the_same_reply(folders):
@@ -339,7 +339,7 @@ def test_an_empty_reply_is_a_result(folders, mute, modules, compatibility):
     for name in ("tokenizer.json", "config.json"):
         (silent / name).write_bytes((folders / "exported" / name).read_bytes())
     save_file(tensors, silent / "model.safetensors")
-    config = tiny.replace(settings_of(), "reply.compatibility", compatibility)
+    config = tiny.replace(settings_of(), "generation.compatibility", compatibility)
     summary = reply(silent, config, folders / "question.wav", folders / "reference.wav", "it is", out)
     assert summary["ended"] == "eos" and summary["frames"] == 0 and summary["rtf"] is None and summary["text"] == ""
     assert summary["compatibility"] == compatibility
@@ -347,7 +347,7 @@ def test_an_empty_reply_is_a_result(folders, mute, modules, compatibility):
 
 
 def test_bfloat16_weights_are_kept_in_bfloat16_and_the_codec_in_float32(folders):
-    config = dataclasses.replace(settings_of(), reply=ReplyConfig(dtype="bfloat16"))
+    config = dataclasses.replace(settings_of(), generation=GenerationConfig(dtype="bfloat16"))
     for name in ("run", "exported"):
         model, codec, _ = load_run(folders / name, config)
         assert {x.dtype for x in jax.tree.leaves(nnx.state(model))} == {jnp.dtype("bfloat16")}
@@ -358,13 +358,13 @@ def test_an_exported_folder_says_how_codes_are_chosen(folders, tmp_path):
     for name in ("config.json", "tokenizer.json"):
         (tmp_path / name).write_bytes((folders / "exported" / name).read_bytes())
     assert exported_run(tmp_path) == Config(model=CONFIG)
-    reply = ReplyConfig(temperature=0.7, top_k=9, max_seconds=MAX_FRAMES / CONFIG.codec.frame_rate)
-    said = generation_config(Config(model=CONFIG, reply=reply))
+    reply = GenerationConfig(temperature=0.7, top_k=9, max_seconds=MAX_FRAMES / CONFIG.codec.frame_rate)
+    said = generation_config(Config(model=CONFIG, generation=reply))
     (tmp_path / "generation_config.json").write_text(json.dumps(said))
-    assert said["do_sample"] and exported_run(tmp_path) == Config(model=CONFIG, reply=reply)
-    greedy = generation_config(Config(model=CONFIG, reply=dataclasses.replace(reply, temperature=0.0)))
+    assert said["do_sample"] and exported_run(tmp_path) == Config(model=CONFIG, generation=reply)
+    greedy = generation_config(Config(model=CONFIG, generation=dataclasses.replace(reply, temperature=0.0)))
     (tmp_path / "generation_config.json").write_text(json.dumps(greedy | {"temperature": 1.0}))
-    assert exported_run(tmp_path).reply.temperature == 0
+    assert exported_run(tmp_path).generation.temperature == 0
     (tmp_path / "generation_config.json").write_text('{"max_new_tokens": "many"}')
     with pytest.raises(InputError, match="generation_config.json: damaged"):
         exported_run(tmp_path)

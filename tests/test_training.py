@@ -361,7 +361,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tiny_prepared, straight, tmp_path):
     config, prepared = tiny_prepared
     run, source = tmp_path / "run", tmp_path / "source.py"
     source.write_text(f"from tiny import config as tiny\ndef config():\n    return tiny({config.data.corpus!r})\n")
-    command = [sys.executable, "-m", "chroma_jax", "train", source, run, "--prepared", prepared, "--training.steps", "4"]
+    command = [sys.executable, "-m", "chroma_jax", "train", source, run, "--dataset_dir", prepared, "--training.steps", "4"]
     # as many devices as this process has, since the CPU's threads, and with them the order of sums, are divided among them
     here = Path(__file__).parent
     settings = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8", "PYTHONPATH": f"{here}{os.pathsep}{here.parent}"}

@@ -73,7 +73,7 @@ def perform(engine: Engine, script: Script) -> str:
 def bench_soak(run: Path, config: Config, *, slots: int, minutes: float, scripts: int, max_seconds: float) -> dict:
     """`soak` of a run or an exported model, with what it was done with."""
     model, codec, tokenizer = load_run(run, config)
-    sizes = EngineConfig(slots, 512, 128, max_seconds, dtype=config.reply.dtype, cache=config.reply.cache)
+    sizes = EngineConfig(slots, 512, 128, max_seconds, dtype=config.generation.dtype, cache=config.generation.cache)
     engine = Engine(model, codec, encoder(tokenizer), tokenizer.decode, sizes)
     engine.warm_up()
     with engine:

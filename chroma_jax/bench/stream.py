@@ -22,7 +22,7 @@ from chroma_jax.audio.log_mel import FeatureConfig, num_frames
 from chroma_jax.bench.memory import bandwidth
 from chroma_jax.bench.peer import torch_device
 from chroma_jax.bench.talk import VOICE, Talk, ask, enter, interrupt, words
-from chroma_jax.config import ReplyConfig
+from chroma_jax.config import GenerationConfig
 from chroma_jax.inference.placement import abstract_model, codec_on, place_for, place_of, running
 from chroma_jax.inference.prompt import rounded_up
 from chroma_jax.models.audio_encoder import num_outputs
@@ -40,7 +40,7 @@ from chroma_jax.utils.errors import InputError
 Round = Callable[[], list[list[float]]]  # → for each reply when its frames were there
 
 
-def random_models(config: ChromaConfig, reply: ReplyConfig) -> tuple[Chroma, Codec]:
+def random_models(config: ChromaConfig, reply: GenerationConfig) -> tuple[Chroma, Codec]:
     """Weights at random, where and in the types that are asked for, as of `load_run`."""
     place = place_for(reply.tensor)
     graph, wanted = nnx.split(abstract_model(config, reply.dtype, place))
@@ -58,7 +58,7 @@ def random_models(config: ChromaConfig, reply: ReplyConfig) -> tuple[Chroma, Cod
 def bench_stream(
     model: Chroma,
     codec: Codec,
-    reply: ReplyConfig,
+    reply: GenerationConfig,
     talk: Talk,
     *,
     slots: tuple[int, ...],
@@ -109,7 +109,7 @@ class EngineSizes:
 
     model: Chroma
     codec: Codec
-    reply: ReplyConfig
+    reply: GenerationConfig
     talk: Talk
     text_positions: int
     chunk: int

@@ -1,4 +1,4 @@
-"""What each command of the command line takes: one dataclass per command, its docstring the text of ``--help``."""
+"""What each command of the command line takes: one dataclass per command. Its docstring is the text of ``--help``."""
 
 import dataclasses
 from pathlib import Path
@@ -9,15 +9,19 @@ import tyro
 from chroma_jax.parallel.multihost import DistributedConfig
 
 Positional = tyro.conf.Positional
+Flag = tyro.conf.FlagCreatePairsOff[bool]
 
 
 @dataclasses.dataclass(frozen=True)
 class Prepare:
-    """Turns a corpus into what training reads: packed rows of spoken dialogues, or for a codec its recordings.
+    """Prepares a dataset for training: packed sequences of spoken dialogues, or recordings for a Codec.
 
-    out: dataset folder to write. codec, for dialogues: a trained Codec, as a safetensors file, a folder with one or a codec's run
-    folder; without it, a fresh one is made, its codebooks fitted to the corpus. cache_reasoner: run folder or import whose
-    Reasoner's hidden states are stored beside the rows, for trainings with ``--loss.reasoner stored``; interrupted, it goes on.
+    Attributes:
+        out: Dataset folder to write.
+        codec: Trained Codec for dialogues: safetensors, a folder with some, a Codec's run folder or a shipped name. Without it,
+            an untrained one is made, its codebooks fitted to the corpus.
+        cache_reasoner: Run folder or import whose Reasoner's hidden states are stored next to the packed sequences, for trainings
+            with --loss.reasoner stored. A repeated command resumes.
     """
 
     out: Positional[Path]
@@ -27,13 +31,13 @@ class Prepare:
 
 @dataclasses.dataclass(frozen=True)
 class Texts:
-    """Generates questions with answers, and sentences, for ``synthesize`` to speak.
+    """Generates questions with answers, and sentences, for ``synthesize``.
 
     Attributes:
         out: JSON-lines file to write.
         dialogues: Number of questions with answers in the train split.
         sentences: Number of sentences in the train split.
-        holdout_fraction: Share of the answers to rules (sums, calendar …) that the train split lacks.
+        holdout_fraction: Fraction of the answers to rules (sums, calendar …) that the train split lacks.
         seed: Seed of the random choices.
         voice: Voice of every reply and sentence, such as v0000; by default ``synthesize`` draws voices.
     """
@@ -50,13 +54,19 @@ class Texts:
 class Synthesize:
     """Synthesizes a corpus folder for ``prepare`` from texts, with a text-to-speech engine.
 
-    texts: JSON lines with id, split, kind and question, answer or text. out: corpus folder to write; a repeated command resumes.
-    engine: "hibari" (extra "tts"), or MODULE:FUNCTION. phase: "canonical" aligns pulses with Codec frames, "both" writes free
-    recordings with canonical twins. voices: number of voices of the train split. held_out_voices: number of voices of the valid
-    and test splits. hours: hours of the train split; texts are repeated in other voices, or cut. seed: seed of voices and noise.
-    workers: number of processes (default: one per CPU). check: share of the recordings whose word error rate is measured (extra
-    "eval"; default 0.02 if it is installed); 0 measures nothing, 1 also leaves out recordings above max_wer. max_wer: largest
-    word error rate of a recording that is kept with --check 1.
+    Attributes:
+        texts: JSON lines with id, split, kind and question, answer or text.
+        out: Corpus folder to write; a repeated command resumes.
+        engine: "hibari" (extra "tts"), or MODULE:FUNCTION.
+        phase: "canonical" aligns pulses with Codec frames; "both" writes free recordings with canonical twins.
+        voices: Number of voices of the train split.
+        held_out_voices: Number of voices of the valid and test splits.
+        hours: Hours of the train split; texts are repeated in other voices, or cut.
+        seed: Seed of voices and noise.
+        workers: Number of processes (default: one per CPU).
+        check: Fraction of the recordings whose word error rate is measured (extra "eval"; default 0.02 where it is installed); 0
+            measures nothing, 1 also leaves out recordings above max_wer.
+        max_wer: Maximum word error rate of a recording that --check 1 keeps.
     """
 
     texts: Positional[Path]
@@ -74,31 +84,37 @@ class Synthesize:
 
 @dataclasses.dataclass(frozen=True)
 class Train:
-    """Trains a speaking model or a codec; on an existing run folder, goes on from its newest checkpoint.
+    """Trains a speaking model or a Codec; on an existing run folder, resumes from its newest checkpoint.
 
-    run: run folder. prepared: dataset folder that ``prepare`` wrote. init_from: weights that a new run begins with; those that it
-    does not have are drawn at random. It is another run folder or one that ``convert import`` wrote, for a codec also an exported
-    folder, safetensors or a shipped name. program: compiled step that ``plan --program`` wrote for this configuration and pod.
-    distributed: of several processes, which one this is. SIGTERM and Ctrl-C end it after the running step, with a checkpoint and
-    exit code 75.
+    SIGTERM and Ctrl-C end it after the running step, with a checkpoint and exit code 75.
+
+    Attributes:
+        run: Run folder.
+        dataset_dir: Dataset folder that ``prepare`` wrote.
+        init_from: Weights that a new run is initialized from; the others are random. Another run folder or one that ``convert
+            import`` wrote, for a Codec also an exported folder, safetensors or a shipped name.
+        aot_executable: Compiled step that ``plan --aot_executable`` wrote for this configuration and pod.
+        distributed: Which one of several processes this is.
     """
 
     run: Positional[Path]
-    prepared: Path
+    dataset_dir: Path
     init_from: Path | None = None
-    program: Path | None = None
+    aot_executable: Path | None = None
     distributed: DistributedConfig = DistributedConfig()
 
 
 @dataclasses.dataclass(frozen=True)
 class Status:
-    """Tells how far a run has come, where its wall time went, and what interrupted it; also of one that is going on.
+    """Prints a run's progress, where its wall time went, and what interrupted it. The run may be running.
 
-    run: run folder. json: for programs.
+    Attributes:
+        run: Run folder.
+        json: Print machine-readable JSON.
     """
 
     run: Positional[Path]
-    json: tyro.conf.FlagCreatePairsOff[bool] = False
+    json: Flag = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,27 +124,34 @@ class Info:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Compiles a training or streaming step for TPU chips that are not here: does it fit, how long does it take, what does it
-    cost.
+    """Plans a training or decode step ahead of time for a TPU topology: memory, time and cost. No TPU is needed.
 
-    Needs no TPU, but its compiler (extra "tpu"). The mesh is what the configuration recommends for that pod, if anything, or what
-    flags say. topology: as v5e:4x4, v5p:4x4x4, v6e:16x16, tpu7x:4x4x4; slices: how many of these, joined by the data-centre
-    network. effort: "quick" compiles in minutes and says what fits and what is sent; the times
-    of "full" are those to believe. dollars_per_chip_hour: for the cost of an hour. search: tries meshes, rows and
-    rematerialisations, quickly, and prints a ranked table. out: file for the plan as JSON. program: file for the compiled step,
-    for ``train --program``. step: "stream" is for chips that share one model (v5e:1x1 is one): rows conversations, whose caches
-    hold so many positions; weights and cache: in which type they lie in memory. With several rows or weights, a table of all.
+    Needs the TPU compiler (extra "tpu"). The mesh is the one that the configuration recommends for that pod, unless flags set it.
+
+    Attributes:
+        topology: Such as v5e:4x4, v5p:4x4x4, v6e:16x16 or tpu7x:4x4x4.
+        slices: Number of such slices, joined by the data center network.
+        effort: "quick" compiles in minutes and checks memory; its timings are not reliable.
+        dollars_per_chip_hour: Price, for the cost of an hour.
+        search: Try meshes, batch sizes and rematerialization policies, quickly, and print a ranked table.
+        out: File for the plan as JSON.
+        aot_executable: File for the compiled step, for ``train --aot_executable``.
+        step: "stream" plans the decode step of chips that share one model; v5e:1x1 is one chip.
+        slots: Numbers of concurrent conversations; several print a table.
+        positions: Capacity of the KV caches in positions.
+        weights: Dtypes of the weights; several print a table.
+        cache: KV-cache dtype.
     """
 
     topology: str
     slices: int = 1
     effort: Literal["full", "quick"] = "full"
     dollars_per_chip_hour: float | None = None
-    search: tyro.conf.FlagCreatePairsOff[bool] = False
+    search: Flag = False
     out: Path | None = None
-    program: Path | None = None
+    aot_executable: Path | None = None
     step: Literal["train", "stream"] = "train"
-    rows: tuple[int, ...] = (8,)
+    slots: tuple[int, ...] = (8,)
     positions: int = 2048
     weights: tuple[Literal["float32", "bfloat16", "int8"], ...] = ("bfloat16",)
     cache: Literal["bfloat16", "int8"] = "bfloat16"
@@ -136,13 +159,16 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class BenchTrain:
-    """Measures training steps on full random rows, in turn with those of a peer, and prints JSON.
+    """Measures training steps on full random sequences, alternating with a peer, and prints JSON.
 
-    rows: of a step. rounds: counted steps of either side. peer: "torch" for the same sizes in transformers' classes (extra
-    "dev"). out: file for the JSON besides.
+    Attributes:
+        batch_size: Packed sequences per step.
+        rounds: Measured steps of either side.
+        peer: "torch" for the same sizes in transformers' classes (extra "dev").
+        out: File for the JSON as well.
     """
 
-    rows: int = 2
+    batch_size: int = 2
     rounds: int = 5
     peer: Literal["torch", "none"] = "torch"
     out: Path | None = None
@@ -150,15 +176,22 @@ class BenchTrain:
 
 @dataclasses.dataclass(frozen=True)
 class BenchStream:
-    """Measures live conversations, with a peer's beside them, and prints JSON.
+    """Measures live conversations, alternating with a peer, and prints JSON.
 
-    source: configuration, its weights at random, or a run folder with weights. slots: numbers of conversations at once, measured
-    one after the other. frames: of each reply, which does not end before. question_tokens: text of a conversation up to its first
-    reply, beside the speech; voice_tokens: transcript of the voice prompt. live: the question is fed as it is spoken, and not all
-    begin at the same moment; else all at once. rounds: replies in each slot. text_positions: that the engine keeps of a
-    conversation; chunk: that it reads at once. peer: "torch" for the reference's parts at the same sizes in transformers' classes
-    (extra "dev"), in turn with one slot. out: file for the JSON besides. Flags beginning with --reply say how codes are chosen,
-    and the type computed in.
+    Attributes:
+        source: Configuration, with random weights, or a run folder.
+        slots: Numbers of concurrent conversations, measured one after the other.
+        frames: Frames of each reply.
+        question_seconds: Length of each question.
+        question_tokens: Text tokens of a conversation up to its first reply, besides the speech.
+        voice_seconds: Length of the voice prompt.
+        voice_tokens: Tokens of the voice prompt's transcript.
+        live: Feed questions in real time, starting at different moments; else all at once.
+        rounds: Replies per slot.
+        text_positions: Reasoner positions of a conversation.
+        chunk: Positions per prefill chunk.
+        peer: "torch" for the reference implementation's parts in transformers' classes (extra "dev"), with one slot.
+        out: File for the JSON as well.
     """
 
     source: Positional[str]
@@ -168,7 +201,7 @@ class BenchStream:
     question_tokens: int = 24
     voice_seconds: float = 3.0
     voice_tokens: int = 20
-    live: tyro.conf.FlagCreatePairsOff[bool] = False
+    live: Flag = False
     rounds: int = 3
     text_positions: int = 2048
     chunk: int = 64
@@ -178,27 +211,38 @@ class BenchStream:
 
 @dataclasses.dataclass(frozen=True)
 class BenchSmall:
-    """Measures what int8 weights and caches cost in quality, teacher-forced on prepared rows, and prints JSON.
+    """Measures the quality that int8 weights and caches cost, teacher-forced on prepared data, and prints JSON.
 
-    run: run folder, or an exported one. prepared: folder that ``prepare`` made, with the run's tokenizer. split: of it. rows: of
-    a batch; batches: so many only. out: file for the JSON besides.
+    Attributes:
+        run: Run folder, or an exported one.
+        dataset_dir: Dataset folder with the run's tokenizer.
+        split: Split of the dataset.
+        batch_size: Packed sequences per batch.
+        batches: Maximum number of batches.
+        out: File for the JSON as well.
     """
 
     run: Positional[Path]
-    prepared: Path
+    dataset_dir: Path
     split: str = "valid"
-    rows: int = 8
+    batch_size: int = 8
     batches: int | None = None
     out: Path | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class BenchSoak:
-    """Lets clients join, interrupt and leave an engine at random, compares each conversation with itself alone, and prints JSON.
+    """Runs clients that open, interrupt and close conversations at random, compares each with itself alone, and prints JSON.
 
-    run: run folder, or an exported one. slots: of the engine, each with a client. minutes: how long, after the conversations
-    alone. scripts: different conversations. max_seconds: of a reply. out: file for the JSON besides. Exit code 1 if a
-    conversation differed or something was compiled.
+    Exit code 1 if a conversation differed or something was compiled.
+
+    Attributes:
+        run: Run folder, or an exported one.
+        slots: Slots of the engine, each with a client.
+        minutes: Duration after the conversations alone.
+        scripts: Number of different conversations.
+        max_seconds: Maximum length of a reply in seconds.
+        out: File for the JSON as well.
     """
 
     run: Positional[Path]
@@ -210,12 +254,17 @@ class BenchSoak:
 
 
 @dataclasses.dataclass(frozen=True)
-class Reply:
-    """Answers a spoken question in the voice of a reference recording.
+class Generate:
+    """Replies to a spoken question in the voice of a reference recording.
 
-    run: run folder, or an exported one. question: recording of the user. reference: a few seconds of the voice to speak in.
-    transcript: what is said in the reference (text, or a file that holds it). out: folder for reply.wav, reply.txt,
-    reply.png and summary.json. Flags beginning with --reply override the run's settings.
+    Flags beginning with --generation override the run's settings.
+
+    Attributes:
+        run: Run folder, or an exported one.
+        question: Recording of the user.
+        reference: A few seconds of the voice to speak in.
+        transcript: Transcript of the reference, or a file that holds it.
+        out: Folder for reply.wav, reply.txt, reply.png and summary.json.
     """
 
     run: Positional[Path]
@@ -229,11 +278,18 @@ class Reply:
 class Chat:
     """Talks with a model, turn by turn: from recordings, or through a microphone.
 
-    run: run folder, or an exported one. voice: a few seconds of the voice to reply in, with its transcript (text, or a file that
-    holds it), or a file that keep_voice named once. questions: recordings, a turn each; without any, the microphone (extra
-    "chat"): Enter begins and ends a turn, and interrupts a reply. pace: "live" feeds recordings as slowly as they were spoken.
-    play: whether replies are played as they stream. keep_voice: file to keep the voice in. out: folder for reply-1.wav …,
-    conversation.txt and measures.json. Flags beginning with --reply override the run's settings.
+    Flags beginning with --generation override the run's settings.
+
+    Attributes:
+        run: Run folder, or an exported one.
+        voice: A few seconds of the voice to reply in, or a file that --keep_voice wrote.
+        transcript: Transcript of the voice, or a file that holds it.
+        questions: Recordings, one per turn; without any, the microphone (extra "chat"), where Enter begins and ends a turn and
+            interrupts a reply.
+        pace: "live" feeds recordings in real time.
+        play: Play replies as they stream.
+        keep_voice: File to keep the encoded voice in.
+        out: Folder for reply-1.wav …, conversation.txt and measures.json.
     """
 
     run: Positional[Path]
@@ -241,22 +297,28 @@ class Chat:
     transcript: str = ""
     questions: tuple[Path, ...] = ()
     pace: Literal["live", "at once"] = "live"
-    play: tyro.conf.FlagCreatePairsOff[bool] = False
+    play: Flag = False
     keep_voice: Path | None = None
     out: Path | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """Writes what a serving artefact starts from: a spoken question, and a voice to answer in.
+    """Writes the input of a serving artifact: a spoken question, and a voice to reply in.
 
-    run: run folder, or an exported one, that the artefact was made from. artefact: folder that ``export --format stablehlo``
-    wrote. question, reference, transcript: as of ``reply``. out: safetensors file to write. Flags beginning with --reply say
-    how codes are chosen.
+    Flags beginning with --generation set the sampling.
+
+    Attributes:
+        run: Run folder, or an exported one, that the artifact was made from.
+        artifact: Folder that ``export --format stablehlo`` wrote.
+        question: Recording of the user.
+        reference: A few seconds of the voice to speak in.
+        transcript: Transcript of the reference, or a file that holds it.
+        out: Safetensors file to write.
     """
 
     run: Positional[Path]
-    artefact: Positional[Path]
+    artifact: Positional[Path]
     question: Path
     reference: Path
     transcript: str
@@ -265,31 +327,40 @@ class Prompt:
 
 @dataclasses.dataclass(frozen=True)
 class Import:
-    """Reads other checkpoints: Chroma, or for a warm start Qwen2.5-Omni, CSM-1B and Mimi, in any combination.
+    """Imports checkpoints: Chroma, or for a warm start Qwen2.5-Omni, CSM-1B and Mimi, in any combination.
 
-    paths: SOURCE … DEST. A source is a safetensors file, a folder with some, or a manifest of names and shapes (JSON, with
-    --dry-run only); of a part that several have, the first source's is taken. DEST: folder to write, for ``train --init-from``,
-    ``reply`` and ``convert export``. onto: configuration (file or shipped name) whose sizes the weights must have; without it,
-    those of a source that is a whole Chroma with a config.json, else chroma_4b. keep_unused: also keeps what a speaking model
-    does not need of a released checkpoint, vision, for a later export. dry_run: only accounts for every tensor.
+    Attributes:
+        paths: SOURCE … DEST. A source is a safetensors file, a folder with some, or a manifest of names and shapes (JSON, with
+            --dry_run only); of a part that several have, the first source's is taken. DEST is the folder to write.
+        onto: Configuration (file or shipped name) whose sizes the weights must have; by default that of a source that is a whole
+            Chroma with a config.json, else chroma_4b.
+        keep_unused: Keep tensors that a speaking model does not need, such as vision, for a later export.
+        dry_run: Only check that every tensor is accounted for.
     """
 
     paths: Positional[tuple[Path, ...]]
     onto: str | None = None
-    keep_unused: tyro.conf.FlagCreatePairsOff[bool] = False
-    dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
+    keep_unused: Flag = False
+    dry_run: Flag = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    """Writes a run's newest checkpoint in the released model's Hugging Face layout, or as a serving artefact.
+    """Exports a run's newest checkpoint to the Hugging Face layout, or as a serving artifact.
 
-    run: run folder (that of a codec is written in the layout of transformers' Mimi), or an imported one (for an artefact also an
-    exported one). dest: folder to write. format: "huggingface", or "stablehlo" for the compiled streaming programs, which
-    need no model code. For huggingface, dtype: of the weights, "stored" keeps every bit; shard_gb: largest file. For stablehlo,
-    dtype: "stored" means the run's reply.dtype; platforms, and the sizes that the programs are made for: rows, conversations at
-    once; question_seconds, the longest question; text and voice, positions of the question's and the voice prompt's text and
-    sound; max_frames of a reply.
+    Attributes:
+        run: Run folder (a Codec's is written in the layout of transformers' Mimi) or an imported one; for an artifact also an
+            exported one.
+        dest: Folder to write.
+        format: "huggingface", or "stablehlo" for compiled streaming programs that need no model code.
+        dtype: Dtype of the weights; "stored" keeps every bit, or for stablehlo takes the run's generation.dtype.
+        shard_gb: Maximum size of a safetensors file in GB (huggingface).
+        platforms: Platforms of the programs (stablehlo).
+        batch_size: Number of conversations at once (stablehlo).
+        question_seconds: Length of the longest question (stablehlo).
+        text: Text positions of the longest question (stablehlo).
+        voice: Positions of the longest voice prompt (stablehlo).
+        max_frames: Maximum number of frames of a reply (stablehlo).
     """
 
     run: Positional[Path]
@@ -298,7 +369,7 @@ class Export:
     dtype: Literal["stored", "float32", "bfloat16"] = "stored"
     shard_gb: float = 4.0
     platforms: tuple[Literal["cpu", "tpu", "cuda", "rocm"], ...] = ("cpu", "tpu", "cuda")
-    rows: int = 1
+    batch_size: int = 1
     question_seconds: float = 10.0
     text: int = 320
     voice: int = 256
@@ -309,7 +380,9 @@ class Export:
 class Verify:
     """Runs a suite of golden cases on the device at hand; exit code 1 if any fails.
 
-    folder: the suite (or one case). every: print every quantity, not only the worst of each case.
+    Attributes:
+        folder: The suite, or one case.
+        every: Print every quantity, or only the worst of each case.
     """
 
     folder: Positional[Path]
@@ -318,14 +391,21 @@ class Verify:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluate:
-    """MetricModels a run on held-out dialogues: its codec, and a speaking model's answers in text and in sound.
+    """Evaluates a run on held-out dialogues: its Codec, and a speaking model's replies in text and audio.
 
-    run: run folder of a speaking model or of a codec, or an exported model. out: folder for report.txt, report.json and
-    index.html, a page with players. suite: what is asked. split: test, or valid while choosing settings. corpus: another folder
-    of the suite's layout. limit: so many dialogues only. parts: codec, answers, ablations (answers under other voice prompts),
-    knowledge (what would be answered if asked in text), reading (the corpus's utterances read aloud). recogniser: folder with a
-    Whisper for CTranslate2 or transformers, instead of Whisper base. speaker_model: folder with transformers' WavLMForXVector,
-    instead of resemblyzer. Flags beginning with --reply say how codes are chosen.
+    Flags beginning with --generation set the sampling.
+
+    Attributes:
+        run: Run folder of a speaking model or of a Codec, or an exported model.
+        out: Folder for report.txt, report.json and index.html, a page with players.
+        suite: The suite of questions.
+        split: Split of the suite; use valid while choosing settings.
+        corpus: Another folder of the suite's layout.
+        limit: Maximum number of dialogues.
+        parts: codec; answers; ablations, answers under other voice prompts; knowledge, answers to questions in text; reading, the
+            corpus's utterances read aloud.
+        asr_model: Folder with a Whisper for CTranslate2 or transformers, instead of Whisper base.
+        speaker_model: Folder with transformers' WavLMForXVector, instead of resemblyzer.
     """
 
     run: Positional[Path]
@@ -335,5 +415,5 @@ class Evaluate:
     corpus: str | None = None
     limit: int | None = None
     parts: tuple[Literal["codec", "answers", "ablations", "knowledge", "reading"], ...] = ("codec", "answers")
-    recogniser: Path | None = None
+    asr_model: Path | None = None
     speaker_model: Path | None = None

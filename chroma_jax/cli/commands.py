@@ -20,12 +20,12 @@ from chroma_jax.cli.arguments import (
     Chat,
     Evaluate,
     Export,
+    Generate,
     Import,
     Info,
     Plan,
     Prepare,
     Prompt,
-    Reply,
     Status,
     Synthesize,
     Texts,
@@ -79,7 +79,7 @@ def synthesize(args: Synthesize) -> int:
 
     share = 0.02 if args.check is None else args.check
     if not 0 <= share <= 1 or args.max_wer < 0:
-        raise InputError(f"--check is {share:g} and --max-wer {args.max_wer:g}; expected a share of 0 to 1, and 0 or more")
+        raise InputError(f"--check is {share:g} and --max_wer {args.max_wer:g}; expected a share of 0 to 1, and 0 or more")
     config = SynthesisConfig(
         **{name: getattr(args, name) for name in ("engine", "phase", "voices", "held_out_voices", "hours", "seed")}
     )
@@ -150,15 +150,15 @@ def train(args: Train, config) -> int:
     from chroma_jax.runs.train import train
     from chroma_jax.training.runtime.malloc import run_by_caller
 
-    if args.program is not None and isinstance(config, CodecRun):
-        raise InputError("--program is for the configuration of a speaking model")
+    if args.aot_executable is not None and isinstance(config, CodecRun):
+        raise InputError("--aot_executable is for the configuration of a speaking model")
     run_by_caller()
     with joined(args.distributed, config.mesh) as progress:
         if isinstance(config, CodecRun):
             init_from = None if args.init_from is None else pretrained.found(args.init_from)
-            train_codec(config, args.run, args.prepared, init_from, progress)
+            train_codec(config, args.run, args.dataset_dir, init_from, progress)
         else:
-            train(config, args.run, args.prepared, args.init_from, progress, args.program)
+            train(config, args.run, args.dataset_dir, args.init_from, progress, args.aot_executable)
     return 0
 
 
@@ -196,8 +196,8 @@ def plan(args: Plan, config) -> int:
     from chroma_jax.utils.chips import parse_topology
 
     codec = isinstance(config, CodecRun)
-    if codec and (args.step != "train" or args.search or args.program is not None):
-        raise InputError("--step stream, --search and --program are for the configuration of a speaking model")
+    if codec and (args.step != "train" or args.search or args.aot_executable is not None):
+        raise InputError("--step stream, --search and --aot_executable are for the configuration of a speaking model")
     topology = parse_topology(args.topology, args.slices)
     without_tpu()
     if args.step == "stream":
@@ -214,11 +214,11 @@ def plan(args: Plan, config) -> int:
     print(report.page(found, args.dollars_per_chip_hour), end="")
     if args.out is not None:
         write_whole(args.out, json.dumps(found.json(), indent=1) + "\n")
-    if args.program is not None:
+    if args.aot_executable is not None:
         from chroma_jax.planning.training_step import compiled_from
         from chroma_jax.training.runtime.aot_executable import save_executable
 
-        save_executable(compiled, compiled_from(config), topology.name, args.program)
+        save_executable(compiled, compiled_from(config), topology.name, args.aot_executable)
     return 0
 
 
@@ -227,7 +227,7 @@ def plan_streaming(args: Plan, config, topology) -> int:
     from chroma_jax.planning.plan import DoesNotFit
     from chroma_jax.planning.stream import StreamPlan, plan_stream, plans
 
-    asked = list(itertools.product(args.weights, args.rows))
+    asked = list(itertools.product(args.weights, args.slots))
     found: list[StreamPlan | DoesNotFit] = []
     given = {"positions": args.positions, "cache": args.cache, "effort": args.effort}
     for weights, rows in asked:
@@ -252,11 +252,11 @@ def bench_small(args: BenchSmall, config) -> int:
     from chroma_jax.bench.small import bench_small
     from chroma_jax.runs.load import load_run
 
-    if args.rows < 1 or (args.batches is not None and args.batches < 1):
-        raise InputError(f"--rows is {args.rows} and --batches {args.batches}; they must be at least 1")
-    reply = dataclasses.replace(config.reply, dtype="float32", weights="none")
-    model, _, _ = load_run(args.run, dataclasses.replace(config, reply=reply))
-    found = bench_small(model, args.prepared, split=args.split, rows=args.rows, batches=args.batches)
+    if args.batch_size < 1 or (args.batches is not None and args.batches < 1):
+        raise InputError(f"--batch_size is {args.batch_size} and --batches {args.batches}; they must be at least 1")
+    reply = dataclasses.replace(config.generation, dtype="float32", weights="none")
+    model, _, _ = load_run(args.run, dataclasses.replace(config, generation=reply))
+    found = bench_small(model, args.dataset_dir, split=args.split, rows=args.batch_size, batches=args.batches)
     text = json.dumps({"run": args.run.name} | found, indent=1)
     print(text)
     if args.out is not None:
@@ -271,11 +271,11 @@ def bench_train(args: BenchTrain, config) -> int:
 
     if not isinstance(config, Config):
         raise InputError("bench train wants the configuration of a speaking model")
-    for name in ("rows", "rounds"):
+    for name in ("batch_size", "rounds"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name} is {getattr(args, name)}, must be at least 1")
     run_by_caller()
-    return measured(bench_train(config, rows=args.rows, rounds=args.rounds, peer=args.peer), args.out)
+    return measured(bench_train(config, rows=args.batch_size, rounds=args.rounds, peer=args.peer), args.out)
 
 
 def measured(figures: dict, out: Path | None) -> int:
@@ -303,8 +303,8 @@ def bench_stream(args: BenchStream, config) -> int:
     if Path(args.source).is_dir():
         model, codec, _ = load_run(Path(args.source), config)
     else:
-        model, codec = random_models(config.model, config.reply)
-    return measured({"model": args.source} | bench_stream(model, codec, config.reply, talk, **given), args.out)
+        model, codec = random_models(config.model, config.generation)
+    return measured({"model": args.source} | bench_stream(model, codec, config.generation, talk, **given), args.out)
 
 
 def bench_soak(args: BenchSoak, config) -> int:
@@ -318,7 +318,7 @@ def bench_soak(args: BenchSoak, config) -> int:
     return 1 if found["differed"] or found["compilations"] else 0
 
 
-def reply(args: Reply, config) -> int:
+def generate(args: Generate, config) -> int:
     from chroma_jax.runs.generate import reply
 
     report = reply(args.run, config, args.question, args.reference, transcript(args.transcript), args.out)
@@ -343,7 +343,7 @@ def evaluate(args: Evaluate, config) -> int:
     from chroma_jax.utils.atomic_io import check_new
 
     check_new(args.out)
-    judges = load_metric_models(args.recogniser, args.speaker_model)
+    judges = load_metric_models(args.asr_model, args.speaker_model)
     given = {name: getattr(args, name) for name in ("suite", "split", "corpus", "limit", "parts")}
     print(report.text(evaluate(args.run, config, args.out, judges=judges, **given)), end="")
     return 0
@@ -358,7 +358,7 @@ def prompt(args: Prompt, config) -> int:
     from chroma_jax.runs.serving_artifact import write_prompt
 
     said = transcript(args.transcript)
-    print(write_prompt(args.run, config, args.artefact, args.question, args.reference, said, args.out))
+    print(write_prompt(args.run, config, args.artifact, args.question, args.reference, said, args.out))
     return 0
 
 
@@ -373,7 +373,7 @@ def import_(args: Import, config) -> int:
         raise InputError("convert import wants SOURCE … DEST, at least one checkpoint and the folder to write")
     if isinstance(config, CodecRun):
         if len(sources) > 1 or args.keep_unused:
-            raise InputError(f"--onto {args.onto} is a codec: give one SOURCE and no --keep-unused; got {len(sources)} sources")
+            raise InputError(f"--onto {args.onto} is a codec: give one SOURCE and no --keep_unused; got {len(sources)} sources")
         lines = import_codec(pretrained.found(sources[0]), config, None if args.dry_run else dest)
         print("\n".join([*lines, *(["dry run: nothing was written"] if args.dry_run else [])]))
         return 0
@@ -399,20 +399,20 @@ def export(args: Export) -> int:
         print(export_codec(args.run, args.dest))
         return 0
     if args.format == "stablehlo":
-        return export_artefact(args)
+        return export_artifact(args)
     if args.shard_gb <= 0:
-        raise InputError(f"--shard-gb is {args.shard_gb:g}, must be more than 0")
+        raise InputError(f"--shard_gb is {args.shard_gb:g}, must be more than 0")
     print(export(args.run, args.dest, args.dtype, int(args.shard_gb * 2**30)))
     return 0
 
 
-def export_artefact(args: Export) -> int:
+def export_artifact(args: Export) -> int:
     from chroma_jax.runs.serving_artifact import Sizes, export_stablehlo
 
     config = run_configuration([str(args.run)])
     if args.dtype != "stored":
-        config = dataclasses.replace(config, reply=dataclasses.replace(config.reply, dtype=args.dtype))
-    sizes = Sizes(args.rows, args.question_seconds, args.text, args.voice, args.max_frames)
+        config = dataclasses.replace(config, generation=dataclasses.replace(config.generation, dtype=args.dtype))
+    sizes = Sizes(args.batch_size, args.question_seconds, args.text, args.voice, args.max_frames)
     print(export_stablehlo(args.run, args.dest, config, sizes, args.platforms))
     return 0
 

@@ -26,13 +26,12 @@ COMMANDS: dict[str, tuple[type, Callable, Literal["file", "run", "speaking run",
     "synthesize": (arguments.Synthesize, commands.synthesize, "none"),
     "train": (arguments.Train, commands.train, "file"),
     "status": (arguments.Status, commands.status, "none"),
-    "reply": (arguments.Reply, commands.reply, "speaking run"),
+    "generate": (arguments.Generate, commands.generate, "speaking run"),
     "chat": (arguments.Chat, commands.chat, "speaking run"),
     "evaluate": (arguments.Evaluate, commands.evaluate, "run"),
     "export": (arguments.Export, commands.export, "none"),
     "prompt": (arguments.Prompt, commands.prompt, "speaking run"),
     "convert import": (arguments.Import, commands.import_, "onto"),
-    "convert export": (arguments.Export, commands.export, "none"),
     "info": (arguments.Info, commands.info, "file"),
     "plan": (arguments.Plan, commands.plan, "file"),
     "bench train": (arguments.BenchTrain, commands.bench_train, "file"),
@@ -41,6 +40,8 @@ COMMANDS: dict[str, tuple[type, Callable, Literal["file", "run", "speaking run",
     "bench soak": (arguments.BenchSoak, commands.bench_soak, "speaking run"),
     "verify": (arguments.Verify, commands.verify, "none"),
 }
+
+ALIASES = {"reply": "generate"}
 
 
 def usage() -> str:
@@ -63,6 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         if not argv or argv[0] in ("-h", "--help", "help"):
             print(usage())
             return 0
+        argv = [ALIASES.get(argv[0], argv[0]), *argv[1:]]
         command = next((c for c in COMMANDS if argv[: len(c.split())] == c.split()), None)
         if command is None:
             given = " ".join(argv[:2] if argv[0] in ("bench", "convert") else argv[:1])
@@ -116,7 +118,7 @@ def dispatch(command: str, argv: list[str]) -> int:
     whole.__doc__ = accepted.__doc__
     args = parse(whole, argv, program)
     if source != "file" and isinstance(args.config, configs.Config):
-        virtual_devices(args.config.reply.tensor)
+        virtual_devices(args.config.generation.tensor)
     return function(args, args.config)
 
 

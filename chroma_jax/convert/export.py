@@ -137,7 +137,7 @@ def preprocessor(config: Config) -> dict:
 
 def generation_config(config: Config) -> dict:
     """How codes are chosen, which `reply_from_hf` reads back."""
-    r = config.reply
+    r = config.generation
     found = {"do_sample": r.temperature > 0, "max_new_tokens": int(r.max_seconds * config.model.codec.frame_rate)}
     return found | ({"temperature": r.temperature, "top_k": r.top_k, "top_p": r.top_p} if r.temperature > 0 else {})
 

@@ -55,7 +55,7 @@ def evaluate(
         codec, books, parts = trained_codec(run, with_codec(config.model)), config.model.num_codebooks, ("codec",)
     else:
         model, codec, tokenizer = load_run(run, config)
-        c, books = config.reply, model.config.num_codebooks
+        c, books = config.generation, model.config.num_codebooks
         speaker = Generator(model, codec, c.dtype, c.compatibility, c.cache)
     rate = codec.config.sampling_rate
     found: dict = {
@@ -78,14 +78,14 @@ def evaluate(
         if not utterances:
             raise InputError(f"{spoken_in.folder}: no utterance in the {split} split, which --parts reading reads aloud")
         prompted = config.data.curriculum.no_prompt < 1
-        given = speaker, tokenizer, spoken_in, utterances, judges, config.reply
+        given = speaker, tokenizer, spoken_in, utterances, judges, config.generation
         found["reading"], made = evaluate_reading(*given, prompted=prompted, system=config.data.system)
         sounds.add_readings(found["reading"]["readings"], made)
     conditions = [*([MAIN] if "answers" in parts else []), *(ABLATIONS if "ablations" in parts else ())]
     if speaker is not None and conditions:
-        settings = {name: getattr(config.reply, name) for name in ("temperature", "top_k", "top_p", "seed")}
-        found["sampling"] = settings | {name: getattr(config.reply, name) for name in ("dtype", "weights", "cache")}
-        part, replies = evaluate_speaking(speaker, tokenizer, asked, conditions, judges, config.reply, config.data.system)
+        settings = {name: getattr(config.generation, name) for name in ("temperature", "top_k", "top_p", "seed")}
+        found["sampling"] = settings | {name: getattr(config.generation, name) for name in ("dtype", "weights", "cache")}
+        part, replies = evaluate_speaking(speaker, tokenizer, asked, conditions, judges, config.generation, config.data.system)
         found |= part
         sounds.add_replies(replies)
     with written_aside(out) as folder:

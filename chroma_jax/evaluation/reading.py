@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from chroma_jax.audio import load as audio
-from chroma_jax.config import ReplyConfig
+from chroma_jax.config import GenerationConfig
 from chroma_jax.evaluation.codec import mean
 from chroma_jax.evaluation.speaking import VoicePrompt, coded, spoken
 from chroma_jax.evaluation.words import error_rate, same, word_errors
@@ -38,7 +38,7 @@ def evaluate_reading(
     corpus: Corpus,
     utterances: Sequence[Utterance],
     judges: MetricModels,
-    config: ReplyConfig,
+    config: GenerationConfig,
     *,
     prompted: bool,
     system: str = "",

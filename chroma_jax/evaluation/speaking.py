@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from chroma_jax.audio import load as audio
 from chroma_jax.audio.log_mel import FeatureConfig
-from chroma_jax.config import ReplyConfig
+from chroma_jax.config import GenerationConfig
 from chroma_jax.evaluation.codec import mean
 from chroma_jax.evaluation.suite import Suite
 from chroma_jax.evaluation.words import error_rate, same, word_errors
@@ -103,7 +103,7 @@ def heard_question(dialogue: Dialogue) -> np.ndarray:
 
 
 def spoken(
-    speaker: Generator, tokenizer: Tokenizer, prompts: Sequence[Callable[[], Prompt]], config: ReplyConfig
+    speaker: Generator, tokenizer: Tokenizer, prompts: Sequence[Callable[[], Prompt]], config: GenerationConfig
 ) -> Iterator[tuple[str, np.ndarray, bool]]:
     """Generates replies in batches of ``ROWS``.
 
@@ -140,7 +140,7 @@ def spoken(
 
 
 def answered(
-    speaker: Generator, tokenizer: Tokenizer, asked: Sequence[tuple[Dialogue, VoicePrompt]], config: ReplyConfig, system: str
+    speaker: Generator, tokenizer: Tokenizer, asked: Sequence[tuple[Dialogue, VoicePrompt]], config: GenerationConfig, system: str
 ) -> Iterator[Reply]:
     """Replies to spoken questions."""
 
@@ -158,7 +158,7 @@ def evaluate_speaking(
     suite: Suite,
     conditions: Sequence[Condition],
     judges: MetricModels,
-    config: ReplyConfig,
+    config: GenerationConfig,
     system: str = "",
 ) -> tuple[dict, dict[str, list[Reply]]]:
     """Returns the report's part, and the replies by condition."""
@@ -225,7 +225,7 @@ def summary(rows: Sequence[dict]) -> dict:
     }
 
 
-def timed(speaker: Generator, tokenizer: Tokenizer, suite: Suite, config: ReplyConfig, system: str) -> dict:
+def timed(speaker: Generator, tokenizer: Tokenizer, suite: Suite, config: GenerationConfig, system: str) -> dict:
     """Medians over a few replies spoken alone: time to the first audio and real-time factor, see `chroma_jax.runs.generate`."""
     rate, frames = speaker.config.codec.sampling_rate, int(config.max_seconds * speaker.config.codec.frame_rate)
     found = []

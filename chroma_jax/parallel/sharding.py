@@ -55,7 +55,26 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class AxisRules:
-    """Logical axis → mesh axes. An axis that has no field here is an error, never a silent replication."""
+    """Logical axis → mesh axes. An axis without a field here is an error, never a silent replication.
+
+    Attributes:
+        batch: Packed sequences.
+        sequence: Positions.
+        heads: Key and value heads.
+        mlp: MLP columns.
+        vocab: Vocabulary.
+        embed: Residual stream.
+        layers: Layers of a stack.
+        group: Query heads per key and value head.
+        head: Within a head.
+        codes: Codes of a codebook.
+        codebook: Codebooks.
+        channels: Channels of the Codec.
+        kernel: Taps of a convolution.
+        norm: Norm scales.
+        width: A second hidden axis of the same weight.
+        rank: Rank of an adapter.
+    """
 
     # activations
     batch: tuple[str, ...] = ("data", "fsdp")

@@ -147,7 +147,7 @@ HELP = {
         "frozen weights in bfloat16 (--precision.frozen); fewer of the Decoder's frames (--loss.decoder_frame_fraction)",
     ),
     "stream": (
-        "fewer conversations (--rows) or positions (--positions); weights or caches of a byte a number (--weights int8,",
+        "fewer conversations (--slots) or positions (--positions); weights or caches of a byte a number (--weights int8,",
         "--cache int8); more chips that share the model (--topology v5e:2x2)",
     ),
 }

@@ -130,14 +130,14 @@ def plan_stream(
     in float32.
 
     positions: that the Reasoner's and the Backbone's caches hold, each. Raises: DoesNotFit; InputError for a size below one, or
-    for another ``reply.tensor`` than 1 or the number of devices.
+    for another ``generation.tensor`` than 1 or the number of devices.
     """
     if rows < 1 or positions < 1:
-        raise InputError(f"--rows is {rows} and --positions {positions}; both must be at least 1")
+        raise InputError(f"--slots is {rows} and --positions {positions}; both must be at least 1")
     devices, chip = compile_only_devices(topology), topology.chip
-    if config.reply.tensor not in (1, len(devices)):
+    if config.generation.tensor not in (1, len(devices)):
         raise InputError(
-            f"reply.tensor is {config.reply.tensor}, {topology.name} has {len(devices)} devices that share the model"
+            f"generation.tensor is {config.generation.tensor}, {topology.name} has {len(devices)} devices that share the model"
         )
     model_config = divided(config.model, len(devices))
     mesh = make_mesh(MeshConfig(tensor=len(devices)), devices)

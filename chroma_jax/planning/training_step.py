@@ -11,7 +11,7 @@ from chroma_jax.training.state import Trainer, make_trainer
 from chroma_jax.utils.tree_paths import values
 
 # Fields of a configuration that a program does not depend on.
-OUTSIDE = ("data.", "checkpoint.", "augment.", "reply.", "training.")
+OUTSIDE = ("data.", "checkpoint.", "augment.", "generation.", "training.")
 INSIDE = (
     "data.row.",
     "training.global_batch_size",

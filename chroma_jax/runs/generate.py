@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from chroma_jax.audio import load as audio
 from chroma_jax.audio.log_mel import FeatureConfig
-from chroma_jax.config import Config, ReplyConfig
+from chroma_jax.config import Config, GenerationConfig
 from chroma_jax.inference.generator import Generator, counted_compilations, settings
 from chroma_jax.inference.prefill import Prompt
 from chroma_jax.inference.prompt import make_prompt, stack
@@ -58,13 +58,13 @@ def reply(run: Path, config: Config, question: Path, reference: Path, transcript
     if Path(out).exists() and not Path(out).is_dir():
         raise InputError(f"{out}: exists and is not a folder")
     model, codec, tokenizer = load_run(run, config)
-    speaker = Generator(model, codec, config.reply.dtype, config.reply.compatibility, config.reply.cache)
+    speaker = Generator(model, codec, config.generation.dtype, config.generation.compatibility, config.generation.cache)
     rate = model.config.codec.sampling_rate
     asked = audio.load(question, audio.REASONER_RATE, max_seconds=FeatureConfig().max_seconds)
     voice = audio.load_reference(reference, rate)
-    max_frames = int(config.reply.max_seconds * model.config.codec.frame_rate)
+    max_frames = int(config.generation.max_seconds * model.config.codec.frame_rate)
     if max_frames < 1:
-        raise InputError(f"reply.max_seconds {config.reply.max_seconds:g} is less than one frame")
+        raise InputError(f"generation.max_seconds {config.generation.max_seconds:g} is less than one frame")
 
     with counted_compilations() as compiled:
         started = time.perf_counter()
@@ -86,10 +86,10 @@ def reply(run: Path, config: Config, question: Path, reference: Path, transcript
                 speaker.compatibility,
             )
 
-        warm_up(speaker, prompt(), config.reply, max_frames)
+        warm_up(speaker, prompt(), config.generation, max_frames)
         warm_up_seconds = time.perf_counter() - started
     with counted_compilations() as later:
-        spoken = speak(speaker, prompt, config.reply, max_frames)
+        spoken = speak(speaker, prompt, config.generation, max_frames)
 
     pieces = text_pieces(tokenizer, spoken.tokens, model.config.tokens.im_end)
     metrics = read_lines(Path(run) / "metrics.jsonl")
@@ -103,14 +103,14 @@ def reply(run: Path, config: Config, question: Path, reference: Path, transcript
         "compilations": compiled.count,
         "compilations_after_warm_up": later.count,
         "device": jax.devices()[0].device_kind,
-        "dtype": config.reply.dtype,
-        "weights": config.reply.weights,
-        "cache": config.reply.cache,
+        "dtype": config.generation.dtype,
+        "weights": config.generation.weights,
+        "cache": config.generation.cache,
         "compatibility": speaker.compatibility,
-        "temperature": config.reply.temperature,
-        "top_k": config.reply.top_k,
-        "top_p": config.reply.top_p,
-        "seed": config.reply.seed,
+        "temperature": config.generation.temperature,
+        "top_k": config.generation.top_k,
+        "top_p": config.generation.top_p,
+        "seed": config.generation.seed,
         "running_maximum": listening(asked, model),
         "losses": losses,
     }
@@ -144,7 +144,7 @@ def listening(wave: np.ndarray, model: Chroma) -> dict:
     return {name: {"max": round(x.max, 6), "relative": round(x.relative, 6)} for name, x in kinds.items()}
 
 
-def warm_up(speaker: Generator, prompt: Prompt, config: ReplyConfig, max_frames: int) -> None:
+def warm_up(speaker: Generator, prompt: Prompt, config: GenerationConfig, max_frames: int) -> None:
     """Compiles what a reply of these shapes needs, by speaking its first two frames."""
     sampling, keys = settings(1, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, seed=config.seed)
     frames = speaker.frames(speaker.start(prompt, sampling, keys, max_frames), 2)
@@ -152,7 +152,7 @@ def warm_up(speaker: Generator, prompt: Prompt, config: ReplyConfig, max_frames:
         pass
 
 
-def speak(speaker: Generator, make: Callable[[], Prompt], config: ReplyConfig, max_frames: int) -> Spoken:
+def speak(speaker: Generator, make: Callable[[], Prompt], config: GenerationConfig, max_frames: int) -> Spoken:
     """Speaks one reply. make: builds the prompt; its time, that of the features, counts as time to the first audio."""
     sampling, keys = settings(1, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, seed=config.seed)
     samples, codes, tokens, arrivals, ended = [], [], [], [], "limit"

@@ -29,17 +29,23 @@ from data_pipelines.tokenizer import load_tokenizer
 
 
 def load_run(run: Path, config: Config) -> tuple[Chroma, Codec, Tokenizer]:
-    """Weights on the first device, or the speaking model's divided over ``config.reply.tensor`` devices and the Codec's whole on
-    each; the model's in ``config.reply.dtype``, its products in int8 where ``config.reply.weights`` says so, the Codec's in
-    float32.
+    """Loads a model, its Codec and its tokenizer.
 
-    An exported folder brings its own model configuration, so that ``config.model`` counts for a training run only; read
-    the one in force from the returned model. Raises: InputError naming what is missing or does not fit.
+    Args:
+        run: A run folder, an import, or an exported folder, which brings its own model configuration.
+        config: Configuration of the run. ``config.generation`` sets the model's dtype, its int8 weights and the number of devices
+            that it is sharded over; the Codec is in float32 on each of them.
+
+    Returns:
+        (model, Codec, tokenizer); the model configuration in force is the returned model's.
+
+    Raises:
+        InputError: Names what is missing or does not fit.
     """
     run = Path(run)
     if not run.is_dir():
         raise InputError(f"{run}: no such folder")
-    dtype, place = jnp.dtype(config.reply.dtype), place_for(config.reply.tensor)
+    dtype, place = jnp.dtype(config.generation.dtype), place_for(config.generation.tensor)
     if (run / "checkpoints").is_dir():
         model, codec_source = from_checkpoint(run, config, dtype, place), run / "codec.safetensors"
         if not codec_source.is_file():
@@ -49,7 +55,7 @@ def load_run(run: Path, config: Config) -> tuple[Chroma, Codec, Tokenizer]:
         model = import_weights(abstract_model(model_config, dtype, place), chroma_rows(model_config), run)
     else:
         raise InputError(f"{run}: holds neither checkpoints/ (a training run) nor config.json (an exported model)")
-    if config.reply.weights == "int8":
+    if config.generation.weights == "int8":
         with running(place):
             model = quantized(model)
     codec = codec_on(read_codec(codec_source, model.config), place)
@@ -83,14 +89,14 @@ def exported_run(folder: Path) -> Config | CodecRun:
     try:
         said = json.loads(path.read_text(encoding="utf-8"))
         temperature = float(said.get("temperature", 1.0)) if said.get("do_sample") else 0.0
-        changed = {"temperature": temperature, "top_k": int(said.get("top_k", config.reply.top_k))}
-        changed |= {"top_p": float(said.get("top_p", config.reply.top_p))}
+        changed = {"temperature": temperature, "top_k": int(said.get("top_k", config.generation.top_k))}
+        changed |= {"top_p": float(said.get("top_p", config.generation.top_p))}
         if "max_new_tokens" in said:
             changed["max_seconds"] = said["max_new_tokens"] / config.model.codec.frame_rate
-        reply = dataclasses.replace(config.reply, **changed)
+        reply = dataclasses.replace(config.generation, **changed)
     except (ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: damaged ({type(error).__name__}: {error})") from error
-    return dataclasses.replace(config, reply=reply)
+    return dataclasses.replace(config, generation=reply)
 
 
 def from_checkpoint(run: Path, config: Config, dtype, place: Place) -> Chroma:

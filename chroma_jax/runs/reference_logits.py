@@ -81,8 +81,8 @@ def reference_logits(source: Path, inputs: dict[str, np.ndarray] | None = None) 
     config = exported_run(source) if (source / "config.json").is_file() else configs.load(source)
     if not isinstance(config, Config):
         raise InputError(f"{source}: a codec, expected a speaking model")
-    reply = dataclasses.replace(config.reply, dtype="float32", weights="none", cache="none", tensor=1)
-    model, codec, _ = load_run(source, dataclasses.replace(config, reply=reply))
+    reply = dataclasses.replace(config.generation, dtype="float32", weights="none", cache="none", tensor=1)
+    model, codec, _ = load_run(source, dataclasses.replace(config, generation=reply))
     inputs = make_inputs(model.config) if inputs is None else inputs
     weights = values(nnx.state(model)) | values(nnx.state(codec), "codec/")
     tensors = tensors_of(dataclasses.replace(config, model=model.config), weights, source / "no unused tensors", "float32")

@@ -96,21 +96,21 @@ def export_stablehlo(
 ) -> str:
     """Writes a serving artefact of a run's newest checkpoint (or of an exported model) to the folder ``dest``.
 
-    config: of the run; ``config.reply.dtype`` is that of weights, activations and caches. Returns a line that says what was
+    config: of the run; ``config.generation.dtype`` is that of weights, activations and caches. Returns a line that says what was
     written. Raises: InputError when ``dest`` exists, the run lacks something, or an argument is wrong; nothing is written then.
     """
     run, dest = Path(run), Path(dest)
     check_platforms(platforms)
-    if is_reference(config.reply.compatibility):
-        raise InputError('reply.compatibility is "reference"; an artefact can only be "corrected"')
-    if config.reply.tensor != 1:
-        raise InputError(f"reply.tensor is {config.reply.tensor}; an artefact is for one device")
+    if is_reference(config.generation.compatibility):
+        raise InputError('generation.compatibility is "reference"; an artefact can only be "corrected"')
+    if config.generation.tensor != 1:
+        raise InputError(f"generation.tensor is {config.generation.tensor}; an artefact is for one device")
     if importlib.util.find_spec("flatbuffers") is None:
         raise InputError("jax.export needs the package flatbuffers: pip install flatbuffers")
     check_new(dest)
     model, codec, _ = load_run(run, config)
     prompt = prompt_shapes(model.config, sizes)
-    speaker = Generator(model, codec, config.reply.dtype)
+    speaker = Generator(model, codec, config.generation.dtype)
     weights = dict(zip(weight_names(model, codec), speaker.weights, strict=True))
     with written_aside(dest) as folder:
         programs = export_programs(speaker, weights, prompt, sizes.max_frames, platforms)
@@ -120,7 +120,7 @@ def export_stablehlo(
             folder / WEIGHTS, [Output(n, x.shape, str(x.dtype), partial(np.asarray, x)) for n, x in weights.items()]
         )
         shutil.copyfile(run / TOKENIZER, folder / TOKENIZER)
-        told = description(model.config, config.reply.dtype, sizes, programs)
+        told = description(model.config, config.generation.dtype, sizes, programs)
         (folder / DESCRIPTION).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
     size = sum(x.nbytes for x in weights.values())
     return f"{dest}: prefill and step for {', '.join(platforms)}; {len(weights)} weights, {size / 1e6:.1f} MB"
@@ -282,11 +282,22 @@ def signature(name: str, program: export.Exported) -> dict:
 
 
 def write_prompt(run: Path, config: Config, artefact: Path, question: Path, reference: Path, transcript: str, dest: Path) -> str:
-    """Writes ``dest``, from which every row of an artefact answers a recording in the reference's voice.
+    """Writes a prompt file from which every row of an artifact replies to a recording in the reference's voice.
 
-    run, config: of the model that the artefact was made from, whose Codec and tokenizer are used; ``config.reply`` says how codes
-    are chosen, the rows having different random keys. Returns a line that says what was written. Raises: InputError for input
-    that is missing or does not fit the artefact; nothing is written then.
+    Args:
+        run: The run that the artifact was made from; its Codec and tokenizer are used.
+        config: Configuration of the run. ``config.generation`` sets the sampling; rows have different random keys.
+        artefact: Folder of the artifact.
+        question: Recording of the user.
+        reference: Recording of the voice to speak in.
+        transcript: Transcript of the reference.
+        dest: Safetensors file to write.
+
+    Returns:
+        One line about what was written.
+
+    Raises:
+        InputError: Input is missing or does not fit the artifact; nothing is written.
     """
     if dest.suffix != ".safetensors" or dest.exists():
         raise InputError(f"{dest}: {'exists already' if dest.exists() else 'not a file NAME.safetensors'}; choose another file")
@@ -301,7 +312,7 @@ def write_prompt(run: Path, config: Config, artefact: Path, question: Path, refe
         transcript=transcript,
         system=config.data.system,
     )
-    r = config.reply
+    r = config.generation
     sampling, keys = settings(rows, temperature=r.temperature, top_k=r.top_k, top_p=r.top_p, seed=r.seed)
     dest.parent.mkdir(parents=True, exist_ok=True)
     aside = dest.with_suffix(".partial")

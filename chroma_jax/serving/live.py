@@ -49,7 +49,7 @@ def chat(
     model, codec, tokenizer = load_run(run, config)
     rate = model.config.codec.sampling_rate
     asked = [audio.load(path, audio.REASONER_RATE) for path in questions]
-    r = config.reply
+    r = config.generation
     lead = 2.0 if play or not asked else None
     sizes = EngineConfig(slots=1, max_seconds=r.max_seconds, dtype=r.dtype, cache=r.cache, lead_seconds=lead)
     engine = Engine(model, codec, encoder(tokenizer), tokenizer.decode, sizes)

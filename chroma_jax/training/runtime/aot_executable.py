@@ -38,20 +38,20 @@ def with_executable(trainer: Trainer, config: Mapping[str, str], batch, path: Pa
         header = json.loads(first)
         theirs, version = header["config"], header["jax"]
     except OSError as e:
-        raise InputError(f"--program {path}: {e.strerror}") from e
+        raise InputError(f"--aot_executable {path}: {e.strerror}") from e
     except (ValueError, KeyError, TypeError) as e:
-        raise InputError(f"--program {path}: not a file that plan --program wrote") from e
+        raise InputError(f"--aot_executable {path}: not a file that plan --aot_executable wrote") from e
     ours = dict(config)
     apart = [f"{n} {theirs.get(n)} there, {ours.get(n)} here" for n in sorted(ours | theirs) if ours.get(n) != theirs.get(n)]
     if version != jax.__version__:
         apart.insert(0, f"jax {version} there, {jax.__version__} here")
     if apart:
-        raise InputError(f"--program {path}: compiled for something else: {'; '.join(apart[:5])}")
+        raise InputError(f"--aot_executable {path}: compiled for something else: {'; '.join(apart[:5])}")
     arguments = jax.tree.structure(((trainer.abstract, batch), {}))
     results = jax.tree.structure(jax.eval_shape(trainer.train_step, trainer.abstract, batch))
     devices = list(jax.sharding.get_mesh().devices.flat)
     try:
         step = serialize_executable.deserialize_and_load(payload, arguments, results, execution_devices=devices)
     except Exception as e:  # XLA's own, by platform
-        raise InputError(f"--program {path}: these devices do not take it: {str(e).splitlines()[0][:300]}") from e
+        raise InputError(f"--aot_executable {path}: these devices do not take it: {str(e).splitlines()[0][:300]}") from e
     return trainer._replace(train_step=step)

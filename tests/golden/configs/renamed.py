@@ -52,6 +52,8 @@ FIELDS = {
     "augment.frames": "augment.frame_substitution_prob",
     "checkpoint.every": "checkpoint.save_interval_steps",
     "checkpoint.keep": "checkpoint.max_to_keep",
+    **{f"reply.{name}": f"generation.{name}" for name in ("temperature", "top_k", "top_p", "seed", "max_seconds", "dtype")},
+    **{f"reply.{name}": f"generation.{name}" for name in ("weights", "cache", "tensor", "compatibility")},
     "decode_from": "decoder_start_step",
     "quantize_from": "quantizer_start_step",
     "judge_from": "discriminator_start_step",
