@@ -22,7 +22,7 @@ from chroma_jax.training.lora import LoraConfig
 from chroma_jax.training.loss import LossConfig
 from chroma_jax.training.optimizer import OptimizerConfig
 from chroma_jax.training.state import PrecisionConfig
-from chroma_jax.utils.errors import InputError, near
+from chroma_jax.utils.errors import InputError, check_format, near
 from data_pipelines.prepare import DataConfig
 from data_pipelines.waves import CodecDataConfig
 
@@ -109,6 +109,7 @@ class CodecRun:
 
 
 KINDS = {"speaking": Config, "codec": CodecRun}
+FORMAT = 2  # of a run folder; format 1 has other names of fields and no version
 
 
 SHIPPED = Path(__file__).parent.parent / "configs"
@@ -189,16 +190,20 @@ def concerns_weights(name: str) -> bool:
 
 
 def dump(config: Config | CodecRun) -> str:
-    """What kind of run it is, and one ``name = value`` line per field; `parse` reads it back."""
+    """The format, what kind of run it is, and one ``name = value`` line per field; `parse` reads it back."""
     kind = next(kind for kind, cls in KINDS.items() if isinstance(config, cls))
-    return "".join(f"{name} = {value!r}\n" for name, value in ({"kind": kind} | fields(config)).items())
+    return "".join(f"{name} = {value!r}\n" for name, value in ({"format": FORMAT, "kind": kind} | fields(config)).items())
 
 
 def parse(text: str, source: str) -> Config | CodecRun:
-    """The inverse of `dump`. source: for messages. A field that the text does not name has its default: it is younger than the
-    run.
+    """The inverse of `dump`. Fields that the text lacks take their defaults.
 
-    Raises: InputError naming the line or field that is unknown or ill-typed.
+    Args:
+        text: What `dump` wrote.
+        source: Its file, for messages.
+
+    Raises:
+        InputError: Names the line or field that is unknown or ill-typed, or says that the format is another one.
     """
     tree: dict[str, Any] = {}
     for number, line in enumerate(text.splitlines(), 1):
@@ -214,6 +219,7 @@ def parse(text: str, source: str) -> Config | CodecRun:
         for parent in parents:
             node = node.setdefault(parent, {})
         node[leaf] = value
+    check_format(source, tree.pop("format", 1), FORMAT, "export it with the version that wrote it, and import the export")
     kind = tree.pop("kind", "speaking")
     if kind not in KINDS:
         raise InputError(f"{source}: kind {kind!r} is none of {', '.join(KINDS)}{near(str(kind), KINDS)}")

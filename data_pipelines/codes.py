@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from chroma_jax.audio import load as audio
 from chroma_jax.audio.load import Clip
+from chroma_jax.models.codec import CodecConfig
 from chroma_jax.utils.errors import InputError
 from data_pipelines.dialogues import Problem
 
@@ -39,6 +40,17 @@ def compiled(codec: CodecLike, method: str) -> Callable[[np.ndarray], np.ndarray
     graph, state = nnx.split(codec)
     function = jax.jit(lambda state, wave: getattr(nnx.merge(graph, state), method)(wave))
     return lambda wave: np.asarray(function(state, wave))
+
+
+def sizes(codec: CodecConfig) -> list:
+    """The values on which an untrained Codec depends, in a fixed order."""
+    s, t, q = codec.seanet, codec.transformer, codec.quantizer
+    convolutions = [s.num_filters, s.ratios, s.kernel_size, s.last_kernel_size, s.residual_kernel_size, s.num_residual_layers]
+    residual = [s.dilation_growth, s.compress, s.shortcut]
+    layers = [t.num_hidden_layers, t.hidden_size, t.num_attention_heads, t.num_key_value_heads, t.head_dim, t.intermediate_size]
+    codebooks = [q.num_codebooks, q.num_semantic, q.codebook_size, q.codebook_dim]
+    rest = [codec.sampling_rate, codec.stride, codec.upsample_groups, codec.sliding_window, t.norm_eps, t.layer_scale]
+    return [convolutions, residual, layers, codebooks, rest]
 
 
 def fingerprint(codec: CodecLike) -> str:

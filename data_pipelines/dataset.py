@@ -11,9 +11,9 @@ from pathlib import Path
 
 from chroma_jax.models.chroma import ChromaConfig
 from chroma_jax.sequence.batch import RowShape
-from chroma_jax.utils.errors import InputError, near
+from chroma_jax.utils.errors import InputError, check_format, near
 
-VERSION = 1
+VERSION = 2  # version 1 has other names of fields
 
 
 def model_facts(model: ChromaConfig) -> dict:
@@ -87,8 +87,7 @@ def read_manifest(folder: Path) -> dict:
             _ = manifest["config"]["model"], [s["rows"] + s["bytes"] for s in manifest["splits"].values()]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: damaged ({type(error).__name__}: {error}); remove the folder and prepare it again") from error
-    if version != VERSION:
-        raise InputError(f"{path}: version {version}, this code reads {VERSION}; prepare the data again")
+    check_format(path, version, VERSION, "prepare the data again")
     return manifest
 
 

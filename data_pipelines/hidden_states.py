@@ -19,13 +19,14 @@ import numpy as np
 from array_record.python import array_record_module
 
 from chroma_jax.utils.atomic_io import write_whole
-from chroma_jax.utils.errors import InputError
+from chroma_jax.utils.errors import InputError, check_format
 from data_pipelines.dataset import Dataset
 
 FOLDER = "reasoner"
 ROWS_PER_FILE = 1024
 HEAD = struct.Struct("<4sII")  # magic, crc32 of the states, width
 MAGIC = b"ChH1"
+FORMAT = 2  # of reasoner.json; format 1 has no version
 
 
 def files(dataset: Dataset, split: str) -> list[tuple[Path, range]]:
@@ -70,10 +71,11 @@ def check(dataset: Dataset, made_with: dict) -> None:
     path = dataset.folder / FOLDER / "reasoner.json"
     if path.is_file():
         there = json.loads(path.read_text())
+        check_format(path.parent, there.pop("format", 1), FORMAT, "remove the folder and cache the hidden states again")
         if there != made_with:
             raise InputError(f"{path.parent}: holds the states of another Reasoner ({there}); remove the folder, or keep to that")
         return
-    write_whole(path, json.dumps(made_with, indent=1) + "\n")
+    write_whole(path, json.dumps({"format": FORMAT} | made_with, indent=1) + "\n")
 
 
 class HiddenReader:

@@ -36,6 +36,7 @@ from data_pipelines.codes import (
     latents,
     loaded,
     seconds_in_header,
+    sizes,
 )
 from data_pipelines.curriculum import CurriculumConfig, Example, drawn, held_out_examples, unwritten, written
 from data_pipelines.dataset import VERSION, Dataset, check_same, model_facts, open_dataset, read_manifest
@@ -121,7 +122,7 @@ def configuration(config: DataConfig, model: ChromaConfig, codec: CodecLike, cor
     facts = {
         "data": data,
         "model": model_facts(model),
-        "codec": fingerprint(codec) if codec is not None else {"fitted": repr(model.codec)},
+        "codec": fingerprint(codec) if codec is not None else {"fitted": sizes(model.codec)},
         "corpus": hashlib.sha256(contents).hexdigest()[:16],
     }
     return json.loads(json.dumps(facts))  # as they are read back

@@ -19,7 +19,7 @@ from chroma_jax.audio import load as audio
 from chroma_jax.audio.load import Clip
 from chroma_jax.models.codec import CodecConfig
 from chroma_jax.utils.atomic_io import write_json, written_aside
-from chroma_jax.utils.errors import InputError
+from chroma_jax.utils.errors import InputError, check_format
 from data_pipelines.codes import Progress, bad_audio, bar, loaded
 from data_pipelines.dataset import check_same
 from data_pipelines.dialogues import OnProblem, Problem, counted, licence, raise_problems
@@ -214,8 +214,7 @@ def open_waves(path: Path | str, codec: CodecConfig | None = None) -> WaveDatase
             f"{manifest}: damaged ({type(error).__name__}: {error}); remove the folder and prepare it again"
         ) from error
     if version not in READABLE:
-        known = " and ".join(map(str, READABLE))
-        raise InputError(f"{manifest}: version {version}, this code reads {known}; prepare the data again")
+        check_format(manifest, version, VERSION, "prepare the data again")
     for split, size in sizes.items():
         file = path / f"{split}.array_record"
         if not file.is_file() or file.stat().st_size != size:

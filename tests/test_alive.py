@@ -39,7 +39,7 @@ CONFIG = ToyConfig()
 
 
 def lines_of(run: Path) -> list[dict]:
-    return [{k: v for k, v in line.items() if not k.startswith("speed/")} for line in read_lines(run / "metrics.jsonl")]
+    return [{k: v for k, v in line.items() if not k.startswith("perf/")} for line in read_lines(run / "metrics.jsonl")]
 
 
 def assert_same(ours, theirs) -> None:
@@ -319,7 +319,7 @@ def test_what_a_crash_costs_is_counted(straight, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(straight[0], run)
     shutil.rmtree(run / "checkpoints" / "8")
-    with (run / "ledger.jsonl").open("a") as file:
+    with (run / "goodput.jsonl").open("a") as file:
         file.write('{"time": "20')
     run_toy(CONFIG, run)
     facts = status_of(run)
@@ -334,8 +334,8 @@ def test_what_a_crash_costs_is_counted(straight, tmp_path):
 def test_status_tells_of_a_run_that_goes_on(straight, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(straight[0], run)
-    text = (run / "ledger.jsonl").read_text().splitlines(keepends=True)
-    (run / "ledger.jsonl").write_text("".join(text[:-1]))
+    text = (run / "goodput.jsonl").read_text().splitlines(keepends=True)
+    (run / "goodput.jsonl").write_text("".join(text[:-1]))
     config = dataclasses.replace(Config(), training=dataclasses.replace(CONFIG.training, steps=20))
     (run / "config.txt").write_text(dump(config))
     before = sorted(run.rglob("*"))
@@ -353,7 +353,7 @@ def test_status_tells_of_a_run_that_goes_on(straight, tmp_path, capsys):
 def test_a_run_from_before_ledgers_has_a_status(straight, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(straight[0], run)
-    (run / "ledger.jsonl").unlink()
+    (run / "goodput.jsonl").unlink()
     assert "step 8 of 8" in described(status_of(run))
     assert status_of(run).get("goodput") is None
 
@@ -396,7 +396,7 @@ def test_a_speaking_model_goes_on_with_eight_four_and_two_devices(tiny_prepared,
     assert [line["step"] for line in ours] == [line["step"] for line in theirs] == [1, 2, 3, 4, 5, 6]
     for a, b in zip(ours, theirs, strict=True):
         for rate in ("reply_tokens", "reply_audio_seconds"):  # as many a step: the same rows
-            counts = [line[f"speed/{rate}_per_second"] / line["speed/steps_per_second"] for line in (a, b)]
+            counts = [line[f"perf/{rate}_per_second"] / line["perf/steps_per_second"] for line in (a, b)]
             assert counts[0] == pytest.approx(counts[1], rel=1e-9)
         # sums in another order, and Adam turns tiny gradients into steps of full size
         assert a["train/loss"] == pytest.approx(b["train/loss"], rel=1e-3)

@@ -167,7 +167,7 @@ def converse(programs: Programs, rows: list[Row], *, together: bool, even: bool,
         state = programs.cancel(state, np.array([i is None for i in slots]))
     else:
         state = programs.idle()
-    tick = 0
+    decode_step = 0
     while waiting or any(i is not None for i in slots):
         done = [i is not None and len(said[i].codes) >= rows[i].most for i in slots]
         state = programs.cancel(state, np.array(done))
@@ -175,7 +175,7 @@ def converse(programs: Programs, rows: list[Row], *, together: bool, even: bool,
         if spoil:
             state = programs.spoil(state, np.array([i is None for i in slots]))
         for slot, i in enumerate(slots):
-            if i is None and waiting and rows[waiting[0]].arrival <= tick and (opens_pair(tick) or not even):
+            if i is None and waiting and rows[waiting[0]].arrival <= decode_step and (opens_pair(decode_step) or not even):
                 slots[slot] = waiting.pop(0)
                 state = programs.join(state, programs.start([rows[slots[slot]]]), slot)
         trace = jax.device_get(programs.traced(programs.model, state)[1])
@@ -188,7 +188,7 @@ def converse(programs: Programs, rows: list[Row], *, together: bool, even: bool,
                 np.testing.assert_array_equal(trace.codes[slot], output.codes[slot])
                 said[i].add(output, slot, trace)
                 slots[slot] = None if said[i].ended else i
-        tick += 1
+        decode_step += 1
     return said
 
 

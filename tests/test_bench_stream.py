@@ -40,8 +40,8 @@ def test_conversations_at_once_are_measured_with_all_that_a_figure_depends_on():
     assert (found["device"], found["dtype"], found["state"], found["peer"]) == ("cpu", "float32", "warm", None)
     (of_two,) = found["concurrency"]
     assert of_two["slots"] == 2 and of_two["compilations_after_warm_up"] == 0 and of_two["programs"] > 0
-    assert of_two["join_ms"]["count"] == of_two["ttft_ms"]["count"] == 4 and of_two["stop_ms"]["count"] == 2
-    assert of_two["frames"] >= 4 * TALK.frames and of_two["tick_ms"]["p99"] >= of_two["tick_ms"]["p50"] > 0
+    assert of_two["admission_ms"]["count"] == of_two["ttft_ms"]["count"] == 4 and of_two["cancel_ms"]["count"] == 2
+    assert of_two["frames"] >= 4 * TALK.frames and of_two["decode_step_ms"]["p99"] >= of_two["decode_step_ms"]["p50"] > 0
     assert of_two["first_audio_ms"] > 0 and of_two["frame_ms"] > 0 and of_two["rtf"] > of_two["rtf_without_codec"]
     assert 0 < of_two["bandwidth_share"] < 1 and found["streams_per_chip"] in (0, 2)
 

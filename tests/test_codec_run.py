@@ -159,7 +159,7 @@ def test_the_phases_follow_each_other_and_are_reported(finished):
     assert "train/discriminator_loss" not in lines[4] and "train/discriminator_loss" in lines[5]
     assert "valid/perplexity_0" not in lines[0] and lines[6]["valid/perplexity_3"] > 1
     assert all(np.isfinite(lines[step]["valid/mel_loss"]) for step in (0, 3, 6))
-    assert lines[6]["speed/audio_seconds_per_second"] > 0
+    assert lines[6]["perf/audio_seconds_per_second"] > 0
     assert all(0 <= lines[step]["valid/voiced_recall"] <= 1 for step in (0, 3, 6))
 
 
@@ -176,8 +176,8 @@ def test_an_interrupted_run_ends_where_a_straight_one_does(corpus, prepared, fin
         np.testing.assert_array_equal(x, finished[1].weights()[path], err_msg=path)
     for x, y in zip(jax.tree.leaves(state), jax.tree.leaves(finished[1]), strict=True):
         np.testing.assert_array_equal(x, y)
-    said = [{k: v for k, v in line.items() if not k.startswith("speed/")} for line in read_lines(tmp_path / "run/metrics.jsonl")]
-    whole = [{k: v for k, v in line.items() if not k.startswith("speed/")} for line in read_lines(finished[0] / "metrics.jsonl")]
+    said = [{k: v for k, v in line.items() if not k.startswith("perf/")} for line in read_lines(tmp_path / "run/metrics.jsonl")]
+    whole = [{k: v for k, v in line.items() if not k.startswith("perf/")} for line in read_lines(finished[0] / "metrics.jsonl")]
     assert said == whole
 
 

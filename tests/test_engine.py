@@ -308,8 +308,10 @@ def test_a_conversation_without_room_goes_on_as_if_it_had_begun_with_the_turns_t
         slots.hear(1, chunk)
     slots.adopt(1, voice.cache)
     slots.begin(1, beginning(voice.length, SamplingParams(), turn))
-    ticks = [jax.device_get(slots.tick(1, "none" if i % 2 else "all")) for i in range(MAX_FRAMES)]
-    frames = [(t.samples[0, 1], int(t.token[0, 1])) for t in ticks if t.live[0, 1]][: len(said[0]) // len(ticks[0].samples[0, 1])]
+    decode_steps = [jax.device_get(slots.decode_step(1, "none" if i % 2 else "all")) for i in range(MAX_FRAMES)]
+    frames = [(t.samples[0, 1], int(t.token[0, 1])) for t in decode_steps if t.live[0, 1]][
+        : len(said[0]) // len(decode_steps[0].samples[0, 1])
+    ]
     same(said, (np.concatenate([f[0] for f in frames]), [f[1] for f in frames if f[1] >= 0]))
 
 
@@ -336,8 +338,8 @@ def test_frames_are_asked_for_together_only_when_every_listener_has_some(modules
     """And only as many as are computed in the time of one, however far ahead they are: whoever wants something waits so long."""
     engine = made(modules)
     engine.rounds._frame_seconds = frame_seconds
-    asked, tick = [], engine._slots.tick
-    engine._slots.tick = lambda count, pairs: (asked.append(count), tick(count, pairs))[1]
+    asked, decode_step = [], engine._slots.decode_step
+    engine._slots.decode_step = lambda count, pairs: (asked.append(count), decode_step(count, pairs))[1]
     session = engine.open("low", max_frames=MAX_FRAMES)
     fed(session, speech(3, 5000))
     session.end_turn()
@@ -358,16 +360,16 @@ def test_between_two_ticks_only_little_is_read(modules):
     speaking.end_turn()
     while speaking.phase != "speaking":
         engine.advance()
-    events, hear, tick = [], engine._slots.hear, engine._slots.tick
+    events, hear, decode_step = [], engine._slots.hear, engine._slots.decode_step
     engine._slots.hear = lambda *a: (events.append("hear"), hear(*a))[1]
-    engine._slots.tick = lambda *a: (events.append("tick"), tick(*a))[1]
+    engine._slots.decode_step = lambda *a: (events.append("decode_step"), decode_step(*a))[1]
     engine.rounds._frame_seconds = 1e-9  # whatever comes is late
     other = engine.open("high", system="a long text before all else")
     fed(other, speech(4, 6000))
     other.end_turn()
     while speaking.phase == "speaking":
         engine.advance()
-    runs = "".join("t" if e == "tick" else "h" for e in events).split("t")
+    runs = "".join("t" if e == "decode_step" else "h" for e in events).split("t")
     assert max(map(len, runs)) == 1 and sum(map(len, runs)) >= 5
 
 
@@ -477,7 +479,7 @@ def test_a_failure_reaches_everybody_who_waits(modules):
     def broken(*_):
         raise RuntimeError("the device is gone")
 
-    engine._slots.tick = broken
+    engine._slots.decode_step = broken
     fed(session, speech(3, 5000))
     session.end_turn()
     with pytest.raises(InputError, match="the engine failed: RuntimeError: the device is gone"):
@@ -497,7 +499,7 @@ def test_figures_are_of_what_happened(engine):
         answer(session, 19)
     found = engine.measures()
     assert found["slots"] == SLOTS and found["dtype"] == "float32" and found["compilations_after_warm_up"] == 0
-    assert found["join_ms"]["count"] == 1 and found["stop_ms"]["count"] == 1 and found["ttft_ms"]["count"] == 3
+    assert found["admission_ms"]["count"] == 1 and found["cancel_ms"]["count"] == 1 and found["ttft_ms"]["count"] == 3
     assert found["frames"] >= 2 * len(sound) // CONFIG.codec.samples_per_frame
-    assert found["ticks"] == found["tick_ms"]["count"] >= found["frames"] / SLOTS
+    assert found["decode_steps"] == found["decode_step_ms"]["count"] >= found["frames"] / SLOTS
     assert found["ttfa_ms"]["p50"] >= found["ttft_ms"]["p50"] > 0

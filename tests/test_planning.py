@@ -438,7 +438,7 @@ def test_a_training_step_is_planned_for_chips_that_are_not_here():
     """Eight of them, as two slices, which divide the data axis and are joined by the network."""
     plan, program = planned("v5e:2x2", MeshConfig(data=2, fsdp=2, tensor=2), slices=2, training__global_batch_size=32)
     assert plan.chips == 8 and plan.memory.free > 0.5 and plan.unknown_loops == 0
-    assert 0 < plan.utilisation < 1 and plan.step_seconds >= plan.roof_seconds > 0
+    assert 0 < plan.mfu < 1 and plan.step_seconds >= plan.roof_seconds > 0
     found = program.memory_analysis()
     assert plan.memory.total == pytest.approx(
         found.argument_size_in_bytes
@@ -453,9 +453,9 @@ def test_a_training_step_is_planned_for_chips_that_are_not_here():
     assert [t.axes for t in between] == ["data"]
     assert between[0].seconds == pytest.approx(between[0].bytes / CHIPS["v5e"].dcn) and between[0].bytes > 1000
     page = report.page(plan, 1.2)
-    for part in ("backbone backward", "all-gather over fsdp", "utilisation", "$ an hour"):
+    for part in ("backbone backward", "all-gather over fsdp", "mfu", "$ an hour"):
         assert part in page, part
-    assert {"step_seconds", "utilisation", "memory", "traffic"} <= plan.json().keys()
+    assert {"step_seconds", "mfu", "memory", "traffic"} <= plan.json().keys()
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ STEPS = 24
 
 
 def lines_of(run: Path) -> list[dict]:
-    return [{k: v for k, v in line.items() if not k.startswith("speed/")} for line in read_lines(run / "metrics.jsonl")]
+    return [{k: v for k, v in line.items() if not k.startswith("perf/")} for line in read_lines(run / "metrics.jsonl")]
 
 
 def free_port() -> int:

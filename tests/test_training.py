@@ -337,7 +337,7 @@ def test_a_mesh_that_does_not_divide_a_weight_is_an_error_that_names_it(tiny_pre
 
 
 def lines_of(run: Path) -> list[dict]:
-    return [{k: v for k, v in line.items() if not k.startswith("speed/")} for line in read_lines(run / "metrics.jsonl")]
+    return [{k: v for k, v in line.items() if not k.startswith("perf/")} for line in read_lines(run / "metrics.jsonl")]
 
 
 def trained_lines(run: Path) -> list[dict]:

@@ -94,7 +94,7 @@ def bench_stream(
     }
     compared = compare(sizes, rounds, threads) if peer == "torch" else None
     measured = [concurrent(sizes, count, rounds, read) for count in slots]
-    within = [x["slots"] for x in measured if x["tick_ms"]["p99"] <= 1000 * DEADLINE]
+    within = [x["slots"] for x in measured if x["decode_step_ms"]["p99"] <= 1000 * DEADLINE]
     return found | {
         "streams_per_chip": max(within, default=0) / reply.tensor,
         "concurrency": measured,
@@ -178,7 +178,7 @@ def concurrent(sizes: EngineSizes, slots: int, rounds: int, read: float | None) 
         measures = engine.measures()
         engine.meter.clear()
         list(pool.map(stopped, range(slots)))
-        measures |= {"stop_ms": engine.measures()["stop_ms"]}
+        measures |= {"cancel_ms": engine.measures()["cancel_ms"]}
     needed = bytes_read(sizes, slots)
     return {
         **measures,
@@ -186,7 +186,7 @@ def concurrent(sizes: EngineSizes, slots: int, rounds: int, read: float | None) 
         "warm_up_seconds": warm_up,
         "programs": engine.compiled,
         "bytes_per_frame": needed,
-        "bandwidth_share": None if read is None else needed / read / (measures["tick_ms"]["p50"] / 1000),
+        "bandwidth_share": None if read is None else needed / read / (measures["decode_step_ms"]["p50"] / 1000),
     }
 
 

@@ -1,9 +1,9 @@
 """How streaming programs are compiled, and where and how their weights lie: what `plan` compiles is what an engine runs.
 
-On TPU the compiler chooses the layout of every weight, for the tick that reads all of them, and all programs take the weights so:
-lying in another way, they would be copied before their products. On one device a model lies whole; a mesh divides it over its
-axis ``tensor``: heads, columns of the MLPs, the vocabulary, each where the mesh divides it. The Codec is whole on every device.
-"""
+On TPU the compiler chooses the layout of every weight, for the decode step that reads all of them, and all programs take the
+weights so: lying in another way, they would be copied before their products. On one device a model lies whole; a mesh divides it
+over its axis ``tensor``: heads, columns of the MLPs, the vocabulary, each where the mesh divides it. The Codec is whole on every
+device."""
 
 import contextlib
 import dataclasses
@@ -37,19 +37,26 @@ def compiler_options(platform: str) -> dict[str, str] | None:
     return TPU_OPTIONS if platform == "tpu" else None
 
 
-def auto_layout(tick: Callable, weights) -> jax.stages.Wrapped:
-    """tick(weights, state) → (state, output), the old state being given up, for TPU, with the layouts of ``weights``, arrays or
-    ShapeDtypeStructs, being the compiler's choice: ``compiled.input_formats[0][0]``."""
+def auto_layout(decode_step: Callable, weights) -> jax.stages.Wrapped:
+    """Compiles a decode step for TPU with layouts of the compiler's choice.
+
+    Args:
+        decode_step: (weights, state) → (state, output); the old state is donated.
+        weights: Arrays or ShapeDtypeStructs.
+
+    Returns:
+        The jitted step; ``compiled.input_formats[0][0]`` of its compilation has the layouts of the weights.
+    """
     chosen = jax.tree.map(lambda x: Format(Layout.AUTO, x.sharding), weights)
-    return jax.jit(tick, donate_argnums=1, in_shardings=(chosen, None), keep_unused=True, compiler_options=TPU_OPTIONS)
+    return jax.jit(decode_step, donate_argnums=1, in_shardings=(chosen, None), keep_unused=True, compiler_options=TPU_OPTIONS)
 
 
-def with_layouts(tick: Callable, weights, state):
-    """Weights as they best lie for ``tick``: on TPU a compilation finds out how, elsewhere as they do."""
+def with_layouts(decode_step: Callable, weights, state):
+    """Weights as they best lie for ``decode_step``: on TPU a compilation finds out how, elsewhere as they do."""
     if platform_of(place_of(jax.tree.leaves(weights)[0])) != "tpu":
         return weights
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), (weights, state))
-    return jax.device_put(weights, auto_layout(tick, weights).lower(*abstract).compile().input_formats[0][0])
+    return jax.device_put(weights, auto_layout(decode_step, weights).lower(*abstract).compile().input_formats[0][0])
 
 
 def optimize_for_cpu(model: Chroma, codec: Codec, slots: int) -> tuple[Chroma, Codec]:
@@ -117,7 +124,8 @@ def abstract_model(config: ChromaConfig, dtype, place: Place) -> Chroma:
 
 
 def as_streamed(codec: Codec) -> Codec:
-    """On TPU, with the kernels of its decoder in the type that products take them in: half as many bytes for a tick to read."""
+    """On TPU, with the kernels of its decoder in the type that products take them in: half as many bytes for a decode step to
+    read."""
     graph, state = nnx.split(codec)
     kernels = {
         path: as_multiplied(x)

@@ -1,7 +1,7 @@
 """The device's side of live conversations: a state of B slots, and the compiled programs that change it.
 
-`BatchState.tick` advances all slots by one frame or by a few. Everything else concerns one slot and is done between ticks, each
-in a program of bounded size, so that it delays the next frame of the others by little:
+`BatchState.decode_step` advances all slots by one frame or by a few. Everything else concerns one slot and is done between decode
+steps, each in a program of bounded size, so that it delays the next frame of the others by little:
 
     encode     a block of the user's speech → what the Reasoner hears          read_voice   a piece of a voice prompt → its cache
     hear       a chunk of conversation goes through the Reasoner               adopt        a voice's cache → the slot
@@ -42,7 +42,7 @@ from chroma_jax.sequence.interleave import FRAMES_PER_PAIR, NONE_TOKEN
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)  # numbers of slots
 FRAMES_PER_CALL = (1, 2, 4, 8)
-TICKS: tuple[tuple[int, Pairs], ...] = ((1, "none"), *((count, "all") for count in FRAMES_PER_CALL))
+DECODE_STEPS: tuple[tuple[int, Pairs], ...] = ((1, "none"), *((count, "all") for count in FRAMES_PER_CALL))
 
 
 class Chunk(NamedTuple):
@@ -183,7 +183,8 @@ def stop(state: StreamState, slot: jax.Array, position: jax.Array) -> StreamStat
 
 @functools.cache
 def programs(graphs: tuple[nnx.GraphDef, nnx.GraphDef], dtype: str, platform: str) -> dict[str | tuple[int, Pairs], Callable]:
-    """The programs of one architecture, by name, those of ticks by number of frames and pairs. weights: of model and Codec."""
+    """The programs of one architecture, by name, those of decode steps by number of frames and pairs. weights: of model and
+    Codec."""
     jit = partial(jax.jit, compiler_options=compiler_options(platform))
 
     def of_models(function):
@@ -201,8 +202,8 @@ def programs(graphs: tuple[nnx.GraphDef, nnx.GraphDef], dtype: str, platform: st
         "begin": jit(begin, donate_argnums=0),
         "stop": jit(stop, donate_argnums=0),
     }
-    ticks = {(count, pairs): of_models(partial(frames, count=count, pairs=pairs)) for count, pairs in TICKS}
-    return found | {tick: jit(run, donate_argnums=1) for tick, run in ticks.items()}
+    decode_steps = {(count, pairs): of_models(partial(frames, count=count, pairs=pairs)) for count, pairs in DECODE_STEPS}
+    return found | {decode_step: jit(run, donate_argnums=1) for decode_step, run in decode_steps.items()}
 
 
 def padded(x: np.ndarray, length: int, value) -> np.ndarray:
@@ -214,8 +215,8 @@ class BatchState:
     """The state of all slots and its programs, on the device that holds the weights, or the mesh that divides them. Nothing here
     waits for the device.
 
-    voice_positions: that the longest voice prompt may have. chunk: positions that go through a model at once between ticks.
-    """
+    voice_positions: that the longest voice prompt may have. chunk: positions that go through a model at once between decode
+    steps."""
 
     def __init__(
         self, model: Chroma, codec: Codec, slots: int, capacity: Capacity, *, voice_positions: int, chunk: int, dtype: str
@@ -250,7 +251,7 @@ class BatchState:
         with running(self._place):
             return self._programs[program](*given)
 
-    def tick(self, count: int, pairs: Pairs) -> Frames:
+    def decode_step(self, count: int, pairs: Pairs) -> Frames:
         """``count`` frames of all slots, see `frames`."""
         self._state, out = self._run((count, pairs), self._weights, self._state)
         return out

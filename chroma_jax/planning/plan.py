@@ -115,12 +115,12 @@ class Plan:
         return max(sum(self.flops.values()) / self.peak_flops, self.hbm_seconds, self.link_seconds)
 
     @property
-    def utilisation(self) -> float:
+    def mfu(self) -> float:
         return sum(self.flops.values()) / self.peak_flops / self.step_seconds
 
     def json(self) -> dict:
         """All of it as plain values, with what follows from it."""
-        derived = ("compute_seconds", "link_seconds", "waited_seconds", "step_seconds", "roof_seconds", "utilisation")
+        derived = ("compute_seconds", "link_seconds", "waited_seconds", "step_seconds", "roof_seconds", "mfu")
         memory = {"total": self.memory.total, "free": self.memory.free}
         found = dataclasses.asdict(self) | {name: getattr(self, name) for name in derived}
         return found | {"memory": found["memory"] | memory}

@@ -51,7 +51,7 @@ def page(plan: Plan, dollars_per_chip_hour: float | None = None) -> str:
         f"predicted step      {plan.step_seconds * 1e3:9.1f} ms",
         f"bound by the roof   {plan.roof_seconds * 1e3:9.1f} ms (products {total_flops / plan.peak_flops * 1e3:.1f},"
         f" HBM {plan.hbm_seconds * 1e3:.1f}, links {plan.link_seconds * 1e3:.1f})",
-        f"utilisation         {plan.utilisation:9.1%} of {plan.peak_flops / 1e15:.2f} PFLOP/s",
+        f"mfu         {plan.mfu:9.1%} of {plan.peak_flops / 1e15:.2f} PFLOP/s",
     ]
     hours = 3600 / plan.step_seconds
     millions, sound = plan.positions * hours / 1e6, plan.sound_seconds * hours / 3600
@@ -83,10 +83,10 @@ def unestimated_line(found: dict[str, int]) -> list[str]:
 
 
 def stream_page(plan: StreamPlan) -> str:
-    """A plan of the streaming ticks: memory, and how much of a frame's time they take."""
+    """A plan of the streaming decode steps: memory, and how much of a frame's time they take."""
     kinds = {"weights": plan.weights, "caches and state": plan.caches, "temporary": plan.temporary, "program": plan.program}
     where = "one chip" if plan.chips == 1 else f"each of {plan.chips} chips that share the model"
-    ticks = (plan.pair, plan.frame)
+    decode_steps = (plan.pair, plan.frame)
 
     def line(name: str, values: Sequence[float], mean: float, note: str = "") -> str:
         return f"  {name:<28}" + "".join(f"{value:>9.2f}" for value in (*values, mean)) + f"  {note}".rstrip()
@@ -101,29 +101,32 @@ def stream_page(plan: StreamPlan) -> str:
         *(f"  {name:<28}{value / GIB:>9.2f}" for name, value in kinds.items()),
         total_line(plan.total, plan.capacity),
         "",
-        f"A tick of {plan.budget * 1e3:.0f} ms      {'':<13}{'pair':>9}{'frame':>9}{'mean':>9}",
-        line("bytes to be read, GB", [t.read / 1e9 for t in ticks], plan.of_frame("read") / 1e9),
+        f"A decode step of {plan.budget * 1e3:.0f} ms      {'':<13}{'pair':>9}{'frame':>9}{'mean':>9}",
+        line("bytes to be read, GB", [t.read / 1e9 for t in decode_steps], plan.of_frame("read") / 1e9),
         line(
             "bytes moved, GB",
-            [t.hbm_bytes / 1e9 for t in ticks],
+            [t.hbm_bytes / 1e9 for t in decode_steps],
             plan.of_frame("hbm_bytes") / 1e9,
             f"{plan.of_frame('hbm_bytes') / plan.of_frame('read') - 1:+.1%}",
         ),
     ]
     for name, field in times.items():
         mean = plan.of_frame(field)
-        lines += [line(f"{name}, ms", [getattr(t, field) * 1e3 for t in ticks], mean * 1e3, f"RTF {mean / plan.budget:.3f}")]
+        lines += [
+            line(f"{name}, ms", [getattr(t, field) * 1e3 for t in decode_steps], mean * 1e3, f"RTF {mean / plan.budget:.3f}")
+        ]
     lines += unestimated_line(plan.pair.unestimated)
     if unknown := plan.pair.unknown_loops + plan.frame.unknown_loops:
         lines += [f"counted once, as their loop does not say how often it turns: {unknown} operations"]
-    seconds = sum(t.compile_seconds for t in ticks)
+    seconds = sum(t.compile_seconds for t in decode_steps)
     lines += [f"compiled in {seconds:.0f} s, effort {plan.effort}; cycles are too many for products of few rows"]
     return "\n".join(lines) + "\n"
 
 
 def stream_table(found: Sequence[dict]) -> str:
-    """Several plans of the streaming ticks, as `chroma_jax.planning.stream.plans` gives them. Of a frame, in the mean: bytes to
-    be read, and moved; milliseconds by bytes and by cycles, and the longest tick's; both over the frame's time."""
+    """Several plans of the streaming decode steps, as `chroma_jax.planning.stream.plans` gives them. Of a frame, in the mean:
+    bytes to be read, and moved; milliseconds by bytes and by cycles, and the longest decode step's; both over the frame's
+    time."""
     columns = ("GiB", "read GB", "moved GB", "over", "bytes ms", "cycles ms", "longest", "RTF b.", "RTF c.")
     lines = [f"{'topology':<10}{'slots':>6} {'weights':<9} {'caches':<9}" + "".join(f"{name:>10}" for name in columns)]
     for plan in found:
@@ -176,5 +179,5 @@ def table(found: Sequence[tuple[str, Plan | DoesNotFit]]) -> str:
             continue
         speed = plan.global_batch_size / plan.step_seconds
         memory = f"{plan.memory.total / GIB:>8.2f}{plan.memory.free:>7.0%}"
-        lines += [f"{name:<58}{plan.step_seconds * 1e3:>9.1f}{speed:>9.1f}{plan.utilisation:>7.1%}{memory}"]
+        lines += [f"{name:<58}{plan.step_seconds * 1e3:>9.1f}{speed:>9.1f}{plan.mfu:>7.1%}{memory}"]
     return "\n".join(lines) + "\n"

@@ -1,5 +1,6 @@
-"""Compiles the streaming ticks, 80 ms of every conversation, for TPU chips that are not here: the very programs that an engine
-runs on them, in turn: one with the Reasoner's token and three positions of the Backbone, one with neither and one position."""
+"""Compiles the streaming decode steps, 80 ms of every conversation, for TPU chips that are not here: the very programs that an
+engine runs on them, in turn: one with the Reasoner's token and three positions of the Backbone, one with neither and one
+position."""
 
 import dataclasses
 import math
@@ -67,9 +68,9 @@ class DecodeStepPlan:
 
 @dataclasses.dataclass(frozen=True)
 class StreamPlan:
-    """The ticks on one device of a topology, all of which share the model. Bytes of its memory by kind, seconds of a frame.
-    budget: seconds of a frame, in which it has to be done. caches: of ``rows`` conversations of ``positions`` positions. pair,
-    frame: the two ticks, which alternate."""
+    """The decode steps on one device of a topology, all of which share the model. Bytes of its memory by kind, seconds of a
+    frame. budget: seconds of a frame, in which it has to be done. caches: of ``rows`` conversations of ``positions`` positions.
+    pair, frame: the two decode steps, which alternate."""
 
     topology: str
     chips: int
@@ -98,15 +99,19 @@ class StreamPlan:
         return self.weights + self.caches + self.temporary + self.program
 
     def of_frame(self, name: str) -> float:
-        """The mean of both ticks."""
+        """The mean of both decode steps."""
         return (getattr(self.pair, name) + getattr(self.frame, name)) / FRAMES_PER_PAIR
 
     def json(self) -> dict:
         """All of it as plain values, with what follows from it."""
         found = dataclasses.asdict(self) | {"total": self.total, "temporary": self.temporary, "program": self.program}
         for name in ("pair", "frame"):
-            tick: DecodeStepPlan = getattr(self, name)
-            found[name] |= {"compute_seconds": tick.compute_seconds, "link_seconds": tick.link_seconds, "seconds": tick.seconds}
+            decode_step: DecodeStepPlan = getattr(self, name)
+            found[name] |= {
+                "compute_seconds": decode_step.compute_seconds,
+                "link_seconds": decode_step.link_seconds,
+                "seconds": decode_step.seconds,
+            }
         means = {name: self.of_frame(name) for name in ("read", "hbm_bytes", "hbm_seconds", "compute_seconds", "seconds")}
         means |= {
             "bytes_over_read": means["hbm_bytes"] / means["read"],
@@ -126,8 +131,8 @@ def plan_stream(
     cache: Bits = "bfloat16",
     effort: str = "full",
 ) -> StreamPlan:
-    """Compiles both ticks for a topology whose devices share one model, divided over the mesh axis ``tensor``. The Codec computes
-    in float32.
+    """Compiles both decode steps for a topology whose devices share one model, divided over the mesh axis ``tensor``. The Codec
+    computes in float32.
 
     positions: that the Reasoner's and the Backbone's caches hold, each. Raises: DoesNotFit; InputError for a size below one, or
     for another ``generation.tensor`` than 1 or the number of devices.
@@ -151,10 +156,10 @@ def plan_stream(
         place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, x.sharding.spec))
         state = jax.tree.map(place, state)
 
-        def tick(weights, state, *, pairs: Pairs):
+        def decode_step(weights, state, *, pairs: Pairs):
             return frames(*(nnx.merge(*pair) for pair in zip(graphs, weights, strict=True)), state, 1, pairs)
 
-        def plan_tick(program: jax.stages.Wrapped, pairs: Pairs, held):
+        def plan_decode_step(program: jax.stages.Wrapped, pairs: Pairs, held):
             started = time.perf_counter()
             traced = program.trace(held, state)
             try:
@@ -165,12 +170,12 @@ def plan_stream(
             read = must_read(*(nnx.merge(*pair) for pair in zip(graphs, held, strict=True)), state, pairs)
             return compiled, read_program(compiled, read, topology, mesh, time.perf_counter() - started)
 
-        compiled, pair = plan_tick(auto_layout(partial(tick, pairs="all"), held), "all", held)
+        compiled, pair = plan_decode_step(auto_layout(partial(decode_step, pairs="all"), held), "all", held)
         chosen = jax.tree.map(
             lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), held, compiled.input_formats[0][0]
         )
-        as_chosen = jax.jit(partial(tick, pairs="none"), donate_argnums=1, compiler_options=TPU_OPTIONS)
-        _, frame = plan_tick(as_chosen, "none", chosen)
+        as_chosen = jax.jit(partial(decode_step, pairs="none"), donate_argnums=1, compiler_options=TPU_OPTIONS)
+        _, frame = plan_decode_step(as_chosen, "none", chosen)
     found = StreamPlan(
         topology=topology.name,
         chips=topology.num_chips,
@@ -214,13 +219,13 @@ def size(tree) -> float:
 
 
 def must_read(model: Chroma, codec: Codec, state: StreamState, pairs: Pairs) -> float:
-    """Bytes that a tick has to read on one device: `weights_read`, and caches."""
+    """Bytes that a decode step has to read on one device: `weights_read`, and caches."""
     caches = (state.backbone_cache, state.codec, () if pairs == "none" else state.reasoner_cache)
     return weights_read(model, codec, pairs) + size(caches)
 
 
 def weights_read(model: Chroma, codec: Codec, pairs: Pairs) -> float:
-    """Bytes of weights that a tick has to read on one device, without the few rows of tables that are looked up."""
+    """Bytes of weights that a decode step has to read on one device, without the few rows of tables that are looked up."""
     weights = lambda *modules: sum(size(nnx.state(module)) for module in modules if module is not None)
     decoder, passes = model.decoder, model.config.num_codebooks - 1
     heads = [x for x in (decoder.heads, decoder.heads_scale) if x is not None]

@@ -1,5 +1,8 @@
 """The training step of a configuration: what `plan` compiles for a pod is what a run trains with."""
 
+import json
+from typing import Any
+
 import jax
 from jax.sharding import Mesh
 
@@ -21,10 +24,10 @@ INSIDE = (
 )
 
 
-def compiled_from(config: Config) -> dict[str, str]:
-    """What a program is made from, by name, as text."""
-    fields = configs.fields(config).items()
-    return {name: repr(value) for name, value in fields if name.startswith(INSIDE) or not name.startswith(OUTSIDE)}
+def compiled_from(config: Config) -> dict[str, Any]:
+    """The fields that a compiled step depends on, as JSON has their values."""
+    fields = json.loads(json.dumps(configs.fields(config))).items()
+    return {name: value for name, value in fields if name.startswith(INSIDE) or not name.startswith(OUTSIDE)}
 
 
 def trainer_of(config: Config, mesh: Mesh) -> Trainer:

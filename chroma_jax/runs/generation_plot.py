@@ -222,12 +222,18 @@ def schedule_line(axes, picture: Picture, first: int, count: int) -> None:
     for frame, piece in picture.pieces:
         if first <= frame < first + count:
             token(axes, frame, piece, TIME + CELL + OVER, BAND, inch)
-    for tick in range(first, min(first + count, end) + 1):
-        labelled = tick % 5 == 0
-        axes.plot((tick, tick), (TIME - (0.09 if labelled else 0.05), TIME - 0.01), color=MUTED, linewidth=0.8, clip_on=False)
+    for decode_step in range(first, min(first + count, end) + 1):
+        labelled = decode_step % 5 == 0
+        axes.plot(
+            (decode_step, decode_step),
+            (TIME - (0.09 if labelled else 0.05), TIME - 0.01),
+            color=MUTED,
+            linewidth=0.8,
+            clip_on=False,
+        )
         if labelled:
-            seconds = tick * picture.frame_seconds
-            axes.text(tick, TIME - 0.11, f"{seconds:.1f} s", size=8, ha="center", va="top", color=MUTED)
+            seconds = decode_step * picture.frame_seconds
+            axes.text(decode_step, TIME - 0.11, f"{seconds:.1f} s", size=8, ha="center", va="top", color=MUTED)
 
 
 def token(axes, frame: int, piece: str | None, base: float, tall: float, inch: float) -> None:

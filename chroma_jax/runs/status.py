@@ -27,7 +27,7 @@ def status(run: Path) -> dict:
         "set_aside": sorted(p.name for p in (run / "checkpoints").glob("*.damaged*")),
         "metrics": latest(metrics),
     }
-    rates = [line["speed/steps_per_second"] for line in trained[-RECENT:] if line.get("speed/steps_per_second")]
+    rates = [line["perf/steps_per_second"] for line in trained[-RECENT:] if line.get("perf/steps_per_second")]
     if rates:
         facts["steps_per_second"] = len(rates) / sum(1 / r for r in rates)
         facts["seconds_left"] = (config.training.steps - step) / facts["steps_per_second"]

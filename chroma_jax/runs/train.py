@@ -190,7 +190,7 @@ class Speaking:
             "flops_per_second": self.step_flops * steps_per_second,
         }
         if self.peak is not None:
-            rates["utilisation"] = rates["flops_per_second"] / self.peak
+            rates["mfu"] = rates["flops_per_second"] / self.peak
         return rates
 
     def audio_seconds(self, metrics: dict[str, float]) -> float:

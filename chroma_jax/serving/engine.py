@@ -1,9 +1,8 @@
-"""The engine: many live conversations on one device, a frame of all of them at each tick.
+"""The engine: many live conversations on one device, a frame of all of them at each decode step.
 
 One thread owns the device. Every round it does what clients ordered (cancel, close), then a bounded piece of what conversations
-have to read (so that nobody's next frame is late), then asks for a tick, and only then fetches the frames of the tick before.
-`chroma_jax.serving.scheduler` is that thread's work; here is what clients see.
-"""
+have to read (so that nobody's next frame is late), then asks for a decode step, and only then fetches the frames of the decode
+step before. `chroma_jax.serving.scheduler` is that thread's work; here is what clients see."""
 
 import dataclasses
 import threading
@@ -18,7 +17,7 @@ import numpy as np
 from chroma_jax.audio.log_mel import FeatureConfig, num_frames
 from chroma_jax.inference.generator import counted_compilations
 from chroma_jax.inference.placement import on_first
-from chroma_jax.inference.slots import BUCKETS, FRAMES_PER_CALL, TICKS, BatchState, Chunk
+from chroma_jax.inference.slots import BUCKETS, DECODE_STEPS, FRAMES_PER_CALL, BatchState, Chunk
 from chroma_jax.inference.state import CacheDType, Capacity
 from chroma_jax.inference.streaming_audio_encoder import StreamingLogMel
 from chroma_jax.models.audio_encoder import num_outputs
@@ -118,8 +117,8 @@ class Engine:
     # What clients ask for
 
     def warm_up(self) -> None:
-        """Compiles every program by running it, and takes the time of ticks. Before the first session; takes minutes for a large
-        model."""
+        """Compiles every program by running it, and takes the time of decode steps. Before the first session; takes minutes for a
+        large model."""
         with counted_compilations() as compiled, jax.transfer_guard("disallow"):
             slots, text = self._slots, np.zeros(self._slots.chunk, np.int32)
             frames = FRAMES_PER_PIECE + 1  # the second piece meets another state than the first
@@ -129,13 +128,13 @@ class Engine:
             slots.adopt(0, voice.cache)
             slots.hear(0, Chunk(text, text, outputs, np.int32(1)))
             slots.begin(0, beginning(voice.length, SamplingParams(), 0))
-            for tick in TICKS:
-                jax.device_get(slots.tick(*tick))
-            for count, pairs in TICKS:
+            for decode_step in DECODE_STEPS:
+                jax.device_get(slots.decode_step(*decode_step))
+            for count, pairs in DECODE_STEPS:
                 taken = []
                 for _ in range(3):
                     began = time.perf_counter()
-                    jax.device_get(slots.tick(count, pairs))
+                    jax.device_get(slots.decode_step(count, pairs))
                     taken.append(time.perf_counter() - began)
                 self.rounds.costs.took(count, min(taken))
             slots.stop(0, 0)
@@ -291,7 +290,7 @@ class Engine:
         self._notify(lambda: session.work.extend(units))
 
     def cancel(self, session: Session, reply: Reply, heard: int) -> None:
-        """The device stops before its next tick; heard: frames of the reply that its listener knows."""
+        """The device stops before its next decode step; heard: frames of the reply that its listener knows."""
         asked = time.perf_counter()
         self._notify(lambda: self.rounds.orders.append(lambda: self.rounds.cut(session, reply, heard, asked)))
 

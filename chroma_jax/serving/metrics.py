@@ -4,9 +4,9 @@
 |---|---|---|
 | TTFT | the end of the user's turn | the first frame's codes and sound are on the host |
 | TTFA | the end of the user's turn | a listener who plays from the first frame on hears the first sample above −40 dBFS |
-| tick | its beginning, or the end of the one before | its frames are on the host; divided by its number of frames |
-| join | a conversation is opened | its voice and its system text are in its slot |
-| stop | `cancel` is called | the device has been told; no frame comes after the call |
+| decode_step | its beginning, or the end of the one before | its frames are on the host; divided by its number of frames |
+| admission | a conversation is opened | its voice and its system text are in its slot |
+| cancel | `cancel` is called | the device has been told; no frame comes after the call |
 """
 
 import collections
@@ -29,25 +29,25 @@ class EngineMetrics:
     def clear(self) -> None:
         with self._lock:
             self._times: dict[str, collections.deque] = collections.defaultdict(lambda: collections.deque(maxlen=KEPT))
-            self._frames = self._ticks = self._missed = 0
+            self._frames = self._decode_steps = self._missed = 0
 
     def add(self, name: str, seconds: float) -> None:
         with self._lock:
             self._times[name].append(seconds)
 
-    def tick(self, seconds: float, frames: int, slots: int) -> None:
+    def decode_step(self, seconds: float, frames: int, slots: int) -> None:
         """A call that took so long for ``frames`` frames of ``slots`` conversations."""
         with self._lock:
-            self._ticks += frames
+            self._decode_steps += frames
             self._frames += frames * slots
             self._missed += frames * (seconds / frames > DEADLINE)
-            self._times["tick"].extend([seconds / frames] * frames)
+            self._times["decode_step"].extend([seconds / frames] * frames)
 
     def summary(self) -> dict:
         """For each figure its count and, in ms, its median, 95th and 99th percentile and maximum."""
         with self._lock:
             found = {name: np.array(times) * 1000 for name, times in sorted(self._times.items())}
-            counts = {"ticks": self._ticks, "frames": self._frames, "deadline_misses": self._missed}
+            counts = {"decode_steps": self._decode_steps, "frames": self._frames, "deadline_misses": self._missed}
         figures = {
             f"{name}_ms": {
                 "count": len(x),

@@ -1,11 +1,10 @@
 """What the engine's thread does in a round, with all conversations of its slots.
 
-    orders → read a little → begin replies → tick k → frames of tick k − 1 → clients
+    orders → read a little → begin replies → decode step k → frames of decode step k − 1 → clients
 
-Text pairs fall due in every other tick, the same ones for all slots: replies begin before such a tick. Several frames are asked
-for in one call once every listener has twice the time of it waiting, never while somebody waits for a first frame or may soon,
-and never more than are computed in the time of one.
-"""
+Text pairs fall due in every other decode step, the same ones for all slots: replies begin before such a decode step. Several
+frames are asked for in one call once every listener has twice the time of it waiting, never while somebody waits for a first
+frame or may soon, and never more than are computed in the time of one."""
 
 import collections
 import time
@@ -29,7 +28,7 @@ MOST_UNITS = 16
 
 
 class PendingStep(NamedTuple):
-    """A tick that was asked for: ``count`` frames for ``owners``, after ``units`` of reading, since ``began``."""
+    """A decode step that was asked for: ``count`` frames for ``owners``, after ``units`` of reading, since ``began``."""
 
     out: Frames
     count: int
@@ -39,8 +38,8 @@ class PendingStep(NamedTuple):
 
 
 class CallCosts:
-    """Seconds that ticks take, of late, by their number of frames. frame: seconds of sound of one, which it takes until more is
-    known."""
+    """Seconds that decode steps take, of late, by their number of frames. frame: seconds of sound of one, which it takes until
+    more is known."""
 
     def __init__(self, frame: float):
         self._frame, self._known = frame, {}
@@ -50,14 +49,14 @@ class CallCosts:
         self._known[count] = before + (seconds - before) / 8
 
     def of(self, count: int) -> float:
-        """A tick takes no longer than two of half as many frames."""
+        """A decode step takes no longer than two of half as many frames."""
         if count == 1:
             return self._known.get(1, self._frame)
         most = 2 * self.of(count // 2)
         return min(self._known.get(count, most), most)
 
     def most_frames(self, most: float, seconds: float) -> int:
-        """Of ticks of at most so many frames, the largest that takes at most so long; 1 if none does."""
+        """Of decode steps of at most so many frames, the largest that takes at most so long; 1 if none does."""
         return max((n for n in FRAMES_PER_CALL if n <= most and self.of(n) <= seconds), default=1)
 
 
@@ -86,8 +85,8 @@ class Scheduler:
         self.orders: collections.deque[Callable[[], None]] = collections.deque()
         self.jobs: collections.deque[Callable[[], bool]] = collections.deque()
         self._joining: list[Session] = []  # whose time of joining is not known yet
-        self._opens_pair = True  # whether the next tick does
-        self._flight: PendingStep | None = None  # the tick whose frames were not fetched yet
+        self._opens_pair = True  # whether the next decode step does
+        self._flight: PendingStep | None = None  # the decode step whose frames were not fetched yet
         self._fetched = 0.0  # when the last one was
         self.costs = CallCosts(self._frame_seconds)
         self._unit_cost = self._frame_seconds  # seconds that it takes, of late, to read a unit
@@ -106,10 +105,10 @@ class Scheduler:
             for session in self._in_phase("ready"):
                 self._begin(session)
         speaking = self._in_phase("speaking")
-        wanted = self._wanted(speaking, began) if speaking else None  # seconds until a tick is
+        wanted = self._wanted(speaking, began) if speaking else None  # seconds until a decode step is
         before, self._flight = self._flight, None
         if wanted is not None and wanted <= 0:
-            self._flight = self._tick(speaking, lead, began, units)
+            self._flight = self._decode_step(speaking, lead, began, units)
         if before is not None:
             self._fetch(before)
         return 0 if units or before is not None or self._flight is not None else wanted
@@ -133,7 +132,8 @@ class Scheduler:
         return False
 
     def _affordable(self, lead: float) -> int:
-        """Units that may be read before the next tick: in what a frame leaves of its time, and in half of listeners' lead."""
+        """Units that may be read before the next decode step: in what a frame leaves of its time, and in half of listeners'
+        lead."""
         spare = self._frame_seconds - self.costs.of(1) + lead / 2
         return int(min(max(spare / max(self._unit_cost, 1e-6), 1), MOST_UNITS))
 
@@ -149,12 +149,12 @@ class Scheduler:
         return [*self._reading(session, session.conversation.head), lambda: self._joined(session)]
 
     def _joined(self, session: Session) -> None:
-        """The device will have done it when the frames of the next tick are there; if none is coming, wait now."""
+        """The device will have done it when the frames of the next decode step are there; if none is coming, wait now."""
         if self._in_phase("speaking"):
             self._joining.append(session)
         else:
             self._slots.ready()
-            self._meter.add("join", time.perf_counter() - session.opened)
+            self._meter.add("admission", time.perf_counter() - session.opened)
 
     def open_turn(self, session: Session) -> None:
         session.conversation.open_turn()
@@ -192,7 +192,7 @@ class Scheduler:
             self._opens_pair = True
         session.phase = "speaking"
 
-    def _tick(self, speaking: list[Session], lead: float, began: float, units: int) -> PendingStep:
+    def _decode_step(self, speaking: list[Session], lead: float, began: float, units: int) -> PendingStep:
         count = 1
         if self._opens_pair and not self._somebody_may_wait(speaking):
             room = min(s.max_frames - s.current.frames for s in speaking)
@@ -200,7 +200,7 @@ class Scheduler:
             most = min(self._frames_per_call, room, paced)
             seconds = min(lead / 2, self._frame_seconds)  # whoever wants something waits for a call's end
             count = self.costs.most_frames(most, seconds)
-        out = self._slots.tick(count, "all" if self._opens_pair else "none")
+        out = self._slots.decode_step(count, "all" if self._opens_pair else "none")
         if count == 1:
             self._opens_pair = not self._opens_pair
         send_to_host(out)
@@ -216,13 +216,13 @@ class Scheduler:
         samples, token, live = jax.device_get(out)
         now = time.perf_counter()
         seconds, self._fetched = now - max(began, self._fetched), now
-        self._meter.tick(seconds, count, len(owners))
+        self._meter.decode_step(seconds, count, len(owners))
         if units:
             self._unit_cost += (max(0.0, seconds - self.costs.of(count)) / units - self._unit_cost) / 8
         else:
             self.costs.took(count, seconds)
         for session in self._joining:
-            self._meter.add("join", now - session.opened)
+            self._meter.add("admission", now - session.opened)
         self._joining.clear()
         for i in range(count):
             for session, reply in owners:
@@ -267,7 +267,7 @@ class Scheduler:
         turns = session.conversation.turns
         if not session.closed and reply.turn is not None and turns and turns[-1] is reply.turn and session.phase != "asked":
             self._finish(session, reply, [t for frame, t in reply.tokens if frame < heard])
-            self._meter.add("stop", time.perf_counter() - asked)
+            self._meter.add("cancel", time.perf_counter() - asked)
 
     def leave(self, session: Session) -> None:
         session.work.clear()
@@ -280,7 +280,7 @@ class Scheduler:
         return 0.0 if reply.first is None else reply.frames * self._frame_seconds - (now - reply.first)
 
     def _wanted(self, speaking: list[Session], now: float) -> float:
-        """Seconds until the next tick is wanted."""
+        """Seconds until the next decode step is wanted."""
         lead = self._lead_seconds
         return 0.0 if lead is None else min(self._lead(s, now) for s in speaking) - lead
 

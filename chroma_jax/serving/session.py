@@ -180,8 +180,8 @@ class Session:
         self.engine.answer(self, reply, said)
 
     def cancel(self, played_samples: int | None = None) -> None:
-        """Stops the reply: no chunk is given out after this call, and the device stops before its next tick. The conversation
-        goes on as if the reply had ended where its listener was: with the last frame that was played, even in part.
+        """Stops the reply: no chunk is given out after this call, and the device stops before its next decode step. The
+        conversation goes on as if the reply had ended where its listener was: with the last frame that was played, even in part.
 
         played_samples: of the reply; by default all that were taken. Cuts the conversation also when the reply has been computed
         to its end, as long as nothing of the next turn was fed. Does nothing before the first ``end_turn``.

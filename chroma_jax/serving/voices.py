@@ -5,6 +5,7 @@ A file of a voice (safetensors) holds the cache's valid part and belongs to one 
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,13 +21,12 @@ from chroma_jax.layers.attention import KVCache
 from chroma_jax.models.chroma import Chroma
 from chroma_jax.models.codec import Codec
 from chroma_jax.models.codec.voice_encoder import ChunkedEncoder
-from chroma_jax.parallel.sharding import RULES
 from chroma_jax.sequence.chat_template import Encode
 from chroma_jax.sequence.interleave import NONE_TOKEN
-from chroma_jax.utils.errors import InputError
+from chroma_jax.utils.errors import InputError, check_format
 
 FRAMES_PER_PIECE = 8  # of a recording, that the Codec encodes at once
-FORMAT = "chroma_jax voice 1"
+KIND, FORMAT = "chroma_jax voice", 2  # format 1 hashed names of fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,8 +84,11 @@ class VoiceEncoder:
 def fingerprint(model: Chroma) -> str:
     """What a voice's cache depends on, in short: the sizes, and a corner of every weight that makes it."""
     parts = nnx.state((model.backbone.model, model.audio_embedding, model.reasoner.embedding))
-    sizes = dataclasses.replace(model.config.backbone, rules=RULES)  # wherever the weights lie
-    digest = hashlib.sha256(f"{sizes} {model.config.tokens}".encode())
+    c, rope, tokens = model.config.backbone, model.config.backbone.rope, model.config.tokens
+    sizes = [c.num_hidden_layers, c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.intermediate_size]
+    scaling = [rope.scaling, rope.factor, rope.low_freq_factor, rope.high_freq_factor, rope.original_max_position_embeddings]
+    special = [tokens.pad, tokens.audio, tokens.text_start, tokens.text_end]
+    digest = hashlib.sha256(json.dumps([sizes, c.rms_norm_eps, c.qkv_bias, rope.theta, scaling, special]).encode())
     for x in jax.tree.leaves(parts):
         digest.update(f"{x.dtype} {x.shape}".encode() + corner(x).tobytes())
     return digest.hexdigest()[:16]
@@ -108,7 +111,8 @@ def save_voice(voice: Voice, made_by: str, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + ".tmp")
     leaves = [np.ascontiguousarray(x[:, :, :, : voice.length]) for x in jax.device_get(jax.tree.leaves(voice.cache))]
-    kinds = {"format": FORMAT, "model": made_by, "length": str(voice.length), "types": " ".join(str(x.dtype) for x in leaves)}
+    kinds = {"format": f"{KIND} {FORMAT}", "model": made_by, "length": str(voice.length)}
+    kinds["types"] = " ".join(str(x.dtype) for x in leaves)
     save_file({str(i): x.view(f"u{x.itemsize}") for i, x in enumerate(leaves)}, aside, metadata=kinds)
     aside.replace(path)
 
@@ -120,8 +124,10 @@ def load_voice(path: Path, made_by: str, slots: BatchState) -> Voice:
     try:
         with safe_open(path, framework="numpy") as file:
             said = file.metadata() or {}
-            if said.get("format") != FORMAT:
+            kind, _, version = said.get("format", "").rpartition(" ")
+            if kind != KIND or not version.isdigit():
                 raise InputError(f"{path}: not a voice; `save_voice` writes them")
+            check_format(path, int(version), FORMAT, "make the voice again from its recording")
             if said["model"] != made_by:
                 raise InputError(f"{path}: a voice of another model ({said['model']}, this one is {made_by}); make it anew")
             if said["types"] != (wanted := " ".join(str(x.dtype) for x in leaves)):

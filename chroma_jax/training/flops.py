@@ -20,7 +20,7 @@ from chroma_jax.training.codec.discriminator import Discriminator
 from chroma_jax.training.loss import LossConfig
 from chroma_jax.utils.errors import InputError
 
-# Peak dense bf16 FLOP/s of a device, by how its ``device_kind`` begins; a device that is not here has no utilisation.
+# Peak dense bf16 FLOP/s of a device, by how its ``device_kind`` begins; a device that is not here has no mfu.
 PEAK_FLOPS = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,

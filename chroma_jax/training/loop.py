@@ -1,6 +1,6 @@
 """The loop of every training: stop? → evaluate → save → next batch → step, so that what is saved is at a batch's boundary.
 
-A run folder holds config.txt, metrics.jsonl, ledger.jsonl, tensorboard/ and checkpoints/. One step consumes one global batch, so
+A run folder holds config.txt, metrics.jsonl, goodput.jsonl, tensorboard/ and checkpoints/. One step consumes one global batch, so
 the step is also the data position, whatever the mesh and the number of hosts. With several processes each runs this loop, and
 what it decides, it decides in all of them at the same step.
 """

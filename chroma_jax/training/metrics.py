@@ -1,6 +1,6 @@
 """Metrics: what steps give, gathered, and written to JSON lines and TensorBoard.
 
-Names begin with ``train/`` (means since the last line), ``valid/`` (means over the held-out split) or ``speed/``.
+Names begin with ``train/`` (means since the last line), ``valid/`` (means over the held-out split) or ``perf/``.
 ``progress/audio_hours`` is the cumulative audio of all applied steps, see `AUDIO_HOURS`.
 """
 

@@ -85,5 +85,5 @@ class StepMetrics:
         rates = self.task.rates(means, len(found) / seconds)
         rates |= {"steps_per_second": len(found) / seconds, "data_wait": waited / seconds}
         means["skipped"] = float(len(self.skipped))
-        lines = {f"train/{name}": value for name, value in means.items()} | {f"speed/{n}": v for n, v in rates.items()}
+        lines = {f"train/{name}": value for name, value in means.items()} | {f"perf/{n}": v for n, v in rates.items()}
         return lines | progress

@@ -34,3 +34,21 @@ def near(name: str, known: Iterable[str], *, count: int = 3) -> str:
     """Returns ' (near: a, b)' for the known names that resemble ``name``, or '' when none does."""
     matches = difflib.get_close_matches(name, list(known), n=count, cutoff=0.5)
     return f" (near: {', '.join(matches)})" if matches else ""
+
+
+def check_format(what: object, found: int, read: int, remedy: str) -> None:
+    """Checks the version of a format before anything else of a file is read.
+
+    Args:
+        what: The file or folder.
+        found: Its format version.
+        read: The version that this code reads.
+        remedy: What to do about an older one.
+
+    Raises:
+        InputError: The versions differ.
+    """
+    if found < read:
+        raise InputError(f"{what}: format {found} is older than format {read}, which this code reads; {remedy}")
+    if found > read:
+        raise InputError(f"{what}: format {found} is newer than format {read}, which this code reads; update chroma-jax")

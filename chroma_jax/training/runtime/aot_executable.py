@@ -8,26 +8,29 @@ what is in it, as loading any program does: use your own.
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.experimental import serialize_executable
 
 from chroma_jax.training.state import Trainer
-from chroma_jax.utils.errors import InputError
+from chroma_jax.utils.errors import InputError, check_format
+
+FORMAT = 2  # format 1 has other names of fields and no version
 
 
-def save_executable(compiled: jax.stages.Compiled, config: Mapping[str, str], topology: str, path: Path) -> None:
+def save_executable(compiled: jax.stages.Compiled, config: Mapping[str, Any], topology: str, path: Path) -> None:
     """Writes a file, whole or not at all. config: what the step was compiled from, by field."""
     payload, *_ = serialize_executable.serialize(compiled)
-    header = {"topology": topology, "jax": jax.__version__, "config": dict(config)}
+    header = {"format": FORMAT, "topology": topology, "jax": jax.__version__, "config": dict(config)}
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + ".tmp")
     aside.write_bytes(json.dumps(header).encode() + b"\n" + payload)
     aside.replace(path)
 
 
-def with_executable(trainer: Trainer, config: Mapping[str, str], batch, path: Path) -> Trainer:
-    """The trainer with the training step of a file in place of one that is yet to be compiled. config: as for `save_program`.
+def with_executable(trainer: Trainer, config: Mapping[str, Any], batch, path: Path) -> Trainer:
+    """The trainer with the training step of a file in place of one that is yet to be compiled. config: as for `save_executable`.
     batch: shapes of a global one.
 
     Raises: InputError for a file that is none, or was compiled from another configuration or by another version of JAX; it says
@@ -36,11 +39,12 @@ def with_executable(trainer: Trainer, config: Mapping[str, str], batch, path: Pa
     try:
         first, payload = path.read_bytes().split(b"\n", 1)
         header = json.loads(first)
-        theirs, version = header["config"], header["jax"]
+        theirs, version, written = header["config"], header["jax"], header.get("format", 1)
     except OSError as e:
         raise InputError(f"--aot_executable {path}: {e.strerror}") from e
     except (ValueError, KeyError, TypeError) as e:
         raise InputError(f"--aot_executable {path}: not a file that plan --aot_executable wrote") from e
+    check_format(f"--aot_executable {path}", written, FORMAT, "compile it again with plan --aot_executable")
     ours = dict(config)
     apart = [f"{n} {theirs.get(n)} there, {ours.get(n)} here" for n in sorted(ours | theirs) if ours.get(n) != theirs.get(n)]
     if version != jax.__version__:

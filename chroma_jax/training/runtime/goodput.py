@@ -1,4 +1,4 @@
-"""Where a run's wall time goes: RUN/ledger.jsonl, over all the processes that ever worked on it.
+"""Where a run's wall time goes: RUN/goodput.jsonl, over all the processes that ever worked on it.
 
 One JSON object per line: ``time`` (when it was written, UTC), ``kind``, ``from_step``, ``to_step``, ``seconds``. Lines are added
 when metrics are, so that all time between two log lines is accounted for, by kind:
@@ -28,7 +28,7 @@ import jax
 from chroma_jax.parallel.progress import Progress
 from chroma_jax.utils.errors import TrainingStopped
 
-NAME = "ledger.jsonl"
+NAME = "goodput.jsonl"
 
 
 class CompileClock:

@@ -86,7 +86,7 @@ def renamed(line: str) -> str:
 def main() -> int:
     old, new = map(Path, sys.argv[1:])
     lines = lambda path: path.read_text().splitlines()
-    apart = [p.name for p in sorted(old.glob("*.txt")) if [*map(renamed, lines(p))] != lines(new / p.name)]
+    apart = [p.name for p in sorted(old.glob("*.txt")) if ["format = 2", *map(renamed, lines(p))] != lines(new / p.name)]
     print("\n".join(["differ:", *apart]) if apart else f"the same: {len(list(old.glob('*.txt')))} dumps")
     return bool(apart)
 
