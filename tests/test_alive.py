@@ -31,7 +31,7 @@ from chroma_jax.training.loop import TrainingConfig
 from chroma_jax.training.metrics import read_lines
 from chroma_jax.training.runtime.goodput import read_goodput_log, when
 from chroma_jax.training.runtime.watchdog import Watchdog
-from chroma_jax.training.state import applied
+from chroma_jax.training.state import skip_if_bad
 from chroma_jax.utils.errors import DIVERGED, STOPPED, InputError, TrainingStopped
 from data_pipelines.records import batches
 
@@ -72,7 +72,7 @@ def straight(tmp_path_factory):
 )
 def test_a_step_is_applied_if_loss_and_gradient_are_finite_and_the_gradient_short(loss, norm, limit, expected):
     old, new = ToyState(jnp.int32(3), jnp.zeros(4), jnp.zeros(4)), ToyState(jnp.int32(4), jnp.ones(4), jnp.full(4, jnp.nan))
-    kept, skipped = applied(new, old, jnp.float32(loss), jnp.float32(norm), limit)
+    kept, skipped = skip_if_bad(new, old, jnp.float32(loss), jnp.float32(norm), limit)
     assert bool(skipped) == (expected == "skipped")
     assert_same(kept, old._replace(step=new.step) if skipped else new)
 

@@ -108,7 +108,7 @@ def test_datasets_of_version_1_are_read(tmp_path):
     assert prepare_waves(config, CODEC, tmp_path / "waves", progress="none").manifest["config"] == dataset.manifest["config"]
     assert not open_waves(tmp_path / "waves").paired("train").any()
     file.write_text(file.read_text().replace('"version": 1', '"version": 7'))
-    with pytest.raises(InputError, match="version 7, this code reads 1 and 2"):
+    with pytest.raises(InputError, match="format 7 is newer than format 2, which this code reads"):
         open_waves(tmp_path / "waves")
 
 

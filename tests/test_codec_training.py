@@ -85,7 +85,7 @@ def test_a_recording_with_fewer_codebooks_is_decoded_from_these(codec):
 
 def test_an_unquantized_recording_is_decoded_from_its_latents(codec):
     x, choice = latents(), q.Choice(jnp.full(6, 3), jnp.arange(6) % 2 == 0)
-    mixed = q.mixed(x, *quantized(codec, x, choice, jax.random.key(0)), choice)
+    mixed = q.decoder_input(x, *quantized(codec, x, choice, jax.random.key(0)), choice)
     np.testing.assert_array_equal(mixed[1::2], x[1::2])
     assert np.abs(mixed[::2] - x[::2]).max() > 0.1
 
@@ -117,7 +117,7 @@ def test_codebooks_become_the_means_of_the_vectors_that_choose_them(codec):
         x = jnp.asarray(centres)[jax.random.randint(draw, (16, 8), 0, 8)]
         codes = q.nearest(x, embed_sum[0] / jnp.maximum(usage[0], 1e-5)[:, None])
         found = q.chosen_by(x, codes, jnp.ones(16, bool), SIZE, move)
-        return q.followed(embed_sum, usage, jax.tree.map(lambda s: s[None], found), config)
+        return q.updated_codebooks(embed_sum, usage, jax.tree.map(lambda s: s[None], found), config)
 
     state = books.embed_sum[...], books.cluster_usage[...]
     for key in jax.random.split(jax.random.key(0), 60):
@@ -135,7 +135,7 @@ def test_a_code_that_nobody_chooses_moves_onto_a_vector_of_the_batch(codec):
     count = jnp.zeros((1, SIZE)).at[0, 0].set(100.0)
     total = jnp.zeros_like(spare).at[0, 0].set(100 * spare[0, 3])
     before = books.embed_sum[...], books.cluster_usage[...]
-    embed_sum, usage = q.followed(*before, q.Statistics(total, count, spare), q.QuantizerTraining(decay=0.0))
+    embed_sum, usage = q.updated_codebooks(*before, q.Statistics(total, count, spare), q.QuantizerTraining(decay=0.0))
     table = embed_sum / usage[..., None]
     np.testing.assert_allclose(table[0, 0], spare[0, 3], rtol=1e-5)
     np.testing.assert_allclose(table[0, 1:], spare[0, 1:], rtol=1e-5)
@@ -145,7 +145,7 @@ def test_a_level_that_no_recording_used_stays_as_it_is(codec):
     books = codec.quantizer.semantic.codebooks
     nothing = q.Statistics(jnp.zeros(books.embed_sum.shape), jnp.zeros((1, SIZE)), jnp.ones(books.embed_sum.shape))
     before = books.embed_sum[...], books.cluster_usage[...]
-    for x, y in zip(before, q.followed(*before, nothing, q.QuantizerTraining()), strict=True):
+    for x, y in zip(before, q.updated_codebooks(*before, nothing, q.QuantizerTraining()), strict=True):
         np.testing.assert_array_equal(x, y)
 
 

@@ -337,7 +337,7 @@ def test_memory_is_flat_and_nothing_is_compiled_however_long_one_talks(engine):
 def test_frames_are_asked_for_together_only_when_every_listener_has_some(modules, frame_seconds, most):
     """And only as many as are computed in the time of one, however far ahead they are: whoever wants something waits so long."""
     engine = made(modules)
-    engine.rounds._frame_seconds = frame_seconds
+    engine.scheduler._frame_seconds = frame_seconds
     asked, decode_step = [], engine._slots.decode_step
     engine._slots.decode_step = lambda count, pairs: (asked.append(count), decode_step(count, pairs))[1]
     session = engine.open("low", max_frames=MAX_FRAMES)
@@ -345,7 +345,7 @@ def test_frames_are_asked_for_together_only_when_every_listener_has_some(modules
     session.end_turn()
     reply, waits = session.reply, []
     while not reply.ended:
-        engine.rounds._lead = lambda s, now: 100.0 if s.current.frames else 0.0  # as if it had been computed at once
+        engine.scheduler._lead = lambda s, now: 100.0 if s.current.frames else 0.0  # as if it had been computed at once
         waits.append(reply.frames == 0)
         engine.advance()
     first = asked[: sum(waits) - waits.index(True)]
@@ -363,7 +363,7 @@ def test_between_two_ticks_only_little_is_read(modules):
     events, hear, decode_step = [], engine._slots.hear, engine._slots.decode_step
     engine._slots.hear = lambda *a: (events.append("hear"), hear(*a))[1]
     engine._slots.decode_step = lambda *a: (events.append("decode_step"), decode_step(*a))[1]
-    engine.rounds._frame_seconds = 1e-9  # whatever comes is late
+    engine.scheduler._frame_seconds = 1e-9  # whatever comes is late
     other = engine.open("high", system="a long text before all else")
     fed(other, speech(4, 6000))
     other.end_turn()

@@ -12,7 +12,7 @@ from chroma_jax.parallel.sharding import MeshConfig, make_mesh
 from chroma_jax.planning.training_step import trainer_of
 from chroma_jax.runs.train import place, train
 from chroma_jax.training.checkpoint import Checkpoints
-from chroma_jax.training.lora import MARK, LoraConfig, adapted, merged, restored
+from chroma_jax.training.lora import MARK, LoraConfig, adapted, merged, restore_merged
 from chroma_jax.training.loss import loss
 from chroma_jax.utils.errors import InputError
 from chroma_jax.utils.tree_paths import filled, values
@@ -73,7 +73,7 @@ def test_a_checkpoint_is_read_with_its_pairs_merged(config, tiny_prepared, tmp_p
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     wanted = {path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here) for path, x in expected.items()}
     with Checkpoints(run, config.checkpoint, access="read") as checkpoints:
-        found = restored(checkpoints, wanted, LORA)
+        found = restore_merged(checkpoints, wanted, LORA)
     for path, x in expected.items():
         np.testing.assert_allclose(found[path], x, atol=1e-6, err_msg=path)
 

@@ -14,7 +14,7 @@ from tiny import replace
 from chroma_jax.models.chroma import Chroma
 from chroma_jax.parallel.sharding import MeshConfig, make_mesh
 from chroma_jax.planning.training_step import abstract_batch, trainer_of
-from chroma_jax.runs.train import Speaking, counted_by, train
+from chroma_jax.runs.train import SpeakingTask, counted_by, train
 from chroma_jax.sequence.batch import is_present
 from chroma_jax.training.loss import Counts, FrameLosses, LossConfig, count, frame_losses, speech_losses
 from chroma_jax.training.metrics import read_lines
@@ -148,7 +148,7 @@ def test_evaluation_weights_each_metric_by_its_own_targets(tiny_prepared, monkey
         ]
     )
     monkeypatch.setattr("chroma_jax.runs.train.evaluation_batches", lambda *_, **__: [None, None])
-    task = Speaking.__new__(Speaking)
+    task = SpeakingTask.__new__(SpeakingTask)
     task.config, task.prepared, task.share, task.reading, task.place = config, prepared, {}, {}, lambda batch: batch
     task.trainer = type("Trainer", (), {"eval_step": lambda self, state, batch: next(steps) | {"ctc_targets": 0.0}})()
     found = task.evaluate(0, None, None)

@@ -12,7 +12,7 @@ from tiny_speaker import CONFIG, case, drawn
 from chroma_jax.bench.stream import random_models
 from chroma_jax.config import GenerationConfig, load
 from chroma_jax.inference.generator import Generator, settings
-from chroma_jax.inference.placement import divided, on_mesh
+from chroma_jax.inference.placement import on_mesh, sharded_config
 from chroma_jax.inference.prompt import stack
 from chroma_jax.inference.slots import BatchState, Chunk, Frames, VoiceChunk, padded
 from chroma_jax.inference.state import Capacity
@@ -88,9 +88,9 @@ def test_slots_of_a_divided_model_say_what_they_say_on_one_device(modules, tmp_p
 def test_queries_are_divided_where_their_keys_are_not():
     text = dataclasses.replace(CONFIG.reasoner.text, num_attention_heads=16, num_key_value_heads=2)
     config = dataclasses.replace(CONFIG, reasoner=dataclasses.replace(CONFIG.reasoner, text=text))
-    rules = divided(config, 4).reasoner.text.rules
+    rules = sharded_config(config, 4).reasoner.text.rules
     assert rules.heads == () and rules.group == ("tensor",)
-    assert divided(config, 2).reasoner.text.rules.heads == ("tensor",)
+    assert sharded_config(config, 2).reasoner.text.rules.heads == ("tensor",)
 
 
 def test_a_divided_model_holds_its_part_of_every_kernel(modules):

@@ -103,7 +103,7 @@ def test_merged_axes_change_nothing(bits):
         linear.kernel, scale = small(linear.kernel)
         linear.scale = nnx.data(scale)
     x = drawn(3, 2, 5, 4, 1, 8).astype(jnp.float32)
-    found = linear.merged(x.reshape(2, 5, 32))
+    found = linear.flattened_heads(x.reshape(2, 5, 32))
     np.testing.assert_allclose(found, linear(x).reshape(2, 5, 48), rtol=1e-5, atol=1e-5)  # sums in another order
 
 

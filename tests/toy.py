@@ -24,7 +24,7 @@ from chroma_jax.parallel.progress import Progress
 from chroma_jax.parallel.sharding import MeshConfig, make_mesh
 from chroma_jax.training.checkpoint import CheckpointConfig
 from chroma_jax.training.loop import TrainingConfig, train_on
-from chroma_jax.training.state import applied
+from chroma_jax.training.state import skip_if_bad
 from chroma_jax.utils.errors import InputError, TrainingStopped
 
 WIDTH, ROWS = 4096, 8  # so wide that each device's weights have a place of their own in a checkpoint
@@ -74,7 +74,7 @@ class Toy:
             norm = jnp.sqrt(jnp.sum(jnp.square(gradient)))
             momentum = 0.9 * state.momentum + gradient
             new = ToyState(state.step + 1, state.weights - 0.02 * momentum, momentum)
-            new, skipped = applied(new, state, value, norm, config.training.skip_step_grad_norm)
+            new, skipped = skip_if_bad(new, state, value, norm, config.training.skip_step_grad_norm)
             return new, {"loss": value, "gradient_norm": norm, "skipped": skipped}
 
         self.compiled = jax.jit(step, donate_argnums=0)

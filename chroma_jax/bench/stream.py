@@ -23,7 +23,7 @@ from chroma_jax.bench.memory import bandwidth
 from chroma_jax.bench.peer import torch_device
 from chroma_jax.bench.talk import VOICE, Talk, ask, enter, interrupt, words
 from chroma_jax.config import GenerationConfig
-from chroma_jax.inference.placement import abstract_model, codec_on, place_for, place_of, running
+from chroma_jax.inference.placement import abstract_model, codec_on, place_for, place_of, with_place
 from chroma_jax.inference.prompt import rounded_up
 from chroma_jax.models.audio_encoder import num_outputs
 from chroma_jax.models.chroma import Chroma, ChromaConfig
@@ -49,7 +49,7 @@ def random_models(config: ChromaConfig, reply: GenerationConfig) -> tuple[Chroma
     def draw():
         return jax.tree.map(lambda x: x.astype(reply.dtype), nnx.state(Chroma(nnx.Rngs(0), config)))
 
-    with running(place):
+    with with_place(place):
         model = nnx.merge(graph, jax.jit(draw, out_shardings=jax.tree.map(lambda x: x.sharding, wanted))())
         model = quantized(model) if reply.weights == "int8" else model
     return model, codec_on(jax.jit(lambda: Codec(nnx.Rngs(1), config.codec))(), place)
@@ -210,7 +210,7 @@ def codec_seconds(codec: Codec, slots: int, frames: int, most: int = 8, repeats:
     graph, state = nnx.split(codec)
     step = jax.jit(lambda state, stream, codes: nnx.merge(graph, state).decode_step(stream, codes), donate_argnums=1)
     taken = []
-    with running(place_of(jax.tree.leaves(state)[0])):
+    with with_place(place_of(jax.tree.leaves(state)[0])):
         stream, codes = codec.decoder_state(slots), jnp.zeros((slots, count, codec.config.num_codebooks), jnp.int32)
         for _ in range(repeats + 1):
             started = time.perf_counter()

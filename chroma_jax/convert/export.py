@@ -19,7 +19,7 @@ from chroma_jax.models.io.hf_config import to_hf
 from chroma_jax.models.io.name_tables import chroma_rows, codec_rows
 from chroma_jax.models.io.weight_files import Output, abstract_weights, outputs, read_header, write_safetensors
 from chroma_jax.training.checkpoint import Checkpoints
-from chroma_jax.training.lora import restored
+from chroma_jax.training.lora import restore_merged
 from chroma_jax.utils.atomic_io import check_new, write_json, written_aside
 from chroma_jax.utils.errors import InputError
 from chroma_jax.utils.tree_paths import values
@@ -73,7 +73,7 @@ def stored_weights(run: Path, config: Config) -> dict[str, jax.Array]:
         check_complete(run, expected.keys() - held.keys())
         wanted = {path: jax.ShapeDtypeStruct(shape, held[path].dtype, sharding=first) for path, shape in expected.items()}
         print(f"reading {run}: {sum(math.prod(x.shape) * x.dtype.itemsize for x in wanted.values()) / 1e9:.2f} GB of weights")
-        weights = restored(checkpoints, wanted, config.lora)
+        weights = restore_merged(checkpoints, wanted, config.lora)
     return weights | values(read_codec(run / CODEC, config.model), "codec/")
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from tokenizers import Tokenizer
 
-from chroma_jax.inference.placement import place_of, running
+from chroma_jax.inference.placement import place_of, with_place
 from chroma_jax.models.chroma import Chroma
 from chroma_jax.sequence.chat_template import answer, question
 from chroma_jax.sequence.interleave import NONE_TOKEN
@@ -63,7 +63,7 @@ def would_write(model: Chroma, rows: Sequence[tuple[Sequence[int], Sequence[int]
         for i, (given, wanted) in enumerate(rows[start : start + ROWS]):
             tokens[i, : len(given) + len(wanted)] = [*given, *wanted]
             segments[i, : len(given) + len(wanted)] = 1
-        with running(place_of(jax.tree.leaves(state)[0])):
+        with with_place(place_of(jax.tree.leaves(state)[0])):
             written = np.asarray(likeliest(state, tokens, segments))
         for i, (given, wanted) in enumerate(rows[start : start + ROWS]):
             at = len(given) - 1

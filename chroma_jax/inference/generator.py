@@ -144,7 +144,7 @@ def settings(rows: int, *, temperature: float, top_k: int, seed: int, top_p: flo
     return sampling, jax.random.split(jax.random.key(seed), rows)
 
 
-class Compilations:
+class CompilationCount:
     """How many programs were compiled, and how long the backend took. seconds: without tracing."""
 
     def __init__(self):
@@ -152,9 +152,9 @@ class Compilations:
 
 
 @contextlib.contextmanager
-def counted_compilations(*, here: bool = False) -> Iterator[Compilations]:
+def counted_compilations(*, here: bool = False) -> Iterator[CompilationCount]:
     """Counts what is compiled inside the ``with`` block, anywhere in the process, or by this thread alone."""
-    found, thread = Compilations(), threading.get_ident()
+    found, thread = CompilationCount(), threading.get_ident()
 
     def listen(event: str, duration: float, **_) -> None:
         counts = not here or threading.get_ident() == thread

@@ -16,7 +16,7 @@ from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from chroma_jax.layers.linear import as_multiplied, linears, turned
+from chroma_jax.layers.linear import as_matmul_dtype, linears, turned
 from chroma_jax.layers.transformer import unrolled
 from chroma_jax.models.chroma import Chroma, ChromaConfig
 from chroma_jax.models.codec import Codec
@@ -85,7 +85,7 @@ def optimize_for_cpu(model: Chroma, codec: Codec, slots: int) -> tuple[Chroma, C
 # A model over several devices
 
 
-def divided(config: ChromaConfig, tensor: int) -> ChromaConfig:
+def sharded_config(config: ChromaConfig, tensor: int) -> ChromaConfig:
     """A configuration whose parts can be divided by ``tensor``: what does not divide lies whole on every device. Query heads that
     share a key are divided where the keys' heads can't be."""
     if tensor == 1:
@@ -116,7 +116,7 @@ def place_for(tensor: int) -> Place:
 
 def abstract_model(config: ChromaConfig, dtype, place: Place) -> Chroma:
     """A model without values, its weights in ``dtype`` at a place, divided there. Raises: InputError as `state_shardings`."""
-    config = divided(config, place.mesh.shape["tensor"]) if on_many(place) else config
+    config = sharded_config(config, place.mesh.shape["tensor"]) if on_many(place) else config
     graph, state = nnx.split(nnx.eval_shape(lambda: Chroma(nnx.Rngs(0), config)))
     alone = None if on_many(place) else SingleDeviceSharding(place)
     where = state_shardings(state, place.mesh, config.rules_of) if alone is None else jax.tree.map(lambda _: alone, state)
@@ -128,7 +128,7 @@ def as_streamed(codec: Codec) -> Codec:
     read."""
     graph, state = nnx.split(codec)
     kernels = {
-        path: as_multiplied(x)
+        path: as_matmul_dtype(x)
         for path, x in values(state).items()
         if path.startswith(("decoder/", "decoder_transformer/")) and path.endswith("/kernel")
     }
@@ -156,7 +156,7 @@ def on_first(codec: Codec) -> Codec:
 def on_mesh(model: Chroma, codec: Codec, mesh: Mesh) -> tuple[Chroma, Codec]:
     """Copies that are divided over a mesh's axis ``tensor``, for a `Generator` or an engine. Raises: InputError as
     `state_shardings` does."""
-    config, small = divided(model.config, mesh.shape["tensor"]), model.decoder.heads_scale is not None
+    config, small = sharded_config(model.config, mesh.shape["tensor"]), model.decoder.heads_scale is not None
     made = lambda: quantized(Chroma(nnx.Rngs(0), config)) if small else Chroma(nnx.Rngs(0), config)
     graph, state = nnx.split(nnx.eval_shape(made))[0], nnx.state(model)
     placed = jax.device_put(jax.device_get(state), state_shardings(state, mesh, config.rules_of))
@@ -178,7 +178,7 @@ def platform_of(place: Place) -> str:
 
 
 @contextlib.contextmanager
-def running(place: Place) -> Iterator[None]:
+def with_place(place: Place) -> Iterator[None]:
     """Inside, programs run where the weights are."""
     with jax.set_mesh(place.mesh) if on_many(place) else contextlib.nullcontext():
         yield
@@ -187,7 +187,7 @@ def running(place: Place) -> Iterator[None]:
 @contextlib.contextmanager
 def guarded(place: Place) -> Iterator[None]:
     """The same, and nothing moves between host and device unasked."""
-    with running(place), jax.transfer_guard("disallow"):
+    with with_place(place), jax.transfer_guard("disallow"):
         yield
 
 

@@ -27,8 +27,8 @@ from chroma_jax.inference.placement import (
     optimize_for_cpu,
     place_of,
     platform_of,
-    running,
     with_layouts,
+    with_place,
 )
 from chroma_jax.inference.state import Capacity, StreamState, idle
 from chroma_jax.inference.step import Pairs, traced_frame
@@ -231,7 +231,7 @@ class BatchState:
         self._programs = programs((model_graph, codec_graph), dtype, platform)
         made = partial(jax.jit, out_shardings=None if on_many(self._place) else SingleDeviceSharding(self._place))
         self._empty_voice = made(partial(self.config.backbone.empty_cache, 1, voice_positions, capacity.cached_as(self.dtype)))
-        with running(self._place):
+        with with_place(self._place):
             self._state = made(partial(idle, model.config, codec, slots, capacity, self.dtype))()
             weights = (model_state, codec_state) if on_many(self._place) else self.put((model_state, codec_state))
             self._weights = with_layouts(self._programs[1, "all"], weights, self._state)
@@ -248,7 +248,7 @@ class BatchState:
         return jax.device_put(tree, self._place)
 
     def _run(self, program: str | tuple[int, Pairs], *given):
-        with running(self._place):
+        with with_place(self._place):
             return self._programs[program](*given)
 
     def decode_step(self, count: int, pairs: Pairs) -> Frames:
@@ -280,7 +280,7 @@ class BatchState:
 
     def empty_voice(self) -> KVCache:
         """A cache for `read_voice` to begin with."""
-        with running(self._place):
+        with with_place(self._place):
             return self._empty_voice()
 
     def read_voice(self, cache: KVCache, chunk: VoiceChunk) -> KVCache:

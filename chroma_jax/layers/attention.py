@@ -361,14 +361,14 @@ class Attention(nnx.Module):
 
     def __call__(self, x: jax.Array, rotation: Rotation | None, mask: Mask) -> jax.Array:
         if isinstance(mask, Lengths) and rotation is None and self.may_be_short(x):
-            q, k, v = (checkpoint_name(linear.merged(x), "dots") for linear in (self.q, self.k, self.v))
+            q, k, v = (checkpoint_name(linear.flattened_heads(x), "dots") for linear in (self.q, self.k, self.v))
             found = short.attend(q, k, v, mask.count, self.k.kernel.shape[-1])
-            return self.o.merged(checkpoint_name(found, splash.SAVED))
+            return self.o.flattened_heads(checkpoint_name(found, splash.SAVED))
         if isinstance(mask, Segments) and rotation is not None and self.may_be_flash(x):
-            q, k, v = (checkpoint_name(linear.merged(x), "dots") for linear in (self.q, self.k, self.v))
+            q, k, v = (checkpoint_name(linear.flattened_heads(x), "dots") for linear in (self.q, self.k, self.v))
             head = self.k.kernel.shape[-1]
             q, k = flash.rotated(q, *rotation, flash.scale(head)), flash.rotated(k, *rotation)
-            return self.o.merged(flash.attend(q, k, v, mask.ids, head))
+            return self.o.flattened_heads(flash.attend(q, k, v, mask.ids, head))
         return self.o(attend(*self.project(x, rotation), mask))
 
     def may_be_short(self, x: jax.Array) -> bool:

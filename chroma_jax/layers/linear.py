@@ -59,7 +59,7 @@ def multiplied_type(dtype) -> jnp.dtype:
     return jnp.dtype(jnp.bfloat16 if rounds else dtype)
 
 
-def as_multiplied(x: jax.Array) -> jax.Array:
+def as_matmul_dtype(x: jax.Array) -> jax.Array:
     """An array of any shape in its `multiplied_type`; what is written so takes half the memory."""
     return x.astype(multiplied_type(x.dtype))
 
@@ -92,13 +92,13 @@ class Linear(nnx.Module):
         y = y if self.bias is None else y + for_compute(self.bias, x.dtype, self.rules)
         return y if self.lora is None else y + self.lora(x, self.num_inputs, self.rules)
 
-    def merged(self, x: jax.Array) -> jax.Array:
+    def flattened_heads(self, x: jax.Array) -> jax.Array:
         """The same, with all inputs on x's last axis and all outputs on the result's. Heads are then no axis of their own, which
         TPU would turn around, and fill up if they are narrower than its lanes."""
         y = product(x, one_axis(self.kernel, self.num_inputs), 1, self.rules)
         y = scaled(y, None if self.scale is None else one_axis(self.scale), self.rules)
         y = y if self.bias is None else y + for_compute(one_axis(self.bias), x.dtype, self.rules)
-        return y if self.lora is None else y + self.lora.merged(x, self.num_inputs, self.rules)
+        return y if self.lora is None else y + self.lora.flattened_heads(x, self.num_inputs, self.rules)
 
 
 def one_axis(param: nnx.Param, num_inputs: int = 0) -> nnx.Param:
@@ -197,8 +197,8 @@ class Lora(nnx.Module):
     def __call__(self, x: jax.Array, num_inputs: int, rules: AxisRules) -> jax.Array:
         return product(product(x, self.down, num_inputs, rules), self.up, 1, rules) * self.scale
 
-    def merged(self, x: jax.Array, num_inputs: int, rules: AxisRules) -> jax.Array:
-        """For `Linear.merged`."""
+    def flattened_heads(self, x: jax.Array, num_inputs: int, rules: AxisRules) -> jax.Array:
+        """For `Linear.flattened_heads`."""
         return product(product(x, one_axis(self.down, num_inputs), 1, rules), one_axis(self.up, 1), 1, rules) * self.scale
 
 

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from chroma_jax.config import Config
-from chroma_jax.inference.placement import TPU_OPTIONS, as_streamed, auto_layout, divided
+from chroma_jax.inference.placement import TPU_OPTIONS, as_streamed, auto_layout, sharded_config
 from chroma_jax.inference.slots import frames
 from chroma_jax.inference.state import Capacity, StreamState, idle
 from chroma_jax.inference.step import Pairs
@@ -144,7 +144,7 @@ def plan_stream(
         raise InputError(
             f"generation.tensor is {config.generation.tensor}, {topology.name} has {len(devices)} devices that share the model"
         )
-    model_config = divided(config.model, len(devices))
+    model_config = sharded_config(config.model, len(devices))
     mesh = make_mesh(MeshConfig(tensor=len(devices)), devices)
     dtype = jnp.dtype("float32" if weights == "float32" else "bfloat16")
     kept: Literal["none", "int8"] = "int8" if cache == "int8" else "none"

@@ -18,7 +18,7 @@ from chroma_jax.parallel.sharding import reshape_rows
 from chroma_jax.training.checkpoint import Checkpoints
 from chroma_jax.training.codec.distillation import Teacher
 from chroma_jax.training.codec.spectra import stft
-from chroma_jax.training.lora import restored
+from chroma_jax.training.lora import restore_merged
 from chroma_jax.utils.errors import InputError
 from chroma_jax.utils.tree_paths import filled, values
 
@@ -53,7 +53,7 @@ def audio_encoder(run: Path) -> AudioEncoder:
     prefix = "reasoner/audio/"
     wanted = {p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here) for p, x in values(state, prefix).items()}
     with Checkpoints(run, config.checkpoint, access="read") as checkpoints:
-        weights = restored(checkpoints, wanted, config.lora)
+        weights = restore_merged(checkpoints, wanted, config.lora)
     # plain arrays: constants of the program that hears with them, on whatever mesh
     return nnx.merge(graph, filled(state, {path: np.asarray(x) for path, x in weights.items()}, prefix))
 

@@ -15,7 +15,7 @@ from chroma_jax.config import Config
 from chroma_jax.models.chroma import Chroma
 from chroma_jax.parallel.sharding import RULES, MeshConfig, make_mesh, state_shardings
 from chroma_jax.training.checkpoint import Checkpoints
-from chroma_jax.training.lora import restored
+from chroma_jax.training.lora import restore_merged
 from chroma_jax.utils.errors import InputError
 from chroma_jax.utils.tree_paths import filled, values
 from data_pipelines import hidden_states as hidden
@@ -89,7 +89,7 @@ def frozen_reasoner(run: Path, config: Config, mesh) -> tuple[nnx.GraphDef, nnx.
     with Checkpoints(run, config.checkpoint, access="read") as checkpoints:
         if missing := wanted.keys() - checkpoints.held().keys():
             raise InputError(f"{run}: has no weights of the Reasoner ({sorted(missing)[0]} …); import them too")
-        weights = restored(checkpoints, wanted, config.lora)
+        weights = restore_merged(checkpoints, wanted, config.lora)
     digest = hashlib.sha256()
     for path in sorted(weights):
         digest.update(f"{path} {int(checksum(weights[path]))}\n".encode())

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from chroma_jax.config import CodecRun, Config
 from chroma_jax.convert.sources import check_complete, read_codec
-from chroma_jax.inference.placement import Place, abstract_model, codec_on, place_for, running
+from chroma_jax.inference.placement import Place, abstract_model, codec_on, place_for, with_place
 from chroma_jax.models.chroma import Chroma, ChromaConfig
 from chroma_jax.models.codec import Codec
 from chroma_jax.models.io.hf_config import codec_from_hf, from_hf
@@ -22,7 +22,7 @@ from chroma_jax.models.io.name_tables import chroma_rows
 from chroma_jax.models.io.weight_files import import_weights
 from chroma_jax.models.quantization import quantized
 from chroma_jax.training.checkpoint import Checkpoints
-from chroma_jax.training.lora import restored
+from chroma_jax.training.lora import restore_merged
 from chroma_jax.utils.errors import InputError
 from chroma_jax.utils.tree_paths import filled, values
 from data_pipelines.tokenizer import load_tokenizer
@@ -56,7 +56,7 @@ def load_run(run: Path, config: Config) -> tuple[Chroma, Codec, Tokenizer]:
     else:
         raise InputError(f"{run}: holds neither checkpoints/ (a training run) nor config.json (an exported model)")
     if config.generation.weights == "int8":
-        with running(place):
+        with with_place(place):
             model = quantized(model)
     codec = codec_on(read_codec(codec_source, model.config), place)
     if not (run / "tokenizer.json").is_file():
@@ -107,4 +107,4 @@ def from_checkpoint(run: Path, config: Config, dtype, place: Place) -> Chroma:
     graph, state = nnx.split(abstract_model(config.model, dtype, place))
     with Checkpoints(run, config.checkpoint, access="read") as checkpoints:
         check_complete(run, values(state).keys() - checkpoints.held().keys())
-        return nnx.merge(graph, filled(state, restored(checkpoints, values(state), config.lora)))
+        return nnx.merge(graph, filled(state, restore_merged(checkpoints, values(state), config.lora)))

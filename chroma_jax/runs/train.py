@@ -23,7 +23,7 @@ from chroma_jax.sequence.batch import Batch
 from chroma_jax.training import flops
 from chroma_jax.training.checkpoint import Checkpoints
 from chroma_jax.training.loop import check_batch, train_on
-from chroma_jax.training.lora import MARK, restored
+from chroma_jax.training.lora import MARK, restore_merged
 from chroma_jax.training.metrics import MetricsWriter, flat
 from chroma_jax.training.optimizer import split_trainable
 from chroma_jax.training.runtime.aot_executable import with_executable
@@ -65,9 +65,9 @@ def train(
         given = init_from if init_from is not None and not has_checkpoint(run) else None
         if given is not None:
             check_tokenizer(prepared, given)
-        weights = {} if given is None else starting_weights(config, trainer, given)
+        weights = {} if given is None else initial_weights(config, trainer, given)
         keep(config, run, kept(prepared, given))
-        task = Speaking(config, prepared, trainer)
+        task = SpeakingTask(config, prepared, trainer)
         return train_on(task, config, run, trainer.abstract, lambda: trainer.init(weights), progress)
 
 
@@ -92,7 +92,7 @@ def check_stored(config: Config) -> None:
         raise InputError("loss.reasoner is 'stored', but the Reasoner is trained; freeze it: --optimizer.freeze reasoner/")
 
 
-def starting_weights(config: Config, trainer: Trainer, start: Path) -> dict[str, jax.Array]:
+def initial_weights(config: Config, trainer: Trainer, start: Path) -> dict[str, jax.Array]:
     """The weights that a new run begins with, by path, as they lie in training; says what is drawn at random instead.
 
     Raises: InputError when ``start`` has no checkpoint, or weights of other sizes or trained with other constants.
@@ -114,7 +114,7 @@ def starting_weights(config: Config, trainer: Trainer, start: Path) -> dict[str,
             raise InputError(f"{start}: its weights are of a model that the configuration describes otherwise; it says {flags}")
         fitting = {path: wanted[path] for path in held}
         goes_on = any(MARK in path for path in held)  # pairs are trained further, if there are any, or merged
-        weights = checkpoints.restore_weights(fitting) if goes_on else restored(checkpoints, fitting, source.lora)
+        weights = checkpoints.restore_weights(fitting) if goes_on else restore_merged(checkpoints, fitting, source.lora)
     drawn = sorted({path.split("/")[0] for path in wanted.keys() - held})
     log(f"initializing from {start}" + (f"; drawn at random: {', '.join(drawn)}" if drawn else ""))
     return weights
@@ -142,7 +142,7 @@ def counted_by(name: str) -> str:
     return {"text": "tokens", "ctc": "ctc_targets"}.get(kind, "frames")
 
 
-class Speaking:
+class SpeakingTask:
     """The loop's task: a speaking model on packed rows."""
 
     shown = ("c0_loss", "residual_loss", "text_loss", "ctc_loss")

@@ -99,7 +99,7 @@ class Engine:
         self._recorder, self._made_by = VoiceEncoder(self._slots, on_first(codec), encode), fingerprint(model)
         self.meter = EngineMetrics()
         self.compiled, self.compilations = 0, 0  # programs, by the warm-up and since
-        self.rounds = Scheduler(
+        self.scheduler = Scheduler(
             self._slots,
             self.meter,
             decode,
@@ -136,7 +136,7 @@ class Engine:
                     began = time.perf_counter()
                     jax.device_get(slots.decode_step(count, pairs))
                     taken.append(time.perf_counter() - began)
-                self.rounds.costs.took(count, min(taken))
+                self.scheduler.costs.took(count, min(taken))
             slots.stop(0, 0)
         self.front_end().feed(np.zeros(self.features.n_fft, np.float32))  # the filters are made at their first use
         self.compiled = compiled.count
@@ -162,7 +162,7 @@ class Engine:
                 done.set()
             return voice is None
 
-        self._notify(lambda: self.rounds.jobs.append(job))
+        self._notify(lambda: self.scheduler.jobs.append(job))
         self._until(done.is_set)
         if isinstance(found[0], BaseException):
             raise found[0]
@@ -203,14 +203,14 @@ class Engine:
         conversation = Conversation(
             self._encode, self._tokens, size=self.config.chunk, no_audio=self._slots.no_audio, system=system
         )
-        sessions = self.rounds.sessions
+        sessions = self.scheduler.sessions
         self._until(lambda: None in sessions or not any(s.closed for s in sessions))  # those that are closed will be gone
         with self._news:
             if None not in sessions:
                 raise InputError(f"all {self.config.slots} slots are taken; close a session, or make an engine with more slots")
             slot = sessions.index(None)
             session = sessions[slot] = Session(self, slot, conversation, sampling, most)
-        self.submit(session, [lambda: self.rounds.enter(session, found)])
+        self.submit(session, [lambda: self.scheduler.enter(session, found)])
         return session
 
     def start(self) -> "Engine":
@@ -223,7 +223,7 @@ class Engine:
 
     def close(self) -> None:
         """Ends all sessions and the thread."""
-        for session in [s for s in self.rounds.sessions if s is not None]:
+        for session in [s for s in self.scheduler.sessions if s is not None]:
             session.close()
         self._notify(lambda: setattr(self, "_closing", True))
         if self._thread is not None:
@@ -276,14 +276,14 @@ class Engine:
 
     def hear(self, session: Session, blocks: list, *, opens: bool, more: bool) -> None:
         """Blocks of the user's turn. opens: whether they are its first; more: whether any may come behind them."""
-        units = [lambda: self.rounds.open_turn(session)] if opens else []
+        units = [lambda: self.scheduler.open_turn(session)] if opens else []
         for block in blocks:
-            units.append(lambda b=block: self.rounds.hear(session, b, more or b is not blocks[-1]))
+            units.append(lambda b=block: self.scheduler.hear(session, b, more or b is not blocks[-1]))
         self.submit(session, units)
 
     def answer(self, session: Session, reply: Reply, said: str) -> None:
         """The turn is over. said: what is written beside the speech, or instead of it."""
-        self.submit(session, [lambda: self.rounds.close_turn(session, reply, said)])
+        self.submit(session, [lambda: self.scheduler.close_turn(session, reply, said)])
 
     def submit(self, session: Session, units: list[Callable[[], list | None]]) -> None:
         """More work for a session, to be done in order; a unit may return others that come right after it."""
@@ -292,18 +292,18 @@ class Engine:
     def cancel(self, session: Session, reply: Reply, heard: int) -> None:
         """The device stops before its next decode step; heard: frames of the reply that its listener knows."""
         asked = time.perf_counter()
-        self._notify(lambda: self.rounds.orders.append(lambda: self.rounds.cut(session, reply, heard, asked)))
+        self._notify(lambda: self.scheduler.orders.append(lambda: self.scheduler.cut(session, reply, heard, asked)))
 
     def release(self, session: Session) -> None:
         if not session.closed:
             session.closed = True
-            self._notify(lambda: self.rounds.orders.append(lambda: self.rounds.leave(session)))
+            self._notify(lambda: self.scheduler.orders.append(lambda: self.scheduler.leave(session)))
 
     # The engine's thread
 
     def advance(self) -> float | None:
         """One round, for an engine without a thread; see `Scheduler.advance`."""
-        return self.rounds.advance()
+        return self.scheduler.advance()
 
     def _run(self) -> None:
         try:
@@ -319,7 +319,7 @@ class Engine:
                             self._news.wait_for(lambda: self._fresh or self._closing, due)
         except BaseException as e:
             self._failure = e
-            for session in [s for s in self.rounds.sessions if s is not None]:
+            for session in [s for s in self.scheduler.sessions if s is not None]:
                 for reply in {session.current, session.reply} - {None}:
                     reply.end("failed", e)
             with self._news:

@@ -61,7 +61,9 @@ def adapted(model: nnx.Module, config: LoraConfig, rngs: nnx.Rngs) -> nnx.Module
     return model
 
 
-def restored(checkpoints: Checkpoints, wanted: Mapping[str, jax.ShapeDtypeStruct], config: LoraConfig) -> dict[str, jax.Array]:
+def restore_merged(
+    checkpoints: Checkpoints, wanted: Mapping[str, jax.ShapeDtypeStruct], config: LoraConfig
+) -> dict[str, jax.Array]:
     """The weights that ``wanted`` names from the newest checkpoint, with what LoRA added to them merged in. config: of its
     run."""
     place = next(iter(wanted.values())).sharding if wanted else None

@@ -152,7 +152,7 @@ def make_trainer(
         norm = sums.norm(gradient)
         metrics |= {"gradient_norm": norm, "learning_rate": rate(state.step)}
         new = TrainState(state.step + 1, trained, state.frozen, optimizer_state)
-        new, metrics["skipped"] = applied(new, state, metrics["loss"], norm, skip_step_grad_norm)
+        new, metrics["skipped"] = skip_if_bad(new, state, metrics["loss"], norm, skip_step_grad_norm)
         return new, metrics
 
     def eval_step(state: TrainState, batch: Batch) -> Metrics:
@@ -174,7 +174,7 @@ def dealt(x: jax.Array, pieces: int) -> jax.Array:
     return jnp.moveaxis(x, 1, 0)
 
 
-def applied(new: State, old: State, loss: jax.Array, norm: jax.Array, skip_step_grad_norm: float) -> tuple[State, jax.Array]:
+def skip_if_bad(new: State, old: State, loss: jax.Array, norm: jax.Array, skip_step_grad_norm: float) -> tuple[State, jax.Array]:
     """(the state after a step, 0), or, where the loss or the norm of the gradient is not finite or the norm exceeds
     ``skip_step_grad_norm`` (0 for no limit), (the state before it but for ``step``, 1): the data goes on, the weights and
     moments stay."""

@@ -209,7 +209,7 @@ class Codec(nnx.Module):
         self._check_levels(codes)
         return self._decode(codes, dtype, ConvState(), self._attend_whole)
 
-    def sound(self, quantized: jax.Array) -> jax.Array:
+    def decode_latents(self, quantized: jax.Array) -> jax.Array:
         """`decode` from what the quantizer gives, [B, F, D], or from latents. Returns audio [B, F · samples_per_frame]."""
         return self._sound(quantized, ConvState(), self._attend_whole).audio
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from chroma_jax.kernels.splash import LANES
-from chroma_jax.layers.linear import as_multiplied, for_compute, normal, product, weight, zeros
+from chroma_jax.layers.linear import as_matmul_dtype, for_compute, normal, product, weight, zeros
 from chroma_jax.parallel.sharding import RULES, device_kind, on_tpu, reshape_rows
 
 Padding = Literal["zeros", "replicate"]
@@ -99,7 +99,7 @@ class Conv(nnx.Module):
         missing = -x.shape[1] % self.stride
         if missing:
             x = jnp.concatenate([x, self._outside(x[:, -1:], missing)], axis=1)
-        dtype, x = x.dtype, as_multiplied(x)
+        dtype, x = x.dtype, as_matmul_dtype(x)
         if self.context:
             memory = carry.take(self._outside(x[:, :1], self.context).astype(dtype))
             x = jnp.concatenate([memory.astype(x.dtype), x], axis=1)
@@ -152,7 +152,7 @@ class Conv(nnx.Module):
     def _folded(self, x: jax.Array, carry: ConvState, fold: int) -> jax.Array:
         """As a convolution of whole folds: its kernel has this one's, at every place of the output within its fold."""
         taps, inputs, outputs = self.kernel.shape
-        dtype, x = x.dtype, as_multiplied(x)
+        dtype, x = x.dtype, as_matmul_dtype(x)
         before = -(-self.context // fold)  # folds that an output sees besides its own
         if self.context:
             memory = carry.take(self._outside(x[:, :1, :inputs], self.context).astype(dtype)).astype(x.dtype)
@@ -253,7 +253,7 @@ class ConvTranspose(nnx.Module):
     def _of_halves(self, x: jax.Array, carry: ConvState) -> jax.Array:
         """What each input makes of its own outputs, and the input before of them: nothing is laid over each other, which TPU
         would do by copies."""
-        dtype, x = x.dtype, as_multiplied(x)
+        dtype, x = x.dtype, as_matmul_dtype(x)
         kernel = for_compute(self.kernel, x.dtype)
         own, later = kernel[:, : self.stride], kernel[:, self.stride :]
         if self.fold > 1:

@@ -95,7 +95,7 @@ def quantize(quantizer: SplitQuantizer, x: jax.Array, choice: Choice, key: jax.A
     return _branch(quantizer.semantic, x, everything, semantic), _branch(quantizer.acoustic, x, choice.levels, acoustic)
 
 
-def mixed(x: jax.Array, semantic: Quantized, acoustic: Quantized, choice: Choice) -> jax.Array:
+def decoder_input(x: jax.Array, semantic: Quantized, acoustic: Quantized, choice: Choice) -> jax.Array:
     """The decoder's input, [B, F, D]."""
     return jnp.where(choice.quantized[:, None, None], semantic.vectors + acoustic.vectors, x)
 
@@ -139,7 +139,7 @@ def chosen_by(residual: jax.Array, codes: jax.Array, rows: jax.Array, size: int,
     return Statistics(total, count, spare)
 
 
-def followed(embed_sum: jax.Array, usage: jax.Array, statistics: Statistics, config: QuantizerTraining):
+def updated_codebooks(embed_sum: jax.Array, usage: jax.Array, statistics: Statistics, config: QuantizerTraining):
     """What a branch's codebooks become after a batch: (embed_sum [Q, N, C], usage [Q, N]), as they were before.
 
     Counts are shares of the batch times the number of codes, so that the mean usage of a codebook tends to one whatever the

@@ -43,10 +43,19 @@ from chroma_jax.training.codec.losses import (
     spectrum_loss,
 )
 from chroma_jax.training.codec.pitch import PitchHead, codebook_indices, pitch_loss, pitch_targets
-from chroma_jax.training.codec.quantize import Choice, Quantized, QuantizerTraining, draw, followed, mixed, perplexity, quantize
+from chroma_jax.training.codec.quantize import (
+    Choice,
+    Quantized,
+    QuantizerTraining,
+    decoder_input,
+    draw,
+    perplexity,
+    quantize,
+    updated_codebooks,
+)
 from chroma_jax.training.codec.state import CodecTrainState, Parts, abstract_state
 from chroma_jax.training.optimizer import OptimizerConfig, is_frozen, learning_rate, make_optimizer
-from chroma_jax.training.state import applied
+from chroma_jax.training.state import skip_if_bad
 from chroma_jax.utils.tree_paths import filled, values
 from data_pipelines.waves import WaveBatch
 
@@ -240,7 +249,7 @@ def make_codec_trainer(
                     value, terms = taught_pitch(heads.pitch, branches, choice, batch.target)
                 total += recipe.pitch_weight * value
                 extra |= terms
-            made = module.sound(passed) if phase.decoded else jnp.zeros_like(batch.input)
+            made = module.decode_latents(passed) if phase.decoded else jnp.zeros_like(batch.input)
             return (made, total), (extra, statistics)
 
         def taught_pitch(head: PitchHead, branches: tuple[Quantized, Quantized], choice: Choice, target: jax.Array):
@@ -272,7 +281,7 @@ def make_codec_trainer(
         if phase.judged:
             state, metrics["discriminator_loss"], judge_norm = corrected(state, jax.lax.stop_gradient(made), batch.target)
             sound += metrics["discriminator_loss"] + judge_norm  # it only matters whether all are finite
-        state, metrics["skipped"] = applied(state, before, sound, norm, skip_step_grad_norm)
+        state, metrics["skipped"] = skip_if_bad(state, before, sound, norm, skip_step_grad_norm)
         return state, metrics
 
     def corrected(state: CodecTrainState, made: jax.Array, real: jax.Array) -> tuple[CodecTrainState, jax.Array, jax.Array]:
@@ -294,7 +303,7 @@ def make_codec_trainer(
     def hear(state: CodecTrainState, batch: WaveBatch, phase: Phase = Phase()) -> Heard:
         latents = module(state).latents(batch.input)
         codes = module(state).quantizer.encode(latents, codec.num_codebooks)
-        made = module(state).decode(codes) if phase.quantized else module(state).sound(latents)
+        made = module(state).decode(codes) if phase.quantized else module(state).decode_latents(latents)
         return Heard(made, mel_distance(made, batch.target, codec.sampling_rate, loss.resolutions), codes)
 
     waves, mask = (NamedSharding(mesh, RULES.param_spec(axes)) for axes in (("batch", None), ("batch",)))
@@ -336,7 +345,7 @@ def encoded(
         return latents, latents, projected if branch.output is None else branch.output(projected), None
     with jax.named_scope("codec_quantize"):
         semantic, acoustic = quantize(codec.quantizer, latents, choice, key)
-    return mixed(latents, semantic, acoustic, choice), latents, semantic.vectors, (semantic, acoustic)
+    return decoder_input(latents, semantic, acoustic, choice), latents, semantic.vectors, (semantic, acoustic)
 
 
 def usage(statistics) -> dict[str, jax.Array]:
@@ -352,5 +361,5 @@ def moved(codebooks: nnx.State, statistics, config: QuantizerTraining) -> nnx.St
     before, after = values(codebooks), {}
     for name, found in zip(("semantic", "acoustic"), statistics, strict=True):
         names = [f"quantizer/{name}/codebooks/{kind}" for kind in ("embed_sum", "cluster_usage")]
-        after |= dict(zip(names, followed(*(before[n] for n in names), found, config), strict=True))
+        after |= dict(zip(names, updated_codebooks(*(before[n] for n in names), found, config), strict=True))
     return filled(codebooks, after)
