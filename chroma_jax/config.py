@@ -42,6 +42,10 @@ class GenerationConfig:
         cache: KV-cache dtype: "int8", or "none" for dtype.
         tensor: Number of devices that the speaking model is sharded over.
         compatibility: "reference" reproduces the reference implementation's faults, see `chroma_jax.inference.compatibility`.
+
+    Example:
+        >>> chroma_jax.GenerationConfig(temperature=0.7, weights="int8").top_k
+        50
     """
 
     temperature: float = 0.0
@@ -72,6 +76,11 @@ class Config:
         augment: Augmentation.
         checkpoint: When checkpoints are saved.
         generation: How replies are generated.
+
+    Example:
+        >>> config = chroma_jax.Config()  # the released 4B model
+        >>> config.model.backbone.num_hidden_layers
+        16
     """
 
     model: ChromaConfig = ChromaConfig()
@@ -98,6 +107,10 @@ class CodecRun:
         training: Length and rhythm of the training.
         recipe: Phases, losses and optimizers.
         checkpoint: When checkpoints are saved.
+
+    Example:
+        >>> chroma_jax.read_config("codec_nano").recipe.loss.mel
+        1.0
     """
 
     model: CodecConfig = CodecConfig()
@@ -120,11 +133,22 @@ def shipped() -> list[str]:
     return sorted(path.stem for path in SHIPPED.glob("*.py") if not path.stem.startswith("_"))
 
 
-def read_python(source: str) -> Config | CodecRun:
-    """The configuration that a configuration file's ``config()`` returns.
+def read_config(source: str) -> Config | CodecRun:
+    """Reads the configuration that a configuration file's ``config()`` returns.
 
-    source: a path, or the bare name of a shipped one (``nano``); behind an ``@``, the pod that it is wanted for, where the file
-    has a mesh for some (``chroma_4b_stage1@v5e:16x16``). Raises: InputError naming the file and what is wrong with it.
+    Args:
+        source: A path, or the name of a shipped configuration. NAME@POD takes the mesh that the file has for a pod, as in
+            chroma_4b_stage1@v5e:16x16.
+
+    Returns:
+        The configuration of a speaking model's run or of a Codec's.
+
+    Raises:
+        InputError: Names the file and what is wrong with it.
+
+    Example:
+        >>> chroma_jax.read_config("nano").model.backbone.hidden_size
+        128
     """
     source, _, pod = source.partition("@")
     path, module = module_of(source)
@@ -144,7 +168,7 @@ def read_python(source: str) -> Config | CodecRun:
 
 
 def on_pod(source: str, topology: str, slices: int = 1) -> str:
-    """``source`` for `read_python`, with the pod behind an ``@`` if the file has a mesh for it and none was asked for."""
+    """``source`` for `read_config`, with the pod behind an ``@`` if the file has a mesh for it and none was asked for."""
     pod = topology if slices == 1 else f"{slices}x{topology}"
     return f"{source}@{pod}" if "@" not in source and pod in getattr(module_of(source)[1], "PODS", {}) else source
 

@@ -92,10 +92,23 @@ def read_manifest(folder: Path) -> dict:
 
 
 def open_dataset(folder: Path | str, model: ChromaConfig | None = None) -> Dataset:
-    """Opens a prepared folder.
+    """Opens a dataset folder.
 
-    Raises InputError when it is not one, a file in it is missing or has another size than was written, or, given
-    ``model``, when it was prepared for a model that differs in what the rows depend on.
+    Args:
+        folder: A folder that ``chroma-jax prepare`` wrote.
+        model: The model that is to be trained on it.
+
+    Returns:
+        The checked dataset.
+
+    Raises:
+        InputError: The folder is no dataset, a file is missing or has another size than was written, or ``model`` differs from
+            the model that it was prepared for.
+
+    Example:
+        >>> dataset = chroma_jax.open_dataset("data")
+        >>> dataset.rows("train") > 0
+        True
     """
     folder = Path(folder)
     manifest = read_manifest(folder)

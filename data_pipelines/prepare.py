@@ -93,12 +93,28 @@ class DataConfig:
 def prepare(
     config: DataConfig, model: ChromaConfig, codec: CodecLike | None, out: Path | str, *, progress: Progress = "bar"
 ) -> Dataset:
-    """Prepares a dataset, or opens the one that is already there with the same configuration.
+    """Prepares a dataset of packed sequences, or opens the one that is there with the same configuration.
 
-    codec: a trained `chroma_jax.models.codec.Codec`; None makes one from ``config.seed``, its codebooks fitted to the
-    corpus: the codes then tell recordings apart, but decoding them gives noise. Its weights are kept in the folder. Raises
-    InputError when ``out`` exists and is not a dataset or was prepared otherwise (it says what differs), when nothing
-    usable is left, and at the first problems when ``config.on_problem`` is "strict".
+    Args:
+        config: What is prepared.
+        model: The model that will be trained on it.
+        codec: A trained Codec. None makes one from ``config.seed``, its codebooks fitted to the corpus: its codes tell recordings
+            apart, but decoding them gives noise. Its weights are kept in the folder.
+        out: Dataset folder.
+        progress: "bar" or "none".
+
+    Returns:
+        The dataset.
+
+    Raises:
+        InputError: ``out`` is not a dataset or was prepared otherwise, nothing usable is left, or, with ``config.on_problem``
+            "strict", an entry is not usable.
+
+    Example:
+        >>> config = chroma_jax.read_config("tiny.py")
+        >>> dataset = chroma_jax.prepare(config.data, config.model, None, "data", progress="none")
+        >>> dataset.folder.name
+        'data'
     """
     out = Path(out)
     corpus = read_corpus(config.corpus, on_problem=config.on_problem)

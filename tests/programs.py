@@ -66,7 +66,7 @@ def lowered_here(out: Path) -> None:
     from data_pipelines.waves import WaveBatch
 
     for name in ("nano", "codec_nano"):
-        config = configs.read_python(name)
+        config = configs.read_config(name)
         mesh = make_mesh(config.mesh)
         with jax.set_mesh(mesh):
             if name == "nano":

@@ -101,7 +101,7 @@ def test_reading_memory_takes_time_here_and_what_is_said_of_other_devices():
 
 
 def test_the_configuration_that_is_measured_has_the_sizes_that_it_says():
-    config = configs.read_python("bench").model
+    config = configs.read_config("bench").model
     sizes = {part.name: part.parameters for part in part_sizes(config)}
     tables = config.num_codebooks * config.audio_vocab_size * config.backbone.hidden_size  # the peer's Backbone may have its own
     assert round(sum(sizes.values()) / 1e6) == 169 and round((sum(sizes.values()) + tables) / 1e6) == 178

@@ -18,7 +18,7 @@ from chroma_jax.training.codec.step import make_codec_trainer
 from chroma_jax.utils.errors import InputError
 
 SHIPPED = pretrained.found("codec_nano")
-CONFIG = configs.read_python("codec_nano")
+CONFIG = configs.read_config("codec_nano")
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def test_an_imported_codec_is_a_run_folder_that_is_exported_with_the_same_bytes(
     export_codec(imported, tmp_path / "export")
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "export", SHIPPED))
     assert ours.keys() == theirs.keys() and all(np.array_equal(ours[name], x) for name, x in theirs.items())
-    codec = trained_codec(imported, configs.read_python("nano").model)  # as `prepare --codec` reads it
+    codec = trained_codec(imported, configs.read_config("nano").model)  # as `prepare --codec` reads it
     assert codec.config == CONFIG.model
 
 

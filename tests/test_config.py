@@ -16,18 +16,18 @@ SHIPPED = sorted(p.stem for p in (Path(__file__).parents[1] / "configs").glob("*
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_configuration_is_what_its_dump_says(name):
-    """After a wanted change: python -c "from chroma_jax.config import *; print(dump(read_python('NAME')), end='')"."""
-    assert configs.dump(configs.read_python(name)) == (DUMPS / f"{name}.txt").read_text()
+    """After a wanted change: python -c "from chroma_jax.config import *; print(dump(read_config('NAME')), end='')"."""
+    assert configs.dump(configs.read_config(name)) == (DUMPS / f"{name}.txt").read_text()
 
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_kept_text_reads_back(name):
-    config = configs.read_python(name)
+    config = configs.read_config(name)
     assert configs.parse(configs.dump(config), "config.txt") == config
 
 
 def test_chroma_4b_has_the_released_sizes():
-    sizes = {p.name: p.parameters for p in part_sizes(configs.read_python("chroma_4b").model)}
+    sizes = {p.name: p.parameters for p in part_sizes(configs.read_config("chroma_4b").model)}
     vision = 668_684_288
     assert sizes["Reasoner: audio encoder"] + sizes["Reasoner: text model"] == 4_703_464_448 - vision
     assert sizes["Backbone"] == 977_346_560
@@ -36,7 +36,7 @@ def test_chroma_4b_has_the_released_sizes():
 
 
 def test_mini_has_about_fifty_million_parameters():
-    assert sum(p.parameters for p in part_sizes(configs.read_python("mini").model)) == pytest.approx(50e6, rel=0.05)
+    assert sum(p.parameters for p in part_sizes(configs.read_config("mini").model)) == pytest.approx(50e6, rel=0.05)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_mini_has_about_fifty_million_parameters():
     ],
 )
 def test_broken_text_is_an_error_that_names_the_field(before, after, message):
-    text = configs.dump(configs.read_python("nano"))
+    text = configs.dump(configs.read_config("nano"))
     assert before in text
     with pytest.raises(InputError, match="config.txt") as error:
         configs.parse(text.replace(before, after, 1), "config.txt")
@@ -61,13 +61,13 @@ def test_broken_text_is_an_error_that_names_the_field(before, after, message):
 
 
 def test_a_field_that_is_younger_than_the_run_has_its_default():
-    config = configs.read_python("nano")
+    config = configs.read_config("nano")
     lines = configs.dump(config).splitlines()
     older = "\n".join(line for line in lines if not line.startswith(("mesh.data", "generation.")))
     assert configs.parse(older, "config.txt") == dataclasses.replace(config, generation=GenerationConfig())
 
 
 def test_every_field_is_plain_data():
-    for name, value in configs.fields(configs.read_python("nano")).items():
+    for name, value in configs.fields(configs.read_config("nano")).items():
         assert isinstance(value, (int, float, str, tuple, type(None))), name
         assert not dataclasses.is_dataclass(value)

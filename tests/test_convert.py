@@ -23,7 +23,7 @@ from chroma_jax import config as configs
 from chroma_jax.cli.main import main
 from chroma_jax.config import Config
 from chroma_jax.convert import importer
-from chroma_jax.convert.export import export, tensors_of
+from chroma_jax.convert.export import export_checkpoint, tensors_of
 from chroma_jax.convert.importer import import_sources, place, plan_import
 from chroma_jax.convert.sources import csm_rope, read_codec
 from chroma_jax.layers import rope
@@ -122,7 +122,7 @@ def weights_of(run: Path) -> dict[str, np.ndarray]:
 
 
 def test_importing_the_released_checkpoint_accounts_for_every_tensor_and_says_what_is_left_out():
-    plan = plan_import([MANIFEST], configs.read_python("chroma_4b"), Config)
+    plan = plan_import([MANIFEST], configs.read_config("chroma_4b"), Config)
     lines = plan.lines()
     assert "Chroma, 1906 tensors" in lines[0]
     assert "924 of the reasoner, 146 of the backbone, 40 of the decoder, 278 of the codec" in lines[1]
@@ -131,7 +131,7 @@ def test_importing_the_released_checkpoint_accounts_for_every_tensor_and_says_wh
 
 
 def test_exporting_what_was_imported_of_the_released_checkpoint_reproduces_its_list(tmp_path):
-    plan = plan_import([MANIFEST], configs.read_python("chroma_4b"), Config)
+    plan = plan_import([MANIFEST], configs.read_config("chroma_4b"), Config)
     (account,) = plan.accounts
     shapes = abstract_weights(plan.config.model)
     stored = {r.path: jax.ShapeDtypeStruct(shapes[r.path].shape, np.dtype(account.dtype(r))) for r in account.rows}
@@ -186,7 +186,7 @@ def as_compiled_by_default(*command) -> None:
 
 def test_without_keep_unused_only_vision_is_missing_and_it_is_said(source, tmp_path):
     run = imported(tmp_path / "run", source)
-    export(run, tmp_path / "back")
+    export_checkpoint(run, tmp_path / "back")
     theirs = {name: x for name, x in all_in(source).items() if name not in VISION}
     assert_same(all_in(tmp_path / "back"), theirs)
     said = json.loads((run / "import.json").read_text())
@@ -196,7 +196,7 @@ def test_without_keep_unused_only_vision_is_missing_and_it_is_said(source, tmp_p
 @pytest.mark.filterwarnings("ignore:invalid value encountered in cast")  # of the NaN among the random bits
 def test_another_type_is_written_when_asked_for(source, tmp_path):
     run = imported(tmp_path / "run", source)
-    export(run, tmp_path / "back", "bfloat16")
+    export_checkpoint(run, tmp_path / "back", "bfloat16")
     for name, x in all_in(tmp_path / "back").items():
         assert x.dtype == (np.float32 if name.startswith("codec_model.") else BFLOAT16), name
     assert json.loads((tmp_path / "back" / "config.json").read_text())["dtype"] == "bfloat16"
@@ -354,7 +354,7 @@ def test_neighbouring_channels_and_halves_rotate_to_the_same_scores():
 def test_three_sources_make_a_whole_model_that_exports(checkpoints, tmp_path):
     chosen = ("Qwen2.5-Omni", "CSM in Sesame's naming", "Mimi")
     run = imported(tmp_path / "run", *(checkpoints[name][0] for name in chosen))
-    export(run, tmp_path / "back")
+    export_checkpoint(run, tmp_path / "back")
     plan = plan_import([tmp_path / "back"], None, Config)
     assert not plan.missing and plan.config.model.backbone.rope == csm_rope(1024)
     again = imported(tmp_path / "again", tmp_path / "back", config=None)
@@ -420,7 +420,7 @@ def test_a_run_starts_from_an_import_and_leaves_it_alone(source, tiny_prepared, 
     embedding = weights_of(tmp_path / "run")["reasoner/embedding/table"]
     assert np.abs(embedding - 0.01).max() < 0.02  # one step of Adam at a learning rate of 0.01 away
     (tmp_path / "run" / "codec.safetensors").write_bytes((start / "codec.safetensors").read_bytes())  # the data has none
-    export(tmp_path / "run", tmp_path / "back")
+    export_checkpoint(tmp_path / "run", tmp_path / "back")
     back, given = all_in(tmp_path / "back"), all_in(finite)
     assert back.keys() == given.keys() and all(back[name].tobytes() == given[name].tobytes() for name in VISION)
     assert main(["train", onto, str(shutil.copytree(start, tmp_path / "copy")), *flags]) == 2
@@ -429,7 +429,7 @@ def test_a_run_starts_from_an_import_and_leaves_it_alone(source, tiny_prepared, 
 
 def test_a_part_that_is_missing_is_named(checkpoints, tmp_path):
     run = imported(tmp_path / "run", checkpoints["Qwen2.5-Omni"][0], checkpoints["Mimi"][0])
-    for use in (lambda: load_run(run, configs.load(run)), lambda: export(run, tmp_path / "back")):
+    for use in (lambda: load_run(run, configs.load(run)), lambda: export_checkpoint(run, tmp_path / "back")):
         with pytest.raises(InputError, match="no weights of backbone, decoder, audio_embedding.*--init-from"):
             use()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
@@ -570,5 +570,5 @@ def test_an_interrupted_export_leaves_nothing(source, tmp_path, monkeypatch):
 
     monkeypatch.setattr("chroma_jax.convert.export.write_shards", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        export(run, tmp_path / "back")
+        export_checkpoint(run, tmp_path / "back")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from chroma_jax.config import read_python
+from chroma_jax.config import read_config
 from chroma_jax.models.io.name_tables import chroma_rows, codec_rows
 from chroma_jax.models.io.weight_files import abstract_weights, foreign_shape, layer_shape
 
@@ -20,12 +20,12 @@ def released() -> dict[str, tuple[int, ...]]:
 @pytest.fixture(scope="module")
 def ours() -> dict[str, tuple[int, ...]]:
     """Our weights at the released sizes, by path; abstract, so they take no memory."""
-    return {path: x.shape for path, x in abstract_weights(read_python("chroma_4b").model).items()}
+    return {path: x.shape for path, x in abstract_weights(read_config("chroma_4b").model).items()}
 
 
 @pytest.fixture(scope="module")
 def rows():
-    config = read_python("chroma_4b").model
+    config = read_config("chroma_4b").model
     return chroma_rows(config) + codec_rows(config)
 
 

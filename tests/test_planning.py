@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from chroma_jax.cli.main import main
-from chroma_jax.config import Config, module_of, on_pod, read_python
+from chroma_jax.config import Config, module_of, on_pod, read_config
 from chroma_jax.parallel.sharding import MeshConfig, make_mesh
 from chroma_jax.planning import hlo, kernels, report, schedules
 from chroma_jax.planning.plan import DoesNotFit, compute, plan_step, plan_training, too_large, traffic, where, without_tpu
@@ -552,25 +552,25 @@ ENOUGH = 0.05  # of the memory, for the runtime and for what fragments
 @pytest.mark.parametrize(("config", "topology", "slices"), POD_CONFIGS)
 def test_every_shipped_configuration_fits_the_pods_it_names(config, topology, slices):
     without_tpu()
-    plan, _ = plan_step(read_python(config), parse_topology(topology, slices), effort="quick")
+    plan, _ = plan_step(read_config(config), parse_topology(topology, slices), effort="quick")
     assert plan.memory.free >= ENOUGH and plan.unknown_loops == 0, report.page(plan)
 
 
 def test_every_pod_has_a_mesh_of_its_devices():
     for config, name, slices in POD_CONFIGS:
-        topology, found = parse_topology(name, slices), read_python(config)
+        topology, found = parse_topology(name, slices), read_config(config)
         assert found.mesh.num_devices == topology.num_chips * topology.chip.devices, config
         assert found.training.global_batch_size % found.mesh.num_row_shards == 0, config
         assert on_pod(config.partition("@")[0], name, slices) == config
     assert on_pod("nano", "v5e:4x4") == "nano" and on_pod("chroma_4b_full@v5p:4x4x4", "v5e:4x4") == "chroma_4b_full@v5p:4x4x4"
     with pytest.raises(InputError, match="no mesh for 'v5e:4x5' .near: v5e:4x4"):
-        read_python("chroma_4b_full@v5e:4x5")
+        read_config("chroma_4b_full@v5e:4x5")
 
 
 @needs_compiler
 def test_the_small_configuration_fits_on_one_chip():
     without_tpu()
-    plan, _ = plan_training(read_python("nano"), parse_topology("v5e:1x1"), effort="quick")
+    plan, _ = plan_training(read_config("nano"), parse_topology("v5e:1x1"), effort="quick")
     assert plan.memory.free >= ENOUGH
 
 
@@ -595,7 +595,7 @@ def test_the_streaming_ticks_are_planned_for_devices_that_share_a_model(tmp_path
         assert main([*plan, "--topology", topology, "--out", str(tmp_path / topology)]) == 0
     assert "each of 4 chips that share the model" in capsys.readouterr().out
     alone, shared = (json.loads((tmp_path / topology).read_text())[0] for topology in ("v5e:1x1", "v5e:2x2"))
-    c = read_python("nano").model
+    c = read_config("nano").model
     text, audio = c.reasoner.text, c.reasoner.audio
     mlps = 3 * sum(
         stack.num_hidden_layers * stack.hidden_size * stack.intermediate_size for stack in (text, c.backbone, c.decoder)

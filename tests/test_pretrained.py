@@ -25,7 +25,7 @@ SPEAKING = pretrained.found("nano")
 
 @pytest.fixture(scope="module")
 def codec():
-    return trained_codec(FOLDER, configs.read_python("nano").model)
+    return trained_codec(FOLDER, configs.read_config("nano").model)
 
 
 def test_a_name_means_the_shipped_weights_unless_there_is_such_a_folder(tmp_path, monkeypatch):
@@ -37,7 +37,7 @@ def test_a_name_means_the_shipped_weights_unless_there_is_such_a_folder(tmp_path
 
 
 def test_they_are_of_the_configuration_small_and_finite(codec):
-    assert codec.config == configs.read_python("codec_nano").model == configs.read_python("nano").model.codec
+    assert codec.config == configs.read_config("codec_nano").model == configs.read_config("nano").model.codec
     assert sum(path.stat().st_size for path in FOLDER.parent.rglob("*") if path.is_file()) < 60e6
     assert all(np.isfinite(np.asarray(x)).all() for x in jax.tree.leaves(nnx.state(codec)))
 
@@ -65,14 +65,14 @@ def test_the_codec_keeps_loudness_over_time(codec):
 
 def test_a_codec_of_other_sizes_is_refused():
     wider = dataclasses.replace(
-        configs.read_python("nano").model, codec=configs.read_python("mini").model.codec, audio_vocab_size=1027
+        configs.read_config("nano").model, codec=configs.read_config("mini").model.codec, audio_vocab_size=1027
     )
     with pytest.raises(InputError, match="shape"):
         trained_codec(FOLDER, wider)
 
 
 def test_commands_take_the_name(tmp_path, capsys):
-    assert run_configuration([str(FOLDER)], "any").model == configs.read_python("codec_nano").model
+    assert run_configuration([str(FOLDER)], "any").model == configs.read_config("codec_nano").model
     assert (
         main(["generate", "codec_nano", "--question", "q", "--reference", "r", "--transcript", "t", "--out", str(tmp_path)]) == 2
     )
@@ -80,15 +80,15 @@ def test_commands_take_the_name(tmp_path, capsys):
 
 
 def test_the_speaking_model_is_of_its_configuration():
-    theirs, ours = (configs.fields(c.model) for c in (run_configuration([str(SPEAKING)]), configs.read_python("nano")))
+    theirs, ours = (configs.fields(c.model) for c in (run_configuration([str(SPEAKING)]), configs.read_config("nano")))
     assert {n: theirs[n] for n in ours if configs.concerns_weights(n)} == {
         n: v for n, v in ours.items() if configs.concerns_weights(n)
     }
-    assert run_configuration([str(SPEAKING)]).reply == configs.read_python("nano").reply
+    assert run_configuration([str(SPEAKING)]).reply == configs.read_config("nano").reply
 
 
 def test_its_codec_makes_codes_for_training():
-    config = configs.read_python("nano").model
+    config = configs.read_config("nano").model
     codes = np.asarray(trained_codec(SPEAKING, config).encode(np.zeros((1, 24_000), np.float32) + 0.1))
     assert codes.shape == (1, 13, 8) and codes.max() < 256
 

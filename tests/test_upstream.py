@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from chroma_jax import config as configs
 from chroma_jax.config import Config
-from chroma_jax.convert.export import export
+from chroma_jax.convert.export import export_checkpoint
 from chroma_jax.convert.importer import import_sources, plan_import
 from chroma_jax.convert.sources import read_codec
 from chroma_jax.models.audio_encoder import cut_blocks, num_outputs
@@ -86,7 +86,7 @@ def exported(weights, tmp_path_factory) -> Path:
     with Checkpoints(run, CONFIG.checkpoint) as checkpoints:
         checkpoints.save_weights({path: x for path, x in weights.items() if not path.startswith("codec/")})
     write_safetensors(run / "codec.safetensors", list(outputs(weights, codec_rows(MODEL))))
-    export(run, run.parent / "exported")
+    export_checkpoint(run, run.parent / "exported")
     return run.parent / "exported"
 
 

@@ -31,11 +31,23 @@ def faster(wave: np.ndarray, speed: float, sample_rate: int) -> np.ndarray:
 
 
 def load(path: Path | str, sample_rate: int, *, max_seconds: float | None = None) -> np.ndarray:
-    """Reads any format that libsndfile knows, as mono at ``sample_rate``.
+    """Reads a recording in any format that libsndfile knows, as mono.
 
-    Returns float32 [S] in [−1, 1]; several channels are averaged. Resampling is soxr's high quality, the one that the
-    reference uses for the user's speech. Raises InputError, naming the file, for one that is missing, not readable,
-    empty, longer than ``max_seconds`` or holds values that are not finite.
+    Args:
+        path: The recording; several channels are averaged.
+        sample_rate: Sampling rate of the result in Hz. Resampling is soxr's high quality, as for the reference's user speech.
+        max_seconds: Maximum length in seconds.
+
+    Returns:
+        float32 [S] in −1 … 1.
+
+    Raises:
+        InputError: The file is missing, not readable, empty, too long, or holds values that are not finite.
+
+    Example:
+        >>> wave = chroma_jax.load_audio("question.wav", 16_000)
+        >>> wave.dtype, wave.ndim
+        (dtype('float32'), 1)
     """
     path = Path(path)
     if not path.is_file():

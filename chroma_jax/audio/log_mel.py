@@ -119,10 +119,20 @@ def log_mel(
     edge: Literal["max_length", "reflect"] = "max_length",
     frames: int | None = None,
 ) -> np.ndarray:
-    """Features of one recording: `log_mel_padded`, as Qwen2.5-Omni hears it, or `log_mel_unpadded` for edge "reflect".
+    """Computes Whisper's log-mel features of one recording (arXiv 2212.04356).
 
-    wave: float [S], S ≥ 1. frames: how many, when some of the padding is wanted too. Returns float32 [A, bins], with
-    A = ceil(S / hop), or S // hop for "reflect".
+    Args:
+        wave: float [S], S ≥ 1, at ``config.sample_rate``.
+        config: The front end.
+        edge: "max_length" as Qwen2.5-Omni hears it, padded with zeros; "reflect" for reflected edges.
+        frames: Number of frames, where some of the padding is wanted too.
+
+    Returns:
+        float32 [A, bins], A = ⌈S / hop⌉, or ⌊S / hop⌋ for "reflect".
+
+    Example:
+        >>> chroma_jax.log_mel(np.zeros(16_000, np.float32)).shape
+        (100, 128)
     """
     if edge == "reflect":
         return log_mel_unpadded(wave, config)

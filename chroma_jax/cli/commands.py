@@ -319,9 +319,10 @@ def bench_soak(args: BenchSoak, config) -> int:
 
 
 def generate(args: Generate, config) -> int:
-    from chroma_jax.runs.generate import reply
+    from chroma_jax.runs.generate import generate
 
-    report = reply(args.run, config, args.question, args.reference, transcript(args.transcript), args.out)
+    recordings = {"question": args.question, "reference": args.reference, "transcript": transcript(args.transcript)}
+    report = generate(args.run, **recordings, out=args.out, config=config)
     print(json.dumps(report, indent=1, ensure_ascii=False))
     return 0
 
@@ -391,7 +392,7 @@ def import_(args: Import, config) -> int:
 def export(args: Export) -> int:
     from chroma_jax.config import CodecRun, load
     from chroma_jax.convert.codec import export_codec
-    from chroma_jax.convert.export import export
+    from chroma_jax.convert.export import export_checkpoint
 
     if (args.run / "config.txt").is_file() and isinstance(load(args.run), CodecRun):
         if args.format != "huggingface" or args.dtype != "stored":
@@ -402,7 +403,7 @@ def export(args: Export) -> int:
         return export_artifact(args)
     if args.shard_gb <= 0:
         raise InputError(f"--shard_gb is {args.shard_gb:g}, must be more than 0")
-    print(export(args.run, args.dest, args.dtype, int(args.shard_gb * 2**30)))
+    print(export_checkpoint(args.run, args.dest, args.dtype, int(args.shard_gb * 2**30)))
     return 0
 
 

@@ -100,11 +100,11 @@ def dispatch(command: str, argv: list[str]) -> int:
         if command == "plan":
             slices = flag(argv, "--slices") or "1"
             named = configs.on_pod(named, flag(argv, "--topology") or "", int(slices) if slices.isdigit() else 1)
-        base, argv, program = configs.read_python(named), argv[1:], f"{program} {argv[0]}"
+        base, argv, program = configs.read_config(named), argv[1:], f"{program} {argv[0]}"
     elif source == "file or run":
-        base = run_configuration(argv, "any") if Path(argv[0]).is_dir() else configs.read_python(argv[0])
+        base = run_configuration(argv, "any") if Path(argv[0]).is_dir() else configs.read_config(argv[0])
     elif source == "onto":
-        base = configs.read_python(flag(argv, "--onto") or "chroma_4b")
+        base = configs.read_config(flag(argv, "--onto") or "chroma_4b")
     else:
         argv = [str(pretrained.found(argv[0])), *argv[1:]] if argv else argv
         base = run_configuration(argv, "speaking" if source == "speaking run" else "any")

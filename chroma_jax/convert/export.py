@@ -27,14 +27,25 @@ from chroma_jax.utils.tree_paths import values
 DType = Literal["stored", "float32", "bfloat16"]
 
 
-def export(run: Path, dest: Path, dtype: DType = "stored", shard_bytes: int = 4 * 2**30) -> str:
-    """Writes ``dest``: config.json, safetensors shards with the released names and their index, tokenizer.json,
-    preprocessor_config.json, generation_config.json.
+def export_checkpoint(run: Path | str, dest: Path | str, dtype: DType = "stored", shard_bytes: int = 4 * 2**30) -> str:
+    """Exports a run's newest checkpoint to the Hugging Face layout.
 
-    run: a training run or an imported folder; unused tensors that an import kept are exported again. dtype: of the speaking
-    model; "stored" keeps every bit. The Codec stays in float32, as in the released checkpoint. shard_bytes: largest file, unless
-    one tensor is larger. Returns a line that says what was written. Raises: InputError when ``dest`` exists or the run lacks
-    something; nothing is written then.
+    Args:
+        run: Run folder or import of a speaking model.
+        dest: Folder to write.
+        dtype: Dtype of the weights; "stored" keeps every bit.
+        shard_bytes: Maximum size of a safetensors file.
+
+    Returns:
+        One line about what was written.
+
+    Raises:
+        InputError: ``dest`` exists, or the run lacks something; nothing is written.
+
+    Example:
+        >>> line = chroma_jax.export_checkpoint("runs/tiny", "again")
+        >>> sorted(p.name for p in Path("again").glob("*.json"))[:2]
+        ['config.json', 'generation_config.json']
     """
     run, dest = Path(run), Path(dest)
     config = configs.load(run)

@@ -22,6 +22,7 @@ from jax.sharding import SingleDeviceSharding
 from tqdm import tqdm
 
 from chroma_jax import config as configs
+from chroma_jax import pretrained
 from chroma_jax.config import Config
 from chroma_jax.convert.sources import PARTS, Coverage, check_coverage, map_names, read_config, recognise
 from chroma_jax.models.chroma import Chroma
@@ -65,6 +66,34 @@ class Plan:
         if self.missing:
             lines.append(f"no source gives: {', '.join(self.missing)}; training draws them at random")
         return lines
+
+
+def import_checkpoint(
+    sources: Sequence[Path | str], dest: Path | str, config: Config | None = None, *, keep_unused: bool = False
+) -> Plan:
+    """Imports checkpoints into a folder that training starts from and that replies.
+
+    Args:
+        sources: Safetensors files or folders: a Chroma, or Qwen2.5-Omni, CSM-1B and Mimi in any combination. Of a part that
+            several have, the first source's is taken.
+        dest: Folder to write.
+        config: Configuration whose sizes the weights must have; None takes those of a source that is a whole Chroma.
+        keep_unused: Whether tensors that a speaking model does not need, such as vision, are kept for a later export.
+
+    Returns:
+        What was imported; ``lines()`` of it accounts for every tensor.
+
+    Raises:
+        InputError: Names everything in any source that does not fit; nothing is written.
+
+    Example:
+        >>> plan = chroma_jax.import_checkpoint(["exported"], "imported")
+        >>> plan.missing
+        []
+    """
+    plan = plan_import([pretrained.found(Path(source)) for source in sources], config, Config)
+    import_sources(plan, Path(dest), "keep" if keep_unused else "leave")
+    return plan
 
 
 def plan_import(sources: Sequence[Path], config: Config | None, default: Callable[[], Config]) -> Plan:

@@ -31,6 +31,10 @@ class ChromaConfig:
         audio_vocab_size: Entries per codebook, special ones included.
         codebook_pad_token_id: Code of a finished row in the reference implementation's output.
         codebook_eos_token_id: A frame of this code ends a reply.
+
+    Example:
+        >>> chroma_jax.ChromaConfig().codec.frame_rate
+        12.5
     """
 
     reasoner: ReasonerConfig = ReasonerConfig()
@@ -89,8 +93,16 @@ class ChromaConfig:
 
 
 class Chroma(nnx.Module):
-    """Reasoner, Backbone, Decoder and the audio embedding that the last two share. The Codec stands apart: it turns
-    recordings into codes before training and codes into samples after the model has spoken."""
+    """Reasoner, Backbone and Decoder, and the audio embedding that the last two share.
+
+    The Codec is apart: it encodes recordings before training, and decodes the codes that the model predicts.
+
+    Example:
+        >>> config = chroma_jax.read_config("nano").model
+        >>> shapes = nnx.eval_shape(lambda: chroma_jax.Chroma(nnx.Rngs(0), config))
+        >>> shapes.config.num_codebooks
+        8
+    """
 
     def __init__(self, rngs: nnx.Rngs, config: ChromaConfig):
         c = config

@@ -32,6 +32,10 @@ class MeshConfig:
         fsdp: Shards of the weights, each with its own packed sequences.
         tensor: Shards of attention heads, MLP columns and vocabulary.
         context: Shards of the positions of Reasoner and Backbone.
+
+    Example:
+        >>> chroma_jax.MeshConfig(fsdp=4, tensor=2).num_devices
+        8
     """
 
     data: int = 1

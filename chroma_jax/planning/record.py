@@ -14,7 +14,7 @@ import tyro
 from tqdm import tqdm
 from tyro.conf import Positional
 
-from chroma_jax.config import module_of, read_python, shipped
+from chroma_jax.config import module_of, read_config, shipped
 from chroma_jax.planning.plan import DoesNotFit, plan_step, without_tpu
 from chroma_jax.utils.atomic_io import write_whole
 from chroma_jax.utils.chips import Topology, parse_topology
@@ -44,7 +44,7 @@ def record(path: Path, names: list[str], effort: str) -> None:
     without_tpu()
     for name, topology in tqdm(pods.items(), desc="plans", unit="plan"):
         try:
-            found = plan_step(read_python(name), topology, effort=effort)[0].json()
+            found = plan_step(read_config(name), topology, effort=effort)[0].json()
         except DoesNotFit as e:
             found = {"does_not_fit": {"needed": e.needed, "capacity": e.capacity}}
         entry = {"config": name, "effort": effort, "date": datetime.date.today().isoformat(), "plan": found}

@@ -12,6 +12,7 @@ import soundfile
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
+from chroma_jax import pretrained
 from chroma_jax.audio import load as audio
 from chroma_jax.audio.log_mel import FeatureConfig
 from chroma_jax.config import Config, GenerationConfig
@@ -21,7 +22,7 @@ from chroma_jax.inference.prompt import make_prompt, stack
 from chroma_jax.inference.running_maximum import deviation
 from chroma_jax.models.chroma import Chroma
 from chroma_jax.runs.generation_plot import Picture, Recording, draw
-from chroma_jax.runs.load import load_run
+from chroma_jax.runs.load import load_run, run_config
 from chroma_jax.sequence.interleave import NONE_TOKEN
 from chroma_jax.training.metrics import read_lines
 from chroma_jax.utils.atomic_io import replaced_files
@@ -49,12 +50,34 @@ class Spoken:
     arrivals: np.ndarray
 
 
-def reply(run: Path, config: Config, question: Path, reference: Path, transcript: str, out: Path) -> dict:
-    """Writes reply.wav, reply.txt, reply.png and summary.json into ``out``, all or none. Returns the summary.
+def generate(
+    run: Path | str, *, question: Path, reference: Path, transcript: str, out: Path, config: Config | None = None
+) -> dict:
+    """Replies to one recording. Writes reply.wav, reply.txt, reply.png and summary.json into a folder, all or none.
 
-    run: a training run or an exported model. transcript: what is said in ``reference``. Raises: InputError for input that is
-    missing or does not fit.
+    Args:
+        run: A run folder, an import, an exported folder, or the name of shipped weights such as "nano".
+        question: Recording of the user.
+        reference: A few seconds of the voice to speak in.
+        transcript: Transcript of the reference.
+        out: Folder to write.
+        config: Configuration of the run with changes to ``generation``; None takes the run's own.
+
+    Returns:
+        The contents of summary.json: text, timings, losses.
+
+    Raises:
+        InputError: Input is missing or does not fit.
+
+    Example:
+        >>> summary = chroma_jax.generate(
+        ...     "runs/tiny", question="question.wav", reference="voice.wav", transcript="Hello.", out="reply"
+        ... )
+        >>> summary["device"], (Path("reply") / "reply.wav").is_file()
+        ('cpu', True)
     """
+    run = pretrained.found(Path(run))
+    config = run_config(run) if config is None else config
     if Path(out).exists() and not Path(out).is_dir():
         raise InputError(f"{out}: exists and is not a folder")
     model, codec, tokenizer = load_run(run, config)

@@ -12,7 +12,9 @@ import jax.numpy as jnp
 from flax import nnx
 from tokenizers import Tokenizer
 
-from chroma_jax.config import CodecRun, Config
+from chroma_jax import config as configs
+from chroma_jax import pretrained
+from chroma_jax.config import CodecRun, Config, GenerationConfig
 from chroma_jax.convert.sources import check_complete, read_codec
 from chroma_jax.inference.placement import Place, abstract_model, codec_on, place_for, with_place
 from chroma_jax.models.chroma import Chroma, ChromaConfig
@@ -26,6 +28,39 @@ from chroma_jax.training.lora import restore_merged
 from chroma_jax.utils.errors import InputError
 from chroma_jax.utils.tree_paths import filled, values
 from data_pipelines.tokenizer import load_tokenizer
+
+
+def load(run: Path | str, generation: GenerationConfig | None = None) -> tuple[Chroma, Codec, Tokenizer]:
+    """Loads a model that is ready to speak.
+
+    Args:
+        run: A run folder, an import, an exported folder, or the name of shipped weights such as "nano".
+        generation: Dtype, int8 weights and number of devices; None takes the run's own.
+
+    Returns:
+        (model, Codec, tokenizer).
+
+    Raises:
+        InputError: Names what is missing or does not fit.
+
+    Example:
+        >>> model, codec, tokenizer = chroma_jax.load("nano")
+        >>> model.config.num_codebooks, codec.config.frame_rate
+        (8, 12.5)
+    """
+    run = pretrained.found(Path(run))
+    config = run_config(run)
+    return load_run(run, config if generation is None else dataclasses.replace(config, generation=generation))
+
+
+def run_config(run: Path) -> Config:
+    """The configuration of a speaking model's run folder, import or exported folder. Raises InputError for anything else."""
+    if not run.is_dir():
+        raise InputError(f"{run}: no such folder; expected a run, an export, or the name of shipped weights")
+    config = exported_run(run) if (run / "config.json").is_file() else configs.load(run)
+    if not isinstance(config, Config):
+        raise InputError(f"{run}: is a Codec's, expected one of a speaking model")
+    return config
 
 
 def load_run(run: Path, config: Config) -> tuple[Chroma, Codec, Tokenizer]:

@@ -37,37 +37,52 @@ from data_pipelines.records import batches, evaluation_batches
 def train(
     config: Config,
     run: Path,
-    prepared: Path,
+    dataset_dir: Path,
     init_from: Path | None = None,
     progress: Progress | None = None,
-    program: Path | None = None,
+    aot_executable: Path | None = None,
 ) -> TrainState:
-    """Trains from the run folder's newest checkpoint (or from ``init_from``, or from scratch) to ``config.training.steps``.
+    """Trains a speaking model, from the run folder's newest checkpoint, else from ``init_from``, else from random weights.
 
-    run: created when absent. prepared: a folder that ``chroma-jax prepare`` wrote. init_from: another run folder or an imported
-    one, whose weights a new run begins with. progress: of the process, see `chroma_jax.parallel.multihost.joined`. program: file
-    with the compiled step, see `chroma_jax.training.runtime.aot_executable`.
-    Returns the last state. Raises: TrainingStopped when it stops before; InputError for a run folder, data or weights of
-    another model, a mesh or batch that does not fit.
+    Args:
+        config: Configuration of the run.
+        run: Run folder; created when absent.
+        dataset_dir: A folder that ``chroma-jax prepare`` wrote.
+        init_from: Run folder or import that a new run is initialized from.
+        progress: Of the process, see `chroma_jax.parallel.multihost.joined`.
+        aot_executable: File with the compiled step, see `chroma_jax.training.runtime.aot_executable`.
+
+    Returns:
+        The last state.
+
+    Raises:
+        TrainingStopped: The training ends before ``config.training.steps``.
+        InputError: Run folder, data or weights belong to another model, or the mesh or batch does not fit.
+
+    Example:
+        >>> config = chroma_jax.read_config("tiny.py")
+        >>> state = chroma_jax.train(config, Path("runs/new"), Path("data"))
+        >>> int(state.step) == config.training.steps
+        True
     """
-    dataset = open_dataset(prepared, config.model)
+    dataset = open_dataset(dataset_dir, config.model)
     if dataset.shape != config.data.row:
         row = config.data.row
-        raise InputError(f"{prepared}: rows are {dataset.shape}, the configuration says {row}; prepare the data again")
+        raise InputError(f"{dataset_dir}: rows are {dataset.shape}, the configuration says {row}; prepare the data again")
     check_batch(config)
     check_stored(config)
     mesh = make_mesh(config.mesh)
     check_run(config, run)
     with jax.set_mesh(mesh):
         trainer = trainer_of(config, mesh)
-        if program is not None:
-            trainer = with_executable(trainer, compiled_from(config), abstract_batch(config, trainer), program)
+        if aot_executable is not None:
+            trainer = with_executable(trainer, compiled_from(config), abstract_batch(config, trainer), aot_executable)
         given = init_from if init_from is not None and not has_checkpoint(run) else None
         if given is not None:
-            check_tokenizer(prepared, given)
+            check_tokenizer(dataset_dir, given)
         weights = {} if given is None else initial_weights(config, trainer, given)
-        keep(config, run, kept(prepared, given))
-        task = SpeakingTask(config, prepared, trainer)
+        keep(config, run, kept(dataset_dir, given))
+        task = SpeakingTask(config, dataset_dir, trainer)
         return train_on(task, config, run, trainer.abstract, lambda: trainer.init(weights), progress)
 
 

@@ -49,6 +49,10 @@ class EngineConfig:
         lead_seconds: Maximum playback buffer in seconds; None for no limit.
         dtype: Compute dtype.
         cache: KV-cache dtype: "int8", or "none" for dtype.
+
+    Example:
+        >>> chroma_jax.EngineConfig(slots=4).lead_seconds is None
+        True
     """
 
     slots: int = 8
@@ -72,11 +76,28 @@ class EngineConfig:
 
 
 class Engine:
-    """Conversations with a model. To be closed, or used in a ``with`` block.
+    """Live conversations with a model, batched on one device or a mesh. To be closed, or used in a ``with`` block.
 
-    encode, decode: text → token ids and back. Its thread starts with ``start``, or on entering a ``with`` block, after
-    ``warm_up``; without it, ``advance`` does one round at a time. Methods may be called by any thread.
-    Raises: InputError for sizes that do not fit together.
+    The thread of the engine starts with ``start``, or on entering a ``with`` block, after ``warm_up``. Without it, ``advance``
+    runs one iteration at a time. Methods may be called by any thread.
+
+    Args:
+        model: The speaking model.
+        codec: Its Codec.
+        encode: Text → token ids.
+        decode: Token ids → text.
+        config: Capacities.
+
+    Raises:
+        InputError: Sizes do not fit together.
+
+    Example:
+        >>> model, codec, tokenizer = chroma_jax.load("runs/tiny")
+        >>> config = chroma_jax.EngineConfig(slots=1, text_positions=128, voice_positions=32, max_seconds=0.8)
+        >>> encode = lambda text: tokenizer.encode(text).ids
+        >>> engine = chroma_jax.Engine(model, codec, encode, tokenizer.decode, config)
+        >>> engine.config.slots
+        1
     """
 
     def __init__(self, model: Chroma, codec: Codec, encode: Encode, decode: Decode, config: EngineConfig = EngineConfig()):

@@ -15,7 +15,18 @@ from chroma_jax.utils.errors import InputError
 
 
 class SamplingParams(NamedTuple):
-    """How codes are chosen: temperature 0 is greedy; top_k 0 and top_p 1 keep every code."""
+    """How codes are sampled.
+
+    Attributes:
+        temperature: 0 is greedy.
+        top_k: Number of most probable codes; 0 for all.
+        top_p: Probability mass of the codes; 1 for all.
+        seed: Seed of the random choices.
+
+    Example:
+        >>> chroma_jax.SamplingParams(temperature=0.7).top_k
+        50
+    """
 
     temperature: float = 0.0
     top_k: int = 50
@@ -24,7 +35,16 @@ class SamplingParams(NamedTuple):
 
 
 class AudioChunk(NamedTuple):
-    """A frame of a reply: samples float32 [S] at the Codec's rate, and the text that begins to be said with it."""
+    """A frame of a reply.
+
+    Attributes:
+        samples: float32 [S] at the Codec's rate.
+        text: The text that begins to be spoken with it.
+
+    Example:
+        >>> chroma_jax.AudioChunk(np.zeros(1920, np.float32), "Hello").text
+        'Hello'
+    """
 
     samples: np.ndarray
     text: str
@@ -130,12 +150,21 @@ class Host(Protocol):
 class Session:
     """A conversation in a slot of an `Engine`, which makes it. To be closed, or used in a ``with`` block.
 
-    ``feed`` takes the user's speech while it is spoken, ``end_turn`` asks for the reply; iterating over the session, with ``for``
-    or ``async for``, gives it chunk by chunk. Then comes the user's next turn. What is fed during a reply is heard when that is
-    over: to interrupt, ``cancel`` first. Nothing here waits for the device but iterating.
+    ``feed`` takes the user's speech while it is spoken, ``end_turn`` requests the reply, and iterating over the session, with
+    ``for`` or ``async for``, yields it chunk by chunk. Then comes the user's next turn. Speech that is fed during a reply is
+    encoded after it; to interrupt, ``cancel`` first. Only iterating waits for the device.
 
-    For the engine's thread: conversation, what the slot has read; work, what is to be done, in order; phase, "listening", "asked"
-    (for a reply, before all is heard), "ready" or "speaking"; current, the reply that this is about.
+    For the engine's thread: conversation, what the slot has read; work, what is to be done, in order; phase, "listening",
+    "asked" (for a reply, before all is encoded), "ready" or "speaking"; current, the reply that this is about.
+
+    Example:
+        >>> engine.add_voice("anna", chroma_jax.load_audio("voice.wav", 24_000), "Hello.")
+        >>> with engine, engine.open("anna") as session:
+        ...     session.feed(chroma_jax.load_audio("question.wav", 16_000))
+        ...     session.end_turn()
+        ...     wave = np.concatenate([chunk.samples for chunk in session])
+        >>> wave.dtype
+        dtype('float32')
     """
 
     def __init__(self, engine: Host, slot: int, conversation: Conversation, sampling: SamplingParams, max_frames: int):

@@ -19,11 +19,25 @@ EXIT_CODES = {
 
 
 class InputError(Exception):
-    """Bad input: names the file, field or flag, and what was expected."""
+    """Bad input: one line that names the file, field or flag, what was expected, and what to do.
+
+    Example:
+        >>> chroma_jax.load("no-such-run")
+        Traceback (most recent call last):
+        chroma_jax.utils.errors.InputError: no-such-run: no such folder; expected a run, an export, or the name of shipped weights
+    """
 
 
 class TrainingStopped(Exception):
-    """A training that ended before its last step, in good order. code: one of `EXIT_CODES`."""
+    """A training that ended before its last step, in good order.
+
+    Attributes:
+        code: Exit code of the command, see `EXIT_CODES`.
+
+    Example:
+        >>> chroma_jax.TrainingStopped(75, "stopped at step 3").code
+        75
+    """
 
     def __init__(self, code: int, message: str):
         super().__init__(message)

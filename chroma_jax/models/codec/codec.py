@@ -53,6 +53,10 @@ class CodecConfig:
         upsample_groups: Groups of the transposed convolution before the decoder.
         sliding_window: Number of positions that a position attends to, itself included; None is full causal attention, as in
             transformers ≤ 5.0.
+
+    Example:
+        >>> chroma_jax.CodecConfig().samples_per_frame
+        1920
     """
 
     sampling_rate: int = 24_000
@@ -162,10 +166,16 @@ def visible(queries: jax.Array, keys: jax.Array, window: int | None) -> jax.Arra
 
 
 class Codec(nnx.Module):
-    """Waveform ↔ codes. Audio is [B, S] in −1 … 1 at ``config.sampling_rate``; codes are int32 [B, F, Q].
+    """Mimi: waveform ↔ codes. Methods are pure and meant for `jax.jit`.
 
-    The audio's type (encoding) or ``dtype`` (decoding) is the type computed in; codebooks are searched in float32.
-    Methods are pure and meant for `jax.jit`.
+    Audio is [B, S] in −1 … 1 at ``config.sampling_rate``; codes are int32 [B, F, Q]. The audio's dtype (encoding) or ``dtype``
+    (decoding) is the compute dtype; codebooks are searched in float32.
+
+    Example:
+        >>> _, codec, _ = chroma_jax.load("nano")
+        >>> codes = codec.encode(jnp.zeros((1, 2 * codec.config.samples_per_frame)))
+        >>> codes.shape
+        (1, 2, 8)
     """
 
     def __init__(self, rngs: nnx.Rngs, config: CodecConfig):

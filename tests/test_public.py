@@ -1,0 +1,78 @@
+"""The public surface: importing the package is instant, every name is documented, and its example runs."""
+
+import doctest
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import soundfile
+from flax import nnx
+
+import chroma_jax
+from chroma_jax import config as configs
+
+HEAVY = ("jax", "numpy", "flax", "orbax", "grain", "librosa")
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    code = f"import sys, chroma_jax; sys.exit(bool(set(sys.modules) & set({HEAVY!r})))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_names_are_few_and_none_is_a_subpackage():
+    folder = Path(chroma_jax.__file__).parent
+    inside = {p.stem for p in folder.iterdir()}
+    assert len(chroma_jax.__all__) == len(set(chroma_jax.__all__)) <= 25
+    assert not inside & set(chroma_jax.__all__) and set(chroma_jax.__all__) <= set(dir(chroma_jax))
+    assert (folder / "py.typed").is_file()
+    with pytest.raises(AttributeError, match="no attribute 'Enginee'"):
+        _ = chroma_jax.Enginee
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory, tiny_prepared, tiny_run):
+    """A folder with what the examples name: a corpus and its dataset, a run and its export, two recordings."""
+    config, prepared = tiny_prepared
+    base = tmp_path_factory.mktemp("workspace")
+    (base / "runs").mkdir()
+    shutil.copytree(prepared, base / "data")
+    shutil.copytree(tiny_run, base / "runs" / "tiny")
+    here = Path(__file__).parent
+    code = f"import sys\nsys.path.insert(0, {str(here)!r})\nfrom tiny import config as tiny\n"
+    (base / "tiny.py").write_text(code + f"def config():\n    return tiny({config.data.corpus!r})\n")
+    noise = np.random.default_rng(0).normal(0, 0.1, 24_000)
+    soundfile.write(base / "question.wav", noise[:8_000], 16_000)
+    soundfile.write(base / "voice.wav", noise[:12_000], 24_000)
+    chroma_jax.export_checkpoint(tiny_run, base / "exported")
+    return base
+
+
+@pytest.fixture(scope="module")
+def engine(workspace):
+    model, codec, tokenizer = chroma_jax.load(workspace / "runs" / "tiny")
+    config = chroma_jax.EngineConfig(slots=1, text_positions=128, voice_positions=32, max_seconds=0.8)
+    return chroma_jax.Engine(model, codec, lambda text: tokenizer.encode(text).ids, tokenizer.decode, config)
+
+
+@pytest.mark.parametrize("name", chroma_jax.__all__)
+def test_the_example_runs(name, workspace, request, monkeypatch):
+    monkeypatch.chdir(workspace)
+    names = {"chroma_jax": chroma_jax, "np": np, "jnp": jnp, "nnx": nnx, "Path": Path}
+    if name == "Session":
+        names["engine"] = request.getfixturevalue("engine")
+    value = getattr(chroma_jax, name)
+    tests = doctest.DocTestFinder(recurse=False).find(value, name, globs=names)
+    assert sum(len(test.examples) for test in tests) > 0, f"{name} has no example"
+    runner = doctest.DocTestRunner(optionflags=doctest.IGNORE_EXCEPTION_DETAIL)
+    for test in tests:
+        runner.run(test)
+    assert runner.failures == 0
+
+
+def test_configurations_of_the_workspace_are_read(workspace):
+    assert os.access(workspace / "tiny.py", os.R_OK) and configs.read_config(str(workspace / "tiny.py")).training.steps == 4
