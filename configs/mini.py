@@ -11,7 +11,7 @@ from chroma_jax.models.chroma import ChromaConfig
 from chroma_jax.models.codec import CodecConfig, QuantizerConfig, SeanetConfig
 from chroma_jax.models.reasoner import ReasonerConfig
 from chroma_jax.parallel.sharding import MeshConfig
-from chroma_jax.sequence.batch import RowShape
+from chroma_jax.sequence.batch import PackedShape
 from chroma_jax.training.checkpoint import CheckpointConfig
 from chroma_jax.training.loss import LossConfig
 from chroma_jax.training.optimizer import OptimizerConfig
@@ -79,7 +79,7 @@ def model() -> ChromaConfig:
 def config() -> Config:
     return Config(
         model=model(),
-        data=DataConfig(row=RowShape(blocks=16, text=1024, answers=192, positions=1536, frames=640), prompts_per_dialogue=4),
+        data=DataConfig(row=PackedShape(blocks=16, text=1024, answers=192, positions=1536, frames=640), prompts_per_dialogue=4),
         mesh=MeshConfig(),
         training=TrainingConfig(steps=20_000, global_batch_size=16, eval_interval_steps=500),
         loss=LossConfig(text_weight=1.0, decoder_chunk_size=320),

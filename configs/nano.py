@@ -12,7 +12,7 @@ from chroma_jax.models.audio_encoder import AudioEncoderConfig
 from chroma_jax.models.chroma import ChromaConfig
 from chroma_jax.models.reasoner import ReasonerConfig
 from chroma_jax.parallel.sharding import MeshConfig
-from chroma_jax.sequence.batch import RowShape
+from chroma_jax.sequence.batch import PackedShape
 from chroma_jax.sequence.chat_template import SpecialTokens
 from chroma_jax.training.checkpoint import CheckpointConfig
 from chroma_jax.training.loss import LossConfig
@@ -66,7 +66,7 @@ def config() -> Config:
     return Config(
         model=model(),
         data=DataConfig(
-            row=RowShape(blocks=4, text=288, answers=48, positions=288, frames=96, ctc_targets=64),
+            row=PackedShape(blocks=4, text=288, answers=48, positions=288, frames=96, ctc_targets=64),
             prompts_per_dialogue=8,
             curriculum=CurriculumConfig(
                 dialogue=1.0,

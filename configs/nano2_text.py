@@ -12,7 +12,7 @@ from chroma_jax.layers.transformer import LlamaConfig
 from chroma_jax.models.audio_encoder import AudioEncoderConfig
 from chroma_jax.models.chroma import ChromaConfig
 from chroma_jax.models.reasoner import ReasonerConfig
-from chroma_jax.sequence.batch import RowShape
+from chroma_jax.sequence.batch import PackedShape
 from chroma_jax.training.checkpoint import CheckpointConfig
 from chroma_jax.training.loss import LossConfig
 from chroma_jax.training.optimizer import OptimizerConfig
@@ -57,7 +57,7 @@ def model() -> ChromaConfig:
 def data() -> DataConfig:
     """Every text of one voice read aloud without a prompt, and questions answered in text alone."""
     return DataConfig(
-        row=RowShape(blocks=1, text=576, answers=192, positions=384, frames=224, ctc_targets=0),
+        row=PackedShape(blocks=1, text=576, answers=192, positions=384, frames=224, ctc_targets=0),
         prompts_per_dialogue=1,
         curriculum=CurriculumConfig(dialogue=0.0, tts=1.0, text_qa=1.0, facts=6000, no_prompt=1.0, max_voices=1),
     )

@@ -81,7 +81,7 @@ class CurriculumConfig:
                 raise ValueError(f"{name} must be more than 0, got {getattr(self, name)}")
 
 
-class Spoken(NamedTuple):
+class SpokenText(NamedTuple):
     """A recording and what is said in it."""
 
     path: Path
@@ -116,14 +116,14 @@ class Example(NamedTuple):
         return self.prompt + (() if self.reply is None else (self.reply,))
 
 
-def drawn(
+def sample_examples(
     corpus: Corpus, split: str, config: CurriculumConfig, passes: int, seed: int, seconds: Mapping[Path, float]
 ) -> list[Example]:
     """The examples of a split, pass by pass, each pass in a random order of its own.
 
     seconds: length of every usable recording; what is not in it takes no part.
     """
-    drawing = Drawing(corpus, split, config, np.random.default_rng((seed, SPLITS.index(split))), seconds)
+    drawing = ExampleSampler(corpus, split, config, np.random.default_rng((seed, SPLITS.index(split))), seconds)
     found = []
     for _ in range(passes):
         examples = list(drawing.examples())
@@ -144,14 +144,14 @@ def held_out_examples(
         seed: Seed of the choice of prompts.
         seconds: Length of every usable recording; others take no part.
     """
-    dialogues = drawn(corpus, split, CurriculumConfig(), 1, seed, seconds)
+    dialogues = sample_examples(corpus, split, CurriculumConfig(), 1, seed, seconds)
     prompts = CurriculumConfig(prompts=config.prompts, prompt_seconds=config.prompt_seconds, no_prompt=config.no_prompt)
-    drawing = Drawing(corpus, split, prompts, np.random.default_rng((seed, SPLITS.index(split), 1)), seconds)
+    drawing = ExampleSampler(corpus, split, prompts, np.random.default_rng((seed, SPLITS.index(split), 1)), seconds)
     utterances = [u for u in corpus.utterances if u.split == split and u.audio in seconds]
-    return dialogues + [drawing.read_aloud(u.voice, Spoken(u.audio, u.text, seconds[u.audio])) for u in utterances]
+    return dialogues + [drawing.read_aloud(u.voice, SpokenText(u.audio, u.text, seconds[u.audio])) for u in utterances]
 
 
-class Drawing:
+class ExampleSampler:
     """Draws the examples of a pass. From pass to pass, a reply goes through the references of its voice."""
 
     def __init__(
@@ -168,12 +168,12 @@ class Drawing:
         self.speaking = set(sorted(voices)[: config.max_voices or None])
         references = {r.audio for r in corpus.references if r.voice in voices}
         said |= {r.audio: (r.voice, r.text) for r in corpus.references if r.voice in voices}
-        self.of_voice: dict[str, list[Spoken]] = collections.defaultdict(list)
-        self.references_of: dict[str, list[Spoken]] = collections.defaultdict(list)
+        self.of_voice: dict[str, list[SpokenText]] = collections.defaultdict(list)
+        self.references_of: dict[str, list[SpokenText]] = collections.defaultdict(list)
         self.place: dict[tuple[str, Path], int] = {}  # of a recording in `of_voice`
         for path, (voice, text) in said.items():
             if path in seconds:
-                spoken = Spoken(path, text, seconds[path])
+                spoken = SpokenText(path, text, seconds[path])
                 self.place[voice, path] = len(self.of_voice[voice])
                 self.of_voice[voice].append(spoken)
                 if path in references:
@@ -206,7 +206,7 @@ class Drawing:
         for path in proceeding:
             yield Example(f"continuation {path.stem}", reply=Clip(path, self.speed()), piece=self.piece(path))
 
-    def read_aloud(self, voice: str, spoken: Spoken) -> Example:
+    def read_aloud(self, voice: str, spoken: SpokenText) -> Example:
         """A recording as the reply to a request to read its text aloud."""
         speed = self.speed()
         prompt, transcript = self.prompt(voice, spoken.path, speed)

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 from chroma_jax.models.chroma import ChromaConfig
-from chroma_jax.sequence.batch import RowShape
+from chroma_jax.sequence.batch import PackedShape
 from chroma_jax.utils.errors import InputError, check_format, near
 
 VERSION = 2  # version 1 has other names of fields
@@ -59,8 +59,8 @@ class Dataset:
     manifest: dict
 
     @property
-    def shape(self) -> RowShape:
-        return RowShape(**self.manifest["config"]["data"]["row"])
+    def shape(self) -> PackedShape:
+        return PackedShape(**self.manifest["config"]["data"]["row"])
 
     @property
     def tokenizer(self) -> Path:
@@ -83,7 +83,7 @@ def read_manifest(folder: Path) -> dict:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         version = manifest["version"]
         if version == VERSION:
-            RowShape(**manifest["config"]["data"]["row"])
+            PackedShape(**manifest["config"]["data"]["row"])
             _ = manifest["config"]["model"], [s["rows"] + s["bytes"] for s in manifest["splits"].values()]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: damaged ({type(error).__name__}: {error}); remove the folder and prepare it again") from error

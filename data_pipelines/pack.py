@@ -12,7 +12,7 @@ import numpy as np
 from chroma_jax.audio.log_mel import FeatureConfig, num_frames
 from chroma_jax.models.audio_encoder import num_blocks, num_outputs
 from chroma_jax.models.chroma import ChromaConfig
-from chroma_jax.sequence.batch import RowShape
+from chroma_jax.sequence.batch import PackedShape
 from chroma_jax.sequence.chat_template import Encode, SpecialTokens, answer, question, voice_prompt
 from chroma_jax.sequence.interleave import NONE_TOKEN, PositionKind, StreamLengths, layout
 from chroma_jax.utils.errors import InputError
@@ -46,7 +46,7 @@ def pack_config(model: ChromaConfig, features: FeatureConfig, system: str = "") 
     )
 
 
-class Conversation(NamedTuple):
+class PackedConversation(NamedTuple):
     """One dialogue with one voice prompt. Arrays are int32; indices count from this conversation's own start.
 
     wave: int16 [S], the user's speech at 16 kHz. mel_length [blocks]. text, audio_index [L]. answer_position,
@@ -68,10 +68,10 @@ class Conversation(NamedTuple):
     ctc_target: np.ndarray
 
     @property
-    def size(self) -> RowShape:
+    def size(self) -> PackedShape:
         """How much of each of a row's capacities it takes."""
         lengths = (self.mel_length, self.text, self.answer_token, self.token, self.target_position, self.ctc_target)
-        return RowShape(*map(len, lengths))
+        return PackedShape(*map(len, lengths))
 
 
 def conversation(
@@ -87,7 +87,7 @@ def conversation(
     answer_codes: np.ndarray | None,
     encode: Encode,
     config: PackConfig,
-) -> Conversation:
+) -> PackedConversation:
     """Lays out one dialogue, or a part of one.
 
     Without ``answer_text`` the Reasoner has no part in it, without ``answer_codes`` the Backbone has none.
@@ -134,7 +134,7 @@ def conversation(
         return out
 
     blocks = num_blocks(frames, c.block_frames)
-    return Conversation(
+    return PackedConversation(
         id=name,
         wave=wave,
         mel_length=np.minimum(frames - c.block_frames * np.arange(blocks), c.block_frames).astype(np.int32),
@@ -160,13 +160,13 @@ def spread(tokens: Sequence[int], blank: int, rng: np.random.Generator) -> list[
     return gap() + [t for token in tokens for t in [token] * int(rng.integers(1, 3)) + gap()] + gap()
 
 
-def excess(size: RowShape, shape: RowShape) -> list[str]:
+def excess(size: PackedShape, shape: PackedShape) -> list[str]:
     """The capacities of a row that something of this size exceeds, in words."""
     have, limit = dataclasses.asdict(size), dataclasses.asdict(shape)
     return [f"{name} {have[name]} > {limit[name]}" for name in have if have[name] > limit[name]]
 
 
-def first_fit(sizes: Sequence[RowShape], shape: RowShape) -> list[list[int]]:
+def first_fit(sizes: Sequence[PackedShape], shape: PackedShape) -> list[list[int]]:
     """Which items go into which row: each into the first open row with room in all capacities, else into a new one.
 
     The oldest of more than ``OPEN_ROWS`` rows is closed. Every item must fit alone.
@@ -187,7 +187,7 @@ def first_fit(sizes: Sequence[RowShape], shape: RowShape) -> list[list[int]]:
     return rows
 
 
-class Row(NamedTuple):
+class PackedSequence(NamedTuple):
     """A packed row as it is stored: everything of `chroma_jax.sequence.batch.Batch` but ``mel``, which is computed when it is
     read.
 
@@ -220,7 +220,7 @@ FIELDS = {
 }
 
 
-def place(conversations: Sequence[Conversation], shape: RowShape, config: PackConfig) -> Row:
+def place(conversations: Sequence[PackedConversation], shape: PackedShape, config: PackConfig) -> PackedSequence:
     """Puts conversations one after the other into a row; none at all gives an empty row.
 
     Raises InputError when they do not fit.
@@ -229,9 +229,9 @@ def place(conversations: Sequence[Conversation], shape: RowShape, config: PackCo
     for name, (capacity, empty) in FIELDS.items():
         width = (config.num_codebooks,) if name.endswith("codes") else ()
         arrays[name] = np.full((getattr(shape, capacity), *width), empty, np.int32)
-    start = RowShape(0, 0, 0, 0, 0)
+    start = PackedShape(0, 0, 0, 0, 0)
     for segment, c in enumerate(conversations, 1):
-        end = RowShape(*(a + b for a, b in zip(dataclasses.astuple(start), dataclasses.astuple(c.size), strict=True)))
+        end = PackedShape(*(a + b for a, b in zip(dataclasses.astuple(start), dataclasses.astuple(c.size), strict=True)))
         if over := excess(end, shape):
             raise InputError(f"{c.id}: does not fit into the row: {', '.join(over)}")
 
@@ -259,7 +259,7 @@ def place(conversations: Sequence[Conversation], shape: RowShape, config: PackCo
             capacity = FIELDS[name][0]
             arrays[name][getattr(start, capacity) : getattr(end, capacity)] = value
         start = end
-    return Row(tuple(c.id for c in conversations), tuple(c.wave for c in conversations), arrays)
+    return PackedSequence(tuple(c.id for c in conversations), tuple(c.wave for c in conversations), arrays)
 
 
 def with_prompt_targets(

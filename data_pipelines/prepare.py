@@ -23,7 +23,7 @@ from chroma_jax.models.chroma import ChromaConfig
 from chroma_jax.models.codec import Codec, fit_quantizer
 from chroma_jax.models.io.name_tables import codec_rows
 from chroma_jax.models.io.weight_files import all_tensors
-from chroma_jax.sequence.batch import RowShape
+from chroma_jax.sequence.batch import PackedShape
 from chroma_jax.utils.atomic_io import written_aside
 from chroma_jax.utils.errors import InputError
 from data_pipelines.codes import (
@@ -38,7 +38,7 @@ from data_pipelines.codes import (
     seconds_in_header,
     sizes,
 )
-from data_pipelines.curriculum import CurriculumConfig, Example, drawn, held_out_examples, unwritten, written
+from data_pipelines.curriculum import CurriculumConfig, Example, held_out_examples, sample_examples, unwritten, written
 from data_pipelines.dataset import VERSION, Dataset, check_same, model_facts, open_dataset, read_manifest
 from data_pipelines.dialogues import (
     SPLITS,
@@ -51,7 +51,7 @@ from data_pipelines.dialogues import (
     raise_problems,
     read_corpus,
 )
-from data_pipelines.pack import Conversation, conversation, excess, first_fit, pack_config, place, spread
+from data_pipelines.pack import PackedConversation, conversation, excess, first_fit, pack_config, place, spread
 from data_pipelines.records import feature_config, write_rows
 from data_pipelines.tokenizer import encoder, load_tokenizer, train_tokenizer
 
@@ -75,7 +75,7 @@ class DataConfig:
 
     corpus: str = "embedded"
     tokenizer: str = "train"
-    row: RowShape = RowShape()
+    row: PackedShape = PackedShape()
     prompts_per_dialogue: int = 2
     max_seconds: float = 30.0
     system: str = ""
@@ -159,7 +159,7 @@ def fill(
     tokenizer.save(str(out / "tokenizer.json"))
 
     lengths = usable([*recordings(corpus), *unwritten(config.curriculum)], config.max_seconds, problems)
-    examples = {"train": drawn(corpus, "train", config.curriculum, config.prompts_per_dialogue, config.seed, lengths)}
+    examples = {"train": sample_examples(corpus, "train", config.curriculum, config.prompts_per_dialogue, config.seed, lengths)}
     examples |= {split: held_out_examples(corpus, split, config.curriculum, config.seed, lengths) for split in ("valid", "test")}
     everything = [e for split in SPLITS for e in examples[split]]
     codes = encode_recordings(
@@ -240,7 +240,7 @@ def conversations(
     waves: dict[Clip, np.ndarray],
     codes: dict[Clip, np.ndarray],
     problems: list[Problem],
-) -> list[Conversation]:
+) -> list[PackedConversation]:
     """Lays out examples whose audio is usable. One that is too long for a row is added to ``problems``."""
     packing, found = pack_config(model, feature_config(model), config.system), []
     rng = np.random.default_rng(config.seed)
@@ -272,14 +272,16 @@ def conversations(
     return found
 
 
-def write_split(path: Path, found: list[Conversation], shape: RowShape, model: ChromaConfig, system: str, progress) -> dict:
+def write_split(
+    path: Path, found: list[PackedConversation], shape: PackedShape, model: ChromaConfig, system: str, progress
+) -> dict:
     """Packs and writes one split. Returns its entry in dataset.json."""
     packing = pack_config(model, feature_config(model), system)
     sizes = [c.size for c in found]
     rows = first_fit(sizes, shape)
     placed = (place([found[i] for i in row], shape, packing) for row in rows)
     count = write_rows(path, bar(placed, f"{path.stem} rows", len(rows), "row", progress))
-    used = np.array([dataclasses.astuple(s) for s in sizes]).reshape(-1, len(dataclasses.fields(RowShape))).sum(axis=0)
+    used = np.array([dataclasses.astuple(s) for s in sizes]).reshape(-1, len(dataclasses.fields(PackedShape))).sum(axis=0)
     capacity = np.maximum(dataclasses.astuple(shape), 1) * max(count, 1)
     frames = sum(max(len(c.target_codes) - 1, 0) for c in found)  # the last ends the reply
     return {
@@ -288,11 +290,11 @@ def write_split(path: Path, found: list[Conversation], shape: RowShape, model: C
         "conversations": len(found),
         "user_hours": round(sum(len(c.wave) for c in found) / audio.REASONER_RATE / 3600, 4),
         "assistant_hours": round(frames * model.codec.samples_per_frame / audio.CODEC_RATE / 3600, 4),
-        "fill": {f.name: round(float(x), 4) for f, x in zip(dataclasses.fields(RowShape), used / capacity, strict=True)},
+        "fill": {f.name: round(float(x), 4) for f, x in zip(dataclasses.fields(PackedShape), used / capacity, strict=True)},
     }
 
 
-def unigram(splits: dict[str, list[Conversation]], model: ChromaConfig) -> dict:
+def unigram(splits: dict[str, list[PackedConversation]], model: ChromaConfig) -> dict:
     """What a model would score that knows how often each code and token occurs in train, and nothing else.
 
     Mean cross-entropy in nats over the targets of valid and test, with add-one smoothing: ``c0``, ``codes`` (all levels)

@@ -26,7 +26,7 @@ from chroma_jax.sequence.batch import Batch
 from chroma_jax.utils.errors import InputError
 from data_pipelines.dataset import Dataset, open_dataset
 from data_pipelines.hidden_states import HiddenReader
-from data_pipelines.pack import FIELDS, Row, pack_config, place, with_prompt_targets
+from data_pipelines.pack import FIELDS, PackedSequence, pack_config, place, with_prompt_targets
 
 MAGIC = b"ChR1"
 HEAD = struct.Struct("<4sII")  # magic, crc32 of the rest, bytes of the JSON header
@@ -36,7 +36,7 @@ DTYPES = ("int16", "int32")
 # A row as bytes
 
 
-def to_bytes(row: Row) -> bytes:
+def to_bytes(row: PackedSequence) -> bytes:
     """A row as one record: a checksum, a JSON header with the names and shapes, then the arrays' bytes."""
     arrays = {f"wave/{i}": wave for i, wave in enumerate(row.waves)} | row.arrays
     header = {"ids": row.ids, "arrays": [[name, str(a.dtype), a.shape] for name, a in arrays.items()]}
@@ -45,7 +45,7 @@ def to_bytes(row: Row) -> bytes:
     return HEAD.pack(MAGIC, zlib.crc32(body), len(head)) + body
 
 
-def from_bytes(data: bytes) -> Row:
+def from_bytes(data: bytes) -> PackedSequence:
     """The inverse of `to_bytes`. Raises ValueError when the record is not one, or damaged."""
     if len(data) < HEAD.size or data[:4] != MAGIC:
         raise ValueError("not a row")
@@ -62,10 +62,10 @@ def from_bytes(data: bytes) -> Row:
         arrays[name] = np.frombuffer(data, dtype, count, at).reshape(shape)
         at += arrays[name].nbytes
     waves = tuple(arrays.pop(f"wave/{i}") for i in range(len(header["ids"])))
-    return Row(tuple(header["ids"]), waves, arrays)
+    return PackedSequence(tuple(header["ids"]), waves, arrays)
 
 
-def write_rows(path: Path, rows: Iterator[Row]) -> int:
+def write_rows(path: Path, rows: Iterator[PackedSequence]) -> int:
     """Writes an ArrayRecord file. Returns the number of rows."""
     writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1,zstd:3")
     count = 0
@@ -96,7 +96,7 @@ class RowReader:
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> Row:
+    def __getitem__(self, index: int) -> PackedSequence:
         """Raises InputError naming file and record when it is damaged."""
         try:
             return from_bytes(self.source[index])
@@ -105,7 +105,7 @@ class RowReader:
 
 
 def to_example(
-    row: Row,
+    row: PackedSequence,
     features: FeatureConfig,
     block_frames: int,
     augment: AugmentConfig = AugmentConfig(),

@@ -23,7 +23,7 @@ from chroma_jax.utils.errors import InputError, check_format
 from data_pipelines.codes import Progress, bad_audio, bar, loaded
 from data_pipelines.dataset import check_same
 from data_pipelines.dialogues import OnProblem, Problem, counted, licence, raise_problems
-from data_pipelines.pack import Row
+from data_pipelines.pack import PackedSequence
 from data_pipelines.recordings import Recording, corpus_folder, corpus_recordings, digest
 from data_pipelines.records import BatchIterator, RowReader, local_rows, write_rows
 
@@ -170,7 +170,7 @@ def write_waves(
     paired: list[int] = []
     clips = [Clip(path) for r in recordings for path in r if path is not None]
 
-    def rows() -> Iterator[Row]:
+    def rows() -> Iterator[PackedSequence]:
         read = loaded(clips, codec.sampling_rate, config.max_seconds)
         for recording in bar(recordings, f"{path.stem} recordings", len(recordings), "recording", progress):
             waves = [next(read) for file in recording if file is not None]
@@ -184,7 +184,7 @@ def write_waves(
                 continue
             lengths.append(samples[0])
             paired.append(len(waves) - 1)
-            yield Row(tuple(clip.path.stem for clip, _ in waves), tuple(audio.to_int16(wave) for _, wave in waves), {})
+            yield PackedSequence(tuple(clip.path.stem for clip, _ in waves), tuple(audio.to_int16(wave) for _, wave in waves), {})
 
     count = write_rows(path, rows())
     return {

@@ -34,7 +34,7 @@ from chroma_jax.models.io.name_tables import chroma_rows, codec_rows
 from chroma_jax.models.io.weight_files import all_tensors
 from chroma_jax.runs import serving_artifact as stablehlo
 from chroma_jax.runs.load import load_run
-from chroma_jax.runs.serving_artifact import Sizes, by_name, export_stablehlo, save_prompt
+from chroma_jax.runs.serving_artifact import ArtifactSizes, by_name, export_stablehlo, save_prompt
 from chroma_jax.utils.errors import InputError
 from chroma_jax.utils.tree_paths import values
 from data_pipelines.tokenizer import train_tokenizer
@@ -44,7 +44,7 @@ EXAMPLE = ROOT / "launch" / "serve_artefact.py"
 PLATFORMS = ("cpu", "tpu", "cuda")
 CONFIG = tiny_model()
 # more room than the prompts need, and other than `stack` would give them: padding must not be heard
-SIZES = Sizes(rows=3, question_seconds=2.5, text=140, voice=135, max_frames=9)
+SIZES = ArtifactSizes(rows=3, question_seconds=2.5, text=140, voice=135, max_frames=9)
 # the first row is greedy
 SAMPLING = Sampling(np.array([0, 1, 0.7], np.float32), np.array([5, 0, 5], np.int32), np.ones(3, np.float32))
 

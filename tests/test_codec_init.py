@@ -11,7 +11,7 @@ from tiny import replace
 from chroma_jax import config as configs
 from chroma_jax import pretrained
 from chroma_jax.cli.main import main
-from chroma_jax.convert.codec import export_codec, load_codec, trained_codec
+from chroma_jax.convert.codec import export_codec, load_codec, load_trained_codec
 from chroma_jax.parallel.sharding import make_mesh
 from chroma_jax.runs.codec_train import collapsed, initial_weights
 from chroma_jax.training.codec.step import make_codec_trainer
@@ -44,7 +44,7 @@ def test_an_imported_codec_is_a_run_folder_that_is_exported_with_the_same_bytes(
     export_codec(imported, tmp_path / "export")
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "export", SHIPPED))
     assert ours.keys() == theirs.keys() and all(np.array_equal(ours[name], x) for name, x in theirs.items())
-    codec = trained_codec(imported, configs.read_config("nano").model)  # as `prepare --codec` reads it
+    codec = load_trained_codec(imported, configs.read_config("nano").model)  # as `prepare --codec` reads it
     assert codec.config == CONFIG.model
 
 

@@ -15,7 +15,7 @@ from tiny_corpus import RATE, tone, write_corpus
 from chroma_jax import config as configs
 from chroma_jax.cli import main as cli
 from chroma_jax.config import CodecRun
-from chroma_jax.convert.codec import export_codec, trained_codec
+from chroma_jax.convert.codec import export_codec, load_trained_codec
 from chroma_jax.parallel.sharding import MeshConfig, make_mesh
 from chroma_jax.runs.codec_train import CodecTask, train_codec
 from chroma_jax.training.checkpoint import CheckpointConfig
@@ -288,16 +288,16 @@ def test_a_configuration_is_read_back_as_its_kind(corpus, tmp_path):
 
 def test_a_trained_codec_makes_the_codes_of_a_dataset(corpus, finished, tmp_path):
     model = tiny_model()
-    codec = trained_codec(finished[0], model)
+    codec = load_trained_codec(finished[0], model)
     for path, x in values(codec, "codec/").items():
         np.testing.assert_array_equal(x, finished[1].weights()[path])
     export_codec(finished[0], tmp_path / "export")
-    exported = trained_codec(tmp_path / "export", model)
+    exported = load_trained_codec(tmp_path / "export", model)
     for (path, x), y in zip(values(codec).items(), values(exported).values(), strict=True):
         np.testing.assert_array_equal(x, y, err_msg=path)
     assert json.loads((tmp_path / "export/config.json").read_text())["codebook_size"] == CODEC.codebook_size
     with pytest.raises(InputError, match="codebook_dim"):
-        trained_codec(finished[0], replace(model, "codec.quantizer.codebook_dim", 4))
+        load_trained_codec(finished[0], replace(model, "codec.quantizer.codebook_dim", 4))
 
 
 def test_the_command_line_tells_the_two_kinds_apart(corpus, finished, tmp_path, capsys):

@@ -227,7 +227,7 @@ def test_weights_are_read_straight_to_where_training_keeps_them(source):
 
 
 def foreign(
-    rows: list[names.Row], rng: np.random.Generator, extend: Mapping[str, int] = MappingProxyType({})
+    rows: list[names.NameRow], rng: np.random.Generator, extend: Mapping[str, int] = MappingProxyType({})
 ) -> tuple[dict, dict]:
     """(tensors under foreign names, the weights of ours that they are, by path). extend: path → foreign rows past ours."""
     shapes, tensors = abstract_weights(MODEL), {}

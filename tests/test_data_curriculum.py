@@ -8,7 +8,7 @@ import soundfile
 from tiny_corpus import MODEL, RATE, StandInCodec, data_config, tone, write_corpus
 
 from chroma_jax.audio.load import Clip
-from chroma_jax.sequence.batch import RowShape
+from chroma_jax.sequence.batch import PackedShape
 from chroma_jax.sequence.interleave import NONE_TOKEN
 from chroma_jax.utils.errors import InputError
 from data_pipelines import curriculum, records
@@ -31,7 +31,7 @@ EVERYTHING = CurriculumConfig(
     speeds=(0.9, 1.1),
     piece_seconds=1.0,
 )
-ROW = RowShape(blocks=6, text=320, answers=96, positions=256, frames=64)
+ROW = PackedShape(blocks=6, text=320, answers=96, positions=256, frames=64)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def corpus(folder):
 
 
 def drawn(corpus, config, passes=1, seed=0):
-    return curriculum.drawn(corpus, "train", config, passes, seed, usable(recordings(corpus), 30.0, []))
+    return curriculum.sample_examples(corpus, "train", config, passes, seed, usable(recordings(corpus), 30.0, []))
 
 
 def of(examples, kind):

@@ -29,7 +29,7 @@ def held_out(corpus):
 
 def test_no_question_or_answer_of_the_test_split_is_taught(corpus, held_out):
     config = CurriculumConfig(dialogue=0.0, facts=4000, pseudo_speech=0.5)
-    examples = curriculum.drawn(corpus, "train", config, 3, 0, {})
+    examples = curriculum.sample_examples(corpus, "train", config, 3, 0, {})
     assert len(examples) == 3 * 4000
     asked = {normalised(e.said or e.pseudo_speech) for e in examples}
     answered = {normalised(e.answer) for e in examples}
@@ -57,7 +57,7 @@ def test_what_is_withheld_is_not_taught_and_is_the_same_whatever_is_held_out(cor
     kept = withheld(0.1, held_out)
     asked = {normalised(e.question) for of in kept.values() for e in of}
     answered = {normalised(e.answer) for of in kept.values() for e in of}
-    examples = curriculum.drawn(corpus, "train", config, 3, 0, {})
+    examples = curriculum.sample_examples(corpus, "train", config, 3, 0, {})
     assert not {normalised(e.said or e.pseudo_speech) for e in examples} & asked
     assert not ({normalised(e.answer) for e in examples} | {normalised(t) for t in curriculum.written(corpus, config)}) & answered
     everything, taught = ({k: set(v) for k, v in exchanges(held_out, share).items()} for share in (0.0, 0.1))
@@ -107,7 +107,7 @@ def test_sums_differences_and_successors_are_right():
 
 def test_every_kind_is_drawn_and_small_ones_more_often_than_their_size(corpus):
     config = CurriculumConfig(dialogue=0.0, facts=5000)
-    drawn = collections.Counter(e.id.split()[1] for e in curriculum.drawn(corpus, "train", config, 1, 0, {}))
+    drawn = collections.Counter(e.id.split()[1] for e in curriculum.sample_examples(corpus, "train", config, 1, 0, {}))
     sizes = {kind: len(found) for kind, found in EVERYTHING.items()}
     assert drawn.keys() == sizes.keys()
     small, large = min(sizes, key=sizes.get), max(sizes, key=sizes.get)

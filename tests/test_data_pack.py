@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 from tiny_corpus import TOKENS
 
-from chroma_jax.sequence.batch import RowShape
+from chroma_jax.sequence.batch import PackedShape
 from chroma_jax.sequence.interleave import NONE_TOKEN
 from chroma_jax.utils.errors import InputError
 from data_pipelines.pack import FIELDS, PackConfig, conversation, excess, first_fit, place, with_prompt_targets
 
 CONFIG = PackConfig(TOKENS, block_frames=8, hop=160, num_codebooks=2, codebook_eos_token_id=0)
-SHAPE = RowShape(blocks=12, text=160, answers=24, positions=96, frames=32)
+SHAPE = PackedShape(blocks=12, text=160, answers=24, positions=96, frames=32)
 NO = NONE_TOKEN
 
 
@@ -159,14 +159,14 @@ def test_an_empty_row_holds_nothing():
 
 def test_first_fit_fills_rows_in_order_and_within_all_capacities():
     rng = np.random.default_rng(0)
-    shape = RowShape(10, 10, 10, 10, 10)
-    sizes = [RowShape(*map(int, rng.integers(1, 7, 5))) for _ in range(500)]
+    shape = PackedShape(10, 10, 10, 10, 10)
+    sizes = [PackedShape(*map(int, rng.integers(1, 7, 5))) for _ in range(500)]
     rows = first_fit(sizes, shape)
     assert sorted(i for row in rows for i in row) == list(range(500)) and rows == first_fit(sizes, shape)
     for row in rows:
         assert row == sorted(row)
-        assert not excess(RowShape(*np.sum([list(vars(sizes[i]).values()) for i in row], axis=0)), shape)
-    assert first_fit([RowShape(6, 1, 1, 1, 1), RowShape(6, 1, 1, 1, 1), RowShape(4, 1, 1, 1, 1)], shape) == [[0, 2], [1]]
+        assert not excess(PackedShape(*np.sum([list(vars(sizes[i]).values()) for i in row], axis=0)), shape)
+    assert first_fit([PackedShape(6, 1, 1, 1, 1), PackedShape(6, 1, 1, 1, 1), PackedShape(4, 1, 1, 1, 1)], shape) == [[0, 2], [1]]
     assert first_fit([], shape) == []
 
 

@@ -9,7 +9,7 @@ import soundfile
 from tiny_corpus import MODEL, RATE, StandInCodec, data_config, read_manifest, write_corpus, write_manifest
 
 from chroma_jax.audio import load as audio
-from chroma_jax.sequence.batch import RowShape
+from chroma_jax.sequence.batch import PackedShape
 from chroma_jax.sequence.interleave import NONE_TOKEN
 from chroma_jax.utils.errors import InputError
 from data_pipelines import records
@@ -93,7 +93,7 @@ def test_another_configuration_is_an_error_that_says_what_differs(prepared, corp
         with pytest.raises(InputError, match=words):
             prepare(config, model, codec, prepared.folder, progress="none")
 
-    raises(r"data.row.text: 256 there, 300 here", data_config(corpus, row=RowShape(6, 300, 64, 192, 64)))
+    raises(r"data.row.text: 256 there, 300 here", data_config(corpus, row=PackedShape(6, 300, 64, 192, 64)))
     raises(r"data.seed: 0 there, 7 here", data_config(corpus, seed=7))
     raises(r"model.num_codebooks: 4 there, 8 here", model=dataclasses.replace(MODEL, num_codebooks=8))
     raises("codec: 'StandInCodec' there, 'Other' here", codec=type("Other", (StandInCodec,), {})())
@@ -134,7 +134,7 @@ def test_a_failure_leaves_nothing_behind(corpus, tmp_path):
 
     for config, error in (
         (data_config(corpus), KeyboardInterrupt),
-        (data_config(corpus, row=RowShape(1, 8, 8, 8, 8)), InputError),
+        (data_config(corpus, row=PackedShape(1, 8, 8, 8, 8)), InputError),
         (data_config(corpus, tokenizer=str(tmp_path / "none.json")), InputError),
     ):
         with pytest.raises(error):

@@ -227,7 +227,7 @@ def test_what_is_missing_is_named(tiny_run, corpus, tmp_path, monkeypatch, capsy
     with pytest.raises(InputError, match="no such suite; there is parley"):
         read_suite("pareley", "test", corpus)
     with pytest.raises(InputError, match=r"no model\.bin.*CTranslate2|eval"):
-        real_judges.Recogniser(tmp_path)
+        real_judges.SpeechRecognizer(tmp_path)
     monkeypatch.setitem(__import__("sys").modules, "faster_whisper", None)
     assert cli.main(["evaluate", str(tiny_run), "--out", str(tmp_path / "out"), "--corpus", corpus]) == 2
     said = capsys.readouterr().err
@@ -318,8 +318,8 @@ def test_an_incomplete_judge_is_refused(official, tmp_path):
             if path.name != missing:
                 (folder / path.name).symlink_to(path)
         with pytest.raises(InputError, match=f"no {missing}"):
-            real_judges.Recogniser(folder)
+            real_judges.SpeechRecognizer(folder)
     with pytest.raises(InputError, match=r"no model.bin or config.json"):
-        real_judges.Recogniser(tmp_path)
+        real_judges.SpeechRecognizer(tmp_path)
     with pytest.raises(InputError, match="not a folder with WavLMForXVector"):
-        real_judges.Voices(whole)
+        real_judges.SpeakerEmbeddings(whole)

@@ -151,7 +151,7 @@ def test_a_kernel_s_metadata_may_be_broken_into_lines_and_its_time_is_estimated(
 def test_a_kernel_whose_schedule_is_known_takes_its_instruction_words(monkeypatch):
     turned = KERNEL.replace("2048,64]{4,3,2,1,0}, bf16[2,8,2048,64]", "64,2048]{4,3,2,1,0}, bf16[2,8,64,2048]")
     work = next(hlo.executed(hlo.parse(turned.replace('512}"', '512, \\"q_layout\\": 2}"')))).instruction
-    size = kernels.Blocks(512, 512, 512)
+    size = kernels.BlockSizes(512, 512, 512)
     assert kernels.read(work) == kernels.Kernel("forward", 16, 4, 2048, 2048, 64, size)
     chip = CHIPS["v5p"]
     monkeypatch.setitem(
@@ -169,7 +169,7 @@ def test_short_rows_take_the_words_of_all_their_heads():
         )
     )
     kernel = kernels.read(work.instruction)
-    assert kernel == kernels.Kernel("short", 256 * 20, 1, 100, 100, 64, kernels.Blocks(100, 100, 100))
+    assert kernel == kernels.Kernel("short", 256 * 20, 1, 100, 100, 64, kernels.BlockSizes(100, 100, 100))
     chip = CHIPS["v5p"]
     words = kernels.SCHEDULES["v5p", "short", 64, kernel.blocks].step
     assert kernels.seconds(work.instruction, chip) == pytest.approx(256 * 20 * words / 2 / chip.clock)
@@ -187,7 +187,7 @@ def test_long_rows_take_the_words_of_their_loops():
         program = f"ENTRY %main (n: s32[3]) -> bf16[3] {{\n  ROOT %flash_{name}_64_512.3 = {shape} {call}\n}}\n"
         work = next(hlo.executed(hlo.parse(program))).instruction
         # two registers of two key/value heads, with eight query heads each
-        assert kernels.read(work) == kernels.Kernel(f"flash_{name}", 6, 8, 2048, 2048, 64, kernels.Blocks(512, 512, 512))
+        assert kernels.read(work) == kernels.Kernel(f"flash_{name}", 6, 8, 2048, 2048, 64, kernels.BlockSizes(512, 512, 512))
         chip = CHIPS["v5p"]
         loops = kernels.LOOPS["v5p", f"flash_{name}", 64, 8, 512]
         words = 6 * (loops.row + 4 * loops.queries + 6 * loops.keys)  # by two cores

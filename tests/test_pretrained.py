@@ -11,7 +11,7 @@ from chroma_jax import config as configs
 from chroma_jax import pretrained
 from chroma_jax.audio import load as audio
 from chroma_jax.cli.main import main, run_configuration
-from chroma_jax.convert.codec import trained_codec
+from chroma_jax.convert.codec import load_trained_codec
 from chroma_jax.evaluation.speaking import MAIN, ROWS, answered, voice_prompt
 from chroma_jax.evaluation.suite import read_suite
 from chroma_jax.evaluation.words import same
@@ -25,7 +25,7 @@ SPEAKING = pretrained.found("nano")
 
 @pytest.fixture(scope="module")
 def codec():
-    return trained_codec(FOLDER, configs.read_config("nano").model)
+    return load_trained_codec(FOLDER, configs.read_config("nano").model)
 
 
 def test_a_name_means_the_shipped_weights_unless_there_is_such_a_folder(tmp_path, monkeypatch):
@@ -68,7 +68,7 @@ def test_a_codec_of_other_sizes_is_refused():
         configs.read_config("nano").model, codec=configs.read_config("mini").model.codec, audio_vocab_size=1027
     )
     with pytest.raises(InputError, match="shape"):
-        trained_codec(FOLDER, wider)
+        load_trained_codec(FOLDER, wider)
 
 
 def test_commands_take_the_name(tmp_path, capsys):
@@ -89,7 +89,7 @@ def test_the_speaking_model_is_of_its_configuration():
 
 def test_its_codec_makes_codes_for_training():
     config = configs.read_config("nano").model
-    codes = np.asarray(trained_codec(SPEAKING, config).encode(np.zeros((1, 24_000), np.float32) + 0.1))
+    codes = np.asarray(load_trained_codec(SPEAKING, config).encode(np.zeros((1, 24_000), np.float32) + 0.1))
     assert codes.shape == (1, 13, 8) and codes.max() < 256
 
 

@@ -8,7 +8,7 @@ import pytest
 from tiny import replace
 
 from chroma_jax.runs import hidden_states as stored
-from chroma_jax.runs.hidden_states import store_hidden
+from chroma_jax.runs.hidden_states import cache_hidden_states
 from chroma_jax.runs.train import train
 from chroma_jax.training.checkpoint import Checkpoints
 from chroma_jax.training.metrics import read_lines
@@ -34,7 +34,7 @@ def run(config, tiny_prepared, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def states(tiny_prepared, run):
-    assert "were there" in store_hidden(tiny_prepared[1], run, rows_at_once=1)
+    assert "were there" in cache_hidden_states(tiny_prepared[1], run, rows_at_once=1)
     return tiny_prepared[1]
 
 
@@ -72,10 +72,10 @@ def test_an_interrupted_computation_goes_on(states, run, monkeypatch):
     for path, _ in files:
         path.unlink(missing_ok=True)
     with pytest.raises(KeyboardInterrupt):
-        store_hidden(states, run, rows_at_once=1)
+        cache_hidden_states(states, run, rows_at_once=1)
     monkeypatch.setattr(stored.hidden, "write_file", write)
     kept = files[0][0].stat().st_mtime_ns
-    store_hidden(states, run, rows_at_once=1)
+    cache_hidden_states(states, run, rows_at_once=1)
     assert files[0][0].stat().st_mtime_ns == kept
     reader = hidden.HiddenReader(dataset, "train", 32)
     for row in range(dataset.rows("train")):
@@ -101,7 +101,7 @@ def test_misuse_is_an_error(config, states, run, tmp_path):
     with pytest.raises(InputError, match="the Reasoner is trained; freeze it"):
         train(trained, tmp_path / "a", states)
     with pytest.raises(InputError, match="the states of another Reasoner"):
-        store_hidden(states, with_other_weights(run, config, tmp_path / "other"), rows_at_once=1)
+        cache_hidden_states(states, with_other_weights(run, config, tmp_path / "other"), rows_at_once=1)
     (states / hidden.FOLDER / "valid-00000.array_record").unlink()
     with pytest.raises(InputError, match="cache_reasoner RUN"):
         hidden.HiddenReader(open_dataset(states), "valid", 32)

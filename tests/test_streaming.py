@@ -3,6 +3,7 @@ row as if it were alone, without compiling anew and without hidden transfers."""
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,7 @@ from chroma_jax.models.codec import Codec
 from chroma_jax.models.io.hf_config import to_hf
 from chroma_jax.models.io.name_tables import chroma_rows, codec_rows
 from chroma_jax.models.io.weight_files import all_tensors
-from chroma_jax.runs.generate import reply
+from chroma_jax.runs.generate import generate
 from chroma_jax.runs.load import exported_run, load_run
 from chroma_jax.sequence.interleave import NONE_TOKEN
 from chroma_jax.training.checkpoint import Checkpoints
@@ -313,12 +314,16 @@ def settings_of() -> Config:
     return Config(model=CONFIG, generation=GenerationConfig(max_seconds=(MAX_FRAMES + 0.5) / CONFIG.codec.frame_rate))
 
 
+def spoken(folders: Path) -> dict:
+    return {"question": folders / "question.wav", "reference": folders / "reference.wav", "transcript": "it is"}
+
+
 def test_a_run_and_its_export_give_the_same_reply(folders):
     summaries = []
     for name in ("run", "exported"):
         config = settings_of() if name == "run" else dataclasses.replace(settings_of(), model=ChromaConfig())
         out = folders / f"out_{name}"
-        summary = reply(folders / name, config, folders / "question.wav", folders / "reference.wav", "it is", out)
+        summary = generate(folders / name, **spoken(folders), out=out, config=config)
         assert sorted(p.name for p in out.iterdir()) == ["reply.png", "reply.txt", "reply.wav", "summary.json"]
         assert json.loads((out / "summary.json").read_text()) == summary
         wave, rate = soundfile.read(out / "reply.wav")
@@ -340,7 +345,7 @@ def test_an_empty_reply_is_a_result(folders, mute, modules, compatibility):
         (silent / name).write_bytes((folders / "exported" / name).read_bytes())
     save_file(tensors, silent / "model.safetensors")
     config = tiny.replace(settings_of(), "generation.compatibility", compatibility)
-    summary = reply(silent, config, folders / "question.wav", folders / "reference.wav", "it is", out)
+    summary = generate(silent, **spoken(folders), out=out, config=config)
     assert summary["ended"] == "eos" and summary["frames"] == 0 and summary["rtf"] is None and summary["text"] == ""
     assert summary["compatibility"] == compatibility
     assert len(soundfile.read(out / "reply.wav")[0]) == 0

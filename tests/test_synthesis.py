@@ -15,13 +15,13 @@ import soundfile
 from tiny_corpus import MODEL, StandInCodec, data_config
 
 from chroma_jax.cli.main import main
-from chroma_jax.sequence.batch import RowShape
+from chroma_jax.sequence.batch import PackedShape
 from chroma_jax.utils.errors import InputError
-from data_pipelines.curriculum import READ_ALOUD, CurriculumConfig, drawn, held_out_examples
+from data_pipelines.curriculum import READ_ALOUD, CurriculumConfig, held_out_examples, sample_examples
 from data_pipelines.dialogues import counted, read_corpus
 from data_pipelines.prepare import prepare, recordings, usable
 from data_pipelines.synthesis import virtual_voices
-from data_pipelines.synthesis.check import MetricModels
+from data_pipelines.synthesis.check import CheckModels
 from data_pipelines.synthesis.engine import FRAME, load_engine
 from data_pipelines.synthesis.plan import SynthesisConfig, make_plan
 from data_pipelines.synthesis.record import LEVEL_DB, whole_length
@@ -245,7 +245,7 @@ def test_an_engine_that_is_not_there_is_one_line():
         load_engine("tone_engine:tone", "both")
 
 
-def models(calls: list) -> MetricModels:
+def models(calls: list) -> CheckModels:
     """Metric models that know every text by the length of its recording, and take one voice for all."""
 
     def transcribe(wave, rate):
@@ -253,7 +253,7 @@ def models(calls: list) -> MetricModels:
         return "right" if (len(wave) - FRAME) % 1600 == 0 else "wrong"
 
     errors = lambda text, recognized: (0 if recognized == "right" else 4, 5)
-    return MetricModels(transcribe, lambda wave, rate: np.eye(4)[0], errors, {"words": "fake ASR", "voices": "fake"})
+    return CheckModels(transcribe, lambda wave, rate: np.eye(4)[0], errors, {"words": "fake ASR", "voices": "fake"})
 
 
 def test_the_check_measures_a_sample_once_and_keeps_it(tmp_path):
@@ -298,7 +298,7 @@ def test_utterances_are_read_aloud_and_serve_as_prompts(tmp_path):
     assert len(corpus.utterances) == 8 and len(corpus.dialogues) == 8
     lengths = usable(recordings(corpus), 30.0, [])
     config = CurriculumConfig(dialogue=0.0, tts=1.0, prompts="any", no_prompt=0.0)
-    train = drawn(corpus, "train", config, 1, 0, lengths)
+    train = sample_examples(corpus, "train", config, 1, 0, lengths)
     utterances = {u.audio: u for u in corpus.utterances if u.split == "train"}
     assert {e.reply.path for e in train} >= utterances.keys()
     assert any(clip.path in utterances for e in train for clip in e.prompt)
@@ -306,7 +306,7 @@ def test_utterances_are_read_aloud_and_serve_as_prompts(tmp_path):
     assert [e.id.split()[0] for e in valid] == ["d25", "read"] and valid[1].said.startswith(READ_ALOUD) and valid[1].prompt
     bare = held_out_examples(corpus, "valid", CurriculumConfig(no_prompt=1.0), 0, lengths)
     assert bare[0].prompt and not bare[1].prompt
-    one = drawn(corpus, "train", CurriculumConfig(tts=1.0, continuation=1.0, max_voices=1), 1, 0, lengths)
+    one = sample_examples(corpus, "train", CurriculumConfig(tts=1.0, continuation=1.0, max_voices=1), 1, 0, lengths)
     voice = {u.audio: u.voice for u in corpus.utterances} | {d.answer_audio: d.assistant_voice for d in corpus.dialogues}
     voice |= {d.question_audio: d.user_voice for d in corpus.dialogues} | {r.audio: r.voice for r in corpus.references}
     assert one and {voice[e.reply.path] for e in one} == {"v0000"}
@@ -314,7 +314,7 @@ def test_utterances_are_read_aloud_and_serve_as_prompts(tmp_path):
 
 def test_a_corpus_of_utterances_alone_can_be_prepared(tmp_path):
     made(tmp_path, [sentence(i, s) for i, s in enumerate(["train"] * 6 + ["valid"] * 2 + ["test"])])
-    row = RowShape(6, 320, 96, 256, 96)
+    row = PackedShape(6, 320, 96, 256, 96)
     config = data_config(tmp_path / "corpus", row=row, curriculum=CurriculumConfig(dialogue=0.0, tts=1.0))
     dataset = prepare(config, MODEL, StandInCodec(), tmp_path / "set", progress="none")
     splits = dataset.manifest["splits"]
@@ -334,7 +334,11 @@ def test_hibari_speaks_twins_in_voices_that_follow_from_their_names(tmp_path):
         assert samples and samples % FRAME == 0 and 1 < samples / RATE < 12
         levels = [np.sqrt(np.mean(soundfile.read(p)[0] ** 2)) for p in paths]
         assert levels[0] == pytest.approx(levels[1], rel=0.01)
-    assert virtual_voices.Voice.named("v0001") == virtual_voices.Voice.named("v0001") != virtual_voices.Voice.named("h0001")
+    assert (
+        virtual_voices.VirtualVoice.named("v0001")
+        == virtual_voices.VirtualVoice.named("v0001")
+        != virtual_voices.VirtualVoice.named("h0001")
+    )
     first, second = (list(virtual_voices.synthesize(["Hello there."] * 2, ["v0000", "h0000"], 0))[i] for i in (0, 1))
     alone = next(iter(virtual_voices.synthesize(["Hello there."], ["h0000"], 0)))
     np.testing.assert_array_equal(second, alone)

@@ -14,7 +14,7 @@ from chroma_jax.models.chroma import ChromaConfig
 from chroma_jax.models.codec import CodecConfig, QuantizerConfig, SeanetConfig
 from chroma_jax.models.reasoner import ReasonerConfig
 from chroma_jax.parallel.sharding import MeshConfig
-from chroma_jax.sequence.batch import RowShape
+from chroma_jax.sequence.batch import PackedShape
 from chroma_jax.sequence.chat_template import SpecialTokens
 from chroma_jax.training.checkpoint import CheckpointConfig
 from chroma_jax.training.loss import LossConfig
@@ -71,7 +71,7 @@ def config(corpus: Path | str = "embedded") -> Config:
     return Config(
         model=model(),
         data=DataConfig(
-            corpus=str(corpus), row=RowShape(blocks=4, text=256, answers=64, positions=160, frames=48, ctc_targets=96)
+            corpus=str(corpus), row=PackedShape(blocks=4, text=256, answers=64, positions=160, frames=48, ctc_targets=96)
         ),
         mesh=MeshConfig(),
         training=TrainingConfig(steps=4, global_batch_size=8, eval_interval_steps=100, log_interval_steps=1),

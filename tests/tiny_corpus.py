@@ -8,7 +8,7 @@ import numpy as np
 import soundfile
 
 from chroma_jax.models.chroma import ChromaConfig
-from chroma_jax.sequence.batch import RowShape
+from chroma_jax.sequence.batch import PackedShape
 from chroma_jax.sequence.chat_template import SpecialTokens
 from data_pipelines.prepare import DataConfig
 
@@ -17,7 +17,7 @@ TOKENS = SpecialTokens(*range(504, 512))
 MODEL = dataclasses.replace(
     ChromaConfig(), tokens=TOKENS, reasoner=dataclasses.replace(ChromaConfig().reasoner, vocab_size=512), num_codebooks=4
 )
-ROW = RowShape(blocks=6, text=256, answers=64, positions=192, frames=64)
+ROW = PackedShape(blocks=6, text=256, answers=64, positions=192, frames=64)
 
 
 class StandInCodec:

@@ -17,7 +17,7 @@ from chroma_jax.models.audio_encoder import AudioEncoderConfig
 from chroma_jax.models.chroma import Chroma, ChromaConfig
 from chroma_jax.models.codec import CodecConfig, QuantizerConfig, SeanetConfig
 from chroma_jax.models.reasoner import ReasonerConfig
-from chroma_jax.sequence.batch import Batch, RowShape
+from chroma_jax.sequence.batch import Batch, PackedShape
 from chroma_jax.sequence.chat_template import SpecialTokens
 from data_pipelines.pack import conversation, pack_config, place
 from data_pipelines.records import to_example
@@ -106,7 +106,7 @@ class Case:
             encode=encode,
             config=packing,
         )
-        row = place([found], RowShape(blocks=8, text=128, answers=16, positions=128, frames=16), packing)
+        row = place([found], PackedShape(blocks=8, text=128, answers=16, positions=128, frames=16), packing)
         return jax.tree.map(lambda x: x[None], to_example(row, FEATURES, CONFIG.reasoner.audio.block_frames))
 
 

@@ -35,7 +35,7 @@ def stack(cls, make, c: Sizes, vocab: int, positions: int):
     return cls(config)
 
 
-class Peer(nn.Module):
+class TorchTrainer(nn.Module):
     """Everything that a step computes: its losses are those of `chroma_jax.training.loss`."""
 
     def __init__(self, config: Config):
@@ -124,7 +124,7 @@ class TorchStep:
         torch.manual_seed(0)
         self.device, self.dtype = device, getattr(torch, config.precision.compute)
         with torch.device(device):
-            self.model = Peer(config).train()
+            self.model = TorchTrainer(config).train()
         o = config.optimizer
         for part in (self.model.audio, self.model.text, self.model.words, self.model.project):
             if any(pattern.startswith("reasoner") for pattern in o.freeze):

@@ -41,7 +41,7 @@ PROGRAM = "chroma-jax"
 def prepare(args: Prepare, config) -> int:
     from chroma_jax import pretrained
     from chroma_jax.config import CodecRun
-    from chroma_jax.convert.codec import trained_codec
+    from chroma_jax.convert.codec import load_trained_codec
     from data_pipelines.prepare import prepare
     from data_pipelines.waves import prepare_waves
 
@@ -50,13 +50,13 @@ def prepare(args: Prepare, config) -> int:
             raise InputError("--codec is for dialogues, whose codes it makes; recordings for a codec's training need none")
         print(f"{args.out}: {recordings(prepare_waves(config.data, config.model, args.out).manifest)}")
         return 0
-    codec = None if args.codec is None else trained_codec(pretrained.found(args.codec), config.model)
+    codec = None if args.codec is None else load_trained_codec(pretrained.found(args.codec), config.model)
     dataset = prepare(config.data, config.model, codec, args.out)
     print(f"{args.out}: {summary(dataset.manifest)}")
     if args.cache_reasoner is not None:
-        from chroma_jax.runs.hidden_states import store_hidden
+        from chroma_jax.runs.hidden_states import cache_hidden_states
 
-        print(store_hidden(args.out, args.cache_reasoner))
+        print(cache_hidden_states(args.out, args.cache_reasoner))
     return 0
 
 
@@ -109,12 +109,12 @@ def synthesize(args: Synthesize) -> int:
 def metric_models():
     """Whisper base and resemblyzer, to check synthesized speech with. Raises InputError if the extra "eval" is missing."""
     from chroma_jax.evaluation.words import normalised, word_errors
-    from chroma_jax.metric_models.speech import Recogniser, Voices
-    from data_pipelines.synthesis.check import MetricModels
+    from chroma_jax.metric_models.speech import SpeakerEmbeddings, SpeechRecognizer
+    from data_pipelines.synthesis.check import CheckModels
 
-    speech, speakers = Recogniser(), Voices()
+    speech, speakers = SpeechRecognizer(), SpeakerEmbeddings()
     normalised("one")  # its package is loaded when first used
-    return MetricModels(speech, speakers, word_errors, {"words": str(speech.origin), "voices": str(speakers.origin)})
+    return CheckModels(speech, speakers, word_errors, {"words": str(speech.origin), "voices": str(speakers.origin)})
 
 
 def problem_counts(problems: dict) -> str:
@@ -408,12 +408,12 @@ def export(args: Export) -> int:
 
 
 def export_artifact(args: Export) -> int:
-    from chroma_jax.runs.serving_artifact import Sizes, export_stablehlo
+    from chroma_jax.runs.serving_artifact import ArtifactSizes, export_stablehlo
 
     config = run_configuration([str(args.run)])
     if args.dtype != "stored":
         config = dataclasses.replace(config, generation=dataclasses.replace(config.generation, dtype=args.dtype))
-    sizes = Sizes(args.batch_size, args.question_seconds, args.text, args.voice, args.max_frames)
+    sizes = ArtifactSizes(args.batch_size, args.question_seconds, args.text, args.voice, args.max_frames)
     print(export_stablehlo(args.run, args.dest, config, sizes, args.platforms))
     return 0
 

@@ -21,7 +21,7 @@ from chroma_jax.utils.errors import InputError
 from chroma_jax.utils.tree_paths import filled, values
 
 
-def trained_codec(source: Path, config: ChromaConfig) -> Codec:
+def load_trained_codec(source: Path, config: ChromaConfig) -> Codec:
     """A Codec from the run folder that trained it, or from safetensors in the released names or Mimi's own.
 
     Raises: InputError when there is none, or it is not what ``config.codec`` describes.

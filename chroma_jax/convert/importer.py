@@ -50,7 +50,7 @@ BESIDE = ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json",
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class ImportPlan:
     """What an import will do; made from headers alone. config: with what the sources say of their weights."""
 
     config: Config
@@ -70,7 +70,7 @@ class Plan:
 
 def import_checkpoint(
     sources: Sequence[Path | str], dest: Path | str, config: Config | None = None, *, keep_unused: bool = False
-) -> Plan:
+) -> ImportPlan:
     """Imports checkpoints into a folder that training starts from and that replies.
 
     Args:
@@ -96,7 +96,7 @@ def import_checkpoint(
     return plan
 
 
-def plan_import(sources: Sequence[Path], config: Config | None, default: Callable[[], Config]) -> Plan:
+def plan_import(sources: Sequence[Path], config: Config | None, default: Callable[[], Config]) -> ImportPlan:
     """Accounts for every tensor of every source. Of a part that several have, the first source's is taken.
 
     sources: safetensors files, folders with some, or manifests (see `read_header`). config: whose sizes the weights must have;
@@ -125,7 +125,7 @@ def plan_import(sources: Sequence[Path], config: Config | None, default: Callabl
         taken |= {row.part for row in found.rows}
     if wrong:
         raise InputError("nothing was written. " + " | ".join(wrong))
-    return Plan(dataclasses.replace(config, model=model), tuple(accounts))
+    return ImportPlan(dataclasses.replace(config, model=model), tuple(accounts))
 
 
 def _own_config(sources: Sequence[Path], headers: Sequence[Mapping], default: Callable[[], Config]) -> Config | None:
@@ -136,7 +136,7 @@ def _own_config(sources: Sequence[Path], headers: Sequence[Mapping], default: Ca
     return None
 
 
-def import_sources(plan: Plan, dest: Path, unused: str = "leave") -> str:
+def import_sources(plan: ImportPlan, dest: Path, unused: str = "leave") -> str:
     """Writes the folder ``dest``, all of it or nothing. Returns a line that says what was written.
 
     unused: "keep" carries the tensors that only a released checkpoint has. Raises: InputError when ``dest`` exists or a file
@@ -180,7 +180,7 @@ def import_sources(plan: Plan, dest: Path, unused: str = "leave") -> str:
     return "; ".join([f"{dest}: {len(read)} tensors" + (f", and {len(carried)} unused ones" if carried else ""), *lacks])
 
 
-def place(plan: Plan) -> dict[str, jax.ShapeDtypeStruct]:
+def place(plan: ImportPlan) -> dict[str, jax.ShapeDtypeStruct]:
     """Shape, type and place of every weight of the speaking model that is read, by path. Weights lie as in training."""
     mesh = make_mesh(plan.config.mesh)
     state = nnx.state(nnx.eval_shape(lambda: Chroma(nnx.Rngs(0), plan.config.model)))
@@ -191,7 +191,7 @@ def place(plan: Plan) -> dict[str, jax.ShapeDtypeStruct]:
     }
 
 
-def _write_codec(plan: Plan, file: Path, progress: Callable[[int], object]) -> None:
+def _write_codec(plan: ImportPlan, file: Path, progress: Callable[[int], object]) -> None:
     for a in plan.accounts:
         if rows := [row for row in a.rows if row.part == "codec"]:
             first = SingleDeviceSharding(jax.devices()[0])

@@ -14,7 +14,7 @@ from chroma_jax.models.chroma import ChromaConfig
 from chroma_jax.models.codec import Codec
 from chroma_jax.models.io import hf_config
 from chroma_jax.models.io import name_tables as names
-from chroma_jax.models.io.name_tables import Row
+from chroma_jax.models.io.name_tables import NameRow
 from chroma_jax.models.io.weight_files import DTYPES, Header, abstract_codec, import_weights, problems, read_header, stored_name
 from chroma_jax.utils.errors import InputError
 
@@ -35,7 +35,7 @@ class Naming:
 
     title: str
     sign: str
-    rows: Callable[[ChromaConfig, str], list[Row]]
+    rows: Callable[[ChromaConfig, str], list[NameRow]]
     required: tuple[str, ...]
     said: Callable[[dict], PartConfigs]
     optional: tuple[str, ...] = ()
@@ -141,13 +141,13 @@ class Coverage(NamedTuple):
 
     source: Path
     title: str
-    rows: list[Row]
+    rows: list[NameRow]
     header: Header
     unused: dict[str, str]
     carried: dict[str, str]
     notes: list[str]
 
-    def dtype(self, row: Row) -> str:
+    def dtype(self, row: NameRow) -> str:
         """The type in which the weight is kept: the tensors' own; float32 for float16, which has no range for training."""
         kinds = {self.header[stored_name(row, name, self.header)].dtype for name in row.foreign_names()}
         return "bfloat16" if kinds == {"bfloat16"} else "float32"
@@ -232,7 +232,7 @@ def check_coverage(
     return Coverage(Path(source), naming.title, rows, header, unused, carried, notes)
 
 
-def _later_layers(row: Row) -> str:
+def _later_layers(row: NameRow) -> str:
     """A regular expression for tensors of a row's name that are not among its layers, once these have been looked up."""
     return re.escape(row.foreign).replace(re.escape("{i}"), r"\d+") + "$"
 

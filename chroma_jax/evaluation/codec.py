@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from chroma_jax.evaluation.suite import Recording
+from chroma_jax.evaluation.suite import SuiteRecording
 from chroma_jax.evaluation.words import error_rate, word_errors
 from chroma_jax.inference.prompt import rounded_up
 from chroma_jax.metric_models.pitch import match_pitch, pitch, pitch_measures
@@ -18,7 +18,7 @@ from chroma_jax.models.codec import Codec
 BUCKET = 16  # frames; lengths are rounded up to a multiple of it, so that few shapes are compiled
 
 
-def resynthesised(codec: Codec, recordings: Sequence[Recording], num_codebooks: int) -> tuple[list[np.ndarray], float]:
+def resynthesised(codec: Codec, recordings: Sequence[SuiteRecording], num_codebooks: int) -> tuple[list[np.ndarray], float]:
     """Each recording from its codes, float32 [S], and the seconds that all took, compilation aside."""
     graph, state = nnx.split(codec)
     size = codec.config.samples_per_frame
@@ -40,7 +40,7 @@ def resynthesised(codec: Codec, recordings: Sequence[Recording], num_codebooks: 
 
 
 def evaluate_codec(
-    codec: Codec, recordings: Sequence[Recording], judges: MetricModels, num_codebooks: int
+    codec: Codec, recordings: Sequence[SuiteRecording], judges: MetricModels, num_codebooks: int
 ) -> tuple[dict, list[np.ndarray]]:
     """Returns the report's part, and what was made of each recording."""
     rate = codec.config.sampling_rate

@@ -7,7 +7,7 @@ from typing import Literal
 import jax
 
 from chroma_jax.config import CodecRun, Config
-from chroma_jax.convert.codec import trained_codec, with_codec
+from chroma_jax.convert.codec import load_trained_codec, with_codec
 from chroma_jax.evaluation import report
 from chroma_jax.evaluation.codec import evaluate_codec
 from chroma_jax.evaluation.knowledge import evaluate_knowledge
@@ -52,7 +52,7 @@ def evaluate(
     judges = judges or load_metric_models()
     speaker = None
     if isinstance(config, CodecRun):
-        codec, books, parts = trained_codec(run, with_codec(config.model)), config.model.num_codebooks, ("codec",)
+        codec, books, parts = load_trained_codec(run, with_codec(config.model)), config.model.num_codebooks, ("codec",)
     else:
         model, codec, tokenizer = load_run(run, config)
         c, books = config.generation, model.config.num_codebooks

@@ -10,8 +10,8 @@ import soundfile
 
 from chroma_jax.audio import load as audio
 from chroma_jax.audio.log_mel import FeatureConfig, log_mel_unpadded, resample_soxr
-from chroma_jax.evaluation.speaking import Reply
-from chroma_jax.evaluation.suite import Recording
+from chroma_jax.evaluation.speaking import EvaluatedReply
+from chroma_jax.evaluation.suite import SuiteRecording
 from chroma_jax.utils.atomic_io import write_json
 
 SHOWN = 12  # recordings, and replies of each condition, that the page plays
@@ -80,14 +80,14 @@ class Sounds:
         self.rate = rate
         self.found: list[Sound] = []
 
-    def add_codec(self, recordings: Sequence[Recording], made: Sequence[np.ndarray]) -> None:
+    def add_codec(self, recordings: Sequence[SuiteRecording], made: Sequence[np.ndarray]) -> None:
         for i in spread(len(recordings)):
             recording = recordings[i]
             lines = (recording.text, recording.voice)
             self.found.append(Sound("Codec", f"{recording.name}, original", lines, recording.wave))
             self.found.append(Sound("Codec", f"{recording.name}, through codes", lines, made[i]))
 
-    def add_replies(self, replies: dict[str, list[Reply]]) -> None:
+    def add_replies(self, replies: dict[str, list[EvaluatedReply]]) -> None:
         for condition, of in replies.items():
             for i in spread(len(of)):
                 reply = of[i]

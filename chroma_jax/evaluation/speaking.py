@@ -58,7 +58,7 @@ class VoicePrompt:
 
 
 @dataclasses.dataclass(frozen=True)
-class Reply:
+class EvaluatedReply:
     """dialogue, prompt: what was asked, and in which voice. text: the model's; wave: float32 [S]. ended: whether the model itself
     ended it."""
 
@@ -141,7 +141,7 @@ def spoken(
 
 def answered(
     speaker: Generator, tokenizer: Tokenizer, asked: Sequence[tuple[Dialogue, VoicePrompt]], config: GenerationConfig, system: str
-) -> Iterator[Reply]:
+) -> Iterator[EvaluatedReply]:
     """Replies to spoken questions."""
 
     def prompt(dialogue: Dialogue, voice: VoicePrompt) -> Prompt:
@@ -149,7 +149,7 @@ def answered(
 
     replies = spoken(speaker, tokenizer, [functools.partial(prompt, *pair) for pair in asked], config)
     for (dialogue, voice), reply in zip(asked, replies, strict=True):
-        yield Reply(dialogue, voice, *reply)
+        yield EvaluatedReply(dialogue, voice, *reply)
 
 
 def evaluate_speaking(
@@ -160,12 +160,12 @@ def evaluate_speaking(
     judges: MetricModels,
     config: GenerationConfig,
     system: str = "",
-) -> tuple[dict, dict[str, list[Reply]]]:
+) -> tuple[dict, dict[str, list[EvaluatedReply]]]:
     """Returns the report's part, and the replies by condition."""
     rate = speaker.config.codec.sampling_rate
     known = {v: judges.voices(audio.load_reference(refs[0].audio, rate), rate) for v, refs in suite.voices.items()}
     report: dict = {"conditions": {}, "replies": {}}
-    replies: dict[str, list[Reply]] = {}
+    replies: dict[str, list[EvaluatedReply]] = {}
     for condition in conditions:
         asked = [(d, voice_prompt(suite, d, condition, rate)) for d in suite.dialogues]
         given = answered(speaker, tokenizer, asked, config, system)
@@ -179,7 +179,7 @@ def evaluate_speaking(
     return report, replies
 
 
-def judged(reply: Reply, known: dict[str, np.ndarray], judges: MetricModels, rate: int) -> dict:
+def judged(reply: EvaluatedReply, known: dict[str, np.ndarray], judges: MetricModels, rate: int) -> dict:
     """What is said of one reply. known: the suite's voices as vectors."""
     heard, vector = judges.words(reply.wave, rate), judges.voices(reply.wave, rate)
     scores = {voice: float(vector @ known[voice]) for voice in known}

@@ -13,7 +13,7 @@ SUITES = {"parley": "embedded"}  # name → where its corpus is, unless it is gi
 
 
 @dataclasses.dataclass(frozen=True)
-class Recording:
+class SuiteRecording:
     """wave: float32 [S] at the Codec's rate. text: what is said in it."""
 
     name: str
@@ -46,10 +46,10 @@ def read_suite(name: str, split: Literal["test", "valid"], corpus: str | None = 
     return Suite(name, split, tuple(dialogues), {voice: found.references_of(voice) for voice in voices})
 
 
-def recordings(suite: Suite, rate: int) -> list[Recording]:
+def recordings(suite: Suite, rate: int) -> list[SuiteRecording]:
     """Questions and answers of the suite."""
     found = []
     for d in suite.dialogues:
-        found.append(Recording(f"{d.id} question", d.user_voice, d.question, audio.load(d.question_audio, rate)))
-        found.append(Recording(f"{d.id} answer", d.assistant_voice, d.answer, audio.load(d.answer_audio, rate)))
+        found.append(SuiteRecording(f"{d.id} question", d.user_voice, d.question, audio.load(d.question_audio, rate)))
+        found.append(SuiteRecording(f"{d.id} answer", d.assistant_voice, d.answer, audio.load(d.answer_audio, rate)))
     return found

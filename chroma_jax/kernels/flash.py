@@ -26,7 +26,7 @@ BLOCK = 512  # positions, of queries and of keys
 HIDDEN = -1e30  # the score of what is not seen
 
 
-class Sizes(NamedTuple):
+class FlashSizes(NamedTuple):
     """head: width; beside: heads in a register of lanes; group: query heads of a key/value head; block: positions of one."""
 
     head: int
@@ -103,7 +103,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, head: 
     q: [B, T, K · G · H]; k, v: [B, T, K · H], heads of ``head`` beside each other; segments: int32 [B, T]. Returns
     [B, T, K · G · H]. Rows and heads may be divided among devices. Interpreted where there is no TPU, which is slow.
     """
-    sizes = Sizes(head, LANES // head, q.shape[2] // k.shape[2], math.gcd(q.shape[1], BLOCK))
+    sizes = FlashSizes(head, LANES // head, q.shape[2] // k.shape[2], math.gcd(q.shape[1], BLOCK))
     return _over_devices(functools.partial(_attend, sizes=sizes, interpret=not on_tpu()), q, k, v, segments)
 
 
@@ -122,11 +122,11 @@ def _over_devices(compute, x, *rest):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attend(q, k, v, segments, sizes: Sizes, interpret: bool):
+def _attend(q, k, v, segments, sizes: FlashSizes, interpret: bool):
     return _forward(q, k, v, segments, sizes, interpret)[0]
 
 
-def _forward(q, k, v, segments, sizes: Sizes, interpret: bool):
+def _forward(q, k, v, segments, sizes: FlashSizes, interpret: bool):
     """Returns the output and, for the gradient, the logarithms to base 2 of the sums, float32 [B, K/P, P · G, T]."""
     at = _Rows(q, k, sizes)
     head, block = sizes.head, sizes.block
@@ -158,7 +158,7 @@ def _forward_kept(q, k, v, segments, sizes, interpret):
     return out, (q, k, v, segments, out, sums)
 
 
-def _backward(sizes: Sizes, interpret: bool, kept, gradient):
+def _backward(sizes: FlashSizes, interpret: bool, kept, gradient):
     q, k, v, segments, out, sums = kept
     at = _Rows(q, k, sizes)
     whole = lambda width, dtype: pltpu.VMEM((at.positions, width), dtype)
@@ -192,7 +192,7 @@ _attend.defvjp(_forward_kept, _backward)
 class _Rows:
     """How a kernel goes through its arrays: a row and a register of key/value heads at a time, whole."""
 
-    def __init__(self, q, k, sizes: Sizes):
+    def __init__(self, q, k, sizes: FlashSizes):
         rows, self.positions, width = k.shape
         registers = width // LANES
         self.sizes, self.grid, self.heads = sizes, (rows, registers), sizes.beside * sizes.group
@@ -284,7 +284,7 @@ def _over_keys(low, high, across, down, b, i, block: int, compute) -> None:
         compute(piece(i, half, half, half, True, True))
 
 
-def _forward_kernel(low, high, q, k, v, across, down, out, sums, other_k, turned_v, highest, total, mixed, *, sizes: Sizes):
+def _forward_kernel(low, high, q, k, v, across, down, out, sums, other_k, turned_v, highest, total, mixed, *, sizes: FlashSizes):
     """q, out: [1, T, G · 128]; k, v: [1, T, 128]; across: [1, 1, T]; down: [1, T, 128]; sums: [1, 1, P · G, T]."""
     (head, beside, group, block), b = sizes, pl.program_id(0)
     registers = [slice(r * LANES, (r + 1) * LANES) for r in range(group)]
@@ -327,7 +327,7 @@ def _backward_kernel(
     low, high, q, k, v, out, gradient, sums, across, down,
     to_q, to_k, to_v,
     other_k, other_v, turned_k, common, into_q, into_k, into_v,
-    *, sizes: Sizes,
+    *, sizes: FlashSizes,
 ):  # fmt: skip
     """As `_forward_kernel`; out, gradient, to_q: as q; to_k, to_v: as k. common: what the gradients of a query's scores have in
     common; into_k, into_v: what heads make that lie where their key/value head lies, and what the others make."""

@@ -188,20 +188,20 @@ def causal_mask(segments: jax.Array) -> jax.Array:
     return (segments[:, :, None] == keys[:, None, :]) & (order[:, :, None] >= jnp.arange(segments.shape[1]))
 
 
-class Segments(NamedTuple):
+class SegmentMask(NamedTuple):
     """A causal mask within segments that is never spelled out: `chroma_jax.kernels.flash` and `splash` compute with it. ids:
     int32 [B, T]."""
 
     ids: jax.Array
 
 
-class Blocks(NamedTuple):
+class ChunkedMask(NamedTuple):
     """The same for `chroma_jax.kernels.chunked_attention`. ids: int32 [B, T]."""
 
     ids: jax.Array
 
 
-class Fused(NamedTuple):
+class CudnnMask(NamedTuple):
     """The same for `chroma_jax.kernels.cudnn`. ids: int32 [B, T]."""
 
     ids: jax.Array
@@ -214,12 +214,12 @@ class Lengths(NamedTuple):
     count: jax.Array
 
 
-Mask = jax.Array | Segments | Blocks | Fused | Lengths
+Mask = jax.Array | SegmentMask | ChunkedMask | CudnnMask | Lengths
 
 
 def packed(segments: jax.Array, kernel: Kernel) -> Mask:
     """What the positions of packed rows see, for any way to compute it."""
-    return {"xla": causal_mask, "chunked": Blocks, "splash": Segments, "cudnn": Fused}[kernel](segments)
+    return {"xla": causal_mask, "chunked": ChunkedMask, "splash": SegmentMask, "cudnn": CudnnMask}[kernel](segments)
 
 
 def cached_mask(positions: jax.Array, capacity: int) -> jax.Array:
@@ -233,11 +233,11 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
     q: [B, T, K, G, H]; k, v: [B, S, K, H]; mask: bool [B, T, S], or `Segments`, `Blocks`, `Fused` or `Lengths`.
     Returns [B, T, K, G, H].
     """
-    if isinstance(mask, Segments):
+    if isinstance(mask, SegmentMask):
         return splash.attend(q, k, v, mask.ids)
-    if isinstance(mask, Blocks | Fused) and not divided(q, 1):
-        return (blocks if isinstance(mask, Blocks) else cudnn).attend(q, k, v, mask.ids)
-    if isinstance(mask, Blocks | Fused):
+    if isinstance(mask, ChunkedMask | CudnnMask) and not divided(q, 1):
+        return (blocks if isinstance(mask, ChunkedMask) else cudnn).attend(q, k, v, mask.ids)
+    if isinstance(mask, ChunkedMask | CudnnMask):
         mask = causal_mask(mask.ids)
     if isinstance(mask, Lengths):
         mask = short.mask(mask.count, q.shape[1])
@@ -364,7 +364,7 @@ class Attention(nnx.Module):
             q, k, v = (checkpoint_name(linear.flattened_heads(x), "dots") for linear in (self.q, self.k, self.v))
             found = short.attend(q, k, v, mask.count, self.k.kernel.shape[-1])
             return self.o.flattened_heads(checkpoint_name(found, splash.SAVED))
-        if isinstance(mask, Segments) and rotation is not None and self.may_be_flash(x):
+        if isinstance(mask, SegmentMask) and rotation is not None and self.may_be_flash(x):
             q, k, v = (checkpoint_name(linear.flattened_heads(x), "dots") for linear in (self.q, self.k, self.v))
             head = self.k.kernel.shape[-1]
             q, k = flash.rotated(q, *rotation, flash.scale(head)), flash.rotated(k, *rotation)

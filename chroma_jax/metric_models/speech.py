@@ -52,7 +52,7 @@ class Origin:
         return f"{self.name} ({self.standing})"
 
 
-class Recogniser:
+class SpeechRecognizer:
     """Speech to text by Whisper, greedily, in English."""
 
     def __init__(self, path: Path | None = None, threads: int = 0):
@@ -140,7 +140,7 @@ def whisper_base() -> Path:
     return cache
 
 
-class Voices:
+class SpeakerEmbeddings:
     """Who speaks: recordings as unit vectors, to be compared by their cosine."""
 
     def __init__(self, path: Path | None = None):
@@ -224,7 +224,7 @@ class MetricModels(NamedTuple):
 
 def load_metric_models(recogniser: Path | None = None, speaker_model: Path | None = None) -> MetricModels:
     """The judges, ready. recogniser, speaker_model: see `Recogniser` and `Voices`. Raises: InputError when one is missing."""
-    words, voices = Recogniser(recogniser), Voices(speaker_model)
+    words, voices = SpeechRecognizer(recogniser), SpeakerEmbeddings(speaker_model)
     for module in ("pystoi", "pesq", "speechmos"):
         needed(module)
     origins = {"words": str(words.origin), "voices": str(voices.origin), "quality": "STOI, PESQ (wide band), DNSMOS P.835"}

@@ -12,7 +12,7 @@ from chroma_jax.planning.hlo import Instruction
 from chroma_jax.utils.chips import Chip
 
 
-class Blocks(NamedTuple):
+class BlockSizes(NamedTuple):
     """How a kernel cuts its sequence: queries and keys of a block, keys that it computes with at a time."""
 
     queries: int
@@ -51,7 +51,7 @@ class Kernel(NamedTuple):
     queries: int
     keys: int
     width: int
-    blocks: Blocks
+    blocks: BlockSizes
 
 
 # By chip, kernel, width of a head and blocks, as ``python -m chroma_jax.planning.schedules`` prints them (libtpu 0.0.50). A step
@@ -98,7 +98,7 @@ LOOP_WORDS = {
     ("tpu7x", "flash_backward", 128, 8, 512): (1246, 9732, 8182),
 }
 LOOPS = {key: Loops(*words) for key, words in LOOP_WORDS.items()}
-SCHEDULES = {(*key[:3], Blocks(*key[3])): Schedule(*words) for key, words in WORDS.items()}
+SCHEDULES = {(*key[:3], BlockSizes(*key[3])): Schedule(*words) for key, words in WORDS.items()}
 
 # The rougher rule. For every pair of a query and a key: two products make the output; five the gradients, the scores being made
 # again. Of the vector unit, per pair: compare and choose by segments, largest, difference, exponential in five, sum, scale, cast.
@@ -154,7 +154,7 @@ def read(i: Instruction) -> Kernel | None:
     if short := re.match(r"short_attention_(\d+)", i.name):
         rows, positions, width = map(int, re.search(r"\[(\d+),(\d+),(\d+)\]", i.shape).groups())
         head = int(short[1])
-        return Kernel("short", rows * width // head, 1, positions, positions, head, Blocks(positions, positions, positions))
+        return Kernel("short", rows * width // head, 1, positions, positions, head, BlockSizes(positions, positions, positions))
     if flash := re.match(r"(flash_(?:forward|backward))_(\d+)_(\d+)", i.name):
         (rows, positions, wide), second = (
             [int(n) for n in shape.split(",")] for shape in re.findall(r"\[([\d,]+)\]", i.shape)[:2]
@@ -162,12 +162,12 @@ def read(i: Instruction) -> Kernel | None:
         width, block = int(flash[2]), int(flash[3])
         registers = second[1] if flash[1] == "flash_forward" else second[2] // LANES
         heads = wide // width // registers
-        return Kernel(flash[1], rows * registers, heads, positions, positions, width, Blocks(block, block, block))
+        return Kernel(flash[1], rows * registers, heads, positions, positions, width, BlockSizes(block, block, block))
     if "splash" not in i.name:
         return None
     forward = "fwd" in i.name
     of = "" if forward else "_dkv"
-    size = Blocks(*(number(i.rest, name) for name in (f"block_q{of}", f"block_kv{of}", f"block_kv{of}_compute")))
+    size = BlockSizes(*(number(i.rest, name) for name in (f"block_q{of}", f"block_kv{of}", f"block_kv{of}_compute")))
     found = re.findall(r"(?:bf16|f32)\[([\d,]+)\]", i.rest.partition("operand_layout_constraints=")[2])
     shapes = [tuple(map(int, shape.split(","))) for shape in found]
     queries = max(shapes, key=len)  # [rows, key/value heads, query heads of each, positions, width of a head], or the last turned

@@ -67,7 +67,7 @@ class Traffic:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class TrainingPlan:
     """A training step on one topology. Times are seconds per step; flops are those of the model, per step, by part.
 
     compute: the compiler's cycles over the clock, by scope and pass, and more, see `compute`. unestimated: work without cycles,
@@ -161,14 +161,14 @@ def without_tpu() -> None:
 
 def plan_step(
     config: Config | CodecRun, topology: Topology, *, effort: str = "full", teacher: Teacher | None = None
-) -> tuple[Plan, jax.stages.Compiled]:
+) -> tuple[TrainingPlan, jax.stages.Compiled]:
     """`plan_training` or, with the teacher, `plan_codec`, by what the configuration is of."""
     if isinstance(config, CodecRun):
         return plan_codec(config, topology, effort=effort, teacher=teacher)
     return plan_training(config, topology, effort=effort)
 
 
-def plan_training(config: Config, topology: Topology, *, effort: str = "full") -> tuple[Plan, jax.stages.Compiled]:
+def plan_training(config: Config, topology: Topology, *, effort: str = "full") -> tuple[TrainingPlan, jax.stages.Compiled]:
     """Compiles the training step of a configuration. effort: "quick" compiles in a fraction of the time and says whether it fits
     and what is sent; "full" is what a pod runs.
 
@@ -194,7 +194,7 @@ def plan_training(config: Config, topology: Topology, *, effort: str = "full") -
 
 def plan_codec(
     config: CodecRun, topology: Topology, *, effort: str = "full", teacher: Teacher | None = None
-) -> tuple[Plan, jax.stages.Compiled]:
+) -> tuple[TrainingPlan, jax.stages.Compiled]:
     """The same for a Codec, in the last phase of its training, in which most takes part. teacher: what ``config.recipe.teacher``
     names."""
     mesh, rows, recipe = mesh_on(topology, config.mesh), config.training.global_batch_size, config.recipe
@@ -237,7 +237,7 @@ def mesh_on(topology: Topology, config: MeshConfig) -> jax.sharding.Mesh:
 
 def planned(
     traced: jax.stages.Traced, arguments: dict, topology: Topology, mesh: jax.sharding.Mesh, effort: str, **facts
-) -> tuple[Plan, jax.stages.Compiled]:
+) -> tuple[TrainingPlan, jax.stages.Compiled]:
     """Compiles a step and reads what it takes. arguments: abstract, by kind, as of `memory`; facts: the fields of `Plan` that are
     known before."""
     started = time.perf_counter()
@@ -250,7 +250,7 @@ def planned(
     module = hlo.parse(compiled.as_text())
     work = list(hlo.executed(module))
     chip = topology.chip
-    plan = Plan(
+    plan = TrainingPlan(
         topology=topology.name,
         chips=topology.num_chips,
         mesh=dict(zip(MESH_AXES, mesh.devices.shape)),

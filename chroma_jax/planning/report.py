@@ -3,14 +3,14 @@
 from collections.abc import Sequence
 from typing import Literal
 
-from chroma_jax.planning.plan import DoesNotFit, Plan
+from chroma_jax.planning.plan import DoesNotFit, TrainingPlan
 from chroma_jax.planning.stream import StreamPlan
 
 GIB = 2.0**30
 TIGHT = 0.05  # share of memory that should stay free: the runtime and fragmentation take some
 
 
-def page(plan: Plan, dollars_per_chip_hour: float | None = None) -> str:
+def page(plan: TrainingPlan, dollars_per_chip_hour: float | None = None) -> str:
     """One plan: memory, FLOPs, time and what an hour brings."""
     m, total_flops = plan.memory, sum(plan.flops.values())
     mesh = " × ".join(f"{axis} {n}" for axis, n in plan.mesh.items() if n > 1) or "one device"
@@ -165,7 +165,7 @@ def does_not_fit(error: DoesNotFit, step: Literal["train", "stream"] = "train") 
     return "\n".join([*lines, "", f"what helps: {first}", *rest]) + "\n"
 
 
-def table(found: Sequence[tuple[str, Plan | DoesNotFit]]) -> str:
+def table(found: Sequence[tuple[str, TrainingPlan | DoesNotFit]]) -> str:
     """Several plans, the fastest per row first. found: (what was tried, its outcome)."""
 
     def rank(item):

@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from chroma_jax.config import Config
 from chroma_jax.parallel.sharding import MeshConfig
-from chroma_jax.planning.plan import DoesNotFit, Plan, plan_training
+from chroma_jax.planning.plan import DoesNotFit, TrainingPlan, plan_training
 from chroma_jax.utils.chips import Topology
 from chroma_jax.utils.errors import InputError
 
@@ -16,7 +16,7 @@ ROWS = (1, 2, 4, 8)  # of a device, or of those that share a row
 REMATS = ("dots", "attention", "full")
 
 
-def search(config: Config, topology: Topology) -> list[tuple[str, Plan | DoesNotFit]]:
+def search(config: Config, topology: Topology) -> list[tuple[str, TrainingPlan | DoesNotFit]]:
     """What was tried, and what came of it; what can't be divided that way is left out."""
     found = []
     for name, candidate in tqdm(list(candidates(config, topology)), desc="search", unit="program"):

@@ -21,7 +21,7 @@ from chroma_jax.inference.prefill import Prompt
 from chroma_jax.inference.prompt import make_prompt, stack
 from chroma_jax.inference.running_maximum import deviation
 from chroma_jax.models.chroma import Chroma
-from chroma_jax.runs.generation_plot import Picture, Recording, draw
+from chroma_jax.runs.generation_plot import GenerationPlot, PlottedRecording, draw
 from chroma_jax.runs.load import load_run, run_config
 from chroma_jax.sequence.interleave import NONE_TOKEN
 from chroma_jax.training.metrics import read_lines
@@ -33,7 +33,7 @@ LOSSES = {"c0": "c0_loss", "residual": "residual_loss", "text": "text_loss"}  # 
 
 
 @dataclasses.dataclass(frozen=True)
-class Spoken:
+class GeneratedReply:
     """A finished reply and when its parts were there.
 
     wave: float32 [S]. codes: int32 [F, Q]. tokens: (frame that it stands before, token id) of each reply token. ended: "eos"
@@ -137,12 +137,12 @@ def generate(
         "running_maximum": listening(asked, model),
         "losses": losses,
     }
-    picture = Picture(
+    picture = GenerationPlot(
         metrics=metrics,
         baselines=baselines,
-        question=Recording("Question", asked, audio.REASONER_RATE),
-        reference=Recording("Reference voice", voice, rate),
-        reply=Recording("Reply", spoken.wave, rate),
+        question=PlottedRecording("Question", asked, audio.REASONER_RATE),
+        reference=PlottedRecording("Reference voice", voice, rate),
+        reply=PlottedRecording("Reply", spoken.wave, rate),
         codes=spoken.codes,
         codebook_size=model.config.codec.codebook_size,
         pieces=pieces_with_end(pieces, spoken.tokens, model.config.tokens.im_end),
@@ -175,7 +175,7 @@ def warm_up(speaker: Generator, prompt: Prompt, config: GenerationConfig, max_fr
         pass
 
 
-def speak(speaker: Generator, make: Callable[[], Prompt], config: GenerationConfig, max_frames: int) -> Spoken:
+def speak(speaker: Generator, make: Callable[[], Prompt], config: GenerationConfig, max_frames: int) -> GeneratedReply:
     """Speaks one reply. make: builds the prompt; its time, that of the features, counts as time to the first audio."""
     sampling, keys = settings(1, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, seed=config.seed)
     samples, codes, tokens, arrivals, ended = [], [], [], [], "limit"
@@ -195,7 +195,7 @@ def speak(speaker: Generator, make: Callable[[], Prompt], config: GenerationConf
             samples.append(frame.samples[0])
             codes.append(frame.codes[0])
             bar.update()
-    return Spoken(
+    return GeneratedReply(
         wave=np.concatenate(samples) if samples else np.zeros(0, np.float32),
         codes=np.stack(codes) if codes else np.zeros((0, speaker.config.num_codebooks), np.int32),
         tokens=tokens,
@@ -206,7 +206,7 @@ def speak(speaker: Generator, make: Callable[[], Prompt], config: GenerationConf
     )
 
 
-def measures(spoken: Spoken, frame_seconds: float, rate: int) -> dict:
+def measures(spoken: GeneratedReply, frame_seconds: float, rate: int) -> dict:
     """The figures of a reply. Everything was compiled before; a rate is missing (None) where there were too few frames.
 
     first_audio_ms: from the end of the question, features included, to the first samples on the host. rtf: wall time from

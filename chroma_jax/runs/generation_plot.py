@@ -36,7 +36,7 @@ STYLE = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Recording:
+class PlottedRecording:
     """wave: float [S], possibly empty, at ``rate``."""
 
     name: str
@@ -45,15 +45,15 @@ class Recording:
 
 
 @dataclasses.dataclass(frozen=True)
-class Picture:
+class GenerationPlot:
     """What is drawn. metrics: lines of metrics.jsonl, in order; baselines: unigram losses by "c0", "residual", "text". codes:
     int32 [F, Q]. pieces: (frame that the token stands before, its text, or None where the text ends)."""
 
     metrics: Sequence[dict]
     baselines: dict[str, float]
-    question: Recording
-    reference: Recording
-    reply: Recording
+    question: PlottedRecording
+    reference: PlottedRecording
+    reply: PlottedRecording
     codes: np.ndarray
     codebook_size: int
     pieces: Sequence[tuple[int, str | None]]
@@ -62,7 +62,7 @@ class Picture:
     caption: str
 
 
-def draw(picture: Picture, path: Path) -> None:
+def draw(picture: GenerationPlot, path: Path) -> None:
     """Writes a PNG, 1600 px wide and as high as the reply is long."""
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -139,7 +139,7 @@ def loss_curve(axes, metrics: Sequence[dict], key: str, baseline: float | None, 
 # Recordings
 
 
-def spectrogram(axes, recording: Recording, *, labelled: bool) -> None:
+def spectrogram(axes, recording: PlottedRecording, *, labelled: bool) -> None:
     """Log-mel power up to 8 kHz, 60 dB below the loudest bin. labelled: whether the frequency axis has a name."""
     from librosa import hz_to_mel  # here, since importing it takes seconds
 
@@ -179,7 +179,7 @@ def colours():
     return colormaps["viridis"]
 
 
-def schedule_key(axes, picture: Picture) -> None:
+def schedule_key(axes, picture: GenerationPlot) -> None:
     """The heading of the schedule, with the colour scale at the right."""
     axes.set_axis_off()
     axes.set(xlim=(0, 1), ylim=(0, 1))
@@ -194,13 +194,13 @@ def schedule_key(axes, picture: Picture) -> None:
     axes.set(xlim=(0, 1), ylim=(0, 1))
 
 
-def line_height(picture: Picture, first: int, count: int) -> float:
+def line_height(picture: GenerationPlot, first: int, count: int) -> float:
     """Inches that a line of the schedule takes: less where it has no text."""
     has_text = any(first <= frame < first + count for frame, _ in picture.pieces)
     return TIME + CELL + (OVER + BAND if has_text else 0) + 0.12
 
 
-def schedule_line(axes, picture: Picture, first: int, count: int) -> None:
+def schedule_line(axes, picture: GenerationPlot, first: int, count: int) -> None:
     """Frames first … first + count − 1 as cells, the text tokens in a band above them, the time below."""
     from matplotlib.patches import Rectangle
 

@@ -23,7 +23,7 @@ from data_pipelines.dataset import open_dataset
 from data_pipelines.records import RowReader, feature_config, stack, to_example
 
 
-def store_hidden(prepared: Path, run: Path, *, rows_at_once: int = 8) -> str:
+def cache_hidden_states(prepared: Path, run: Path, *, rows_at_once: int = 8) -> str:
     """Writes what ``data_pipelines.hidden_states`` describes into a prepared folder, in bfloat16; files that are there already
     stay.
 

@@ -47,7 +47,7 @@ ANSWERS, FRAMES, WORDS = 4, 8, 8
 ENVIRONMENT = ("jax", "jaxlib", "machine", "cpu", "cpu_features", "threads", "xla_flags")
 
 
-class Comparison(NamedTuple):
+class LogitsComparison(NamedTuple):
     """The result of `compare`.
 
     Attributes:
@@ -192,7 +192,7 @@ def read(file: Path) -> dict[str, np.ndarray]:
     return result
 
 
-def compare(source: Path, file: Path) -> Comparison:
+def compare(source: Path, file: Path) -> LogitsComparison:
     """Loads an export with the current code and compares it with its reference logits.
 
     Args:
@@ -221,7 +221,7 @@ def compare(source: Path, file: Path) -> Comparison:
             problems.append(f"{name}: not bit-equal in the same environment, relative difference {differences[name]:.2e}")
         elif not differences[name] <= TOLERANCE:
             problems.append(f"{name}: relative difference {differences[name]:.2e}, tolerance {TOLERANCE:.0e}")
-    return Comparison(problems, equal, differences, other)
+    return LogitsComparison(problems, equal, differences, other)
 
 
 def differing_tensors(then: dict[str, str], now: dict[str, str]) -> list[str]:

@@ -67,7 +67,7 @@ Arrays = dict[str, Any]  # name → array, or its ShapeDtypeStruct
 
 
 @dataclasses.dataclass(frozen=True)
-class Sizes:
+class ArtifactSizes:
     """What the programs of an artefact are made for; a shorter prompt is padded on the right, a longer one does not fit.
 
     rows: conversations at once. question_seconds: the longest question. text: positions of its text: 25 for each second of
@@ -91,7 +91,7 @@ def export_stablehlo(
     run: Path,
     dest: Path,
     config: Config,
-    sizes: Sizes = Sizes(),
+    sizes: ArtifactSizes = ArtifactSizes(),
     platforms: Sequence[str] = ("cpu", "tpu", "cuda"),
 ) -> str:
     """Writes a serving artefact of a run's newest checkpoint (or of an exported model) to the folder ``dest``.
@@ -131,7 +131,7 @@ def check_platforms(platforms: Sequence[str]) -> None:
         raise InputError(f"platforms are {', '.join(platforms) or 'none'}; expected some of {', '.join(KNOWN)}, each once")
 
 
-def prompt_shapes(config: ChromaConfig, sizes: Sizes) -> Prompt:
+def prompt_shapes(config: ChromaConfig, sizes: ArtifactSizes) -> Prompt:
     """What prefill is given, as ShapeDtypeStructs. Raises: InputError when the question does not fit into its text."""
     features, audio = FeatureConfig(), config.reasoner.audio
     mel_frames = max(1, round(sizes.question_seconds * features.sample_rate / features.hop))
@@ -237,7 +237,7 @@ def folders_left_out() -> Iterator[None]:
 # Descriptions
 
 
-def description(config: ChromaConfig, dtype: str, sizes: Sizes, programs: dict[str, export.Exported]) -> dict:
+def description(config: ChromaConfig, dtype: str, sizes: ArtifactSizes, programs: dict[str, export.Exported]) -> dict:
     """What artefact.json says."""
     prefill = programs["prefill"]
     return {

@@ -1,7 +1,7 @@
 """The packed training row: what a batch is made of. The packer writes it, the model reads it.
 
 A row holds several conversations, told apart by segment ids (1, 2, …; 0 = padding). Positions restart in every
-conversation. NONE_TOKEN (−1) marks an empty entry everywhere. Written once per row, with the capacities of a `RowShape`:
+conversation. NONE_TOKEN (−1) marks an empty entry everywhere. Written once per row, with the capacities of a `PackedShape`:
 
 | array | shape | meaning |
 |---|---|---|
@@ -35,7 +35,7 @@ import jax.numpy as jnp
 
 
 @dataclasses.dataclass(frozen=True)
-class RowShape:
+class PackedShape:
     """Capacities of a packed sequence.
 
     Attributes:
@@ -78,7 +78,7 @@ class Batch(NamedTuple):
 
 
 def empty_batch(
-    shape: RowShape,
+    shape: PackedShape,
     *,
     rows: int,
     block_frames: int,

@@ -15,7 +15,7 @@ from chroma_jax.layers.transformer import LlamaConfig
 from chroma_jax.models.audio_encoder import AudioEncoderConfig
 from chroma_jax.models.chroma import Chroma, ChromaConfig
 from chroma_jax.models.codec import Codec, CodecConfig
-from chroma_jax.sequence.batch import RowShape
+from chroma_jax.sequence.batch import PackedShape
 from chroma_jax.training.codec.discriminator import Discriminator
 from chroma_jax.training.loss import LossConfig
 from chroma_jax.utils.errors import InputError
@@ -66,7 +66,7 @@ class PartFlops(NamedTuple):
     decoder: float
 
 
-def forward_flops(model: ChromaConfig, row: RowShape, loss: LossConfig) -> PartFlops:
+def forward_flops(model: ChromaConfig, row: PackedShape, loss: LossConfig) -> PartFlops:
     """Causal attention counts half of the square; heads count the positions they are applied to."""
     c, q = model, model.num_codebooks
     text = llama(c.reasoner.text, row.text, row.text / 2)

@@ -16,7 +16,7 @@ from chroma_jax.layers.rope import inverse_frequencies
 from chroma_jax.models.audio_encoder import cut_blocks, num_outputs
 from chroma_jax.models.chroma import Chroma
 from chroma_jax.models.io.hf_config import rope_from_hf
-from chroma_jax.models.io.name_tables import Row, backbone_rows, decoder_rows
+from chroma_jax.models.io.name_tables import NameRow, backbone_rows, decoder_rows
 from chroma_jax.models.io.weight_files import all_tensors
 from chroma_jax.models.reasoner import Reasoner
 from chroma_jax.training.loss import LossConfig, cross_entropy, frame_losses, mean
@@ -284,7 +284,7 @@ def _logits(case: Case, model: Chroma) -> Checks:
         yield case.check(f"{name}_logits", logits, HIDDEN)
 
 
-def _gradients(case: Case, name: str, gradient: Chroma, rows: list[Row]) -> Checks:
+def _gradients(case: Case, name: str, gradient: Chroma, rows: list[NameRow]) -> Checks:
     norms: dict[str, float] = {}
     for foreign, ours in all_tensors(gradient, "", rows):
         norms[foreign] = float(np.linalg.norm(ours))

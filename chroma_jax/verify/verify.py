@@ -24,7 +24,7 @@ KINDS: dict[str, Callable[[Case], Checks]] = {
 }
 
 
-class Result(NamedTuple):
+class CaseResult(NamedTuple):
     """One case: its checks, or why it could not be run."""
 
     case: str
@@ -52,22 +52,22 @@ def cases(folder: Path) -> list[Path]:
     return found
 
 
-def verify(folder: Path) -> Iterator[Result]:
+def verify(folder: Path) -> Iterator[CaseResult]:
     """Yields the result of each case as it is done; products in float32 on every device."""
     for path in cases(folder):
         kind = next((k for k in KINDS if fnmatch.fnmatch(path.name, k)), None)
         if kind is None:
-            yield Result(path.name, [], f"unknown kind of case (known: {', '.join(KINDS)})")
+            yield CaseResult(path.name, [], f"unknown kind of case (known: {', '.join(KINDS)})")
             continue
         try:
             with jax.default_matmul_precision("highest"):
                 case = Case(path)
-                yield Result(path.name, [*KINDS[kind](case), *case.left_out()])
+                yield CaseResult(path.name, [*KINDS[kind](case), *case.left_out()])
         except Exception as e:  # a broken case must not hide the others
-            yield Result(path.name, [], f"{type(e).__name__}: {e}")
+            yield CaseResult(path.name, [], f"{type(e).__name__}: {e}")
 
 
-def table(result: Result, *, every: bool) -> str:
+def table(result: CaseResult, *, every: bool) -> str:
     """Lines for the terminal: each quantity, or (``every`` false) the failed ones and the worst."""
     if result.error is not None:
         return f"FAIL  {result.case:<18} {result.error}"

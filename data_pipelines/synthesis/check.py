@@ -14,14 +14,14 @@ import numpy as np
 import soundfile
 from tqdm import tqdm
 
-from data_pipelines.synthesis.plan import Recording, digest
+from data_pipelines.synthesis.plan import PlannedRecording, digest
 
 SMALLEST_SAMPLE = 16  # recordings
 VOICES_COMPARED = 64
 WORST_SHOWN = 5
 
 
-class MetricModels(NamedTuple):
+class CheckModels(NamedTuple):
     """What the check measures with.
 
     Attributes:
@@ -62,7 +62,7 @@ class Measured:
             file.write(json.dumps({"models": self.names, "measured": {kind: {key: value}}}, ensure_ascii=False) + "\n")
 
 
-def sample(recordings: Sequence[Recording], share: float) -> list[Recording]:
+def sample(recordings: Sequence[PlannedRecording], share: float) -> list[PlannedRecording]:
     """A random share of the recordings, at least 16, by their keys alone."""
     count = min(len(recordings), max(SMALLEST_SAMPLE, round(share * len(recordings))))
     return sorted(recordings, key=lambda r: digest("check", r.key))[:count]
@@ -70,10 +70,10 @@ def sample(recordings: Sequence[Recording], share: float) -> list[Recording]:
 
 def check(
     out: Path,
-    recordings: Sequence[Recording],
-    references: Sequence[Recording],
+    recordings: Sequence[PlannedRecording],
+    references: Sequence[PlannedRecording],
     share: float,
-    models: MetricModels,
+    models: CheckModels,
     *,
     progress: bool = True,
 ) -> dict:
@@ -92,7 +92,7 @@ def check(
     """
     measured = Measured(out, models.names)
 
-    def each(kind: str, items: Sequence[Recording]) -> Iterator[tuple[Recording, np.ndarray]]:
+    def each(kind: str, items: Sequence[PlannedRecording]) -> Iterator[tuple[PlannedRecording, np.ndarray]]:
         missing = [r for r in items if r.key not in measured.values[kind]]
         for recording in tqdm(missing, f"check {kind}", unit="recording", disable=not progress):
             yield recording, soundfile.read(out / "audio" / recording.path, dtype="float32")[0]
@@ -136,7 +136,7 @@ def decoded(text: str) -> np.ndarray:
     return np.frombuffer(base64.b64decode(text), "<f2").astype(np.float32)
 
 
-def similarity(references: Sequence[Recording], embeddings: Mapping[str, np.ndarray]) -> dict[str, float | int | None]:
+def similarity(references: Sequence[PlannedRecording], embeddings: Mapping[str, np.ndarray]) -> dict[str, float | int | None]:
     """Mean cosine of prompts of the same voice and of different voices; None without such pairs."""
     if not references:
         return {"voices": 0, "same": None, "different": None, "different_std": None}

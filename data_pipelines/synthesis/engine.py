@@ -19,7 +19,7 @@ Phase = Literal["free", "canonical", "both"]
 BUILT_IN = {"hibari": "data_pipelines.synthesis.virtual_voices:synthesize"}
 
 
-class Synthesize(Protocol):
+class SynthesizeFunction(Protocol):
     """The function of an engine.
 
     The wave of an utterance must depend on its text, its voice and the seed alone, never on the other utterances of the call.
@@ -43,7 +43,7 @@ class Synthesize(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Engine:
+class SpeechEngine:
     """An engine that was found.
 
     Attributes:
@@ -55,10 +55,10 @@ class Engine:
 
     name: str
     version: str
-    function: Synthesize
+    function: SynthesizeFunction
 
 
-def load_engine(name: str, phase: Phase = "free") -> Engine:
+def load_engine(name: str, phase: Phase = "free") -> SpeechEngine:
     """Finds an engine.
 
     Args:
@@ -82,10 +82,10 @@ def load_engine(name: str, phase: Phase = "free") -> Engine:
     if phase != "free" and "phase" not in inspect.signature(function).parameters:
         raise InputError(f"--phase {phase}: engine {name} takes no argument 'phase', so it has free phase only")
     version = getattr(module, "version", None)
-    return Engine(name, str(version()) if callable(version) else "", function)
+    return SpeechEngine(name, str(version()) if callable(version) else "", function)
 
 
-def waves(engine: Engine, texts: Sequence[str], voices: Sequence[str], seed: int, phase: Phase) -> list[np.ndarray | str]:
+def waves(engine: SpeechEngine, texts: Sequence[str], voices: Sequence[str], seed: int, phase: Phase) -> list[np.ndarray | str]:
     """Synthesizes utterances; one that fails does not affect the others.
 
     Returns:
@@ -110,7 +110,7 @@ def waves(engine: Engine, texts: Sequence[str], voices: Sequence[str], seed: int
     return results
 
 
-def call(engine: Engine, texts, voices, seed: int, phase: Phase) -> tuple[list[np.ndarray | str], str]:
+def call(engine: SpeechEngine, texts, voices, seed: int, phase: Phase) -> tuple[list[np.ndarray | str], str]:
     """Calls an engine. Returns what it yielded until it ended or failed, and the error, or ""."""
     found: list[np.ndarray | str] = []
     try:

@@ -63,7 +63,7 @@ class SynthesisConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Recording:
+class PlannedRecording:
     """A text in a voice, made once for all entries that use it.
 
     Attributes:
@@ -91,23 +91,23 @@ class Entry:
 
     id: str
     text: Text
-    recordings: tuple[Recording, ...]
+    recordings: tuple[PlannedRecording, ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class SynthesisPlan:
     """Everything that is to be recorded."""
 
     entries: tuple[Entry, ...]
-    references: tuple[Recording, ...]
+    references: tuple[PlannedRecording, ...]
 
-    def recordings(self) -> list[Recording]:
+    def recordings(self) -> list[PlannedRecording]:
         """Each recording once, in order."""
         every = [r for entry in self.entries for r in entry.recordings] + list(self.references)
         return list(dict.fromkeys(every))
 
 
-def make_plan(texts: Sequence[Text], config: SynthesisConfig, identity: str) -> Plan:
+def make_plan(texts: Sequence[Text], config: SynthesisConfig, identity: str) -> SynthesisPlan:
     """Assigns voices to texts, and repeats or cuts the train split to ``config.hours``.
 
     Args:
@@ -125,8 +125,8 @@ def make_plan(texts: Sequence[Text], config: SynthesisConfig, identity: str) -> 
             if text.split == "train" and voice in held_out:
                 raise InputError(f"{text.where}: {VOICE_FIELDS[role]} {voice!r} is a held-out voice, but the split is train")
 
-    def recording(text: str, voice: str) -> Recording:
-        return Recording(digest(identity, config.seed, voice, text)[:24], text, voice)
+    def recording(text: str, voice: str) -> PlannedRecording:
+        return PlannedRecording(digest(identity, config.seed, voice, text)[:24], text, voice)
 
     def entry(text: Text, repetition: int) -> Entry:
         drawn = draw_voices(text, voices[text.split], config.seed, repetition)
@@ -141,7 +141,7 @@ def make_plan(texts: Sequence[Text], config: SynthesisConfig, identity: str) -> 
     entries = tuple(entry(text, k) for k in range(max(counts.values(), default=0)) for text in texts if k < counts[text.id])
     used = sorted({r.voice for e in entries for r in e.recordings})
     references = tuple(recording(words, voice) for voice in used for words in prompts_of(voice, config.seed))
-    return Plan(entries, references)
+    return SynthesisPlan(entries, references)
 
 
 def names(prefix: str, count: int) -> list[str]:

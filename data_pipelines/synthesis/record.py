@@ -9,15 +9,15 @@ from typing import NamedTuple
 import numpy as np
 import soundfile
 
-from data_pipelines.synthesis.engine import FRAME, SAMPLE_RATE, Engine, Phase, load_engine, waves
-from data_pipelines.synthesis.plan import Recording
+from data_pipelines.synthesis.engine import FRAME, SAMPLE_RATE, Phase, SpeechEngine, load_engine, waves
+from data_pipelines.synthesis.plan import PlannedRecording
 
 LEVEL_DB = -23.0  # RMS in dB of full scale; at equal peaks, canonical phase would be quieter, since its pulses are peaky
 PEAK = 0.95  # a recording with a higher peak at that level is made softer
 REVISION = 1  # of this module, counted up when equal waves get other files
 
 
-class Result(NamedTuple):
+class RecordingResult(NamedTuple):
     """What became of a recording.
 
     Attributes:
@@ -39,12 +39,12 @@ def folders(phase: Phase) -> tuple[str, ...]:
 
 
 @functools.cache
-def cached_engine(name: str, phase: Phase) -> Engine:
+def cached_engine(name: str, phase: Phase) -> SpeechEngine:
     """The engine of a worker process, loaded once."""
     return load_engine(name, phase)
 
 
-def record(name: str, phase: Phase, seed: int, recordings: Sequence[Recording], out: Path) -> list[Result]:
+def record(name: str, phase: Phase, seed: int, recordings: Sequence[PlannedRecording], out: Path) -> list[RecordingResult]:
     """Makes those recordings that are not there yet.
 
     Args:
@@ -59,18 +59,18 @@ def record(name: str, phase: Phase, seed: int, recordings: Sequence[Recording], 
     """
     lengths = {r.key: whole_length([out / folder / r.path for folder in folders(phase)]) for r in recordings}
     missing = [r for r in recordings if not lengths[r.key]]
-    results = {key: Result(key, samples, False, "") for key, samples in lengths.items()}
+    results = {key: RecordingResult(key, samples, False, "") for key, samples in lengths.items()}
     if missing:
         engine = cached_engine(name, phase)
         made = waves(engine, [r.text for r in missing], [r.voice for r in missing], seed, phase)
         for recording, wave in zip(missing, made, strict=True):
             if isinstance(wave, str):
-                results[recording.key] = Result(recording.key, 0, False, wave)
+                results[recording.key] = RecordingResult(recording.key, 0, False, wave)
                 continue
             wave = with_lead(leveled(wave))
             for folder, row in reversed([*zip(folders(phase), wave, strict=True)]):
                 write_flac(out / folder / recording.path, row)
-            results[recording.key] = Result(recording.key, wave.shape[1], True, "")
+            results[recording.key] = RecordingResult(recording.key, wave.shape[1], True, "")
     return [results[r.key] for r in recordings]
 
 

@@ -31,10 +31,10 @@ from chroma_jax.utils.atomic_io import replaced_files, write_json, write_whole
 from chroma_jax.utils.errors import InputError
 from data_pipelines.dialogues import EMBEDDED, SPLITS, Problem, counted
 from data_pipelines.synthesis import record as recorder
-from data_pipelines.synthesis.check import MetricModels, check, rate
+from data_pipelines.synthesis.check import CheckModels, check, rate
 from data_pipelines.synthesis.engine import SAMPLE_RATE, load_engine
-from data_pipelines.synthesis.plan import Entry, Plan, Recording, SynthesisConfig, make_plan
-from data_pipelines.synthesis.record import Result, folders, record
+from data_pipelines.synthesis.plan import Entry, PlannedRecording, SynthesisConfig, SynthesisPlan, make_plan
+from data_pipelines.synthesis.record import RecordingResult, folders, record
 from data_pipelines.synthesis.texts import read_texts, speakable
 
 FORMAT = 1
@@ -84,7 +84,7 @@ def synthesize(
     workers: int = 1,
     check_share: float = 0.0,
     max_wer: float = 0.5,
-    models: Callable[[], MetricModels] | None = None,
+    models: Callable[[], CheckModels] | None = None,
     progress: bool = True,
 ) -> Summary:
     """Synthesizes a corpus, or completes one that was interrupted.
@@ -165,8 +165,8 @@ def claim(out: Path, settings: dict) -> None:
 
 
 def recorded(
-    recordings: Sequence[Recording], config: SynthesisConfig, out: Path, workers: int, progress: bool
-) -> Iterator[Result]:
+    recordings: Sequence[PlannedRecording], config: SynthesisConfig, out: Path, workers: int, progress: bool
+) -> Iterator[RecordingResult]:
     """Makes recordings in several processes, and yields what became of each, in any order.
 
     Raises:
@@ -206,7 +206,7 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def failures(plan: Plan, results: dict[str, Result]) -> list[Problem]:
+def failures(plan: SynthesisPlan, results: dict[str, RecordingResult]) -> list[Problem]:
     """What could not be synthesized: each entry, and each voice prompt."""
     problems = []
     for entry in plan.entries:
@@ -218,8 +218,8 @@ def failures(plan: Plan, results: dict[str, Result]) -> list[Problem]:
 
 def write_manifests(
     out: Path,
-    plan: Plan,
-    results: dict[str, Result],
+    plan: SynthesisPlan,
+    results: dict[str, RecordingResult],
     unclear: set[str],
     settings: dict,
     problems: Sequence[Problem],
@@ -231,10 +231,10 @@ def write_manifests(
         InputError: If there is nothing to write.
     """
 
-    def usable(r: Recording) -> bool:
+    def usable(r: PlannedRecording) -> bool:
         return results[r.key].samples > 0 and r.key not in unclear
 
-    def seconds(r: Recording) -> float:
+    def seconds(r: PlannedRecording) -> float:
         return round(results[r.key].samples / SAMPLE_RATE, 3)
 
     entries = [e for e in plan.entries if all(map(usable, e.recordings))]
@@ -276,7 +276,7 @@ def write_manifests(
     return facts
 
 
-def dialogue_line(entry: Entry, seconds: Callable[[Recording], float]) -> dict:
+def dialogue_line(entry: Entry, seconds: Callable[[PlannedRecording], float]) -> dict:
     question, answer = entry.recordings
     return {
         "id": entry.id,
@@ -293,7 +293,7 @@ def dialogue_line(entry: Entry, seconds: Callable[[Recording], float]) -> dict:
     }
 
 
-def utterance_line(entry: Entry, seconds: Callable[[Recording], float]) -> dict:
+def utterance_line(entry: Entry, seconds: Callable[[PlannedRecording], float]) -> dict:
     (said,) = entry.recordings
     return {
         "id": entry.id,

@@ -30,7 +30,7 @@ HIGHEST_HARMONIC_HZ = 11_000.0
 
 
 @dataclasses.dataclass(frozen=True)
-class Voice:
+class VirtualVoice:
     """A speaker.
 
     Attributes:
@@ -52,7 +52,7 @@ class Voice:
     resonances: tuple[tuple[float, float, float], ...]
 
     @classmethod
-    def named(cls, name: str) -> "Voice":
+    def named(cls, name: str) -> "VirtualVoice":
         """The voice of a name: "v" or "h" and a number draw from disjoint ranges of seeds, other names from a third."""
         match = re.fullmatch(r"([vh])(\d+)", name)
         if match:
@@ -109,9 +109,9 @@ def _hibari():
 
 
 @functools.lru_cache(maxsize=256)
-def _filters(name: str) -> tuple[Voice, np.ndarray, np.ndarray, np.ndarray]:
+def _filters(name: str) -> tuple[VirtualVoice, np.ndarray, np.ndarray, np.ndarray]:
     """A voice, its color, and for each output bin the input bin below its source and the weight of the next one."""
-    voice = Voice.named(name)
+    voice = VirtualVoice.named(name)
     source = np.minimum(np.arange(BINS) / voice.formant, BINS - 1)
     below = np.minimum(source.astype(int), BINS - 2)
     return voice, voice.color(), below, (source - below).astype(np.float32)[:, None]
@@ -140,7 +140,7 @@ def synthesize(texts: Sequence[str], voices: Sequence[str], seed: int, *, phase:
 
 
 @dataclasses.dataclass(frozen=True)
-class Sentence:
+class SpokenSentence:
     """Source and filter of a sentence, frame by frame.
 
     Attributes:
@@ -188,7 +188,7 @@ def polar(magnitude: np.ndarray, angle: np.ndarray) -> np.ndarray:
     return out
 
 
-def source_filter_frames(text: str, name: str) -> Iterator[Sentence]:
+def source_filter_frames(text: str, name: str) -> Iterator[SpokenSentence]:
     """Runs the acoustic model on each sentence of a text and morphs the result into the voice of the given name."""
     model = _hibari()
     voice, color, below, weight = _filters(name)
@@ -204,7 +204,7 @@ def source_filter_frames(text: str, name: str) -> Iterator[Sentence]:
             continue
         outputs = model.sess.run(None, {"ids": np.array([ids], np.int64), "speed": np.array([voice.rate], np.float32)})
         harmonic, harmonic_phase, noise, residual, residual_phase, f0 = (output[0] for output in outputs)
-        yield Sentence(
+        yield SpokenSentence(
             f0=voice.spoken_f0(f0),
             harmonic=warped(harmonic) + color,
             harmonic_phase=warped(harmonic_phase),

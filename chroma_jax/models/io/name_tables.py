@@ -51,7 +51,7 @@ def _pairs(x: np.ndarray) -> np.ndarray:
 ROTARY_PAIRS = Transform(_halves, _pairs)
 
 
-class Row(NamedTuple):
+class NameRow(NamedTuple):
     """One line of a table. layers: how many foreign tensors are stacked on our leading axis, or None. tied_to: another foreign
     name of the same tensor, read when ``foreign`` is absent. extent "first": the foreign model may have more layers or rows of
     this (CSM and Mimi have 32 codebooks); ours are its first."""
@@ -73,42 +73,42 @@ class Row(NamedTuple):
         return "decoder" if head == "audio_embedding" else head
 
 
-def attention_rows(foreign: str, path: str, layers: int, *, out: str, bias: str) -> list[Row]:
+def attention_rows(foreign: str, path: str, layers: int, *, out: str, bias: str) -> list[NameRow]:
     names = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": out}
     rows = []
     for letter, name in names.items():
-        rows.append(Row(f"{foreign}.{name}.weight", f"{path}/{letter}/kernel", linear(3 if letter == "o" else 1), layers))
+        rows.append(NameRow(f"{foreign}.{name}.weight", f"{path}/{letter}/kernel", linear(3 if letter == "o" else 1), layers))
         if letter in bias:
-            rows.append(Row(f"{foreign}.{name}.bias", f"{path}/{letter}/bias", VECTOR, layers))
+            rows.append(NameRow(f"{foreign}.{name}.bias", f"{path}/{letter}/bias", VECTOR, layers))
     return rows
 
 
-def llama_rows(foreign: str, path: str, layers: int, bias: str = "") -> list[Row]:
+def llama_rows(foreign: str, path: str, layers: int, bias: str = "") -> list[NameRow]:
     block, ours = foreign + ".layers.{i}", f"{path}/blocks"
     return [
         *attention_rows(f"{block}.self_attn", f"{ours}/attention", layers, out="o_proj", bias=bias),
-        Row(f"{block}.mlp.gate_proj.weight", f"{ours}/gate/kernel", linear(), layers),
-        Row(f"{block}.mlp.up_proj.weight", f"{ours}/up/kernel", linear(), layers),
-        Row(f"{block}.mlp.down_proj.weight", f"{ours}/down/kernel", linear(), layers),
-        Row(f"{block}.input_layernorm.weight", f"{ours}/attention_norm/scale", SAME, layers),
-        Row(f"{block}.post_attention_layernorm.weight", f"{ours}/mlp_norm/scale", SAME, layers),
-        Row(f"{foreign}.norm.weight", f"{path}/norm/scale", SAME),
+        NameRow(f"{block}.mlp.gate_proj.weight", f"{ours}/gate/kernel", linear(), layers),
+        NameRow(f"{block}.mlp.up_proj.weight", f"{ours}/up/kernel", linear(), layers),
+        NameRow(f"{block}.mlp.down_proj.weight", f"{ours}/down/kernel", linear(), layers),
+        NameRow(f"{block}.input_layernorm.weight", f"{ours}/attention_norm/scale", SAME, layers),
+        NameRow(f"{block}.post_attention_layernorm.weight", f"{ours}/mlp_norm/scale", SAME, layers),
+        NameRow(f"{foreign}.norm.weight", f"{path}/norm/scale", SAME),
     ]
 
 
-def norm_rows(foreign: str, path: str, layers: int | None = None) -> list[Row]:
-    return [Row(f"{foreign}.weight", f"{path}/scale", SAME, layers), Row(f"{foreign}.bias", f"{path}/bias", SAME, layers)]
+def norm_rows(foreign: str, path: str, layers: int | None = None) -> list[NameRow]:
+    return [NameRow(f"{foreign}.weight", f"{path}/scale", SAME, layers), NameRow(f"{foreign}.bias", f"{path}/bias", SAME, layers)]
 
 
-def reasoner_rows(config: ChromaConfig, foreign: str = "thinker.") -> list[Row]:
+def reasoner_rows(config: ChromaConfig, foreign: str = "thinker.") -> list[NameRow]:
     """foreign: what stands before the names, its dot included."""
     tower, audio, layers = f"{foreign}audio_tower", "reasoner/audio", config.reasoner.audio.num_hidden_layers
     block, ours = tower + ".layers.{i}", f"{audio}/encoder/blocks"
     return [
-        Row(f"{tower}.conv1.weight", f"{audio}/conv1/kernel", CONV),
-        Row(f"{tower}.conv1.bias", f"{audio}/conv1/bias", SAME),
-        Row(f"{tower}.conv2.weight", f"{audio}/conv2/kernel", CONV),
-        Row(f"{tower}.conv2.bias", f"{audio}/conv2/bias", SAME),
+        NameRow(f"{tower}.conv1.weight", f"{audio}/conv1/kernel", CONV),
+        NameRow(f"{tower}.conv1.bias", f"{audio}/conv1/bias", SAME),
+        NameRow(f"{tower}.conv2.weight", f"{audio}/conv2/kernel", CONV),
+        NameRow(f"{tower}.conv2.bias", f"{audio}/conv2/bias", SAME),
         *attention_rows(f"{block}.self_attn", f"{ours}/attention", layers, out="out_proj", bias="qvo"),
         *norm_rows(f"{block}.self_attn_layer_norm", f"{ours}/attention_norm", layers),
         *norm_rows(f"{block}.final_layer_norm", f"{ours}/mlp_norm", layers),
@@ -116,77 +116,77 @@ def reasoner_rows(config: ChromaConfig, foreign: str = "thinker.") -> list[Row]:
             row
             for name in ("fc1", "fc2")
             for row in (
-                Row(f"{block}.{name}.weight", f"{ours}/{name}/kernel", linear(), layers),
-                Row(f"{block}.{name}.bias", f"{ours}/{name}/bias", VECTOR, layers),
+                NameRow(f"{block}.{name}.weight", f"{ours}/{name}/kernel", linear(), layers),
+                NameRow(f"{block}.{name}.bias", f"{ours}/{name}/bias", VECTOR, layers),
             )
         ),
         *norm_rows(f"{tower}.ln_post", f"{audio}/norm"),
-        Row(f"{tower}.proj.weight", f"{audio}/projection/kernel", linear()),
-        Row(f"{tower}.proj.bias", f"{audio}/projection/bias", SAME),
-        Row(f"{tower}.audio_bos_eos_token.weight", f"{audio}/unused_markers", SAME),
-        Row(f"{foreign}model.embed_tokens.weight", "reasoner/embedding/table", SAME),
+        NameRow(f"{tower}.proj.weight", f"{audio}/projection/kernel", linear()),
+        NameRow(f"{tower}.proj.bias", f"{audio}/projection/bias", SAME),
+        NameRow(f"{tower}.audio_bos_eos_token.weight", f"{audio}/unused_markers", SAME),
+        NameRow(f"{foreign}model.embed_tokens.weight", "reasoner/embedding/table", SAME),
         *llama_rows(f"{foreign}model", "reasoner/text", config.reasoner.text.num_hidden_layers, bias="qkv"),
-        Row(f"{foreign}lm_head.weight", "reasoner/head/kernel", linear(), tied_to=f"{foreign}model.embed_tokens.weight"),
+        NameRow(f"{foreign}lm_head.weight", "reasoner/head/kernel", linear(), tied_to=f"{foreign}model.embed_tokens.weight"),
     ]
 
 
-def backbone_rows(config: ChromaConfig) -> list[Row]:
+def backbone_rows(config: ChromaConfig) -> list[NameRow]:
     return [
         *llama_rows("backbone.model", "backbone/model", config.backbone.num_hidden_layers),
-        Row("backbone.codebook0_head.weight", "backbone/head/kernel", linear()),
+        NameRow("backbone.codebook0_head.weight", "backbone/head/kernel", linear()),
     ]
 
 
-def decoder_rows(config: ChromaConfig) -> list[Row]:
+def decoder_rows(config: ChromaConfig) -> list[NameRow]:
     return [
-        Row("decoder.audio_embedding.embed_audio_tokens.weight", "audio_embedding/rows/table", SAME),
-        Row("decoder.projection.weight", "decoder/projection/kernel", linear()),
+        NameRow("decoder.audio_embedding.embed_audio_tokens.weight", "audio_embedding/rows/table", SAME),
+        NameRow("decoder.projection.weight", "decoder/projection/kernel", linear()),
         *llama_rows("decoder.model", "decoder/model", config.decoder.num_hidden_layers),
-        Row("decoder.codebook_head.weight", "decoder/heads", SAME),
+        NameRow("decoder.codebook_head.weight", "decoder/heads", SAME),
     ]
 
 
 # CSM-1B (Sesame), whose Backbone and Decoder are Chroma's, with 32 codebooks.
 
 
-def csm_rows(config: ChromaConfig) -> list[Row]:
+def csm_rows(config: ChromaConfig) -> list[NameRow]:
     """In transformers' naming."""
     depth, table = "depth_decoder.model", "backbone_model.embed_tokens.embed_audio_tokens.weight"
     return [
         *llama_rows("backbone_model", "backbone/model", config.backbone.num_hidden_layers),
-        Row("lm_head.weight", "backbone/head/kernel", linear()),
-        Row(f"{depth}.embed_tokens.weight", "audio_embedding/rows/table", SAME, tied_to=table, extent="first"),
-        Row(f"{depth}.inputs_embeds_projector.weight", "decoder/projection/kernel", linear()),
+        NameRow("lm_head.weight", "backbone/head/kernel", linear()),
+        NameRow(f"{depth}.embed_tokens.weight", "audio_embedding/rows/table", SAME, tied_to=table, extent="first"),
+        NameRow(f"{depth}.inputs_embeds_projector.weight", "decoder/projection/kernel", linear()),
         *llama_rows(depth, "decoder/model", config.decoder.num_hidden_layers),
-        Row("depth_decoder.codebooks_head.weight", "decoder/heads", SAME, extent="first"),
+        NameRow("depth_decoder.codebooks_head.weight", "decoder/heads", SAME, extent="first"),
     ]
 
 
-def csm_sesame_rows(config: ChromaConfig) -> list[Row]:
+def csm_sesame_rows(config: ChromaConfig) -> list[NameRow]:
     """In Sesame's own naming, which is torchtune's."""
     return [
         *torchtune_rows("backbone", "backbone/model", config.backbone.num_hidden_layers),
-        Row("codebook0_head.weight", "backbone/head/kernel", linear()),
-        Row("audio_embeddings.weight", "audio_embedding/rows/table", SAME, extent="first"),
-        Row("projection.weight", "decoder/projection/kernel", linear()),
+        NameRow("codebook0_head.weight", "backbone/head/kernel", linear()),
+        NameRow("audio_embeddings.weight", "audio_embedding/rows/table", SAME, extent="first"),
+        NameRow("projection.weight", "decoder/projection/kernel", linear()),
         *torchtune_rows("decoder", "decoder/model", config.decoder.num_hidden_layers),
-        Row("audio_head", "decoder/heads", SAME, extent="first"),
+        NameRow("audio_head", "decoder/heads", SAME, extent="first"),
     ]
 
 
-def torchtune_rows(foreign: str, path: str, layers: int) -> list[Row]:
+def torchtune_rows(foreign: str, path: str, layers: int) -> list[NameRow]:
     block, ours = foreign + ".layers.{i}", f"{path}/blocks"
     return [
-        Row(f"{block}.attn.q_proj.weight", f"{ours}/attention/q/kernel", ROTARY_PAIRS, layers),
-        Row(f"{block}.attn.k_proj.weight", f"{ours}/attention/k/kernel", ROTARY_PAIRS, layers),
-        Row(f"{block}.attn.v_proj.weight", f"{ours}/attention/v/kernel", linear(), layers),
-        Row(f"{block}.attn.output_proj.weight", f"{ours}/attention/o/kernel", linear(3), layers),
-        Row(f"{block}.mlp.w1.weight", f"{ours}/gate/kernel", linear(), layers),
-        Row(f"{block}.mlp.w3.weight", f"{ours}/up/kernel", linear(), layers),
-        Row(f"{block}.mlp.w2.weight", f"{ours}/down/kernel", linear(), layers),
-        Row(f"{block}.sa_norm.scale", f"{ours}/attention_norm/scale", SAME, layers),
-        Row(f"{block}.mlp_norm.scale", f"{ours}/mlp_norm/scale", SAME, layers),
-        Row(f"{foreign}.norm.scale", f"{path}/norm/scale", SAME),
+        NameRow(f"{block}.attn.q_proj.weight", f"{ours}/attention/q/kernel", ROTARY_PAIRS, layers),
+        NameRow(f"{block}.attn.k_proj.weight", f"{ours}/attention/k/kernel", ROTARY_PAIRS, layers),
+        NameRow(f"{block}.attn.v_proj.weight", f"{ours}/attention/v/kernel", linear(), layers),
+        NameRow(f"{block}.attn.output_proj.weight", f"{ours}/attention/o/kernel", linear(3), layers),
+        NameRow(f"{block}.mlp.w1.weight", f"{ours}/gate/kernel", linear(), layers),
+        NameRow(f"{block}.mlp.w3.weight", f"{ours}/up/kernel", linear(), layers),
+        NameRow(f"{block}.mlp.w2.weight", f"{ours}/down/kernel", linear(), layers),
+        NameRow(f"{block}.sa_norm.scale", f"{ours}/attention_norm/scale", SAME, layers),
+        NameRow(f"{block}.mlp_norm.scale", f"{ours}/mlp_norm/scale", SAME, layers),
+        NameRow(f"{foreign}.norm.scale", f"{path}/norm/scale", SAME),
     ]
 
 
@@ -196,11 +196,11 @@ CONV_TRANSPOSE = Transform(lambda x, shape: x.transpose(0, 2, 1), lambda x: x.tr
 POINTWISE = Transform(lambda x, shape: x[:, :, 0].T, lambda x: x.T[:, :, None])  # [out, in, 1] ↔ [in, out]
 
 
-def conv_rows(foreign: str, path: str, transform: Transform = CONV) -> list[Row]:
-    return [Row(f"{foreign}.conv.weight", f"{path}/kernel", transform), Row(f"{foreign}.conv.bias", f"{path}/bias", SAME)]
+def conv_rows(foreign: str, path: str, transform: Transform = CONV) -> list[NameRow]:
+    return [NameRow(f"{foreign}.conv.weight", f"{path}/kernel", transform), NameRow(f"{foreign}.conv.bias", f"{path}/bias", SAME)]
 
 
-def seanet_rows(config: ChromaConfig, foreign: str, path: str) -> list[Row]:
+def seanet_rows(config: ChromaConfig, foreign: str, path: str) -> list[NameRow]:
     """Foreign numbers count the activations too: the encoder's stages are residuals …, ELU, convolution; the decoder's ELU,
     convolution, residuals …"""
     seanet = config.codec.seanet
@@ -221,22 +221,22 @@ def seanet_rows(config: ChromaConfig, foreign: str, path: str) -> list[Row]:
     return rows
 
 
-def codec_transformer_rows(foreign: str, path: str, layers: int) -> list[Row]:
+def codec_transformer_rows(foreign: str, path: str, layers: int) -> list[NameRow]:
     block, ours = foreign + ".layers.{i}", f"{path}/blocks"
     return [
         *attention_rows(f"{block}.self_attn", f"{ours}/attention", layers, out="o_proj", bias=""),
-        Row(f"{block}.mlp.fc1.weight", f"{ours}/fc1/kernel", linear(), layers),
-        Row(f"{block}.mlp.fc2.weight", f"{ours}/fc2/kernel", linear(), layers),
+        NameRow(f"{block}.mlp.fc1.weight", f"{ours}/fc1/kernel", linear(), layers),
+        NameRow(f"{block}.mlp.fc2.weight", f"{ours}/fc2/kernel", linear(), layers),
         *norm_rows(f"{block}.input_layernorm", f"{ours}/attention_norm", layers),
         *norm_rows(f"{block}.post_attention_layernorm", f"{ours}/mlp_norm", layers),
-        Row(f"{block}.self_attn_layer_scale.scale", f"{ours}/attention_scale/scale", SAME, layers),
-        Row(f"{block}.mlp_layer_scale.scale", f"{ours}/mlp_scale/scale", SAME, layers),
+        NameRow(f"{block}.self_attn_layer_scale.scale", f"{ours}/attention_scale/scale", SAME, layers),
+        NameRow(f"{block}.mlp_layer_scale.scale", f"{ours}/mlp_scale/scale", SAME, layers),
     ]
 
 
 def codec_rows(
     config: ChromaConfig, foreign: str = "codec_model.", path: str = "codec", extent: Literal["all", "first"] = "all"
-) -> list[Row]:
+) -> list[NameRow]:
     """Mimi. foreign: what stands before the names, its dot included; transformers' own Mimi has nothing there."""
     codec = config.codec
     rows = seanet_rows(config, foreign, path)
@@ -247,16 +247,16 @@ def codec_rows(
     for branch, count in (("semantic", semantic), ("acoustic", codec.num_codebooks - semantic)):
         theirs, ours = f"{foreign}quantizer.{branch}_residual_vector_quantizer", f"{path}/quantizer/{branch}"
         for name in ("embed_sum", "cluster_usage", "initialized"):
-            rows.append(Row(theirs + ".layers.{i}.codebook." + name, f"{ours}/codebooks/{name}", SAME, count, extent=extent))
+            rows.append(NameRow(theirs + ".layers.{i}.codebook." + name, f"{ours}/codebooks/{name}", SAME, count, extent=extent))
         if codec.quantizer.codebook_dim != codec.hidden_size:
             for side in ("input", "output"):
-                rows.append(Row(f"{theirs}.{side}_proj.weight", f"{ours}/{side}/kernel", POINTWISE))
+                rows.append(NameRow(f"{theirs}.{side}_proj.weight", f"{ours}/{side}/kernel", POINTWISE))
     if codec.stride > 1:
-        rows.append(Row(f"{foreign}downsample.conv.weight", f"{path}/downsample/kernel", CONV))
-        rows.append(Row(f"{foreign}upsample.conv.weight", f"{path}/upsample/kernel", CONV_TRANSPOSE))
+        rows.append(NameRow(f"{foreign}downsample.conv.weight", f"{path}/downsample/kernel", CONV))
+        rows.append(NameRow(f"{foreign}upsample.conv.weight", f"{path}/upsample/kernel", CONV_TRANSPOSE))
     return rows
 
 
-def chroma_rows(config: ChromaConfig) -> list[Row]:
+def chroma_rows(config: ChromaConfig) -> list[NameRow]:
     """The whole released checkpoint but the Codec and the unused vision tower, in its order."""
     return [*reasoner_rows(config), *backbone_rows(config), *decoder_rows(config)]

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 
 from chroma_jax.models.chroma import Chroma, ChromaConfig
 from chroma_jax.models.codec import Codec
-from chroma_jax.models.io.name_tables import Row, Transform
+from chroma_jax.models.io.name_tables import NameRow, Transform
 from chroma_jax.utils.errors import InputError
 from chroma_jax.utils.tree_paths import filled, values
 
@@ -105,12 +105,12 @@ def read_header(source: Path) -> dict[str, Tensor]:
 # Fitting a table to a header
 
 
-def stored_name(row: Row, name: str, header: Header) -> str | None:
+def stored_name(row: NameRow, name: str, header: Header) -> str | None:
     """Where a row's tensor is: under its own name, else under the one that it is tied to; None when it is nowhere."""
     return name if name in header else row.tied_to if row.tied_to in header else None
 
 
-def layer_shape(row: Row, shape: tuple[int, ...]) -> tuple[int, ...]:
+def layer_shape(row: NameRow, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Shape of what one foreign tensor becomes. shape: of our weight."""
     return shape[1:] if row.layers is not None else shape
 
@@ -121,7 +121,7 @@ def foreign_shape(transform: Transform, shape: tuple[int, ...]) -> tuple[int, ..
     return jax.eval_shape(lambda: transform.to_foreign(jnp.zeros(shape))).shape
 
 
-def problems(row: Row, header: Header, shape: tuple[int, ...]) -> Iterator[str]:
+def problems(row: NameRow, header: Header, shape: tuple[int, ...]) -> Iterator[str]:
     """What of a row is missing, misshapen or no weight. shape: of our weight."""
     expected = foreign_shape(row.transform, layer_shape(row, shape))
     for name in row.foreign_names():
@@ -141,7 +141,7 @@ def problems(row: Row, header: Header, shape: tuple[int, ...]) -> Iterator[str]:
 
 
 def read_weights(
-    rows: Iterable[Row],
+    rows: Iterable[NameRow],
     header: Header,
     abstract: Mapping[str, jax.ShapeDtypeStruct],
     progress: Callable[[int], object] = lambda _: None,
@@ -180,7 +180,7 @@ def automatic(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec))
 
 
-def _batches(rows: Iterable[Row], header: Header) -> Iterator[list[tuple[Row, int, str]]]:
+def _batches(rows: Iterable[NameRow], header: Header) -> Iterator[list[tuple[NameRow, int, str]]]:
     """(row, layer, stored name) of every foreign tensor, so many at a time as may be read together."""
     batch, size = [], 0
     for row in rows:
@@ -276,7 +276,7 @@ class Output(NamedTuple):
         return Tensor(self.shape, self.dtype).nbytes
 
 
-def outputs(weights: Mapping[str, jax.Array], rows: Iterable[Row], dtype: str | None = None) -> Iterator[Output]:
+def outputs(weights: Mapping[str, jax.Array], rows: Iterable[NameRow], dtype: str | None = None) -> Iterator[Output]:
     """Foreign tensors of a table. weights: by path, arrays or (where nothing will be read) ShapeDtypeStructs.
 
     dtype: that all are written in; None keeps each weight's own.
@@ -289,7 +289,7 @@ def outputs(weights: Mapping[str, jax.Array], rows: Iterable[Row], dtype: str | 
             yield Output(name, shape, kind, functools.partial(_foreign, value, row, layer, kind))
 
 
-def _foreign(value: jax.Array, row: Row, layer: int, dtype: str) -> np.ndarray:
+def _foreign(value: jax.Array, row: NameRow, layer: int, dtype: str) -> np.ndarray:
     one = np.asarray(bits(value) if row.layers is None else _layer(value, layer)).view(value.dtype)
     return np.ascontiguousarray(row.transform.to_foreign(one).astype(jnp.dtype(dtype), copy=False))
 
@@ -334,7 +334,7 @@ def abstract_codec(config: ChromaConfig) -> Codec:
     return nnx.eval_shape(lambda: Codec(nnx.Rngs(0), config.codec))
 
 
-def import_weights(module: nnx.Module, rows: Iterable[Row], source: Path, prefix: str = "") -> nnx.Module:
+def import_weights(module: nnx.Module, rows: Iterable[NameRow], source: Path, prefix: str = "") -> nnx.Module:
     """Fills the weights of an abstract ``module`` that the table has; the others stay abstract.
 
     module: from ``nnx.eval_shape``; a weight without a sharding goes to the first device. prefix: what stands before the
@@ -351,6 +351,6 @@ def import_weights(module: nnx.Module, rows: Iterable[Row], source: Path, prefix
     return nnx.merge(graph, filled(state, read_weights(rows, header, abstract), prefix))
 
 
-def all_tensors(module: nnx.Module, prefix: str, rows: Iterable[Row]) -> Iterator[tuple[str, np.ndarray]]:
+def all_tensors(module: nnx.Module, prefix: str, rows: Iterable[NameRow]) -> Iterator[tuple[str, np.ndarray]]:
     """(foreign name, tensor) of a module's weights. prefix: what stands before its own paths in the table, as ``codec/``."""
     return ((x.name, x.read()) for x in outputs(values(module, prefix), rows))
