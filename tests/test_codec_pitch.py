@@ -146,7 +146,7 @@ def test_the_encoder_learns_before_the_decoder_joins():
         state, history = trainer.init(), []
         before = jax.device_get(state.weights())
         for _ in range(20):
-            state, metrics = trainer.train_step(state, batch, Phase(judged=False, decoded=False))
+            state, metrics = trainer.train_step(state, batch, Phase(adversarial=False, decoded=False))
             history.append(jax.device_get(metrics))
     after = jax.device_get(state.weights())
     moved = {path for path, x in before.items() if np.any(x != after[path])}

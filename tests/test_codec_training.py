@@ -217,12 +217,12 @@ def test_strides_as_channels_are_the_same_convolution(width, kernel, stride, dil
 
 def test_a_period_discriminator_sees_every_pth_sample_in_a_row():
     """Its output for one phase of the period depends on the samples of that phase alone."""
-    judge = PeriodDiscriminator(nnx.Rngs(0), DiscriminatorConfig(filters=2), 5)
+    discriminator = PeriodDiscriminator(nnx.Rngs(0), DiscriminatorConfig(filters=2), 5)
     wave = jnp.asarray(RNG.normal(size=(2, 998)) * 0.1, jnp.float32)  # not a multiple of the period
-    verdict = judge(wave)
-    assert verdict.logits.shape == (2, 5, 3) and [f.shape[3] for f in verdict.features] == [2, 8, 32, 64, 64]
-    assert [f.shape[2] for f in verdict.features] == [67, 23, 8, 3, 3]  # strides of 3, then of 1
-    changed = judge(wave.at[:, 7::5].add(0.1)).logits - verdict.logits
+    output = discriminator(wave)
+    assert output.logits.shape == (2, 5, 3) and [f.shape[3] for f in output.features] == [2, 8, 32, 64, 64]
+    assert [f.shape[2] for f in output.features] == [67, 23, 8, 3, 3]  # strides of 3, then of 1
+    changed = discriminator(wave.at[:, 7::5].add(0.1)).logits - output.logits
     assert not changed[:, jnp.array([0, 1, 3, 4])].any() and changed[:, 2].any()
 
 
@@ -240,25 +240,27 @@ def test_without_periods_the_discriminator_has_the_weights_that_it_had():
 def test_the_discriminator_learns_to_tell_and_the_losses_say_so(config):
     real = jnp.asarray(np.sin(np.arange(2048) * 0.3)[None] * RNG.uniform(0.2, 1, (4, 1)), jnp.float32)
     made = jnp.asarray(RNG.normal(size=(4, 2048)) * 0.4, jnp.float32)
-    graph, judge = nnx.split(jax.jit(lambda: Discriminator(nnx.Rngs(0), config))())
-    loss = lambda judge: discriminator_loss(nnx.merge(graph, judge)(made), nnx.merge(graph, judge)(real), config.loss)
+    graph, discriminator = nnx.split(jax.jit(lambda: Discriminator(nnx.Rngs(0), config))())
+    loss = lambda discriminator: discriminator_loss(
+        nnx.merge(graph, discriminator)(made), nnx.merge(graph, discriminator)(real), config.loss
+    )
     gradient = jax.jit(jax.grad(loss))
-    before, adam = loss(judge), optax.adam(3e-3)
-    moments = adam.init(judge)
+    before, adam = loss(discriminator), optax.adam(3e-3)
+    moments = adam.init(discriminator)
     for _ in range(40):
-        updates, moments = adam.update(gradient(judge), moments)
-        judge = optax.apply_updates(judge, updates)
-    module = nnx.merge(graph, judge)
-    assert loss(judge) < 0.75 * before
+        updates, moments = adam.update(gradient(discriminator), moments)
+        discriminator = optax.apply_updates(discriminator, updates)
+    module = nnx.merge(graph, discriminator)
+    assert loss(discriminator) < 0.75 * before
     assert adversarial_loss(module(made), config.loss) > adversarial_loss(module(real), config.loss)
     assert float(feature_loss(module(real), module(real))) == 0 < feature_loss(module(made), module(real))
 
 
 def test_least_squares_are_to_1_for_real_and_to_0_for_made_sound():
-    verdict = lambda *logits: [DiscriminatorOutput(jnp.array([[x]]), ()) for x in logits]
-    assert float(discriminator_loss(verdict(0.0, 2.0), verdict(1.0, 3.0), "least_squares")) == pytest.approx((0 + 8) / 2)
-    assert float(adversarial_loss(verdict(1.0, 3.0), "least_squares")) == pytest.approx((0 + 4) / 2)
-    assert float(adversarial_loss(verdict(1.0, 3.0))) == 0
+    output = lambda *logits: [DiscriminatorOutput(jnp.array([[x]]), ()) for x in logits]
+    assert float(discriminator_loss(output(0.0, 2.0), output(1.0, 3.0), "least_squares")) == pytest.approx((0 + 8) / 2)
+    assert float(adversarial_loss(output(1.0, 3.0), "least_squares")) == pytest.approx((0 + 4) / 2)
+    assert float(adversarial_loss(output(1.0, 3.0))) == 0
 
 
 def test_the_balancer_gives_every_loss_its_share_whatever_its_scale():
@@ -332,8 +334,8 @@ def test_what_is_trained_has_moved_and_codebooks_only_by_their_means(run, waves)
     for name in ("codec", "codebooks", "discriminator"):
         apart = {p: np.abs(x - values(getattr(before, name))[p]).max() for p, x in values(getattr(state, name)).items()}
         still = {p for p, x in apart.items() if x == 0}
-        # the hinge pushes a judge's last bias up for real sound and down for made sound, as hard while it errs on both
-        assert all(p.endswith(("initialized", "judge/bias")) for p in still), still
+        # the hinge pushes a discriminator's last bias up for real sound and down for made sound, as hard while it errs on both
+        assert all(p.endswith(("initialized", "discriminator/bias")) for p in still), still
 
 
 def test_perplexities_are_reported_and_codebooks_do_not_collapse(run):

@@ -133,11 +133,11 @@ def test_a_summary_counts_what_it_says():
 
 
 @pytest.fixture(scope="module")
-def judged(tiny_run, corpus, tmp_path_factory):
+def measured_reply(tiny_run, corpus, tmp_path_factory):
     out = tmp_path_factory.mktemp("evaluation") / "out"
     config = replace(configs.load(tiny_run), "generation.max_seconds", 0.8)
     parts = ("codec", "answers", "ablations")
-    return out, evaluate(tiny_run, config, out, corpus=corpus, parts=parts, judges=STAND_INS)
+    return out, evaluate(tiny_run, config, out, corpus=corpus, parts=parts, metric_models=STAND_INS)
 
 
 def test_every_question_is_answered_under_every_condition(judged):
@@ -155,7 +155,7 @@ def test_every_question_is_answered_under_every_condition(judged):
 def test_the_report_is_complete(judged):
     out, found = judged
     kept = json.loads((out / "report.json").read_text())
-    assert kept["judges"]["words"] == "a constant (proxy)"
+    assert kept["metric_models"]["words"] == "a constant (proxy)"
     assert kept["conditions"].keys() == found["conditions"].keys()
     text = (out / "report.txt").read_text()
     assert "voice prompt" in text and "another voice" in text and "STOI" in text and "(proxy)" in text
@@ -167,7 +167,7 @@ def test_the_report_is_complete(judged):
 def test_utterances_of_the_corpus_are_read_aloud(tiny_run, corpus, tmp_path):
     config = replace(configs.load(tiny_run), "generation.max_seconds", 0.4)
     with pytest.raises(InputError, match="no utterance in the test split, which --parts reading reads aloud"):
-        evaluate(tiny_run, config, tmp_path / "none", corpus=corpus, parts=("reading",), judges=STAND_INS)
+        evaluate(tiny_run, config, tmp_path / "none", corpus=corpus, parts=("reading",), metric_models=STAND_INS)
     spoken = shutil.copytree(corpus, tmp_path / "spoken")
     lines = [
         {"id": "u0", "split": "test", "voice": "ann", "text": "It is three.", "audio": "audio/ann_0.flac"},
@@ -175,7 +175,7 @@ def test_utterances_of_the_corpus_are_read_aloud(tiny_run, corpus, tmp_path):
         {"id": "u2", "split": "train", "voice": "bob", "text": "Four.", "audio": "audio/bob_0.flac"},
     ]
     (spoken / "utterances.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    found = evaluate(tiny_run, config, tmp_path / "out", corpus=str(spoken), parts=("reading",), judges=STAND_INS)
+    found = evaluate(tiny_run, config, tmp_path / "out", corpus=str(spoken), parts=("reading",), metric_models=STAND_INS)
     first, second = found["reading"]["readings"]
     assert (first["id"], second["id"], first["expected"]) == ("u0", "u1", "It is three.")
     assert not first["seconds"] or first["word_errors"] == (2, 3)  # "of course" is too much
@@ -199,10 +199,12 @@ def test_knowledge_is_what_would_be_written(tiny_run, corpus, tmp_path):
             written.append(int(reasoner.logits(hidden)[0, -1].argmax()))
         rows += [(given, written), (given, [*written[:4], written[4] ^ 1]), (given, [written[0] ^ 1, *written[1:]])]
     assert would_write(model, rows * 7) == [True, False, False] * 14
-    found = evaluate(tiny_run, config, tmp_path / "out", corpus=corpus, parts=("knowledge",), judges=STAND_INS)["knowledge"]
+    found = evaluate(tiny_run, config, tmp_path / "out", corpus=corpus, parts=("knowledge",), metric_models=STAND_INS)[
+        "knowledge"
+    ]
     assert found["test split"]["questions"] == 2 and 0 <= found["test split"]["typed"] <= 1 and len(found) == 1
     withholding = replace(config, "data.curriculum.holdout_fraction", 0.05)
-    found = evaluate(tiny_run, withholding, tmp_path / "more", corpus=corpus, parts=("knowledge",), judges=STAND_INS)
+    found = evaluate(tiny_run, withholding, tmp_path / "more", corpus=corpus, parts=("knowledge",), metric_models=STAND_INS)
     kinds = [values for name, values in found["knowledge"].items() if name.startswith("withheld: ")]
     assert len(kinds) > 5 and sum(v["questions"] for v in kinds) == found["knowledge"]["withheld"]["questions"] > 50
     assert "pseudo_speech as heard" in report.text(found)
@@ -218,7 +220,7 @@ def test_a_codec_run_is_judged_without_answers(tmp_path, corpus):
     config = config_for(corpus, training__steps=1, recipe__quantizer_start_step=0, recipe__discriminator_start_step=9)
     prepare_waves(config.data, config.model, tmp_path / "waves", progress="none")
     train_codec(config, tmp_path / "run", tmp_path / "waves")
-    found = evaluate(tmp_path / "run", config, tmp_path / "out", corpus=corpus, judges=STAND_INS)
+    found = evaluate(tmp_path / "run", config, tmp_path / "out", corpus=corpus, metric_models=STAND_INS)
     assert "conditions" not in found and found["codec"]["summary"]["bits_per_second"] > 0
     assert "Codec: 4 recordings" in report.text(found)
 
@@ -241,29 +243,32 @@ def test_what_is_missing_is_named(tiny_run, corpus, tmp_path, monkeypatch, capsy
 @pytest.mark.slow
 def test_the_real_judges_know_words_voices_and_quality():
     """Needs the extra ``eval`` and resemblyzer."""
-    judges = real_judges.load_metric_models()
+    metric_models = real_judges.load_metric_models()
     suite = read_suite("parley", "test", limit=6)
     rows = [(d, audio.load(d.answer_audio, RATE)) for d in suite.dialogues]
-    errors = [word_errors(d.answer, judges.words(wave, RATE)) for d, wave in rows]
+    errors = [word_errors(d.answer, metric_models.words(wave, RATE)) for d, wave in rows]
     assert error_rate(errors) < 0.05
-    references = {v: judges.voices(audio.load(refs[0].audio, RATE), RATE) for v, refs in suite.voices.items()}
+    references = {v: metric_models.voices(audio.load(refs[0].audio, RATE), RATE) for v, refs in suite.voices.items()}
     for d, wave in rows:
-        scores = {v: float(judges.voices(wave, RATE) @ known) for v, known in references.items()}
+        scores = {v: float(metric_models.voices(wave, RATE) @ known) for v, known in references.items()}
         assert max(scores, key=scores.get) == d.assistant_voice
     wave = rows[0][1]
     noisy = wave + 0.1 * np.random.default_rng(0).normal(size=len(wave)).astype(np.float32)
-    assert judges.stoi(wave, wave, RATE) > 0.99 > judges.stoi(wave, noisy, RATE)
-    assert judges.pesq(wave, wave, RATE) > 4.5 > judges.pesq(wave, noisy, RATE)
-    assert judges.dnsmos(wave, RATE) > judges.dnsmos(noisy, RATE) + 0.5
-    assert judges.dnsmos(np.zeros(RATE, np.float32), RATE) is None and not judges.voices(np.zeros(0, np.float32), RATE).any()
+    assert metric_models.stoi(wave, wave, RATE) > 0.99 > metric_models.stoi(wave, noisy, RATE)
+    assert metric_models.pesq(wave, wave, RATE) > 4.5 > metric_models.pesq(wave, noisy, RATE)
+    assert metric_models.dnsmos(wave, RATE) > metric_models.dnsmos(noisy, RATE) + 0.5
+    assert (
+        metric_models.dnsmos(np.zeros(RATE, np.float32), RATE) is None
+        and not metric_models.voices(np.zeros(0, np.float32), RATE).any()
+    )
 
 
 @pytest.fixture(scope="module")
 def official(tmp_path_factory):
-    """Small judges with random weights, of the official ones' architecture and in their layouts. Needs the extra ``dev``."""
+    """Small metric models with random weights, in the official architectures and layouts. Needs the extra ``dev``."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     ctranslate2 = pytest.importorskip("ctranslate2")
-    folder, base = tmp_path_factory.mktemp("judges"), real_judges.whisper_base()
+    folder, base = tmp_path_factory.mktemp("metric_models"), real_judges.whisper_base()
     torch.manual_seed(0)
     small = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "num_conv_pos_embeddings": 16}
     small |= {"do_stable_layer_norm": True, "feat_extract_norm": "layer", "num_conv_pos_embedding_groups": 4}
@@ -293,19 +298,19 @@ def official(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("whisper", ["whisper", "converted"])
 def test_official_judges_are_taken_by_their_paths(official, whisper, tmp_path):
-    judges = real_judges.load_metric_models(official / whisper, official / "wavlm")
-    assert whisper in judges.origins["words"] and judges.origins["voices"] == "WavLM from wavlm (proxy)"
-    assert "proxy" in judges.origins["words"]  # of the architecture, but not of large-v3's size
+    metric_models = real_judges.load_metric_models(official / whisper, official / "wavlm")
+    assert whisper in metric_models.origins["words"] and metric_models.origins["voices"] == "WavLM from wavlm (proxy)"
+    assert "proxy" in metric_models.origins["words"]  # of the architecture, but not of large-v3's size
     wave = audio.load(read_suite("parley", "test", limit=1).dialogues[0].answer_audio, RATE)
-    assert judges.words(wave, RATE) and judges.words(wave[:0], RATE) == ""
-    vectors = [judges.voices(w, RATE) for w in (wave, wave, wave[: RATE // 4], np.zeros(0, np.float32))]
+    assert metric_models.words(wave, RATE) and metric_models.words(wave[:0], RATE) == ""
+    vectors = [metric_models.voices(w, RATE) for w in (wave, wave, wave[: RATE // 4], np.zeros(0, np.float32))]
     assert {v.shape for v in vectors} == {(24,)}  # silence and the shortest recordings can be compared too
     assert vectors[0] @ vectors[1] == pytest.approx(1, abs=1e-5) and not vectors[3].any()
     found = evaluate(
         pretrained.found("codec_nano"), cli.run_configuration([str(pretrained.found("codec_nano"))], "any"), tmp_path / "report",
-        limit=1, judges=judges,
+        limit=1, metric_models=metric_models,
     )  # fmt: skip
-    assert found["judges"] == judges.origins and -1 <= found["codec"]["summary"]["similarity"] <= 1
+    assert found["metric_models"] == metric_models.origins and -1 <= found["codec"]["summary"]["similarity"] <= 1
 
 
 @pytest.mark.slow

@@ -344,9 +344,9 @@ def evaluate(args: Evaluate, config) -> int:
     from chroma_jax.utils.atomic_io import check_new
 
     check_new(args.out)
-    judges = load_metric_models(args.asr_model, args.speaker_model)
+    metric_models = load_metric_models(args.asr_model, args.speaker_model)
     given = {name: getattr(args, name) for name in ("suite", "split", "corpus", "limit", "parts")}
-    print(report.text(evaluate(args.run, config, args.out, judges=judges, **given)), end="")
+    print(report.text(evaluate(args.run, config, args.out, metric_models=metric_models, **given)), end="")
     return 0
 
 

@@ -40,7 +40,7 @@ def resynthesised(codec: Codec, recordings: Sequence[SuiteRecording], num_codebo
 
 
 def evaluate_codec(
-    codec: Codec, recordings: Sequence[SuiteRecording], judges: MetricModels, num_codebooks: int
+    codec: Codec, recordings: Sequence[SuiteRecording], metric_models: MetricModels, num_codebooks: int
 ) -> tuple[dict, list[np.ndarray]]:
     """Returns the report's part, and what was made of each recording."""
     rate = codec.config.sampling_rate
@@ -48,7 +48,7 @@ def evaluate_codec(
     rows, matches = [], []
     for recording, wave in zip(tqdm(recordings, "judging the codec", unit="recording"), made, strict=True):
         matches.append(match_pitch(pitch(recording.wave, rate), pitch(wave, rate)))
-        heard = {"original": judges.words(recording.wave, rate), "made": judges.words(wave, rate)}
+        heard = {"original": metric_models.words(recording.wave, rate), "made": metric_models.words(wave, rate)}
         rows.append(
             {
                 "name": recording.name,
@@ -56,12 +56,12 @@ def evaluate_codec(
                 "text": recording.text,
                 "heard": heard["made"],
                 "heard_in_original": heard["original"],
-                "stoi": judges.stoi(recording.wave, wave, rate),
-                "pesq": judges.pesq(recording.wave, wave, rate),
-                "dnsmos": judges.dnsmos(wave, rate),
-                "dnsmos_of_original": judges.dnsmos(recording.wave, rate),
+                "stoi": metric_models.stoi(recording.wave, wave, rate),
+                "pesq": metric_models.pesq(recording.wave, wave, rate),
+                "dnsmos": metric_models.dnsmos(wave, rate),
+                "dnsmos_of_original": metric_models.dnsmos(recording.wave, rate),
                 **pitch_measures(matches[-1:]),
-                "similarity": float(judges.voices(recording.wave, rate) @ judges.voices(wave, rate)),
+                "similarity": float(metric_models.voices(recording.wave, rate) @ metric_models.voices(wave, rate)),
                 "word_errors": word_errors(recording.text, heard["made"]),
                 "word_errors_of_original": word_errors(recording.text, heard["original"]),
             }

@@ -36,20 +36,20 @@ def evaluate(
     corpus: str | None = None,
     limit: int | None = None,
     parts: Sequence[Part] = ("codec", "answers"),
-    judges: MetricModels | None = None,
+    metric_models: MetricModels | None = None,
 ) -> dict:
     """Writes report.json, report.txt and index.html, with the sounds that it plays, into ``out``, all or none; returns the
     report.
 
     run: of a Codec or of a speaking model, or what was exported of one. corpus: a folder of the suite's layout, instead of the
     suite's own. limit: maximum number of dialogues, and of utterances. parts: "ablations" are answers under other voice prompts;
-    "reading" reads the corpus's utterances aloud. judges: None appoints those that are installed.
+    "reading" reads the corpus's utterances aloud. metric_models: None appoints those that are installed.
     Raises: InputError for what is missing or does not fit.
     """
     out = Path(out)
     check_new(out)
     asked = read_suite(suite, split, corpus, limit)
-    judges = judges or load_metric_models()
+    metric_models = metric_models or load_metric_models()
     speaker = None
     if isinstance(config, CodecRun):
         codec, books, parts = load_trained_codec(run, with_codec(config.model)), config.model.num_codebooks, ("codec",)
@@ -61,7 +61,7 @@ def evaluate(
     found: dict = {
         "run": Path(run).name,
         "suite": {"name": suite, "split": split, "dialogues": len(asked.dialogues), "voices": len(asked.voices)},
-        "judges": judges.origins,
+        "metric_models": metric_models.origins,
         "device": jax.devices()[0].device_kind,
     }
     if speaker is not None and "knowledge" in parts:
@@ -70,7 +70,7 @@ def evaluate(
     sounds = report.Sounds(rate)
     if "codec" in parts:
         spoken = recordings(asked, rate)
-        found["codec"], made = evaluate_codec(codec, spoken, judges, books)
+        found["codec"], made = evaluate_codec(codec, spoken, metric_models, books)
         sounds.add_codec(spoken, made)
     if speaker is not None and "reading" in parts:
         spoken_in = read_corpus(corpus or SUITES[suite])
@@ -78,14 +78,16 @@ def evaluate(
         if not utterances:
             raise InputError(f"{spoken_in.folder}: no utterance in the {split} split, which --parts reading reads aloud")
         prompted = config.data.curriculum.no_prompt < 1
-        given = speaker, tokenizer, spoken_in, utterances, judges, config.generation
+        given = speaker, tokenizer, spoken_in, utterances, metric_models, config.generation
         found["reading"], made = evaluate_reading(*given, prompted=prompted, system=config.data.system)
         sounds.add_readings(found["reading"]["readings"], made)
     conditions = [*([MAIN] if "answers" in parts else []), *(ABLATIONS if "ablations" in parts else ())]
     if speaker is not None and conditions:
         settings = {name: getattr(config.generation, name) for name in ("temperature", "top_k", "top_p", "seed")}
         found["sampling"] = settings | {name: getattr(config.generation, name) for name in ("dtype", "weights", "cache")}
-        part, replies = evaluate_speaking(speaker, tokenizer, asked, conditions, judges, config.generation, config.data.system)
+        part, replies = evaluate_speaking(
+            speaker, tokenizer, asked, conditions, metric_models, config.generation, config.data.system
+        )
         found |= part
         sounds.add_replies(replies)
     with written_aside(out) as folder:

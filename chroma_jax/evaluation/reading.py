@@ -37,7 +37,7 @@ def evaluate_reading(
     tokenizer: Tokenizer,
     corpus: Corpus,
     utterances: Sequence[Utterance],
-    judges: MetricModels,
+    metric_models: MetricModels,
     config: GenerationConfig,
     *,
     prompted: bool,
@@ -50,7 +50,7 @@ def evaluate_reading(
         tokenizer: Of the model.
         corpus: Has the voice prompts.
         utterances: What is to be read, and in which voice.
-        judges: Metric models.
+        metric_models: Metric models.
         config: Sampling settings.
         prompted: Whether a recording of the voice is given; a model trained without prompts has none.
         system: System text.
@@ -69,15 +69,15 @@ def evaluate_reading(
         return make_prompt(speaker.config, encoder(tokenizer), said=READ_ALOUD + utterance.text, **given)
 
     none = np.zeros(0, np.float32)
-    known = {v: judges.voices(wave, rate) for v, wave in waves.items() if len(wave)}
+    known = {v: metric_models.voices(wave, rate) for v, wave in waves.items() if len(wave)}
     made, rows = [], []
     replies = spoken(speaker, tokenizer, [functools.partial(prompt, u) for u in utterances], config)
     for utterance, (text, wave, ended) in zip(
         utterances, tqdm(replies, "reading", total=len(utterances), unit="reply"), strict=True
     ):
         made.append(wave)
-        heard = judges.words(wave, rate)
-        vector = judges.voices(wave, rate) if utterance.voice in known else None
+        heard = metric_models.words(wave, rate)
+        vector = metric_models.voices(wave, rate) if utterance.voice in known else None
         rows.append(
             {
                 "id": utterance.id,

@@ -138,11 +138,11 @@ def tables(report: dict) -> list[tuple[str, list[str], list[list[str]]]]:
 
 
 def heading(report: dict) -> list[str]:
-    suite, judges = report["suite"], report["judges"]
+    suite, metric_models = report["suite"], report["metric_models"]
     lines = [
         f"{report['run']} on {suite['name']}, {suite['split']} split: {suite['dialogues']} dialogues, {suite['voices']} voices"
     ]
-    lines.append(f"words: {judges['words']}; voices: {judges['voices']}; quality: {judges['quality']}")
+    lines.append(f"words: {metric_models['words']}; voices: {metric_models['voices']}; quality: {metric_models['quality']}")
     if "sampling" in report:
         lines.append(", ".join(f"{name} {value}" for name, value in report["sampling"].items()))
     return lines

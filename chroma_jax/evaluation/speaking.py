@@ -1,4 +1,4 @@
-"""A speaking model: every question of a suite answered, under several voice prompts, and what judges say of the answers."""
+"""Evaluates a speaking model: replies to every question of a suite under several voice prompts, measured by metric models."""
 
 import dataclasses
 import functools
@@ -157,13 +157,13 @@ def evaluate_speaking(
     tokenizer: Tokenizer,
     suite: Suite,
     conditions: Sequence[Condition],
-    judges: MetricModels,
+    metric_models: MetricModels,
     config: GenerationConfig,
     system: str = "",
 ) -> tuple[dict, dict[str, list[EvaluatedReply]]]:
     """Returns the report's part, and the replies by condition."""
     rate = speaker.config.codec.sampling_rate
-    known = {v: judges.voices(audio.load_reference(refs[0].audio, rate), rate) for v, refs in suite.voices.items()}
+    known = {v: metric_models.voices(audio.load_reference(refs[0].audio, rate), rate) for v, refs in suite.voices.items()}
     report: dict = {"conditions": {}, "replies": {}}
     replies: dict[str, list[EvaluatedReply]] = {}
     for condition in conditions:
@@ -172,16 +172,16 @@ def evaluate_speaking(
         replies[condition.name], rows = [], []
         for reply in tqdm(given, condition.name, total=len(asked), unit="reply"):
             replies[condition.name].append(reply)
-            rows.append(judged(reply, known, judges, rate))
+            rows.append(measured_reply(reply, known, metric_models, rate))
         report["conditions"][condition.name] = summary(rows)
         report["replies"][condition.name] = rows
     report["speed"] = timed(speaker, tokenizer, suite, config, system)
     return report, replies
 
 
-def judged(reply: EvaluatedReply, known: dict[str, np.ndarray], judges: MetricModels, rate: int) -> dict:
+def measured_reply(reply: EvaluatedReply, known: dict[str, np.ndarray], metric_models: MetricModels, rate: int) -> dict:
     """What is said of one reply. known: the suite's voices as vectors."""
-    heard, vector = judges.words(reply.wave, rate), judges.voices(reply.wave, rate)
+    heard, vector = metric_models.words(reply.wave, rate), metric_models.voices(reply.wave, rate)
     scores = {voice: float(vector @ known[voice]) for voice in known}
     wanted = reply.prompt.voice
     return {
@@ -199,7 +199,7 @@ def judged(reply: EvaluatedReply, known: dict[str, np.ndarray], judges: MetricMo
         "similarity": None if wanted is None else scores[wanted],
         "similarity_to_others": float(np.mean([s for v, s in scores.items() if v != wanted])),
         "similarities": scores,
-        "dnsmos": judges.dnsmos(reply.wave, rate),
+        "dnsmos": metric_models.dnsmos(reply.wave, rate),
         "word_errors": word_errors(reply.text, heard),
     }
 

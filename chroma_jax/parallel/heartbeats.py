@@ -130,7 +130,7 @@ class Heartbeats:
                 if message is not None:
                     self.said.set()
             if self.judging:
-                self.judge()
+                self.check_peers()
 
     def add(self, connection: socket.socket, peer: Peer) -> None:
         connection.setblocking(False)
@@ -174,7 +174,7 @@ class Heartbeats:
                 with contextlib.suppress(OSError):  # who does not take it is found by its silence
                     connection.send(json.dumps(said).encode() + b"\n")
 
-    def judge(self) -> None:
+    def check_peers(self) -> None:
         now = time.monotonic()
         for peer in sorted(self.peers.values(), key=lambda peer: peer.failed):  # who fails first is the reason of others
             silent = now - peer.heard

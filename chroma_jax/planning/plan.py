@@ -199,8 +199,8 @@ def plan_codec(
     names."""
     mesh, rows, recipe = mesh_on(topology, config.mesh), config.training.global_batch_size, config.recipe
     model, frames, last = config.model, config.data.crop_frames, config.training.steps - 1
-    phase = Phase(quantized=last >= recipe.quantizer_start_step, judged=last >= recipe.discriminator_start_step)
-    parts = {"quantizer": phase.quantized, "discriminator": phase.judged, "teacher": teacher is not None}
+    phase = Phase(quantized=last >= recipe.quantizer_start_step, adversarial=last >= recipe.discriminator_start_step)
+    parts = {"quantizer": phase.quantized, "discriminator": phase.adversarial, "teacher": teacher is not None}
     with jax.set_mesh(mesh):
         trainer = make_codec_trainer(model, recipe, config.training.seed, mesh, teacher, config.training.skip_step_grad_norm)
         shape = (rows, frames * model.samples_per_frame)

@@ -138,7 +138,7 @@ class CodecTask:
         decoded = step >= recipe.decoder_start_step
         return Phase(
             quantized=step >= recipe.quantizer_start_step,
-            judged=decoded and step >= recipe.discriminator_start_step,
+            adversarial=decoded and step >= recipe.discriminator_start_step,
             decoded=decoded,
         )
 

@@ -175,7 +175,7 @@ def describe_codec(config) -> str:
     """A table of a Codec's parts: parameters, bytes in float32, and forward GFLOPs of a second of sound."""
     model = config.model
     codec = nnx.eval_shape(lambda: Codec(nnx.Rngs(0), model))
-    judge = nnx.eval_shape(lambda: Discriminator(nnx.Rngs(0), config.recipe.discriminator))
+    discriminator = nnx.eval_shape(lambda: Discriminator(nnx.Rngs(0), config.recipe.discriminator))
     seconds = 8
     samples = -(-seconds * model.sampling_rate // model.samples_per_frame) * model.samples_per_frame
     wave = jax.ShapeDtypeStruct((1, samples), jnp.float32)
@@ -190,7 +190,10 @@ def describe_codec(config) -> str:
         "encoder": ((codec.encoder, codec.encoder_transformer, codec.downsample), per_second(codec, Codec.encode, wave)),
         "quantizer, projections": ((codec.quantizer,), None),
         "decoder": ((codec.decoder, codec.decoder_transformer, codec.upsample), per_second(codec, Codec.decode, codes)),
-        "discriminator (training only)": ((judge,), per_second(judge, lambda judge, x: [v.logits for v in judge(x)], wave)),
+        "discriminator (training only)": (
+            (discriminator,),
+            per_second(discriminator, lambda discriminator, x: [v.logits for v in discriminator(x)], wave),
+        ),
     }
     lines = [f"{'part':<36}{'parameters':>16}{'float32 GB':>12}{'GFLOP per second of sound':>28}"]
     books = codebook_values(model)

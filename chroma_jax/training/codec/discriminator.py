@@ -131,7 +131,7 @@ class StftDiscriminator(nnx.Module):
         layers += [Conv2d(rngs, filters, filters, (3, 9), stride=2, dilation=d, gain=gain) for d in config.dilations]
         layers += [Conv2d(rngs, filters, filters, (3, 3), gain=gain)]
         self.layers = nnx.List(layers)
-        self.judge = Conv2d(rngs, filters, 1, (3, 3))
+        self.output = Conv2d(rngs, filters, 1, (3, 3))
 
     def __call__(self, wave: jax.Array) -> DiscriminatorOutput:
         """wave: float32 [B, S]."""
@@ -143,7 +143,7 @@ class StftDiscriminator(nnx.Module):
         for layer in self.layers:
             x = jax.nn.leaky_relu(layer(x), 0.2)
             features.append(x)
-        return DiscriminatorOutput(self.judge(x)[..., 0], tuple(features))
+        return DiscriminatorOutput(self.output(x)[..., 0], tuple(features))
 
 
 class PeriodDiscriminator(nnx.Module):
@@ -162,7 +162,7 @@ class PeriodDiscriminator(nnx.Module):
         for i, (before, width) in enumerate(itertools.pairwise(widths)):
             layers.append(Conv2d(rngs, before, width, (1, 5), stride=3 if i < len(widths) - 2 else 1, gain=math.sqrt(2)))
         self.layers = nnx.List(layers)
-        self.judge = Conv2d(rngs, widths[-1], 1, (1, 3))
+        self.output = Conv2d(rngs, widths[-1], 1, (1, 3))
 
     def __call__(self, wave: jax.Array) -> DiscriminatorOutput:
         """wave: float32 [B, S], S at least the period."""
@@ -172,7 +172,7 @@ class PeriodDiscriminator(nnx.Module):
         for layer in self.layers:
             x = jax.nn.leaky_relu(layer(x), 0.2)
             features.append(x)
-        return DiscriminatorOutput(self.judge(x)[..., 0], tuple(features))
+        return DiscriminatorOutput(self.output(x)[..., 0], tuple(features))
 
 
 class Discriminator(nnx.Module):
@@ -180,13 +180,13 @@ class Discriminator(nnx.Module):
 
     def __init__(self, rngs: nnx.Rngs, config: DiscriminatorConfig = DiscriminatorConfig()):
         self.loss = config.loss
-        judges = [StftDiscriminator(rngs, config, window) for window in config.windows]
-        self.judges = nnx.List([*judges, *(PeriodDiscriminator(rngs, config, period) for period in config.periods)])
+        parts = [StftDiscriminator(rngs, config, window) for window in config.windows]
+        self.parts = nnx.List([*parts, *(PeriodDiscriminator(rngs, config, period) for period in config.periods)])
 
     def __call__(self, wave: jax.Array) -> list[DiscriminatorOutput]:
         """wave: float32 [B, S]. Returns the outputs of the STFT discriminators, then of the period discriminators."""
-        verdicts = []
-        for judge in self.judges:
-            with jax.named_scope("discriminator"), jax.named_scope(judge.name):
-                verdicts.append(judge(wave))
-        return verdicts
+        outputs = []
+        for discriminator in self.parts:
+            with jax.named_scope("discriminator"), jax.named_scope(discriminator.name):
+                outputs.append(discriminator(wave))
+        return outputs

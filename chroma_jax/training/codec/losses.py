@@ -149,7 +149,7 @@ def adversarial_loss(made: list[DiscriminatorOutput], kind: DiscriminatorLoss = 
 
 
 def feature_loss(made: list[DiscriminatorOutput], real: list[DiscriminatorOutput]) -> jax.Array:
-    """Mean absolute difference of every layer's features, over the real ones' mean level; averaged over layers and judges."""
+    """Mean absolute difference of every layer's features, over the real ones' mean level; averaged over layers and parts."""
     each = [
         jnp.mean(jnp.abs(a - b)) / jnp.maximum(jnp.mean(jnp.abs(b)), 1e-6)
         for m, r in zip(made, real, strict=True)
@@ -241,11 +241,11 @@ def reconstruction_losses(
     losses["wave_loss"] = wave_loss * rows / jnp.maximum(jnp.sum(mask), 1)
     gradients += [gradient, wave_gradient]
     if discriminator is not None:
-        verdict = jax.lax.stop_gradient(discriminator(target))
+        output = jax.lax.stop_gradient(discriminator(target))
 
         def opinions(made: jax.Array):
             outputs = discriminator(made)
-            return adversarial_loss(outputs, discriminator.loss), feature_loss(outputs, verdict)
+            return adversarial_loss(outputs, discriminator.loss), feature_loss(outputs, output)
 
         (losses["adversarial_loss"], losses["feature_loss"]), pull = jax.vjp(opinions, made)
         one, zero = jnp.float32(1), jnp.float32(0)

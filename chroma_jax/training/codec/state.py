@@ -82,7 +82,7 @@ class CodecTrainState(NamedTuple):
         )
 
 
-def abstract_state(shapes: Parts, places: Parts, tx, judge_tx, rest: NamedSharding) -> CodecTrainState:
+def abstract_state(shapes: Parts, places: Parts, tx, discriminator_tx, rest: NamedSharding) -> CodecTrainState:
     placed = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
     parts = Parts(*(jax.tree.map(placed, state, where) for state, where in zip(shapes, places, strict=True)))
 
@@ -94,5 +94,5 @@ def abstract_state(shapes: Parts, places: Parts, tx, judge_tx, rest: NamedShardi
     whole = jax.tree.map(
         lambda x: placed(x, rest), (jax.ShapeDtypeStruct((), jnp.int32), jax.eval_shape(lambda: BalancerState.zeros(LOSSES)))
     )
-    optimizers = moments(tx.init, (parts.codec, parts.heads)), moments(judge_tx.init, parts.discriminator)
+    optimizers = moments(tx.init, (parts.codec, parts.heads)), moments(discriminator_tx.init, parts.discriminator)
     return CodecTrainState(whole[0], *parts, *optimizers, whole[1])

@@ -6,7 +6,7 @@
 
 One step: the codec by the balanced gradient, the commitment loss and, with a teacher, the distillation loss; its codebooks by
 their running means; the discriminator by its hinge loss, on the same made sound. A training has up to three phases: an
-autoencoder of latents as they are, judged by its mel spectrograms alone; then with the quantizer, whose codebooks have been
+autoencoder of latents as they are, trained by its mel spectrograms alone; then with the quantizer, whose codebooks have been
 fitted to the latents; then with the discriminator.
 """
 
@@ -105,7 +105,7 @@ class Phase(NamedTuple):
     """What takes part in a step."""
 
     quantized: bool = True
-    judged: bool = True
+    adversarial: bool = True
     decoded: bool = True
 
 
@@ -184,7 +184,7 @@ def make_codec_trainer(
 
     Raises: InputError for weights that the mesh does not divide, or freeze patterns that do not fit.
     """
-    tx, judge_tx = make_optimizer(recipe.optimizer), make_optimizer(recipe.discriminator_optimizer)
+    tx, discriminator_tx = make_optimizer(recipe.optimizer), make_optimizer(recipe.discriminator_optimizer)
     rate, loss = learning_rate(recipe.optimizer), recipe.loss
     pitch_codebooks = codebook_indices(recipe.pitch_codebooks, codec.num_codebooks) if recipe.pitch_weight else ()
     settled = any(re.match(pattern, "quantizer/acoustic/codebooks") for pattern in recipe.optimizer.freeze)
@@ -203,10 +203,10 @@ def make_codec_trainer(
         codebook = lambda path, _: "codebooks" in path
         graph, codebooks, frozen, weights = nnx.split(modules.codec, codebook, is_frozen(modules.codec, recipe.optimizer), ...)
         head_graph, heads = nnx.split(modules.heads)
-        judge_graph, judge = nnx.split(modules.discriminator)
-        return (graph, head_graph, judge_graph), Parts(weights, frozen, heads, codebooks, judge)
+        discriminator_graph, discriminator = nnx.split(modules.discriminator)
+        return (graph, head_graph, discriminator_graph), Parts(weights, frozen, heads, codebooks, discriminator)
 
-    (graph, head_graph, judge_graph), shapes = split(nnx.eval_shape(build))
+    (graph, head_graph, discriminator_graph), shapes = split(nnx.eval_shape(build))
     places = Parts(*(state_shardings(state, mesh, codec.rules_of) for state in shapes))
     rest = NamedSharding(mesh, P())
     # run once: on CPU, optimising the random generator of every weight would take longer than all the rest of the start
@@ -215,7 +215,7 @@ def make_codec_trainer(
     def fresh() -> CodecTrainState:
         parts = jax.jit(lambda: split(build())[1], out_shardings=places, compiler_options=options)()
         step, balancer = jax.device_put((jnp.int32(0), BalancerState.zeros(LOSSES)), rest)
-        moments = jax.jit(tx.init)((parts.codec, parts.heads)), jax.jit(judge_tx.init)(parts.discriminator)
+        moments = jax.jit(tx.init)((parts.codec, parts.heads)), jax.jit(discriminator_tx.init)(parts.discriminator)
         return CodecTrainState(step, *parts, *moments, balancer)
 
     def init(given: Mapping[str, jax.Array] = MappingProxyType({})) -> CodecTrainState:
@@ -262,9 +262,9 @@ def make_codec_trainer(
         (made, _), pull, (metrics, statistics) = jax.vjp(make, trained, has_aux=True)
         losses, gradient, balancer = {}, jnp.zeros_like(made), state.balancer
         if phase.decoded:
-            judge = nnx.merge(judge_graph, state.discriminator) if phase.judged else None
+            discriminator = nnx.merge(discriminator_graph, state.discriminator) if phase.adversarial else None
             losses, gradient, balancer = reconstruction_losses(
-                judge, made, batch.target, batch.mask, codec.sampling_rate, loss, balancer
+                discriminator, made, batch.target, batch.mask, codec.sampling_rate, loss, balancer
             )
         (codec_gradient,) = pull((gradient / rows, jnp.float32(1)))
         with jax.named_scope("optimizer"):
@@ -278,24 +278,24 @@ def make_codec_trainer(
             if not settled:
                 state = state._replace(codebooks=moved(state.codebooks, statistics, recipe.quantizer))
         sound = sum(losses.values(), start=norm)
-        if phase.judged:
-            state, metrics["discriminator_loss"], judge_norm = corrected(state, jax.lax.stop_gradient(made), batch.target)
-            sound += metrics["discriminator_loss"] + judge_norm  # it only matters whether all are finite
+        if phase.adversarial:
+            state, metrics["discriminator_loss"], discriminator_norm = corrected(state, jax.lax.stop_gradient(made), batch.target)
+            sound += metrics["discriminator_loss"] + discriminator_norm  # it only matters whether all are finite
         state, metrics["skipped"] = skip_if_bad(state, before, sound, norm, skip_step_grad_norm)
         return state, metrics
 
     def corrected(state: CodecTrainState, made: jax.Array, real: jax.Array) -> tuple[CodecTrainState, jax.Array, jax.Array]:
         """The discriminator's own step, its loss and the norm of its gradient."""
 
-        def loss_of(judge: nnx.State):
-            module = nnx.merge(judge_graph, judge)
+        def loss_of(discriminator: nnx.State):
+            module = nnx.merge(discriminator_graph, discriminator)
             return discriminator_loss(module(made), module(real), recipe.discriminator.loss)
 
         value, gradient = jax.value_and_grad(loss_of)(state.discriminator)
         with jax.named_scope("optimizer"):
-            updates, optimizer = judge_tx.update(gradient, state.discriminator_optimizer, state.discriminator)
-            judge = optax.apply_updates(state.discriminator, updates)
-        return state._replace(discriminator=judge, discriminator_optimizer=optimizer), value, sums.norm(gradient)
+            updates, optimizer = discriminator_tx.update(gradient, state.discriminator_optimizer, state.discriminator)
+            discriminator = optax.apply_updates(state.discriminator, updates)
+        return state._replace(discriminator=discriminator, discriminator_optimizer=optimizer), value, sums.norm(gradient)
 
     def module(state: CodecTrainState) -> Codec:
         return nnx.merge(graph, state.codec, state.frozen, state.codebooks)
@@ -308,7 +308,7 @@ def make_codec_trainer(
 
     waves, mask = (NamedSharding(mesh, RULES.param_spec(axes)) for axes in (("batch", None), ("batch",)))
     return CodecTrainer(
-        abstract=abstract_state(shapes, places, tx, judge_tx, rest),
+        abstract=abstract_state(shapes, places, tx, discriminator_tx, rest),
         init=init,
         train_step=jax.jit(
             train_step,
