@@ -18,9 +18,8 @@ from chroma_jax.audio.log_mel import (
     log_mel_longest,
     mel_filters,
     num_frames,
-    resample_sinc,
-    resample_soxr,
 )
+from chroma_jax.audio.resample import resample_sinc, resample_soxr
 from chroma_jax.utils.errors import InputError
 
 CASE = Path(__file__).parent / "golden" / "features"

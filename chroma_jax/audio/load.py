@@ -6,7 +6,8 @@ from typing import NamedTuple
 import numpy as np
 import soundfile
 
-from chroma_jax.audio.log_mel import FeatureConfig, resample_sinc, resample_soxr
+from chroma_jax.audio.log_mel import FeatureConfig
+from chroma_jax.audio.resample import resample_sinc, resample_soxr
 from chroma_jax.utils.errors import InputError
 
 CODEC_RATE = 24_000

@@ -9,7 +9,8 @@ import numpy as np
 import soundfile
 
 from chroma_jax.audio import load as audio
-from chroma_jax.audio.log_mel import FeatureConfig, log_mel_unpadded, resample_soxr
+from chroma_jax.audio.log_mel import FeatureConfig, log_mel_unpadded
+from chroma_jax.audio.resample import resample_soxr
 from chroma_jax.evaluation.speaking import EvaluatedReply
 from chroma_jax.evaluation.suite import SuiteRecording
 from chroma_jax.utils.atomic_io import write_json

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from chroma_jax.audio.log_mel import resample_soxr
+from chroma_jax.audio.resample import resample_soxr
 
 RATE = 16_000  # Hz
 WINDOW = 1024  # samples, of YIN: two periods of the lowest pitch

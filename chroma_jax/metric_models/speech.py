@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from chroma_jax.audio.log_mel import resample_soxr
+from chroma_jax.audio.resample import resample_soxr
 from chroma_jax.utils.errors import InputError
 
 RATE = 16_000  # that all judges but STOI hear at

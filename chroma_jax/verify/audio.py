@@ -9,9 +9,8 @@ from chroma_jax.audio.log_mel import (
     log_mel_longest,
     mel_filters,
     num_frames,
-    resample_sinc,
-    resample_soxr,
 )
+from chroma_jax.audio.resample import resample_sinc, resample_soxr
 from chroma_jax.inference.compatibility import with_window
 from chroma_jax.verify.case import AUDIO, EXACT, HIDDEN, MEL, RESAMPLED, Case, Checks
 
