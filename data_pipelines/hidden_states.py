@@ -70,12 +70,17 @@ def check(dataset: Dataset, made_with: dict) -> None:
     """Writes what the states are computed with, or compares it with what is there. Raises InputError when that differs."""
     path = dataset.folder / FOLDER / "reasoner.json"
     if path.is_file():
-        there = json.loads(path.read_text())
-        check_format(path.parent, there.pop("format", 1), FORMAT, "remove the folder and cache the hidden states again")
-        if there != made_with:
+        if (there := check_made_with(path)) != made_with:
             raise InputError(f"{path.parent}: holds the states of another Reasoner ({there}); remove the folder, or keep to that")
         return
     write_whole(path, json.dumps({"format": FORMAT} | made_with, indent=1) + "\n")
+
+
+def check_made_with(path: Path) -> dict:
+    """What reasoner.json says the states are computed with. Raises InputError when its format is another one."""
+    facts = json.loads(path.read_text())
+    check_format(path.parent, facts.pop("format", 1), FORMAT, "remove the folder and cache the hidden states again")
+    return facts
 
 
 class HiddenReader:
@@ -83,6 +88,9 @@ class HiddenReader:
 
     def __init__(self, dataset: Dataset, split: str, width: int):
         self.width, self.sources, self.starts = width, [], []
+        made_with = dataset.folder / FOLDER / "reasoner.json"
+        if made_with.is_file():
+            check_made_with(made_with)
         for path, rows in files(dataset, split):
             if not path.is_file():
                 raise InputError(

@@ -112,9 +112,9 @@ def prepare(
 
     Example:
         >>> config = chroma_jax.read_config("tiny.py")
-        >>> dataset = chroma_jax.prepare(config.data, config.model, None, "data", progress="none")
+        >>> dataset = chroma_jax.prepare(config.data, config.model, None, "new-data", progress="none")
         >>> dataset.folder.name
-        'data'
+        'new-data'
     """
     out = Path(out)
     corpus = read_corpus(config.corpus, on_problem=config.on_problem)

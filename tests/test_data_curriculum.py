@@ -56,7 +56,7 @@ def test_every_kind_occurs_as_often_as_it_is_asked_for(corpus):
     examples = drawn(corpus, EVERYTHING, passes=2)
     recordings = 2 * 9 + 4
     assert len([e for e in examples if e.id.startswith("d")]) == 2 * 9
-    assert [len(of(examples, kind)) for kind in ("listen", "write", "answer", "fact", "read", "proceed")] == [
+    assert [len(of(examples, kind)) for kind in ("speech_qa", "asr", "text_qa", "fact", "tts", "continuation")] == [
         2 * 9,
         2 * recordings,
         2 * 2 * 9,
@@ -68,17 +68,17 @@ def test_every_kind_occurs_as_often_as_it_is_asked_for(corpus):
 
 def test_what_takes_part_follows_from_the_kind(corpus):
     examples = drawn(corpus, EVERYTHING)
-    for e in of(examples, "write"):
+    for e in of(examples, "asr"):
         assert e.heard and e.said == WRITE_DOWN and e.answer and not e.spoken
         assert e.transcription == e.answer
-    for e in of(examples, "listen"):
+    for e in of(examples, "speech_qa"):
         assert e.heard and not e.said and e.transcription.startswith("What") and e.answer and not e.spoken
-    for e in of(examples, "answer") + of(examples, "fact"):
+    for e in of(examples, "text_qa") + of(examples, "fact"):
         assert e.heard is None and bool(e.said) != bool(e.pseudo_speech) and e.answer and not e.spoken
-    assert any(e.said for e in of(examples, "answer")) and any(e.pseudo_speech for e in of(examples, "answer"))
-    for e in of(examples, "read"):
+    assert any(e.said for e in of(examples, "text_qa")) and any(e.pseudo_speech for e in of(examples, "text_qa"))
+    for e in of(examples, "tts"):
         assert e.heard is None and e.said == READ_ALOUD + e.answer and e.reply
-    for e in of(examples, "proceed"):
+    for e in of(examples, "continuation"):
         start, middle, end = e.piece
         assert e.answer is None and e.reply and 0 <= start < middle < end <= 1
         assert (end - start) * seconds_in_header(e.reply.path) == pytest.approx(
@@ -145,15 +145,15 @@ def test_rows_hold_only_the_parts_that_take_part(prepared):
             targets = a["target_position"] != NONE_TOKEN
             mine = targets & (a["segment"][np.maximum(a["target_position"], 0)] == segment)
             seen.add(kind)
-            assert bool(len(wave)) == (kind in ("dialogue", "listen", "write")), kind
-            assert text.any() == (kind != "proceed"), kind
-            assert positions.any() == mine.any() == (kind in ("dialogue", "read", "proceed")), kind
+            assert bool(len(wave)) == (kind in ("dialogue", "speech_qa", "asr")), kind
+            assert text.any() == (kind != "continuation"), kind
+            assert positions.any() == mine.any() == (kind in ("dialogue", "tts", "continuation")), kind
             if mine.any():
                 np.testing.assert_array_equal(a["target_codes"][mine][-1], MODEL.codebook_eos_token_id)
             if kind == "proceed":
                 assert not (a["hidden_index"][positions] != NONE_TOKEN).any()
                 assert list(a["token"][positions][:2]) == [MODEL.tokens.text_start, MODEL.tokens.text_end]
-    assert seen == {"dialogue", "listen", "write", "answer", "fact", "read", "proceed"}
+    assert seen == {"dialogue", "speech_qa", "asr", "text_qa", "fact", "tts", "continuation"}
     batch = next(records.batches(prepared.folder, "train", MODEL, global_batch_size=4, seed=0))
     assert np.isfinite(batch.mel).all()
 
@@ -173,7 +173,7 @@ def test_a_recording_that_cannot_be_read_is_named_and_the_rest_is_used(prepared)
 
 
 def test_what_cannot_be_is_named(folder, tmp_path):
-    for wrong in ({"read": -1.0}, {"pseudo_speech": 1.5}, {"speeds": ()}, {"speeds": (3.0,)}, {"piece_seconds": 0.0}):
+    for wrong in ({"tts": -1.0}, {"pseudo_speech": 1.5}, {"speeds": ()}, {"speeds": (3.0,)}, {"piece_seconds": 0.0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             CurriculumConfig(**wrong)
     config = data_config(folder, curriculum=CurriculumConfig(unwritten=(str(tmp_path / "nowhere"),)))

@@ -10,7 +10,8 @@ SCRIPT = """
 import sys
 import numpy as np
 import tensorflow_datasets as tfds
-from data_pipelines import audio, tfds_builder
+from chroma_jax.audio import load as audio
+from data_pipelines import tfds_builder
 from data_pipelines.dialogues import read_corpus
 
 tfds_builder.Parley.CORPUS = sys.argv[1]

@@ -353,7 +353,7 @@ def test_frames_are_asked_for_together_only_when_every_listener_has_some(modules
     assert set(asked[: asked.index(max(asked))]) <= {1, 2, 4} and first
 
 
-def test_between_two_ticks_only_little_is_read(modules):
+def test_between_two_decode_steps_only_little_is_read(modules):
     engine = made(modules)
     speaking = engine.open("low")
     fed(speaking, speech(3, 5000))

@@ -1,5 +1,5 @@
-"""How answers are judged: words, voices, prompts, and a report that holds together. The metric models here are simple functions;
-the real ones are asked in a slow test."""
+"""How answers are measured: words, voices, prompts, and a report that holds together. The metric models here are simple
+functions; the real ones are asked in a slow test."""
 
 import json
 import re
@@ -133,15 +133,15 @@ def test_a_summary_counts_what_it_says():
 
 
 @pytest.fixture(scope="module")
-def measured_reply(tiny_run, corpus, tmp_path_factory):
+def evaluated(tiny_run, corpus, tmp_path_factory):
     out = tmp_path_factory.mktemp("evaluation") / "out"
     config = replace(configs.load(tiny_run), "generation.max_seconds", 0.8)
     parts = ("codec", "answers", "ablations")
     return out, evaluate(tiny_run, config, out, corpus=corpus, parts=parts, metric_models=STAND_INS)
 
 
-def test_every_question_is_answered_under_every_condition(judged):
-    _, found = judged
+def test_every_question_is_answered_under_every_condition(evaluated):
+    _, found = evaluated
     assert set(found["conditions"]) == {MAIN.name, *(c.name for c in ABLATIONS)}
     for name, rows in found["replies"].items():
         assert [row["id"] for row in rows] == ["d12", "d13"], name
@@ -152,8 +152,8 @@ def test_every_question_is_answered_under_every_condition(judged):
     assert found["speed"]["rtf"] > 0 and found["speed"]["first_audio_ms"] > 0
 
 
-def test_the_report_is_complete(judged):
-    out, found = judged
+def test_the_report_is_complete(evaluated):
+    out, found = evaluated
     kept = json.loads((out / "report.json").read_text())
     assert kept["metric_models"]["words"] == "a constant (proxy)"
     assert kept["conditions"].keys() == found["conditions"].keys()
@@ -211,7 +211,7 @@ def test_knowledge_is_what_would_be_written(tiny_run, corpus, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_codec_run_is_judged_without_answers(tmp_path, corpus):
+def test_a_codec_run_is_evaluated_without_answers(tmp_path, corpus):
     from test_codec_run import config_for
 
     from chroma_jax.runs.codec_train import train_codec

@@ -126,7 +126,7 @@ def test_through_a_microphone_enter_begins_ends_and_interrupts(speaker, recordin
         out=None,
     )
     assert played == [0.0]  # silence, as there was nothing to play yet
-    assert measured["ttft_ms"]["count"] == 2 and measured["stop_ms"]["count"] >= 1
+    assert measured["ttft_ms"]["count"] == 2 and measured["cancel_ms"]["count"] >= 1
 
 
 def test_without_a_sound_library_it_is_said_what_to_do(speaker, recordings, monkeypatch):

@@ -575,7 +575,7 @@ def test_the_small_configuration_fits_on_one_chip():
 
 
 @needs_compiler
-def test_the_streaming_ticks_are_planned_for_one_device(tmp_path, capsys):
+def test_the_decode_steps_are_planned_for_one_device(tmp_path, capsys):
     plan = ["plan", "nano", "--topology", "v5e:1x1", "--step", "stream", "--positions", "64", "--effort", "quick"]
     assert main([*plan, "--slots", "2", "--weights", "int8", "--cache", "int8", "--out", str(tmp_path / "plan.json")]) == 0
     page = capsys.readouterr().out
@@ -589,7 +589,7 @@ def test_the_streaming_ticks_are_planned_for_one_device(tmp_path, capsys):
 
 @pytest.mark.slow
 @needs_compiler
-def test_the_streaming_ticks_are_planned_for_devices_that_share_a_model(tmp_path, capsys):
+def test_the_decode_steps_are_planned_for_devices_that_share_a_model(tmp_path, capsys):
     plan = ["plan", "nano", "--step", "stream", "--positions", "64", "--effort", "quick", "--slots", "2"]
     for topology in ("v5e:1x1", "v5e:2x2"):
         assert main([*plan, "--topology", topology, "--out", str(tmp_path / topology)]) == 0

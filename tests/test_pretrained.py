@@ -84,7 +84,7 @@ def test_the_speaking_model_is_of_its_configuration():
     assert {n: theirs[n] for n in ours if configs.concerns_weights(n)} == {
         n: v for n, v in ours.items() if configs.concerns_weights(n)
     }
-    assert run_configuration([str(SPEAKING)]).reply == configs.read_config("nano").reply
+    assert run_configuration([str(SPEAKING)]).generation == configs.read_config("nano").generation
 
 
 def test_its_codec_makes_codes_for_training():

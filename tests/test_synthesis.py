@@ -303,7 +303,7 @@ def test_utterances_are_read_aloud_and_serve_as_prompts(tmp_path):
     assert {e.reply.path for e in train} >= utterances.keys()
     assert any(clip.path in utterances for e in train for clip in e.prompt)
     valid = held_out_examples(corpus, "valid", config, 0, lengths)
-    assert [e.id.split()[0] for e in valid] == ["d25", "read"] and valid[1].said.startswith(READ_ALOUD) and valid[1].prompt
+    assert [e.id.split()[0] for e in valid] == ["d25", "tts"] and valid[1].said.startswith(READ_ALOUD) and valid[1].prompt
     bare = held_out_examples(corpus, "valid", CurriculumConfig(no_prompt=1.0), 0, lengths)
     assert bare[0].prompt and not bare[1].prompt
     one = sample_examples(corpus, "train", CurriculumConfig(tts=1.0, continuation=1.0, max_voices=1), 1, 0, lengths)

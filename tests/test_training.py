@@ -140,11 +140,11 @@ def test_the_decoder_leaves_the_backbone_alone_when_detached(tiny_prepared):
     hidden = jax.random.normal(jax.random.key(0), (1, 3, config.model.backbone.hidden_size))
     codes = np.ones((1, 3, config.model.num_codebooks), np.int32)
 
-    def residual(h, kind):
-        return frame_losses(model, h, codes, LossConfig(stop_gradient_hidden=kind), jax.random.key(0))[1]
+    def residual(h, stopped):
+        return frame_losses(model, h, codes, LossConfig(stop_gradient_hidden=stopped), jax.random.key(0))[1]
 
     gradient = jax.jit(jax.grad(residual), static_argnums=1)
-    assert not np.any(gradient(hidden, "detached")) and np.any(gradient(hidden, "attached"))
+    assert not np.any(gradient(hidden, True)) and np.any(gradient(hidden, False))
 
 
 def test_the_decoder_in_chunks_gives_the_same_loss_and_gradient(tiny_prepared, batch):

@@ -44,6 +44,7 @@ def export_checkpoint(run: Path | str, dest: Path | str, dtype: DType = "stored"
 
     Example:
         >>> line = chroma_jax.export_checkpoint("runs/tiny", "again")
+        reading runs/tiny: ...
         >>> sorted(p.name for p in Path("again").glob("*.json"))[:2]
         ['config.json', 'generation_config.json']
     """
