@@ -54,7 +54,7 @@ from launch.background_folder import (  # noqa: E402
 from launch.background_process import LINUX, LOG, read_json, write_json  # noqa: E402
 
 START_SECONDS = 30.0  # for the supervisor's Python to start on a busy machine
-PLOT = "from pathlib import Path; from chroma_jax.training.loss_curves import plot; plot(Path({run!r}), Path({out!r}))"
+PLOT = "from pathlib import Path; from {module} import plot; plot(Path({run!r}), Path({out!r}))"
 
 
 def setup(path: Path, args: argparse.Namespace) -> str:
@@ -246,7 +246,7 @@ def export(path: Path, args: argparse.Namespace) -> str:
 
 def module(source: Path, name: str) -> str:
     """The dotted name of a module of the clone's package, whose layout is that of its tag."""
-    file = next((source / "chroma_jax").rglob(f"{name}.py"))
+    file = next((source / "chroma_jax").rglob(f"*{name}.py"))
     return ".".join(file.relative_to(source).with_suffix("").parts)
 
 
@@ -284,7 +284,7 @@ def report(path: Path, args: argparse.Namespace) -> str:
         last_gates = gates[-1] if isinstance(gates, list) else gates
         parts.append("gates " + " ".join(f"{name}={value}" for name, value in last_gates.items()))
     if not args.no_plot and values:
-        code = PLOT.format(run=str(folder.run), out=str(path / "report.png"))
+        code = PLOT.format(module=module(folder.source, "curves"), run=str(folder.run), out=str(path / "report.png"))
         command, settings = low_priority([str(folder.python), "-c", code]), processes.own_environment()
         result = subprocess.run(command, cwd=path, env=settings, capture_output=True, text=True)
         if result.returncode:
