@@ -52,31 +52,40 @@ __all__ = [
     "train",
 ]
 
-_MODULES = {
-    "chroma_jax.audio.load": ("load_audio",),
-    "chroma_jax.audio.log_mel": ("log_mel",),
-    "chroma_jax.config": ("CodecRun", "Config", "GenerationConfig", "read_config"),
-    "chroma_jax.convert.export": ("export_checkpoint",),
-    "chroma_jax.convert.importer": ("import_checkpoint",),
-    "chroma_jax.models.chroma": ("Chroma", "ChromaConfig"),
-    "chroma_jax.models.codec": ("Codec", "CodecConfig"),
-    "chroma_jax.parallel.sharding": ("MeshConfig",),
-    "chroma_jax.runs.generate": ("generate",),
-    "chroma_jax.runs.load": ("load",),
-    "chroma_jax.runs.train": ("train",),
-    "chroma_jax.serving.engine": ("Engine", "EngineConfig"),
-    "chroma_jax.serving.session": ("AudioChunk", "SamplingParams", "Session"),
-    "chroma_jax.utils.errors": ("InputError", "TrainingStopped"),
-    "data_pipelines.dataset": ("open_dataset",),
-    "data_pipelines.prepare": ("prepare",),
+_ORIGINS = {  # name → module:attribute
+    "AudioChunk": "chroma_jax.serving.session:AudioChunk",
+    "Chroma": "chroma_jax.models.chroma:Chroma",
+    "ChromaConfig": "chroma_jax.models.chroma:ChromaConfig",
+    "Codec": "chroma_jax.models.codec:Codec",
+    "CodecConfig": "chroma_jax.models.codec:CodecConfig",
+    "CodecRun": "chroma_jax.config:CodecRun",
+    "Config": "chroma_jax.config:Config",
+    "Engine": "chroma_jax.serving.engine:Engine",
+    "EngineConfig": "chroma_jax.serving.engine:EngineConfig",
+    "GenerationConfig": "chroma_jax.config:GenerationConfig",
+    "InputError": "chroma_jax.utils.errors:InputError",
+    "MeshConfig": "chroma_jax.parallel.sharding:MeshConfig",
+    "SamplingParams": "chroma_jax.serving.session:SamplingParams",
+    "Session": "chroma_jax.serving.session:Session",
+    "TrainingStopped": "chroma_jax.utils.errors:TrainingStopped",
+    "export_checkpoint": "chroma_jax.convert.export:export_checkpoint",
+    "generate": "chroma_jax.runs.generate:generate",
+    "import_checkpoint": "chroma_jax.convert.importer:import_checkpoint",
+    "load": "chroma_jax.runs.load:load",
+    "load_audio": "chroma_jax.audio.load:load",
+    "log_mel": "chroma_jax.audio.log_mel:log_mel",
+    "open_dataset": "data_pipelines.dataset:open_dataset",
+    "prepare": "data_pipelines.prepare:prepare",
+    "read_config": "chroma_jax.config:read_config",
+    "train": "chroma_jax.runs.train:train",
 }
-_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
+    if name not in _ORIGINS:
         raise AttributeError(f"module 'chroma_jax' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_MODULE_OF[name]), "load" if name == "load_audio" else name)
+    module, attribute = _ORIGINS[name].split(":")
+    value = getattr(importlib.import_module(module), attribute)
     globals()[name] = value
     return value
 

@@ -223,7 +223,7 @@ class ExampleSampler:
             yield str(kind), int(self.rng.integers(size[kind]))
 
     def asked(self, question: str) -> dict[str, str]:
-        """A question that has no recording: written, or pseudo_speech to be heard."""
+        """A question without a recording: as text, or as pseudo-speech."""
         return {"pseudo_speech" if self.rng.random() < self.config.pseudo_speech else "said": question}
 
     def some(self, things: list, share: float) -> list:

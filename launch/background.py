@@ -245,8 +245,11 @@ def export(path: Path, args: argparse.Namespace) -> str:
 
 
 def module(source: Path, name: str) -> str:
-    """The dotted name of a module of the clone's package, whose layout is that of its tag."""
-    file = next((source / "chroma_jax").rglob(f"*{name}.py"))
+    """The dotted name of the module of a clone's package whose name ends with ``name``: a tag has its own layout.
+
+    Without such a module, a name that Python does not find either.
+    """
+    file = next((source / "chroma_jax").rglob(f"*{name}.py"), source / "chroma_jax" / f"{name}.py")
     return ".".join(file.relative_to(source).with_suffix("").parts)
 
 

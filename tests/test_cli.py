@@ -96,7 +96,7 @@ BAD = {
     "export onto something": ("export {run} {tmp}/full", ["full", "exists"]),
     "export with nothing in a file": ("export {run} {out} --shard_gb 0", ["--shard_gb is 0"]),
     "export of another format": ("export {run} {out} --format onnx", ["onnx", "stablehlo"]),
-    "artefact for less than a question": ("export {run} {out} --format stablehlo --text 9", ["text is 9", "10 seconds"]),
+    "artifact for less than a question": ("export {run} {out} --format stablehlo --text 9", ["text is 9", "10 seconds"]),
     "import without a source": ("convert import {out}", ["SOURCE", "DEST"]),
     "import of nothing": ("convert import {tmp}/nowhere {out}", ["nowhere", "no safetensors file"]),
     "import of what is no checkpoint": ("convert import {tmp}/text.txt {out}", ["text.txt", "no safetensors file"]),

@@ -430,15 +430,13 @@ def verify(args: Verify) -> int:
 
 
 def run_configuration(argv: list[str], kind: Literal["speaking", "any"] = "speaking"):
-    """The configuration that the run folder named first keeps, or that an exported folder implies; defaults will do for a command
-    line without a folder, which is about to be refused or only wants help."""
-    from chroma_jax import config as configs
-    from chroma_jax.runs.load import exported_run
+    """The configuration of the run that a command line names first.
+
+    A command line without a run gets the defaults: it is about to be refused, or only wants help.
+    """
+    from chroma_jax.config import Config
+    from chroma_jax.runs.load import any_run_config, run_config
 
     if not argv or argv[0].startswith("-"):
-        return configs.Config()
-    run = Path(argv[0])
-    config = exported_run(run) if (run / "config.json").is_file() else configs.load(run)
-    if kind == "speaking" and not isinstance(config, configs.Config):
-        raise InputError(f"{argv[0]}: a codec, expected a speaking model")
-    return config
+        return Config()
+    return (run_config if kind == "speaking" else any_run_config)(Path(argv[0]))

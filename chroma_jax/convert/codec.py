@@ -9,7 +9,7 @@ from flax import nnx
 from chroma_jax import config as configs
 from chroma_jax.config import CodecRun
 from chroma_jax.convert.importer import CODEC
-from chroma_jax.convert.sources import PARTS, map_names, read_codec, read_config, recognise
+from chroma_jax.convert.sources import PARTS, map_names, read_codec, read_config, recognize
 from chroma_jax.models.chroma import ChromaConfig
 from chroma_jax.models.codec import Codec, CodecConfig
 from chroma_jax.models.io.hf_config import codec_from_hf, codec_to_hf, from_hf
@@ -91,7 +91,7 @@ def import_codec(source: Path, config: CodecRun, dest: Path | None) -> list[str]
     """
     source = Path(source)
     header = read_header(source)
-    naming, prefix = recognise(source, header)
+    naming, prefix = recognize(source, header)
     model, notes = map_names(with_codec(config.model), source, naming, frozenset(PARTS) - {"codec"})
     rows = [row for row in naming.rows(model, prefix) if row.part == "codec"]
     shapes = {path: x.shape for path, x in values(abstract_codec(model), "codec/").items()}

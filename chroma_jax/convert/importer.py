@@ -24,7 +24,7 @@ from tqdm import tqdm
 from chroma_jax import config as configs
 from chroma_jax import pretrained
 from chroma_jax.config import Config
-from chroma_jax.convert.sources import PARTS, Coverage, check_coverage, map_names, read_config, recognise
+from chroma_jax.convert.sources import PARTS, Coverage, check_coverage, map_names, read_config, recognize
 from chroma_jax.models.chroma import Chroma
 from chroma_jax.models.io import hf_config
 from chroma_jax.models.io.name_tables import codec_rows
@@ -107,7 +107,7 @@ def plan_import(sources: Sequence[Path], config: Config | None, default: Callabl
     config = config or _own_config(sources, headers, default) or default()
     model, accounts, wrong, taken, notes = config.model, [], [], frozenset(), {}
     for source, header in zip(sources, headers):
-        naming, _ = recognise(source, header)
+        naming, _ = recognize(source, header)
         try:
             model, notes[source] = map_names(model, source, naming, taken)
         except InputError as e:
@@ -131,7 +131,7 @@ def plan_import(sources: Sequence[Path], config: Config | None, default: Callabl
 def _own_config(sources: Sequence[Path], headers: Sequence[Mapping], default: Callable[[], Config]) -> Config | None:
     for source, header in zip(sources, headers):
         said = read_config(source)
-        if said is not None and recognise(source, header)[0].title == "Chroma":
+        if said is not None and recognize(source, header)[0].title == "Chroma":
             return dataclasses.replace(default(), model=hf_config.from_hf(said))
     return None
 

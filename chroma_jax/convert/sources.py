@@ -1,4 +1,4 @@
-"""What a foreign checkpoint is, and what of it is used: recognised by its names, accounted for tensor by tensor, not yet read."""
+"""What a foreign checkpoint is, and what of it is used: recognized by its names, accounted for tensor by tensor, not yet read."""
 
 import collections
 import dataclasses
@@ -162,7 +162,7 @@ class Coverage(NamedTuple):
         return lines + [f"  {note}" for note in self.notes]
 
 
-def recognise(source: Path, header: Header) -> tuple[Naming, str]:
+def recognize(source: Path, header: Header) -> tuple[Naming, str]:
     """The naming of a checkpoint, and the prefix that its names have. Raises InputError when none fits."""
     for naming in NAMINGS:
         match = next((m for name in header if (m := re.match(naming.sign, name))), None)
@@ -194,7 +194,7 @@ def check_coverage(
     shapes: our weights' shapes by path. taken: parts that an earlier source gives; this one's are then not read.
     Raises: one InputError that lists every missing, extra and misshapen tensor and every type that is no weight's.
     """
-    naming, prefix = recognise(source, header)
+    naming, prefix = recognize(source, header)
     table = naming.rows(model, prefix)
     wrong, unused, rows, notes = [], {}, [], []
     for part in naming.required + naming.optional:
@@ -284,7 +284,7 @@ def read_codec(source: Path, config: ChromaConfig) -> Codec:
 
     Raises: InputError for a checkpoint without a Codec, or listing what does not fit.
     """
-    naming, prefix = recognise(source, read_header(source))
+    naming, prefix = recognize(source, read_header(source))
     rows = [row for row in naming.rows(config, prefix) if row.part == "codec"]
     if not rows:
         raise InputError(f"{source}: {naming.title}, which has no Codec")

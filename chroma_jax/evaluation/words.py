@@ -1,4 +1,4 @@
-"""Texts as words that can be compared: recognisers write numbers as digits and signs."""
+"""Texts as words that can be compared: ASR models write numbers as digits and signs."""
 
 import functools
 import re

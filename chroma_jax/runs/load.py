@@ -1,6 +1,6 @@
 """A model that is ready to speak, from either of two kinds of folder.
 
-A training run, or what was imported: config.txt, checkpoints/, and beside them tokenizer.json and codec.safetensors.
+A training run, or what was imported: config.txt, checkpoints/, and next to them tokenizer.json and codec.safetensors.
 An exported model, in the released layout: config.json, *.safetensors (the Codec among them) and tokenizer.json.
 """
 
@@ -55,12 +55,15 @@ def load(run: Path | str, generation: GenerationConfig | None = None) -> tuple[C
 
 def run_config(run: Path) -> Config:
     """The configuration of a speaking model's run folder, import or exported folder. Raises InputError for anything else."""
-    if not run.is_dir():
-        raise InputError(f"{run}: no such folder; expected a run, an export, or the name of shipped weights")
-    config = exported_run(run) if (run / "config.json").is_file() else configs.load(run)
+    config = any_run_config(run)
     if not isinstance(config, Config):
-        raise InputError(f"{run}: is a Codec's, expected one of a speaking model")
+        raise InputError(f"{run}: a codec, expected a speaking model")
     return config
+
+
+def any_run_config(run: Path) -> Config | CodecRun:
+    """The same for a speaking model or a Codec."""
+    return exported_run(run) if (run / "config.json").is_file() else configs.load(run)
 
 
 def load_run(run: Path, config: Config) -> tuple[Chroma, Codec, Tokenizer]:

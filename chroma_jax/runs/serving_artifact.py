@@ -1,4 +1,4 @@
-"""A serving artefact: the streaming programs as StableHLO, to be run without this package.
+"""A serving artifact: the streaming programs as StableHLO, to be run without this package.
 
     artefact.json          facts of the model; name, shape and dtype of everything that goes in and comes out
     prefill.jax_export     (weights, inputs) → state
@@ -7,7 +7,7 @@
     tokenizer.json         turns an output's tokens into text
 
 Each program is one `jax.export.Exported` for all platforms. What goes in and out are dictionaries of plain arrays by name,
-random keys among them as uint32, so that no class of this package is needed to read or to call it. launch/serve_artefact.py
+random keys among them as uint32, so that no class of this package is needed to read or to call it. launch/serve_artifact.py
 does both.
 """
 
@@ -68,7 +68,7 @@ Arrays = dict[str, Any]  # name → array, or its ShapeDtypeStruct
 
 @dataclasses.dataclass(frozen=True)
 class ArtifactSizes:
-    """What the programs of an artefact are made for; a shorter prompt is padded on the right, a longer one does not fit.
+    """What the programs of an artifact are made for; a shorter prompt is padded on the right, a longer one does not fit.
 
     rows: conversations at once. question_seconds: the longest question. text: positions of its text: 25 for each second of
     the question, and the tokens of the chat around it. voice: positions of the voice prompt: 12.5 for each second of the
@@ -94,7 +94,7 @@ def export_stablehlo(
     sizes: ArtifactSizes = ArtifactSizes(),
     platforms: Sequence[str] = ("cpu", "tpu", "cuda"),
 ) -> str:
-    """Writes a serving artefact of a run's newest checkpoint (or of an exported model) to the folder ``dest``.
+    """Writes a serving artifact of a run's newest checkpoint (or of an exported model) to the folder ``dest``.
 
     config: of the run; ``config.generation.dtype`` is that of weights, activations and caches. Returns a line that says what was
     written. Raises: InputError when ``dest`` exists, the run lacks something, or an argument is wrong; nothing is written then.
@@ -102,9 +102,9 @@ def export_stablehlo(
     run, dest = Path(run), Path(dest)
     check_platforms(platforms)
     if is_reference(config.generation.compatibility):
-        raise InputError('generation.compatibility is "reference"; an artefact can only be "corrected"')
+        raise InputError('generation.compatibility is "reference"; an artifact can only be "corrected"')
     if config.generation.tensor != 1:
-        raise InputError(f"generation.tensor is {config.generation.tensor}; an artefact is for one device")
+        raise InputError(f"generation.tensor is {config.generation.tensor}; an artifact is for one device")
     if importlib.util.find_spec("flatbuffers") is None:
         raise InputError("jax.export needs the package flatbuffers: pip install flatbuffers")
     check_new(dest)
@@ -281,13 +281,13 @@ def signature(name: str, program: export.Exported) -> dict:
 # Prompts
 
 
-def write_prompt(run: Path, config: Config, artefact: Path, question: Path, reference: Path, transcript: str, dest: Path) -> str:
+def write_prompt(run: Path, config: Config, artifact: Path, question: Path, reference: Path, transcript: str, dest: Path) -> str:
     """Writes a prompt file from which every row of an artifact replies to a recording in the reference's voice.
 
     Args:
         run: The run that the artifact was made from; its Codec and tokenizer are used.
         config: Configuration of the run. ``config.generation`` sets the sampling; rows have different random keys.
-        artefact: Folder of the artifact.
+        artifact: Folder of the artifact.
         question: Recording of the user.
         reference: Recording of the voice to speak in.
         transcript: Transcript of the reference.
@@ -301,7 +301,7 @@ def write_prompt(run: Path, config: Config, artefact: Path, question: Path, refe
     """
     if dest.suffix != ".safetensors" or dest.exists():
         raise InputError(f"{dest}: {'exists already' if dest.exists() else 'not a file NAME.safetensors'}; choose another file")
-    rows = input_shapes(artefact)["prompt/text_length"].shape[0]
+    rows = input_shapes(artifact)["prompt/text_length"].shape[0]
     model, codec, tokenizer = load_run(run, config)
     asked = audio.load(question, audio.REASONER_RATE, max_seconds=FeatureConfig().max_seconds)
     prompt = make_prompt(
@@ -316,51 +316,51 @@ def write_prompt(run: Path, config: Config, artefact: Path, question: Path, refe
     sampling, keys = settings(rows, temperature=r.temperature, top_k=r.top_k, top_p=r.top_p, seed=r.seed)
     dest.parent.mkdir(parents=True, exist_ok=True)
     aside = dest.with_suffix(".partial")
-    save_prompt(artefact, aside, [prompt] * rows, sampling, keys)
+    save_prompt(artifact, aside, [prompt] * rows, sampling, keys)
     aside.rename(dest)
     return f"{dest}: a question of {len(asked) / audio.REASONER_RATE:.1f} s for {rows} row{'s' if rows > 1 else ''}"
 
 
-def save_prompt(artefact: Path, dest: Path, prompts: Sequence[Prompt], sampling: Sampling, keys: jax.Array) -> None:
-    """Writes what prefill is given as ``inputs``, padded to the artefact's sizes, to the safetensors file ``dest``.
+def save_prompt(artifact: Path, dest: Path, prompts: Sequence[Prompt], sampling: Sampling, keys: jax.Array) -> None:
+    """Writes what prefill is given as ``inputs``, padded to the artifact's sizes, to the safetensors file ``dest``.
 
     prompts: from `make_prompt`, one for each row. sampling: float32 and int32 [rows]; keys: random keys [rows].
-    Raises: InputError for a folder that holds no artefact, and for what does not fit it, naming the array.
+    Raises: InputError for a folder that holds no artifact, and for what does not fit it, naming the array.
     """
-    expected = input_shapes(Path(artefact))
+    expected = input_shapes(Path(artifact))
     arrays = {name: np.asarray(x) for name, x in by_name({"sampling": sampling, "keys": keys}).items()}
     rows = [by_name({"prompt": prompt}) for prompt in prompts]
     given = arrays.keys() | {name for row in rows for name in row}
     if given != expected.keys():
-        raise InputError(f"{artefact} takes {', '.join(sorted(expected))}; given are {', '.join(sorted(given))}")
+        raise InputError(f"{artifact} takes {', '.join(sorted(expected))}; given are {', '.join(sorted(given))}")
     for name in rows[0]:
         shape = expected[name].shape[1:]
         arrays[name] = np.stack([padded(f"{name} of row {i}", row[name], shape) for i, row in enumerate(rows)])
     for name, array in arrays.items():
         if (array.shape, array.dtype) != (expected[name].shape, expected[name].dtype):
             told = f"{expected[name].dtype} {expected[name].shape}"
-            raise InputError(f"{name} is {array.dtype} {array.shape}, {artefact} takes {told}")
+            raise InputError(f"{name} is {array.dtype} {array.shape}, {artifact} takes {told}")
     save_file(arrays, dest)
 
 
 def padded(what: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """An array of one row, padded on the right as `stack` does it. what: ``prompt/<field> of row <i>``."""
     if any(length > room for length, room in zip(array.shape, shape, strict=True)):
-        raise InputError(f"{what} is {array.shape}, the artefact was made for at most {shape}")
+        raise InputError(f"{what} is {array.shape}, the artifact was made for at most {shape}")
     _, empty = BUCKETS.get(what.split()[0].removeprefix("prompt/"), (1, 0))
     full = np.full(shape, empty, array.dtype)
     full[tuple(slice(length) for length in array.shape)] = array
     return full
 
 
-def input_shapes(artefact: Path) -> Arrays:
-    """What an artefact's prefill is given as ``inputs``, as ShapeDtypeStructs by name."""
-    path = artefact / DESCRIPTION
+def input_shapes(artifact: Path) -> Arrays:
+    """What an artifact's prefill is given as ``inputs``, as ShapeDtypeStructs by name."""
+    path = artifact / DESCRIPTION
     if not path.is_file():
-        raise InputError(f"{path}: no such file; an artefact has one")
+        raise InputError(f"{path}: no such file; an artifact has one")
     try:
         arguments = json.loads(path.read_text(encoding="utf-8"))["programs"]["prefill"]["arguments"]
         shapes = {x["name"]: jax.ShapeDtypeStruct(tuple(x["shape"]), jnp.dtype(x["dtype"])) for x in arguments}
     except (ValueError, KeyError, TypeError) as e:
-        raise InputError(f"{path}: not the description of an artefact ({type(e).__name__}: {e})") from e
+        raise InputError(f"{path}: not the description of an artifact ({type(e).__name__}: {e})") from e
     return {name.removeprefix("inputs/"): x for name, x in shapes.items() if name.startswith("inputs/")}

@@ -303,7 +303,7 @@ class Engine:
         self.submit(session, units)
 
     def answer(self, session: Session, reply: Reply, said: str) -> None:
-        """The turn is over. said: what is written beside the speech, or instead of it."""
+        """The turn is over. said: what is written in addition to the speech, or instead of it."""
         self.submit(session, [lambda: self.scheduler.close_turn(session, reply, said)])
 
     def submit(self, session: Session, units: list[Callable[[], list | None]]) -> None:

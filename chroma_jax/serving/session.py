@@ -194,7 +194,7 @@ class Session:
         self._heard(blocks)
 
     def end_turn(self, said: str = "") -> None:
-        """The user is done and wants a reply. said: what is written beside the speech, or instead of it.
+        """The user is done and wants a reply. said: what is written in addition to the speech, or instead of it.
 
         Raises: InputError for a turn without speech and text, one that is too long, or a closed session.
         """

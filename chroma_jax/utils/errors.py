@@ -24,7 +24,7 @@ class InputError(Exception):
     Example:
         >>> chroma_jax.load("no-such-run")
         Traceback (most recent call last):
-        chroma_jax.utils.errors.InputError: no-such-run: no such folder; expected a run, an export, or the name of shipped weights
+        chroma_jax.utils.errors.InputError: no-such-run: not a run folder (no config.txt in it)
     """
 
 

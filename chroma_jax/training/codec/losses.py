@@ -46,7 +46,7 @@ class CodecLossConfig:
         commitment: weight of the commitment loss.
         distillation: weight of the distillation loss.
         latents: weight of the latent loss, which makes the encoder ignore the phase of paired recordings; 0 for none.
-        spectrum: weight of the spectrum loss, by which the decoder's input tells the target's mel spectrogram; 0 for none.
+        spectrum: weight of the spectrum loss, which predicts the target's mel spectrogram from the decoder's input; 0 for none.
         resolutions: of the mel loss.
     """
 
@@ -110,7 +110,7 @@ SPECTRUM_BINS = 80  # mel bins of each
 
 
 def spectrum_loss(predicted: jax.Array, target: jax.Array, sample_rate: int) -> jax.Array:
-    """Mean absolute difference of log10 mel magnitudes that the decoder's input tells.
+    """Mean absolute difference of log10 mel magnitudes that are predicted from the decoder's input.
 
     Args:
         predicted: float32 [B, F, SPECTRA · SPECTRUM_BINS], in order of time.

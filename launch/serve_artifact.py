@@ -1,8 +1,8 @@
-"""Speaks from a serving artefact without the model's code. Needs jax, flatbuffers, numpy, safetensors and soundfile only.
+"""Speaks from a serving artifact without the model's code. Needs jax, flatbuffers, numpy, safetensors and soundfile only.
 
-    python serve_artefact.py ARTEFACT PROMPT OUT
+    python serve_artifact.py ARTIFACT PROMPT OUT
 
-ARTEFACT: folder that ``chroma-jax export --format stablehlo`` wrote. PROMPT: safetensors file that ``chroma-jax prompt`` wrote.
+ARTIFACT: folder that ``chroma-jax export --format stablehlo`` wrote. PROMPT: safetensors file that ``chroma-jax prompt`` wrote.
 OUT: folder for frames.npz and, for each row, ROW.wav.
 """
 
@@ -16,14 +16,14 @@ import soundfile
 from jax import export
 from safetensors.flax import load_file
 
-artefact, prompt, out = map(Path, sys.argv[1:])
-facts = json.loads((artefact / "artefact.json").read_text())
+artifact, prompt, out = map(Path, sys.argv[1:])
+facts = json.loads((artifact / "artefact.json").read_text())
 programs = {
-    name: export.deserialize(bytearray((artefact / program["file"]).read_bytes())).call
+    name: export.deserialize(bytearray((artifact / program["file"]).read_bytes())).call
     for name, program in facts["programs"].items()
 }
 prefill, step = jax.jit(programs["prefill"]), jax.jit(programs["step"], donate_argnums=1)  # a step takes over the old state
-weights = load_file(artefact / facts["weights"])
+weights = load_file(artifact / facts["weights"])
 
 state, frames = prefill(weights, load_file(prompt)), []
 for _ in range(facts["sizes"]["max_frames"]):

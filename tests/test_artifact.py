@@ -1,4 +1,4 @@
-"""Promises of the serving artefact: it says what the model says without the model's code, on every platform that it names,
+"""Promises of the serving artifact: it says what the model says without the model's code, on every platform that it names,
 and tells all that is needed to call it."""
 
 import dataclasses
@@ -40,7 +40,7 @@ from chroma_jax.utils.tree_paths import values
 from data_pipelines.tokenizer import train_tokenizer
 
 ROOT = Path(__file__).parent.parent
-EXAMPLE = ROOT / "launch" / "serve_artefact.py"
+EXAMPLE = ROOT / "launch" / "serve_artifact.py"
 PLATFORMS = ("cpu", "tpu", "cuda")
 CONFIG = tiny_model()
 # more room than the prompts need, and other than `stack` would give them: padding must not be heard
@@ -68,7 +68,7 @@ def keys() -> jax.Array:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     """An exported model with random weights."""
-    folder = tmp_path_factory.mktemp("artefact") / "run"
+    folder = tmp_path_factory.mktemp("artifact") / "run"
     folder.mkdir()
     rng = np.random.default_rng(3)
     model, codec = drawn(lambda: Chroma(nnx.Rngs(0), CONFIG), rng), drawn(lambda: Codec(nnx.Rngs(0), CONFIG.codec), rng)
@@ -82,21 +82,21 @@ def run(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def artefact(run) -> Path:
-    dest = run.parent / "artefact"
+def artifact(run) -> Path:
+    dest = run.parent / "artifact"
     told = export_stablehlo(run, dest, Config(), SIZES, PLATFORMS)
     assert str(dest) in told and "cpu, tpu, cuda" in told
     return dest
 
 
 @pytest.fixture(scope="module")
-def description(artefact) -> dict:
-    return json.loads((artefact / "artefact.json").read_text())
+def description(artifact) -> dict:
+    return json.loads((artifact / "artefact.json").read_text())
 
 
 @pytest.fixture(scope="module")
-def programs(artefact, description) -> dict[str, export.Exported]:
-    read = lambda program: export.deserialize(bytearray((artefact / program["file"]).read_bytes()))
+def programs(artifact, description) -> dict[str, export.Exported]:
+    read = lambda program: export.deserialize(bytearray((artifact / program["file"]).read_bytes()))
     return {name: read(program) for name, program in description["programs"].items()}
 
 
@@ -112,9 +112,9 @@ runpy.run_path(script, run_name="__main__")
 
 
 @pytest.mark.slow
-def test_the_example_gives_the_same_frames_without_the_model_code(run, artefact, tmp_path):
-    save_prompt(artefact, tmp_path / "prompt.safetensors", prompts(), SAMPLING, keys())
-    command = [sys.executable, "-c", WITHOUT, EXAMPLE, artefact, tmp_path / "prompt.safetensors", tmp_path / "out"]
+def test_the_example_gives_the_same_frames_without_the_model_code(run, artifact, tmp_path):
+    save_prompt(artifact, tmp_path / "prompt.safetensors", prompts(), SAMPLING, keys())
+    command = [sys.executable, "-c", WITHOUT, EXAMPLE, artifact, tmp_path / "prompt.safetensors", tmp_path / "out"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     speaker = Generator(*load_run(run, Config())[:2])
@@ -144,7 +144,7 @@ def test_the_example_is_about_thirty_lines_and_imports_what_it_says():
 # Platforms
 
 
-def test_one_artefact_holds_the_code_of_every_platform(programs, description):
+def test_one_artifact_holds_the_code_of_every_platform(programs, description):
     assert set(programs) == {"prefill", "step"}
     for program in programs.values():
         assert program.platforms == PLATFORMS == tuple(description["platforms"])
@@ -157,25 +157,25 @@ def test_nothing_in_it_needs_a_kernel_that_only_some_releases_of_jax_have(progra
         assert "stablehlo.custom_call" not in program.mlir_module()
 
 
-def test_the_commands_make_the_artefact_and_its_prompt(run, tmp_path, capsys):
+def test_the_commands_make_the_artifact_and_its_prompt(run, tmp_path, capsys):
     """From recordings to sound, as the README says it, and the same as `reply` says."""
-    artefact, prompt, out = tmp_path / "artefact", tmp_path / "prompt.safetensors", tmp_path / "out"
+    artifact, prompt, out = tmp_path / "artifact", tmp_path / "prompt.safetensors", tmp_path / "out"
     rng = np.random.default_rng(1)
     soundfile.write(tmp_path / "question.wav", rng.normal(0, 0.1, 12_000), 16_000)
     soundfile.write(tmp_path / "reference.wav", rng.normal(0, 0.1, 5000), CONFIG.codec.sampling_rate)
     recordings = ["--question", str(tmp_path / "question.wav"), "--reference", str(tmp_path / "reference.wav")]
     recordings += ["--transcript", "it is a test"]
     sizes = ["--question-seconds", "1.5", "--text", "96", "--voice", "80", "--max-frames", "7", "--platforms", "cpu"]
-    assert main(["export", str(run), str(artefact), "--format", "stablehlo", *sizes]) == 0
-    assert main(["prompt", str(run), str(artefact), *recordings, "--out", str(prompt)]) == 0
+    assert main(["export", str(run), str(artifact), "--format", "stablehlo", *sizes]) == 0
+    assert main(["prompt", str(run), str(artifact), *recordings, "--out", str(prompt)]) == 0
     assert "a question of 0.8 s for 1 row" in capsys.readouterr().out
-    subprocess.run([sys.executable, EXAMPLE, artefact, prompt, out], check=True, timeout=300)
+    subprocess.run([sys.executable, EXAMPLE, artifact, prompt, out], check=True, timeout=300)
     seconds = str(7.5 / CONFIG.codec.frame_rate)
     assert main(["reply", str(run), *recordings, "--out", str(tmp_path / "reply"), "--generation.max_seconds", seconds]) == 0
     ours, theirs = (soundfile.read(file)[0] for file in (tmp_path / "reply" / "reply.wav", out / "0.wav"))
     assert len(ours) == len(theirs) == 7 * CONFIG.codec.samples_per_frame
     np.testing.assert_allclose(ours, theirs, atol=1e-4)  # 16 bit
-    assert main(["prompt", str(run), str(artefact), *recordings, "--out", str(prompt)]) == 2
+    assert main(["prompt", str(run), str(artifact), *recordings, "--out", str(prompt)]) == 2
     assert main(["prompt", str(run), str(tmp_path), *recordings, "--out", str(tmp_path / "other.safetensors")]) == 2
     assert "exists already" in (said := capsys.readouterr().err) and "artefact.json" in said
     assert not (tmp_path / "other.safetensors").exists()
@@ -204,12 +204,12 @@ def test_arguments_and_results_are_described_in_order(programs, description, nam
     assert main.count("tf.aliasing_output") == len(given_up)
 
 
-def test_the_state_that_goes_round_is_the_speakers(run, artefact, programs, description):
+def test_the_state_that_goes_round_is_the_speakers(run, artifact, programs, description):
     before, after = (description["programs"]["step"][part] for part in ("arguments", "results"))
     state = [x for x in after if x["name"].startswith("state/")]
     assert state == [x for x in before if x["name"].startswith("state/")] == description["programs"]["prefill"]["results"]
     speaker = Generator(*load_run(run, Config())[:2])
-    prompt = {name: x for name, x in stablehlo.input_shapes(artefact).items() if name.startswith("prompt/")}
+    prompt = {name: x for name, x in stablehlo.input_shapes(artifact).items() if name.startswith("prompt/")}
     own = jax.eval_shape(
         lambda p: by_name(speaker.start(p, SAMPLING, keys(), SIZES.max_frames)),
         Prompt(**{name.removeprefix("prompt/"): x for name, x in prompt.items()}),
@@ -221,35 +221,35 @@ def test_the_state_that_goes_round_is_the_speakers(run, artefact, programs, desc
     assert output == {f"output/{name}" for name in StepOutput._fields}
 
 
-def test_facts_of_the_model_are_told(run, artefact, description):
+def test_facts_of_the_model_are_told(run, artifact, description):
     assert description["sampling_rate"] == CONFIG.codec.sampling_rate
     assert description["samples_per_frame"] == CONFIG.codec.samples_per_frame
     assert description["codebooks"] == CONFIG.num_codebooks
     assert description["tokens"] == dataclasses.asdict(CONFIG.tokens)
     assert description["sizes"] == dataclasses.asdict(SIZES)
     assert description["jax"] == jax.__version__
-    assert (artefact / "tokenizer.json").read_bytes() == (run / "tokenizer.json").read_bytes()
+    assert (artifact / "tokenizer.json").read_bytes() == (run / "tokenizer.json").read_bytes()
 
 
-def test_it_does_not_tell_where_it_was_made(artefact):
-    for path in artefact.iterdir():
+def test_it_does_not_tell_where_it_was_made(artifact):
+    for path in artifact.iterdir():
         assert str(ROOT).encode() not in path.read_bytes(), path
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_weights_are_those_of_the_run_in_the_replys_type(run, artefact, tmp_path, dtype):
+def test_weights_are_those_of_the_run_in_the_replys_type(run, artifact, tmp_path, dtype):
     config = Config(generation=GenerationConfig(dtype=dtype))
     if dtype == "bfloat16":
-        artefact = tmp_path / "artefact"
-        export_stablehlo(run, artefact, config, SIZES, ("cpu",))
+        artifact = tmp_path / "artifact"
+        export_stablehlo(run, artifact, config, SIZES, ("cpu",))
     model, codec, _ = load_run(run, config)
     own = values(model) | values(codec, "codec/")
-    weights = load_file(artefact / "weights.safetensors")
+    weights = load_file(artifact / "weights.safetensors")
     assert weights.keys() == own.keys()
     for name, weight in weights.items():
         assert weight.dtype == own[name].dtype == (jnp.float32 if name.startswith("codec/") else dtype), name
         np.testing.assert_array_equal(weight, own[name], err_msg=name)
-    arguments = json.loads((artefact / "artefact.json").read_text())["programs"]["step"]["arguments"]
+    arguments = json.loads((artifact / "artefact.json").read_text())["programs"]["step"]["arguments"]
     told = {x["name"]: (tuple(x["shape"]), x["dtype"]) for x in arguments if x["name"].startswith("weights/")}
     assert told == {f"weights/{name}": (x.shape, str(x.dtype)) for name, x in weights.items()}
     cache = next(x for x in arguments if x["name"] == "state/backbone_cache/keys")
@@ -259,11 +259,11 @@ def test_weights_are_those_of_the_run_in_the_replys_type(run, artefact, tmp_path
 # What is refused
 
 
-def test_a_folder_with_something_in_it_is_left_alone(run, artefact):
-    before = {path: path.read_bytes() for path in artefact.iterdir()}
+def test_a_folder_with_something_in_it_is_left_alone(run, artifact):
+    before = {path: path.read_bytes() for path in artifact.iterdir()}
     with pytest.raises(InputError, match="exists already"):
-        export_stablehlo(run, artefact, Config(), SIZES, PLATFORMS)
-    assert {path: path.read_bytes() for path in artefact.iterdir()} == before
+        export_stablehlo(run, artifact, Config(), SIZES, PLATFORMS)
+    assert {path: path.read_bytes() for path in artifact.iterdir()} == before
 
 
 @pytest.mark.parametrize("failing", ["description", "write_safetensors", "export_programs"])
@@ -279,7 +279,7 @@ def test_a_failure_leaves_nothing_behind(run, tmp_path, monkeypatch, failing):
     assert not list(tmp_path.iterdir())
 
 
-def test_what_an_artefact_cannot_be_is_named(run, tmp_path, monkeypatch):
+def test_what_an_artifact_cannot_be_is_named(run, tmp_path, monkeypatch):
     def refused(match: str, *, config: Config = Config(), **changes) -> None:
         arguments = {"run": run, "dest": tmp_path / "dest", "config": config, "sizes": SIZES, "platforms": PLATFORMS}
         with pytest.raises(InputError, match=match):
@@ -299,17 +299,17 @@ def test_what_an_artefact_cannot_be_is_named(run, tmp_path, monkeypatch):
         dataclasses.replace(SIZES, max_frames=0)
 
 
-def test_a_prompt_that_does_not_fit_is_named(artefact, tmp_path):
+def test_a_prompt_that_does_not_fit_is_named(artifact, tmp_path):
     dest = tmp_path / "prompt.safetensors"
 
     def refused(match: str, rows=None, sampling=SAMPLING) -> None:
         with pytest.raises(InputError, match=match):
-            save_prompt(artefact, dest, prompts() if rows is None else rows, sampling, keys())
+            save_prompt(artifact, dest, prompts() if rows is None else rows, sampling, keys())
         assert not dest.exists()
 
     long = np.zeros(141, np.int32)
     refused(
-        r"prompt/text of row 1 is \(141,\), the artefact was made for at most \(140,\)",
+        r"prompt/text of row 1 is \(141,\), the artifact was made for at most \(140,\)",
         [*prompts()[:1], prompts()[1]._replace(text=long), prompts()[2]],
     )
     refused(r"prompt/mel is float32 \(2, .*\), .* takes float32 \(3, ", prompts()[:2])
