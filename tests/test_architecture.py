@@ -1,6 +1,7 @@
 """The architecture that the folders show: layers, no import cycles, documented folders, modules of one sitting."""
 
 import graphlib
+import re
 import tomllib
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def test_contracts_have_no_exceptions():
 
 def test_every_folder_is_in_a_layer():
     layers = PROJECT["tool"]["importlinter"]["contracts"][0]["layers"]
-    named = {name.strip() for layer in layers for name in layer.split(":")}
+    named = {name.strip() for layer in layers for name in re.split(r"[:|]", layer)}
     found = {
         f"chroma_jax.{p.stem}" for p in (ROOT / "chroma_jax").iterdir() if p.suffix == ".py" or (p / "__init__.py").is_file()
     }
