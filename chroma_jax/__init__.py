@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from chroma_jax.config import CodecRun, Config, GenerationConfig, read_config
     from chroma_jax.convert.export import export_checkpoint
     from chroma_jax.convert.importer import import_checkpoint
+    from chroma_jax.inference.sampling import SamplingParams
     from chroma_jax.models.chroma import Chroma, ChromaConfig
     from chroma_jax.models.codec import Codec, CodecConfig
     from chroma_jax.parallel.sharding import MeshConfig
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
     from chroma_jax.runs.load import load
     from chroma_jax.runs.train import train
     from chroma_jax.serving.engine import Engine, EngineConfig
-    from chroma_jax.serving.session import AudioChunk, SamplingParams, Session
-    from chroma_jax.utils.errors import InputError, TrainingStopped
+    from chroma_jax.serving.session import AudioChunk, Session
+    from chroma_jax.utils.errors import EngineError, InputError, TrainingStopped
     from data_pipelines.dataset import open_dataset
     from data_pipelines.prepare import prepare
 
@@ -34,6 +35,7 @@ __all__ = [
     "Config",
     "Engine",
     "EngineConfig",
+    "EngineError",
     "GenerationConfig",
     "InputError",
     "MeshConfig",
@@ -62,10 +64,11 @@ _ORIGINS = {  # name → module:attribute
     "Config": "chroma_jax.config:Config",
     "Engine": "chroma_jax.serving.engine:Engine",
     "EngineConfig": "chroma_jax.serving.engine:EngineConfig",
+    "EngineError": "chroma_jax.utils.errors:EngineError",
     "GenerationConfig": "chroma_jax.config:GenerationConfig",
     "InputError": "chroma_jax.utils.errors:InputError",
     "MeshConfig": "chroma_jax.parallel.sharding:MeshConfig",
-    "SamplingParams": "chroma_jax.serving.session:SamplingParams",
+    "SamplingParams": "chroma_jax.inference.sampling:SamplingParams",
     "Session": "chroma_jax.serving.session:Session",
     "TrainingStopped": "chroma_jax.utils.errors:TrainingStopped",
     "export_checkpoint": "chroma_jax.convert.export:export_checkpoint",

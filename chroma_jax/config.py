@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from chroma_jax.audio.augmentation import AugmentConfig
-from chroma_jax.inference.compatibility import Compatibility
+from chroma_jax.inference.sampling import SamplingParams
 from chroma_jax.inference.state import CacheDType
 from chroma_jax.models.chroma import ChromaConfig
 from chroma_jax.models.codec import CodecConfig
@@ -28,36 +28,26 @@ from data_pipelines.waves import CodecDataConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class GenerationConfig:
+class GenerationConfig(SamplingParams):
     """How replies are generated.
 
     Attributes:
-        temperature: Sampling temperature; 0 is greedy.
-        top_k: Number of most probable codes that are sampled from; 0 for all.
-        top_p: Probability mass of the codes that are sampled from; 1 for all.
-        seed: Seed of the sampling.
         max_seconds: Maximum length of a reply in seconds.
         dtype: Compute dtype.
         weights: "int8" for int8 weight-only quantization, "none" for weights in dtype.
         cache: KV-cache dtype: "int8", or "none" for dtype.
         tensor: Number of devices that the speaking model is sharded over.
-        compatibility: "reference" reproduces the reference implementation's faults, see `chroma_jax.inference.compatibility`.
 
     Example:
         >>> chroma_jax.GenerationConfig(temperature=0.7, weights="int8").top_k
         50
     """
 
-    temperature: float = 0.0
-    top_k: int = 50
-    top_p: float = 1.0
-    seed: int = 0
     max_seconds: float = 20.0
     dtype: typing.Literal["float32", "bfloat16"] = "float32"
     weights: CacheDType = "none"
     cache: CacheDType = "none"
     tensor: int = 1
-    compatibility: Compatibility = "corrected"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +112,7 @@ class CodecRun:
 
 
 KINDS = {"speaking": Config, "codec": CodecRun}
-FORMAT = 2  # of a run folder; format 1 has other names of fields and no version
+FORMAT = 3  # of a run folder; format 2 has generation.compatibility, format 1 other names of fields and no version
 
 
 SHIPPED = Path(__file__).parent.parent / "configs"

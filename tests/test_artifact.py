@@ -22,11 +22,11 @@ from tiny_speaker import drawn
 
 from chroma_jax.cli.main import main
 from chroma_jax.config import Config, GenerationConfig
-from chroma_jax.inference.generator import Generator
-from chroma_jax.inference.prefill import Prompt
+from chroma_jax.inference.prefill import Prompt, prefill
 from chroma_jax.inference.prompt import make_prompt, stack
 from chroma_jax.inference.sampling import Sampling
-from chroma_jax.inference.step import StepOutput
+from chroma_jax.inference.state import Capacity, StreamState
+from chroma_jax.inference.step import StepOutput, decode_step
 from chroma_jax.models.chroma import Chroma
 from chroma_jax.models.codec import Codec
 from chroma_jax.models.io.hf_config import to_hf
@@ -63,6 +63,13 @@ def prompts() -> list[Prompt]:
 
 def keys() -> jax.Array:
     return jax.random.split(jax.random.key(5), SIZES.rows)
+
+
+def started(modules: tuple[Chroma, Codec], prompt: Prompt) -> StreamState:
+    """The state that all prompts give, read at once."""
+    capacity = Capacity.of(prompt.text.shape[1], prompt.voice_token.shape[1], SIZES.max_frames)
+    start = jax.jit(prefill, static_argnames=("capacity", "dtype"))
+    return start(*modules, prompt, SAMPLING, keys(), capacity=capacity, dtype=jnp.float32)
 
 
 @pytest.fixture(scope="module")
@@ -117,9 +124,12 @@ def test_the_example_gives_the_same_frames_without_the_model_code(run, artifact,
     command = [sys.executable, "-c", WITHOUT, EXAMPLE, artifact, tmp_path / "prompt.safetensors", tmp_path / "out"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
-    speaker = Generator(*load_run(run, Config())[:2])
-    outputs = list(speaker.stream(stack(prompts()), SAMPLING, keys(), SIZES.max_frames))
-    expected = StepOutput(*(np.stack(x) for x in zip(*outputs, strict=True)))
+    modules = load_run(run, Config())[:2]
+    state, step, outputs = started(modules, stack(prompts())), jax.jit(decode_step), []
+    for _ in range(SIZES.max_frames):
+        state, output = step(*modules, state)
+        outputs.append(jax.device_get(output))
+    expected = StepOutput(*(np.concatenate(x) for x in zip(*outputs, strict=True)))
     found = np.load(tmp_path / "out" / "frames.npz")
     assert set(found) == set(StepOutput._fields)
     assert expected.live.all() and len(expected.live) == SIZES.max_frames  # else what follows would test little
@@ -208,10 +218,10 @@ def test_the_state_that_goes_round_is_the_speakers(run, artifact, programs, desc
     before, after = (description["programs"]["step"][part] for part in ("arguments", "results"))
     state = [x for x in after if x["name"].startswith("state/")]
     assert state == [x for x in before if x["name"].startswith("state/")] == description["programs"]["prefill"]["results"]
-    speaker = Generator(*load_run(run, Config())[:2])
+    modules = load_run(run, Config())[:2]
     prompt = {name: x for name, x in stablehlo.input_shapes(artifact).items() if name.startswith("prompt/")}
     own = jax.eval_shape(
-        lambda p: by_name(speaker.start(p, SAMPLING, keys(), SIZES.max_frames)),
+        lambda p: by_name(started(modules, p)),
         Prompt(**{name.removeprefix("prompt/"): x for name, x in prompt.items()}),
     )
     assert {x["name"].removeprefix("state/"): (tuple(x["shape"]), x["dtype"]) for x in state} == {
@@ -291,7 +301,6 @@ def test_what_an_artifact_cannot_be_is_named(run, tmp_path, monkeypatch):
     refused("cpu, cpu", platforms=("cpu", "cpu"))
     refused("tokenizer|no such folder", run=tmp_path / "absent")
     refused("text is 60, but 2.5 seconds of question alone take 62", sizes=dataclasses.replace(SIZES, text=60))
-    refused("generation.compatibility", config=Config(generation=GenerationConfig(compatibility="reference")))
     monkeypatch.setitem(sys.modules, "flatbuffers", None)
     assert importlib.util.find_spec("flatbuffers") is None
     refused("pip install flatbuffers")

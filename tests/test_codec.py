@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from chroma_jax.convert.sources import read_codec
-from chroma_jax.inference.compatibility import with_window
 from chroma_jax.inference.placement import as_streamed
 from chroma_jax.layers import linear
 from chroma_jax.layers.rope import RopeConfig
@@ -35,6 +34,7 @@ from chroma_jax.models.codec.voice_encoder import ChunkedEncoder
 from chroma_jax.models.io.hf_config import from_hf
 from chroma_jax.utils import tree_paths as paths
 from chroma_jax.utils.errors import InputError
+from chroma_jax.verify.reference import with_window
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "codec"
 # Float32 sums of some hundred terms in another order than the reference's, through about twenty layers.

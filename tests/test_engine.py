@@ -12,21 +12,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tiny_speaker import CONFIG, drawn, edited, encode, written
+from tiny_speaker import CONFIG, drawn, edited, encode, generator_for, tokens_of, written
 
 from chroma_jax.inference import placement as placing
-from chroma_jax.inference.generator import Generator, settings
-from chroma_jax.inference.prompt import make_prompt, stack
-from chroma_jax.inference.slots import frames
+from chroma_jax.inference.admission import Admission
+from chroma_jax.inference.generator import encode_reference
+from chroma_jax.inference.prompt import make_prompt
+from chroma_jax.inference.sampling import SamplingParams
 from chroma_jax.inference.state import Capacity, idle
+from chroma_jax.inference.step import decode_step
 from chroma_jax.layers.linear import linears
 from chroma_jax.models.chroma import Chroma
 from chroma_jax.models.codec import Codec
 from chroma_jax.models.quantization import quantized
 from chroma_jax.serving.engine import Engine, EngineConfig
-from chroma_jax.serving.scheduler import CallCosts, beginning
-from chroma_jax.serving.session import SamplingParams
-from chroma_jax.utils.errors import InputError
+from chroma_jax.serving.scheduler import CallCosts
+from chroma_jax.utils.compilations import counted_compilations
+from chroma_jax.utils.errors import EngineError, InputError
 
 MAX_FRAMES, SLOTS = 16, 4
 VOICE = 12 * CONFIG.codec.samples_per_frame
@@ -93,17 +95,15 @@ def same(one, other) -> None:
 
 def test_a_reply_is_the_one_that_the_whole_question_gets_at_once(modules, engine):
     """The engine reads in pieces what a batch of one reads at once; sums differ in their last digits."""
-    speaker = Generator(*modules)
+    generator = generator_for(*modules, frames=MAX_FRAMES)
     for seed, samples in ((3, 5000), (4, 9000), (5, 400)):
         with engine.open("low") as session:
             sound, tokens = answer(session, seed, samples)
-        codes = speaker.encode(speech(1, VOICE))
+        codes = encode_reference(modules[1], speech(1, VOICE), CONFIG.num_codebooks)
         prompt = make_prompt(CONFIG, encode, question=speech(seed, samples), reference_codes=codes, transcript="low")
-        sampling, keys = settings(1, temperature=0.0, top_k=0, seed=0)
-        frames = [f for f in speaker.stream(stack([prompt]), sampling, keys, MAX_FRAMES) if f.live[0]]
-        assert tokens == [int(f.token[0]) for f in frames if f.token[0] >= 0]
-        whole = np.concatenate([f.samples[0] for f in frames])
-        np.testing.assert_allclose(sound, whole, atol=1e-4 * np.abs(whole).max())
+        (reply,) = generator.replies([(prompt, SamplingParams())])
+        assert tokens == tokens_of(reply)
+        np.testing.assert_allclose(sound, reply.wave, atol=1e-4 * np.abs(reply.wave).max())
 
 
 def test_speech_may_come_in_pieces_of_any_size(engine):
@@ -226,8 +226,9 @@ def test_a_model_taken_apart_says_the_same(modules, weights, slots, monkeypatch)
     apart = placing.optimize_for_cpu(model, codec, slots)
     turned = [x for _, x in linears(apart[0].backbone.model.blocks[0]) if "turned" in x.kernel.get_metadata()]
     assert bool(turned) == (weights == "none") and apart[0].decoder.apart and not model.decoder.apart
-    (_, one), (_, two) = (jax.jit(partial(frames, *m, count=8, pairs="all"))(state) for m in ((model, codec), apart))
+    (_, one), (_, two) = (jax.jit(partial(decode_step, *m, count=8, pairs="all"))(state) for m in ((model, codec), apart))
     np.testing.assert_array_equal(one.token, two.token)
+    np.testing.assert_array_equal(one.codes, two.codes)
     np.testing.assert_allclose(one.samples, two.samples, atol=2e-5 * float(jnp.abs(one.samples).max()))
 
 
@@ -307,7 +308,7 @@ def test_a_conversation_without_room_goes_on_as_if_it_had_begun_with_the_turns_t
     for chunk in [*session.conversation.head, *(c for t in before for c in t.chunks), *last.asked]:
         slots.hear(1, chunk)
     slots.adopt(1, voice.cache)
-    slots.begin(1, beginning(voice.length, SamplingParams(), turn))
+    slots.begin(1, Admission.of(voice.length, SamplingParams(), turn))
     decode_steps = [jax.device_get(slots.decode_step(1, "none" if i % 2 else "all")) for i in range(MAX_FRAMES)]
     frames = [(t.samples[0, 1], int(t.token[0, 1])) for t in decode_steps if t.live[0, 1]][
         : len(said[0]) // len(decode_steps[0].samples[0, 1])
@@ -472,19 +473,67 @@ def test_what_does_not_fit_is_refused_with_a_reason(modules, engine):
     engine.open("low").close()
 
 
-def test_a_failure_reaches_everybody_who_waits(modules):
-    engine = made(modules).start()
-    session = engine.open("low")
+def broken(*_):
+    raise RuntimeError("the device is gone")
 
-    def broken(*_):
+
+@pytest.mark.parametrize("threaded", [True, False])
+def test_after_a_failure_sessions_end_and_new_ones_are_accepted(modules, threaded, monkeypatch):
+    """The decode step fails after its state was donated; nothing is compiled again."""
+    engine = made(modules)
+    with engine.open("low") as session:
+        expected = answer_of(engine, session)
+    one, other = engine.open("low"), engine.open("high")
+    fed(one, speech(3, 5000))
+    one.end_turn()
+    if threaded:
+        engine.start()
+    taken, decode_step = iter(one), engine._slots.decode_step
+
+    def fails(*given):
+        decode_step(*given)
+        jax.tree.map(lambda x: x.delete(), engine._slots._state)  # donated, and nothing came back
         raise RuntimeError("the device is gone")
 
-    engine._slots.decode_step = broken
+    monkeypatch.setattr(engine._slots, "decode_step", fails)
+    with counted_compilations() as compiled:
+        if not threaded:
+            while not one.reply.ended:
+                engine.advance()
+        with pytest.raises(EngineError, match="the engine failed: RuntimeError: the device is gone"):
+            list(taken)
+        monkeypatch.setattr(engine._slots, "decode_step", decode_step)
+        for session in (one, other):
+            with pytest.raises(EngineError, match="the device is gone"):
+                session.feed(speech(3, 10))
+            session.close()
+        with engine.open("low") as session:
+            same(answer_of(engine, session), expected)
+    assert compiled.count == 0 and engine.measures()["failures"] == 1
+    engine.close()
+
+
+def answer_of(engine: Engine, session) -> tuple[np.ndarray, list[int]]:
+    """As `answer`, also of an engine without a thread."""
     fed(session, speech(3, 5000))
     session.end_turn()
-    with pytest.raises(InputError, match="the engine failed: RuntimeError: the device is gone"):
+    while engine._thread is None and not session.reply.ended:
+        engine.advance()
+    chunks = list(session)
+    return np.concatenate([c.samples for c in chunks]), [t for _, t in session.reply.tokens]
+
+
+def test_a_failure_that_cannot_be_mended_reaches_everybody_who_waits(modules, monkeypatch):
+    engine = made(modules).start()
+    session = engine.open("low")
+    for name in ("decode_step", "reset"):
+        monkeypatch.setattr(engine._slots, name, broken)
+    fed(session, speech(3, 5000))
+    session.end_turn()
+    with pytest.raises(EngineError, match="the engine failed: RuntimeError: the device is gone"):
         list(session)
-    with pytest.raises(InputError, match="the device is gone"):
+    wait_until(lambda: engine._failure is not None)
+    with pytest.raises(EngineError, match="failed for good: RuntimeError: the device is gone"):
         engine.open("low")
 
 

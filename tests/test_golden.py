@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+import jax
 import pytest
 
 from chroma_jax.cli.main import main
+from chroma_jax.inference import step
 from chroma_jax.verify.verify import table, verify
 
 SUITE = Path(__file__).parent / "golden"
@@ -24,6 +26,22 @@ def test_case(case, record_property):
     assert result.error is None, result.error
     assert result.checks
     assert not [check for check in result.checks if not check.passed]
+
+
+def test_two_swapped_codes_in_the_decode_step_fail(monkeypatch):
+    """verify runs the step that users run: a fault in it is found."""
+    residual_codes = step.residual_codes
+
+    def swapped(*given):
+        codes, logits = residual_codes(*given)
+        return codes.at[:, 1].set(codes[:, 2]).at[:, 2].set(codes[:, 1]), logits
+
+    monkeypatch.setattr(step, "residual_codes", swapped)
+    jax.clear_caches()
+    (result,) = verify(SUITE / "gen_b1")
+    jax.clear_caches()
+    failed = {check.quantity for check in result.checks if not check.passed}
+    assert "codes" in failed and any(quantity.startswith("audio_0") for quantity in failed)
 
 
 def test_an_unknown_kind_of_case_is_listed_and_fails(tmp_path, capsys):

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 import data_pipelines
 from chroma_jax.audio import load as audio
 from chroma_jax.audio.log_mel import FeatureConfig, compress, log_mel, log_power_padded
-from chroma_jax.inference.generator import counted_compilations
 from chroma_jax.inference.running_maximum import Difference, describe, deviation
 from chroma_jax.inference.streaming_audio_encoder import StreamingAudioEncoder, StreamingLogMel, joined
 from chroma_jax.models.audio_encoder import AudioEncoder, AudioEncoderConfig, cut_blocks, num_outputs
+from chroma_jax.utils.compilations import counted_compilations
 from chroma_jax.utils.errors import InputError
 from configs import nano
 

@@ -12,15 +12,15 @@ from chroma_jax import pretrained
 from chroma_jax.audio import load as audio
 from chroma_jax.cli.main import main, run_configuration
 from chroma_jax.convert.codec import load_trained_codec
-from chroma_jax.evaluation.speaking import MAIN, ROWS, answered, voice_prompt
+from chroma_jax.evaluation.speaking import MAIN, Speaker, answered, voice_prompt
 from chroma_jax.evaluation.suite import read_suite
 from chroma_jax.evaluation.words import same
-from chroma_jax.inference.generator import Generator
 from chroma_jax.runs.load import load_run
 from chroma_jax.utils.errors import InputError
 
 FOLDER = pretrained.found("codec_nano")
 SPEAKING = pretrained.found("nano")
+QUESTIONS = 11  # of the valid split
 
 
 @pytest.fixture(scope="module")
@@ -97,10 +97,10 @@ def test_the_speaking_model_answers_in_words_that_fit_and_at_a_length_that_does(
     """Eleven questions of the valid split, in voices that it never heard."""
     config = run_configuration([str(SPEAKING)])
     model, codec, tokenizer = load_run(SPEAKING, config)
-    suite = read_suite("parley", "valid", limit=ROWS)
+    suite = read_suite("parley", "valid", limit=QUESTIONS)
     asked = [(d, voice_prompt(suite, d, MAIN, codec.config.sampling_rate)) for d in suite.dialogues]
-    replies = list(answered(Generator(model, codec), tokenizer, asked, config.generation, ""))
+    replies = list(answered(Speaker(model, codec, tokenizer, config.generation), asked))
     right = [same(r.text, r.dialogue.answer) for r in replies]
-    assert sum(right) >= ROWS // 3, [(r.dialogue.question, r.text) for r in replies]
+    assert sum(right) >= QUESTIONS // 3, [(r.dialogue.question, r.text) for r in replies]
     assert all(r.ended and 1 < len(r.wave) / 24_000 < 8 for r in replies)
     assert all(np.sqrt(np.mean(r.wave**2)) > 1e-3 for r in replies)

@@ -8,11 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tiny_speaker import CONFIG, case, drawn, rescored
+from tiny_speaker import CONFIG, case, drawn, generator_for, replies, rescored
 
 from chroma_jax.bench.small import EXACT, Form, bench_small
-from chroma_jax.inference.generator import Generator, settings
-from chroma_jax.inference.prompt import stack
 from chroma_jax.layers.attention import KVCache, Past, attend_cached, cached_mask
 from chroma_jax.layers.linear import Linear
 from chroma_jax.models.chroma import Chroma
@@ -87,14 +85,10 @@ def test_small_weights_say_what_float_weights_of_the_same_values_say(models):
 
 @pytest.mark.parametrize("cache", [pytest.param("none", marks=pytest.mark.slow), "int8"])
 def test_with_small_weights_a_row_in_a_batch_says_what_it_says_alone(models, cache):
-    speaker = Generator(*models[1:], cache=cache)
-    sampling, keys = settings(2, temperature=0.0, top_k=0, seed=1)
-    together = list(speaker.stream(stack([c.prompt for c in CASES]), sampling, keys, FRAMES))
-    sampling, _ = settings(1, temperature=0.0, top_k=0, seed=1)
-    alone = list(speaker.stream(stack([CASES[1].prompt]), sampling, keys[1:], FRAMES))
-    assert len(alone) == FRAMES  # else this tested little
-    for one, both in zip(alone, together):
-        np.testing.assert_array_equal(one.codes[0], both.codes[1])
+    together = replies(generator_for(*models[1:], slots=2, frames=FRAMES, cache=cache), CASES)[1]
+    (alone,) = replies(generator_for(*models[1:], frames=FRAMES, cache=cache), CASES[1:])
+    assert len(alone.codes) == FRAMES  # else this tested little
+    np.testing.assert_array_equal(alone.codes, together.codes)
 
 
 def test_a_cache_of_int8_attends_nearly_as_one_of_floats():

@@ -7,24 +7,25 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from tiny_speaker import CONFIG, case, drawn
+from tiny_speaker import CONFIG, case, drawn, generator_for, replies
 
 from chroma_jax.bench.stream import random_models
 from chroma_jax.config import GenerationConfig, load
-from chroma_jax.inference.generator import Generator, settings
+from chroma_jax.inference.admission import Admission, Chunk, voice_chunks
+from chroma_jax.inference.batch_state import BatchState
+from chroma_jax.inference.generator import Generation
 from chroma_jax.inference.placement import on_mesh, sharded_config
-from chroma_jax.inference.prompt import stack
-from chroma_jax.inference.slots import BatchState, Chunk, Frames, VoiceChunk, padded
+from chroma_jax.inference.sampling import SamplingParams
 from chroma_jax.inference.state import Capacity
+from chroma_jax.inference.step import StepOutput
+from chroma_jax.inference.voice import Voice
 from chroma_jax.models.chroma import Chroma
 from chroma_jax.models.codec import Codec
 from chroma_jax.models.quantization import quantized
 from chroma_jax.parallel.sharding import MeshConfig, make_mesh
 from chroma_jax.runs.load import load_run
 from chroma_jax.sequence.interleave import NONE_TOKEN
-from chroma_jax.serving.scheduler import beginning
-from chroma_jax.serving.session import SamplingParams
-from chroma_jax.serving.voices import Voice, load_voice, save_voice
+from chroma_jax.serving.voices import load_voice, save_voice
 from chroma_jax.utils.errors import InputError
 
 CASES = (case(0, 5000, 5, "abc"), case(1, 9000, 20, "a longer text"))
@@ -38,37 +39,31 @@ def modules() -> tuple[Chroma, Codec]:
     return drawn(lambda: Chroma(nnx.Rngs(0), CONFIG), rng), drawn(lambda: Codec(nnx.Rngs(0), CONFIG.codec), rng)
 
 
-def said(model: Chroma, codec: Codec):
-    sampling, keys = settings(2, temperature=0.0, top_k=0, seed=1)
-    return list(Generator(model, codec).stream(stack([c.prompt for c in CASES]), sampling, keys, FRAMES))
+def said(model: Chroma, codec: Codec) -> list[Generation]:
+    return replies(generator_for(model, codec, slots=2, frames=FRAMES), CASES)
 
 
 @pytest.mark.slow
 def test_queries_and_keys_of_a_row_may_be_divided_in_different_ways(modules):
     """The two heads of keys do not divide by 4, nor do the two queries that share one: only the MLPs and the vocabulary do."""
     alone, divided = said(*modules), said(*on_mesh(*modules, make_mesh(MeshConfig(tensor=4))))
-    assert len(divided) == len(alone) == FRAMES
-    for one, other in zip(alone, divided):
+    for one, other in zip(alone, divided, strict=True):
+        assert len(one.codes) == FRAMES and one.tokens == other.tokens
         np.testing.assert_array_equal(one.codes, other.codes)
-        np.testing.assert_array_equal(one.token, other.token)
-        np.testing.assert_allclose(one.samples, other.samples, atol=1e-5)  # float32, sums in another order
+        np.testing.assert_allclose(one.wave, other.wave, atol=1e-5)  # float32, sums in another order
 
 
-def in_slots(model: Chroma, codec: Codec, folder) -> Frames:
+def in_slots(model: Chroma, codec: Codec, folder) -> StepOutput:
     """Four frames of a conversation in the second slot of two, its voice prompt read, kept in a file and adopted."""
     slots = BatchState(model, codec, 2, Capacity(64, 64, 8), voice_positions=32, chunk=16, dtype="float32")
     prompt, piece = CASES[0].prompt, np.arange(16)
     cache = slots.empty_voice()
-    chunk = VoiceChunk(
-        *(padded(x[:16], 16, NONE_TOKEN) for x in (prompt.voice_token, prompt.voice_codes)),
-        np.int32(0),
-        np.int32(len(prompt.voice_token[:16])),
-    )
+    chunk = next(voice_chunks(prompt.voice_token, prompt.voice_codes, 16))
     save_voice(Voice(slots.read_voice(cache, chunk), int(chunk.length)), "this", folder / "voice")
     voice = load_voice(folder / "voice", "this", slots)
     slots.adopt(1, voice.cache)
     slots.hear(1, Chunk((piece + 3).astype(np.int32), np.full(16, NONE_TOKEN, np.int32), slots.no_audio, np.int32(11)))
-    slots.begin(1, beginning(voice.length, SamplingParams(), 0))
+    slots.begin(1, Admission.of(voice.length, SamplingParams()))
     frames = [slots.decode_step(1, "all" if i % 2 == 0 else "none") for i in range(4)]
     return jax.tree.map(lambda *x: np.concatenate(x)[:, 1], *map(jax.device_get, frames))
 
@@ -77,7 +72,7 @@ def test_slots_of_a_divided_model_say_what_they_say_on_one_device(modules, tmp_p
     # from jaxlib 0.11 on, float32 matmuls are rounded by their shape on CPUs with AVX-512; without it, Eigen's are by their rows
     with_avx512 = CPUINFO.is_file() and "avx512f" in CPUINFO.read_text()
     plainly = {"xla_cpu_experimental_ynn_fusion_type": ""} if jax.__version_info__ >= (0, 11) and with_avx512 else None
-    monkeypatch.setattr("chroma_jax.inference.slots.compiler_options", lambda platform: plainly)
+    monkeypatch.setattr("chroma_jax.inference.batch_state.compiler_options", lambda platform: plainly)
     one, other = (in_slots(*given, tmp_path) for given in (modules, on_mesh(*modules, make_mesh(MeshConfig(tensor=2)))))
     assert one.live.all() and (one.token[::2] != NONE_TOKEN).all()  # else this would compare nothing
     np.testing.assert_array_equal(one.token, other.token)
@@ -138,4 +133,4 @@ def test_random_models_are_made_in_parts():
     assert jax.tree.map(lambda x: x.shape, nnx.state(model)) == jax.tree.map(lambda x: x.shape, nnx.state(whole))
     kernel = model.backbone.model.blocks.gate.kernel[...]
     assert kernel.addressable_shards[0].data.shape[-1] * 2 == kernel.shape[-1]
-    assert len(said(model, codec)) == FRAMES
+    assert all(len(reply.codes) == FRAMES for reply in said(model, codec))

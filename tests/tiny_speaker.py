@@ -1,6 +1,7 @@
 """The smallest model that speaks, with random weights, conversations for it, and what training's forward pass says of them."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +10,15 @@ from flax import nnx
 
 from chroma_jax.audio.load import from_int16
 from chroma_jax.audio.log_mel import FeatureConfig
+from chroma_jax.inference.generator import Generation, Generator
 from chroma_jax.inference.prefill import Prompt
 from chroma_jax.inference.prompt import make_prompt
+from chroma_jax.inference.sampling import SamplingParams
 from chroma_jax.layers.rope import RopeConfig
 from chroma_jax.layers.transformer import EncoderConfig, LlamaConfig
 from chroma_jax.models.audio_encoder import AudioEncoderConfig
 from chroma_jax.models.chroma import Chroma, ChromaConfig
-from chroma_jax.models.codec import CodecConfig, QuantizerConfig, SeanetConfig
+from chroma_jax.models.codec import Codec, CodecConfig, QuantizerConfig, SeanetConfig
 from chroma_jax.models.reasoner import ReasonerConfig
 from chroma_jax.sequence.batch import Batch, PackedShape
 from chroma_jax.sequence.chat_template import SpecialTokens
@@ -114,6 +117,20 @@ def case(seed: int, samples: int, frames: int, transcript: str) -> Case:
     rng = np.random.default_rng(seed)
     codes = rng.integers(1, CODES, (frames, LEVELS))
     return Case(rng.integers(-3000, 3000, samples).astype(np.int16), codes, transcript)
+
+
+def generator_for(model: Chroma, codec: Codec, *, slots: int = 1, frames: int = 12, **options) -> Generator:
+    """One that all conversations here fit into, so that few programs are compiled."""
+    return Generator(model, codec, text_positions=128, voice_positions=128, max_frames=frames, slots=slots, **options)
+
+
+def replies(generator: Generator, cases: Sequence[Case], sampling: Sequence[SamplingParams] | None = None) -> list[Generation]:
+    """Of each conversation; greedy by default."""
+    return list(generator.replies(zip([c.prompt for c in cases], sampling or [SamplingParams()] * len(cases), strict=True)))
+
+
+def tokens_of(reply: Generation) -> list[int]:
+    return [token for _, token in reply.tokens]
 
 
 def drawn(make, rng: np.random.Generator) -> nnx.Module:

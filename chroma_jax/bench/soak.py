@@ -17,9 +17,9 @@ import numpy as np
 from tqdm import tqdm
 
 from chroma_jax.config import Config
+from chroma_jax.inference.sampling import SamplingParams
 from chroma_jax.runs.load import load_run
 from chroma_jax.serving.engine import Engine, EngineConfig
-from chroma_jax.serving.session import SamplingParams
 from data_pipelines.tokenizer import encoder
 
 RATE = 16_000  # of the user's speech

@@ -25,6 +25,7 @@ from chroma_jax.bench.talk import VOICE, Talk, ask, enter, interrupt, words
 from chroma_jax.config import GenerationConfig
 from chroma_jax.inference.placement import abstract_model, codec_on, place_for, place_of, with_place
 from chroma_jax.inference.prompt import rounded_up
+from chroma_jax.inference.sampling import SamplingParams
 from chroma_jax.models.audio_encoder import num_outputs
 from chroma_jax.models.chroma import Chroma, ChromaConfig
 from chroma_jax.models.codec import Codec
@@ -34,7 +35,6 @@ from chroma_jax.sequence.chat_template import question, voice_prompt
 from chroma_jax.sequence.interleave import FRAMES_PER_PAIR, NONE_TOKEN
 from chroma_jax.serving.engine import Engine, EngineConfig
 from chroma_jax.serving.metrics import DEADLINE
-from chroma_jax.serving.session import SamplingParams
 from chroma_jax.utils.errors import InputError
 
 Round = Callable[[], list[list[float]]]  # → for each reply when its frames were there
@@ -120,7 +120,7 @@ class EngineSizes:
 
     @property
     def sampling(self) -> SamplingParams:
-        return SamplingParams(self.reply.temperature, self.reply.top_k, self.reply.top_p, self.reply.seed)
+        return self.reply
 
     @property
     def voice_length(self) -> int:

@@ -7,10 +7,11 @@ from typing import Literal
 
 import numpy as np
 
+from chroma_jax.inference.sampling import SamplingParams
 from chroma_jax.models.chroma import ChromaConfig
 from chroma_jax.sequence.chat_template import question
 from chroma_jax.serving.engine import Engine
-from chroma_jax.serving.session import SamplingParams, Session
+from chroma_jax.serving.session import Session
 from chroma_jax.utils.errors import InputError
 
 RATE = 16_000  # of what the user says

@@ -12,9 +12,8 @@ from chroma_jax.evaluation import report
 from chroma_jax.evaluation.codec import evaluate_codec
 from chroma_jax.evaluation.knowledge import evaluate_knowledge
 from chroma_jax.evaluation.reading import chosen, evaluate_reading
-from chroma_jax.evaluation.speaking import ABLATIONS, MAIN, evaluate_speaking
+from chroma_jax.evaluation.speaking import ABLATIONS, MAIN, Speaker, evaluate_speaking
 from chroma_jax.evaluation.suite import SUITES, Suite, read_suite, recordings
-from chroma_jax.inference.generator import Generator
 from chroma_jax.metric_models.speech import MetricModels, load_metric_models
 from chroma_jax.runs.load import load_run
 from chroma_jax.utils.atomic_io import check_new, written_aside
@@ -55,8 +54,8 @@ def evaluate(
         codec, books, parts = load_trained_codec(run, with_codec(config.model)), config.model.num_codebooks, ("codec",)
     else:
         model, codec, tokenizer = load_run(run, config)
-        c, books = config.generation, model.config.num_codebooks
-        speaker = Generator(model, codec, c.dtype, c.compatibility, c.cache)
+        books = model.config.num_codebooks
+        speaker = Speaker(model, codec, tokenizer, config.generation, config.data.system)
     rate = codec.config.sampling_rate
     found: dict = {
         "run": Path(run).name,
@@ -78,16 +77,13 @@ def evaluate(
         if not utterances:
             raise InputError(f"{spoken_in.folder}: no utterance in the {split} split, which --parts reading reads aloud")
         prompted = config.data.curriculum.no_prompt < 1
-        given = speaker, tokenizer, spoken_in, utterances, metric_models, config.generation
-        found["reading"], made = evaluate_reading(*given, prompted=prompted, system=config.data.system)
+        found["reading"], made = evaluate_reading(speaker, spoken_in, utterances, metric_models, prompted=prompted)
         sounds.add_readings(found["reading"]["readings"], made)
     conditions = [*([MAIN] if "answers" in parts else []), *(ABLATIONS if "ablations" in parts else ())]
     if speaker is not None and conditions:
         settings = {name: getattr(config.generation, name) for name in ("temperature", "top_k", "top_p", "seed")}
         found["sampling"] = settings | {name: getattr(config.generation, name) for name in ("dtype", "weights", "cache")}
-        part, replies = evaluate_speaking(
-            speaker, tokenizer, asked, conditions, metric_models, config.generation, config.data.system
-        )
+        part, replies = evaluate_speaking(speaker, asked, conditions, metric_models)
         found |= part
         sounds.add_replies(replies)
     with written_aside(out) as folder:

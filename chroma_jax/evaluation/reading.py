@@ -3,25 +3,19 @@
 The model is asked in text to say the held-out utterances of a corpus. Needs no recordings but those of voice prompts.
 """
 
-import functools
 from collections.abc import Sequence
 
 import numpy as np
-from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from chroma_jax.audio import load as audio
-from chroma_jax.config import GenerationConfig
 from chroma_jax.evaluation.codec import mean
-from chroma_jax.evaluation.speaking import VoicePrompt, coded, spoken
+from chroma_jax.evaluation.speaking import Speaker, VoicePrompt
 from chroma_jax.evaluation.words import error_rate, same, word_errors
-from chroma_jax.inference.generator import Generator
 from chroma_jax.inference.prefill import Prompt
-from chroma_jax.inference.prompt import make_prompt
 from chroma_jax.metric_models.speech import MetricModels
 from data_pipelines.curriculum import READ_ALOUD
 from data_pipelines.dialogues import Corpus, Utterance
-from data_pipelines.tokenizer import encoder
 
 
 def chosen(corpus: Corpus, split: str, limit: int | None) -> list[Utterance]:
@@ -33,45 +27,33 @@ def chosen(corpus: Corpus, split: str, limit: int | None) -> list[Utterance]:
 
 
 def evaluate_reading(
-    speaker: Generator,
-    tokenizer: Tokenizer,
-    corpus: Corpus,
-    utterances: Sequence[Utterance],
-    metric_models: MetricModels,
-    config: GenerationConfig,
-    *,
-    prompted: bool,
-    system: str = "",
+    speaker: Speaker, corpus: Corpus, utterances: Sequence[Utterance], metric_models: MetricModels, *, prompted: bool
 ) -> tuple[dict, list[np.ndarray]]:
     """Reads utterances aloud and measures what comes out.
 
     Args:
-        speaker: Model and Codec.
-        tokenizer: Of the model.
+        speaker: The model.
         corpus: Has the voice prompts.
         utterances: What is to be read, and in which voice.
         metric_models: Metric models.
-        config: Sampling settings.
         prompted: Whether a recording of the voice is given; a model trained without prompts has none.
-        system: System text.
 
     Returns:
         (the report's part: ``summary`` and ``readings``, the waveforms).
     """
-    rate = speaker.config.codec.sampling_rate
+    rate = speaker.model.config.codec.sampling_rate
     references = {u.voice: next(iter(corpus.references_of(u.voice)), None) for u in utterances}
     waves = {v: np.zeros(0, np.float32) if r is None else audio.load_reference(r.audio, rate) for v, r in references.items()}
 
     def prompt(utterance: Utterance) -> Prompt:
         reference = references[utterance.voice] if prompted else None
         voice = VoicePrompt(utterance.voice, waves[utterance.voice], reference.text) if reference else VoicePrompt(None, none, "")
-        given = {"reference_codes": coded(speaker, voice), "transcript": voice.text, "system": system}
-        return make_prompt(speaker.config, encoder(tokenizer), said=READ_ALOUD + utterance.text, **given)
+        return speaker.prompt(voice, said=READ_ALOUD + utterance.text)
 
     none = np.zeros(0, np.float32)
     known = {v: metric_models.voices(wave, rate) for v, wave in waves.items() if len(wave)}
     made, rows = [], []
-    replies = spoken(speaker, tokenizer, [functools.partial(prompt, u) for u in utterances], config)
+    replies = speaker.replies([prompt(u) for u in utterances])
     for utterance, (text, wave, ended) in zip(
         utterances, tqdm(replies, "reading", total=len(utterances), unit="reply"), strict=True
     ):

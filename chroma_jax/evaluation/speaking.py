@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -14,16 +14,18 @@ from chroma_jax.config import GenerationConfig
 from chroma_jax.evaluation.codec import mean
 from chroma_jax.evaluation.suite import Suite
 from chroma_jax.evaluation.words import error_rate, same, word_errors
-from chroma_jax.inference.generator import Generator, settings
+from chroma_jax.inference.generator import encode_reference
 from chroma_jax.inference.prefill import Prompt
-from chroma_jax.inference.prompt import make_prompt, stack
+from chroma_jax.inference.prompt import make_prompt
 from chroma_jax.metric_models.speech import MetricModels, equal_error_rate
-from chroma_jax.runs.generate import measures, speak, text_pieces, warm_up
-from chroma_jax.sequence.interleave import NONE_TOKEN
+from chroma_jax.models.chroma import Chroma
+from chroma_jax.models.codec import Codec
+from chroma_jax.runs.generate import generator_of, measures, speak, text_pieces, warm_up
+from chroma_jax.sequence.interleave import FRAMES_PER_PAIR
 from data_pipelines.dialogues import Dialogue
 from data_pipelines.tokenizer import encoder
 
-ROWS = 11  # conversations that are answered at once
+SLOTS = 8  # replies that are generated at once
 TIMED = 5  # replies that are spoken alone, for their timing
 
 
@@ -85,97 +87,78 @@ def voice_prompt(suite: Suite, dialogue: Dialogue, condition: Condition, rate: i
     return VoicePrompt(voice, wave, " ".join(words))
 
 
-def coded(speaker: Generator, prompt: VoicePrompt) -> np.ndarray:
-    """The voice prompt's codes, int32 [R, Q], R = 0 without one."""
-    return speaker.encode(prompt.wave) if len(prompt.wave) else np.zeros((0, speaker.config.num_codebooks), np.int32)
+class Speaker:
+    """A speaking model that is evaluated: replies to prompts in batches.
 
+    Args:
+        model: The model.
+        codec: Its Codec.
+        tokenizer: Its tokenizer.
+        config: Sampling settings and the maximum length.
+        system: System text.
+    """
 
-def row_of(
-    speaker: Generator, tokenizer: Tokenizer, question: np.ndarray, prompt: VoicePrompt, codes: np.ndarray, system: str
-) -> Prompt:
-    """What one reply starts from; the question's features are computed here."""
-    given = {"question": question, "reference_codes": codes, "transcript": prompt.text, "system": system}
-    return make_prompt(speaker.config, encoder(tokenizer), **given)
+    def __init__(self, model: Chroma, codec: Codec, tokenizer: Tokenizer, config: GenerationConfig, system: str = ""):
+        self.model, self.codec, self.tokenizer, self.config, self.system = model, codec, tokenizer, config, system
+        self.max_frames = int(config.max_seconds * model.config.codec.frame_rate)
+
+    def prompt(self, voice: VoicePrompt, *, question: np.ndarray | None = None, said: str = "") -> Prompt:
+        """What one reply starts from; features and codes are computed here."""
+        none = np.zeros((0, self.model.config.num_codebooks), np.int32)
+        return make_prompt(
+            self.model.config,
+            encoder(self.tokenizer),
+            question=question,
+            said=said,
+            reference_codes=self._codes(voice) if len(voice.wave) else none,
+            transcript=voice.text,
+            system=self.system,
+        )
+
+    def replies(self, prompts: Sequence[Prompt]) -> Iterator[tuple[str, np.ndarray, bool]]:
+        """Yields (text, waveform float32 [S], whether the model itself ended the reply), in order."""
+        if not prompts:
+            return
+        options = {"slots": SLOTS, "frames_per_call": FRAMES_PER_PAIR}
+        generator = generator_of(self.model, self.codec, prompts, self.config, self.max_frames, **options)
+        seeds = (dataclasses.replace(self.config, seed=self.config.seed + i) for i in range(len(prompts)))
+        for reply in generator.replies(zip(prompts, seeds, strict=True)):
+            pieces = text_pieces(self.tokenizer, reply.tokens, self.model.config.tokens.im_end)
+            yield "".join(piece for _, piece in pieces), reply.wave, reply.ended == "eos"
+
+    def _codes(self, voice: VoicePrompt) -> np.ndarray:
+        return encode_reference(self.codec, voice.wave, self.model.config.num_codebooks)
 
 
 def heard_question(dialogue: Dialogue) -> np.ndarray:
     return audio.load(dialogue.question_audio, audio.REASONER_RATE, max_seconds=FeatureConfig().max_seconds)
 
 
-def spoken(
-    speaker: Generator, tokenizer: Tokenizer, prompts: Sequence[Callable[[], Prompt]], config: GenerationConfig
-) -> Iterator[tuple[str, np.ndarray, bool]]:
-    """Generates replies in batches of ``ROWS``.
-
-    Args:
-        speaker: Model and Codec.
-        tokenizer: Of the model.
-        prompts: Make the prompt of each reply.
-        config: Sampling settings and the maximum length.
-
-    Yields:
-        (text, waveform float32 [S], whether the model itself ended the reply), in order.
-    """
-    frames = int(config.max_seconds * speaker.config.codec.frame_rate)
-    for start in range(0, len(prompts), ROWS):
-        group = prompts[start : start + ROWS]
-        rows = [make() for make in group]
-        prompt = stack(rows + rows[:1] * (ROWS - len(rows)), speaker.compatibility)  # one shape for all batches
-        seed = config.seed + start
-        sampling, keys = settings(ROWS, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, seed=seed)
-        samples: list[list[np.ndarray]] = [[] for _ in group]
-        tokens: list[list[tuple[int, int]]] = [[] for _ in group]
-        ended = [False] * len(group)
-        for frame in speaker.stream(prompt, sampling, keys, frames):
-            for row in range(len(group)):
-                if not frame.live[row]:
-                    ended[row] = True
-                    continue
-                if frame.token[row] != NONE_TOKEN:
-                    tokens[row].append((len(samples[row]), int(frame.token[row])))
-                samples[row].append(frame.samples[row])
-        for row in range(len(group)):
-            text = "".join(piece for _, piece in text_pieces(tokenizer, tokens[row], speaker.config.tokens.im_end))
-            yield text, np.concatenate(samples[row]) if samples[row] else np.zeros(0, np.float32), ended[row]
-
-
-def answered(
-    speaker: Generator, tokenizer: Tokenizer, asked: Sequence[tuple[Dialogue, VoicePrompt]], config: GenerationConfig, system: str
-) -> Iterator[EvaluatedReply]:
+def answered(speaker: Speaker, asked: Sequence[tuple[Dialogue, VoicePrompt]]) -> Iterator[EvaluatedReply]:
     """Replies to spoken questions."""
-
-    def prompt(dialogue: Dialogue, voice: VoicePrompt) -> Prompt:
-        return row_of(speaker, tokenizer, heard_question(dialogue), voice, coded(speaker, voice), system)
-
-    replies = spoken(speaker, tokenizer, [functools.partial(prompt, *pair) for pair in asked], config)
-    for (dialogue, voice), reply in zip(asked, replies, strict=True):
+    prompts = [speaker.prompt(voice, question=heard_question(dialogue)) for dialogue, voice in asked]
+    for (dialogue, voice), reply in zip(asked, speaker.replies(prompts), strict=True):
         yield EvaluatedReply(dialogue, voice, *reply)
 
 
 def evaluate_speaking(
-    speaker: Generator,
-    tokenizer: Tokenizer,
-    suite: Suite,
-    conditions: Sequence[Condition],
-    metric_models: MetricModels,
-    config: GenerationConfig,
-    system: str = "",
+    speaker: Speaker, suite: Suite, conditions: Sequence[Condition], metric_models: MetricModels
 ) -> tuple[dict, dict[str, list[EvaluatedReply]]]:
     """Returns the report's part, and the replies by condition."""
-    rate = speaker.config.codec.sampling_rate
+    rate = speaker.model.config.codec.sampling_rate
     known = {v: metric_models.voices(audio.load_reference(refs[0].audio, rate), rate) for v, refs in suite.voices.items()}
     report: dict = {"conditions": {}, "replies": {}}
     replies: dict[str, list[EvaluatedReply]] = {}
     for condition in conditions:
         asked = [(d, voice_prompt(suite, d, condition, rate)) for d in suite.dialogues]
-        given = answered(speaker, tokenizer, asked, config, system)
+        given = answered(speaker, asked)
         replies[condition.name], rows = [], []
         for reply in tqdm(given, condition.name, total=len(asked), unit="reply"):
             replies[condition.name].append(reply)
             rows.append(measured_reply(reply, known, metric_models, rate))
         report["conditions"][condition.name] = summary(rows)
         report["replies"][condition.name] = rows
-    report["speed"] = timed(speaker, tokenizer, suite, config, system)
+    report["speed"] = timed(speaker, suite)
     return report, replies
 
 
@@ -225,16 +208,16 @@ def summary(rows: Sequence[dict]) -> dict:
     }
 
 
-def timed(speaker: Generator, tokenizer: Tokenizer, suite: Suite, config: GenerationConfig, system: str) -> dict:
+def timed(speaker: Speaker, suite: Suite) -> dict:
     """Medians over a few replies spoken alone: time to the first audio and real-time factor, see `chroma_jax.runs.generate`."""
-    rate, frames = speaker.config.codec.sampling_rate, int(config.max_seconds * speaker.config.codec.frame_rate)
-    found = []
-    for dialogue in suite.dialogues[:TIMED]:
-        prompt, question = voice_prompt(suite, dialogue, MAIN, rate), heard_question(dialogue)
-        given = (question, prompt, coded(speaker, prompt), system)
-        make = lambda given=given: stack([row_of(speaker, tokenizer, *given)], speaker.compatibility)
-        warm_up(speaker, make(), config, frames)
-        found.append(measures(speak(speaker, make, config, frames), 1 / speaker.config.codec.frame_rate, rate))
+    codec = speaker.model.config.codec
+    asked = [(heard_question(d), voice_prompt(suite, d, MAIN, codec.sampling_rate)) for d in suite.dialogues[:TIMED]]
+    makes = [functools.partial(speaker.prompt, voice, question=question) for question, voice in asked]
+    prompts = [make() for make in makes]
+    generator = generator_of(speaker.model, speaker.codec, prompts, speaker.config, speaker.max_frames)
+    warm_up(generator, prompts[0])
+    replies = [speak(generator, make, speaker.config) for make in makes]
+    found = [measures(reply, 1 / codec.frame_rate, codec.sampling_rate) for reply in replies]
     speed: dict[str, float | None] = {"replies": len(found)}
     for name in ("first_audio_ms", "rtf", "rtf_steady"):
         known = [m[name] for m in found if m[name] is not None]

@@ -5,7 +5,6 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from chroma_jax.inference.compatibility import Positions
 from chroma_jax.layers.transformer import scan_layers
 from chroma_jax.models.chroma import Chroma
 
@@ -13,16 +12,26 @@ Choose = Callable[[jax.Array, jax.Array], jax.Array]  # logits [B, V], level →
 
 
 def residual_codes(
-    model: Chroma, hidden: jax.Array, c0: jax.Array, choose: Choose, positions: Positions = "trained"
+    model: Chroma, hidden: jax.Array, c0: jax.Array, choose: Choose, positions: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """hidden: [B, D]; c0: int32 [B]. Returns (int32 [B, Q], the logits of c1 … c(Q−1), [B, Q−1, audio_vocab_size])."""
+    """The codes of one frame.
+
+    Args:
+        model: The model.
+        hidden: [B, D], the Backbone's h.
+        c0: int32 [B].
+        choose: Logits and level → codes.
+        positions: int32 [Q], positions of h and of c0 … c(Q−2); None for 0, 1, 2 …, as in training.
+
+    Returns:
+        (int32 [B, Q], the logits of c1 … c(Q−1), [B, Q−1, audio_vocab_size]).
+    """
     b, q = len(c0), model.config.num_codebooks
-    shift = 1 if positions == "trained" else 0
     decoder, embed = model.decoder, lambda code, level: model.audio_embedding(code, level, hidden.dtype)
 
     def run(inputs, first_slot, cache):
         slots = jnp.broadcast_to(first_slot + jnp.arange(inputs.shape[1]), inputs.shape[:2])
-        x, cache = decoder.cached(inputs, jnp.maximum(slots - 1 + shift, 0), slots, cache)
+        x, cache = decoder.cached(inputs, slots if positions is None else positions[slots], slots, cache)
         return x[:, -1], cache
 
     def level_step(carry, level):
@@ -42,6 +51,6 @@ def residual_codes(
     return codes, jnp.moveaxis(jnp.concatenate([logits1[None], logits]), 0, 1)
 
 
-def greedy_residual_codes(model: Chroma, hidden: jax.Array, c0: jax.Array, positions: Positions = "trained"):
+def greedy_residual_codes(model: Chroma, hidden: jax.Array, c0: jax.Array, positions: jax.Array | None = None):
     """`residual_codes` with the most likely code at every level."""
     return residual_codes(model, hidden, c0, lambda logits, level: jnp.argmax(logits, -1).astype(jnp.int32), positions)

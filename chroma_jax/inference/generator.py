@@ -1,168 +1,219 @@
-"""A reply as a stream of frames: the compiled programs, and the host's loop over them.
+"""Offline generation: prompts in, replies out, many at a time. When a reply ends, the next prompt takes its slot.
 
-The host asks for a frame, then fetches the one before it: the device never waits for the host. Nothing moves between the
-two but by an explicit transfer.
+The host asks for frames, then fetches those that it asked for before: the device never waits for the host.
 """
 
-import contextlib
-import functools
-import threading
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from chroma_jax.inference import prefill as prefills
-from chroma_jax.inference import step as steps
-from chroma_jax.inference.compatibility import Compatibility, codec_used, is_reference
-from chroma_jax.inference.placement import guarded, on_many, place_of, send_to_host
+from chroma_jax.inference.admission import Admission, chunks
+from chroma_jax.inference.batch_state import BatchState
+from chroma_jax.inference.placement import on_first, send_to_host
 from chroma_jax.inference.prefill import Prompt
 from chroma_jax.inference.prompt import rounded_up
-from chroma_jax.inference.sampling import Sampling
-from chroma_jax.inference.state import CacheDType, Capacity, StreamState
+from chroma_jax.inference.sampling import SamplingParams
+from chroma_jax.inference.state import CacheDType, Capacity
 from chroma_jax.inference.step import StepOutput
+from chroma_jax.inference.voice import FRAMES_PER_PIECE, Voice, read_in_pieces
+from chroma_jax.models.audio_encoder import num_positions
 from chroma_jax.models.chroma import Chroma
 from chroma_jax.models.codec import Codec
-from chroma_jax.utils.errors import InputError
+from chroma_jax.models.codec.voice_encoder import ChunkedEncoder
+from chroma_jax.sequence.interleave import FRAMES_PER_PAIR, NONE_TOKEN
 
-ENCODE_BUCKET = 16  # frames; lengths of reference recordings are rounded up to a multiple of it
+POSITIONS = 64  # capacities are rounded up to a multiple of it, so that similar prompts share their compiled programs
 
 
-class Programs(NamedTuple):
-    """weights: the leaves of the model's and the Codec's state, in order.
+class Generation:
+    """A reply under way.
 
-    encode(weights, audio [1, S]) → codes; prefill(weights, prompt, sampling, keys, capacity) → state;
-    step(weights, state) → (state, output), the old state is given up.
+    Attributes:
+        samples: float32 [S] of each frame.
+        codes: int32 [Q] of each frame.
+        tokens: (frame that it stands before, id) of each token.
+        ended: "" while it is under way, then "eos" when the model ended it, or "limit".
     """
 
-    encode: Callable[..., jax.Array]
-    prefill: Callable[..., StreamState]
-    step: Callable[..., tuple[StreamState, StepOutput]]
+    def __init__(self, max_frames: int):
+        self.max_frames = max_frames
+        self.samples: list[np.ndarray] = []
+        self.codes: list[np.ndarray] = []
+        self.tokens: list[tuple[int, int]] = []
+        self.ended = ""
 
+    @property
+    def wave(self) -> np.ndarray:
+        """float32 [S], all samples."""
+        return np.concatenate(self.samples) if self.samples else np.zeros(0, np.float32)
 
-@functools.cache
-def programs(
-    graphs: tuple[nnx.GraphDef, nnx.GraphDef], tree: jax.tree_util.PyTreeDef, dtype: str, compatibility: Compatibility
-) -> Programs:
-    """The programs of one architecture; equal architectures share them, and so what is already compiled."""
-
-    def modules(weights) -> tuple[Chroma, Codec]:
-        return tuple(nnx.merge(graph, state) for graph, state in zip(graphs, jax.tree.unflatten(tree, weights), strict=True))
-
-    def encode(weights, audio):
-        model, codec = modules(weights)
-        return codec.encode(audio, model.config.num_codebooks)
-
-    def prefill(weights, prompt, sampling, keys, capacity):
-        return prefills.prefill(*modules(weights), prompt, sampling, keys, capacity, jnp.dtype(dtype))
-
-    def step(weights, state):
-        return steps.step(*modules(weights), state, compatibility)
-
-    return Programs(jax.jit(encode), jax.jit(prefill, static_argnums=4), jax.jit(step, donate_argnums=1))
+    def add(self, output: StepOutput, frame: int, slot: int) -> None:
+        """Takes a frame of a decode step that is on the host; after the end it does nothing."""
+        if self.ended:
+            return
+        if not output.live[frame, slot]:
+            self.ended = "eos"
+            return
+        if (token := int(output.token[frame, slot])) != NONE_TOKEN:
+            self.tokens.append((len(self.codes), token))
+        self.samples.append(output.samples[frame, slot])
+        self.codes.append(output.codes[frame, slot])
+        if len(self.codes) == self.max_frames:
+            self.ended = "limit"
 
 
 class Generator:
-    """A model and its Codec with their compiled programs, on the device that holds the weights, or the mesh that divides them
+    """A model and its Codec that reply to prompts, on the device that holds the weights, or the mesh that divides them
     (`chroma_jax.inference.placement`).
 
-    dtype: that activations and caches are in, "float32" or "bfloat16"; the Codec always computes in float32. cache: "int8" for
-    caches of a byte a number.
-    compatibility: "reference" is for comparing with the reference implementation only; prompts are then stacked so, too.
-    Raises: InputError for an unknown one.
+    Args:
+        model: The speaking model.
+        codec: Its Codec, which computes in float32.
+        text_positions: Positions of the longest question.
+        voice_positions: Positions of the longest voice prompt.
+        max_frames: Maximum length of a reply in frames.
+        slots: Concurrent replies: 1, 2, 4 … 64.
+        frames_per_call: Frames of a decode step: 1, 2, 4 or 8.
+        dtype: Compute dtype, "float32" or "bfloat16".
+        cache: KV-cache dtype: "int8", or "none" for dtype.
     """
 
     def __init__(
         self,
         model: Chroma,
         codec: Codec,
+        *,
+        text_positions: int,
+        voice_positions: int,
+        max_frames: int,
+        slots: int = 1,
+        frames_per_call: int = 1,
         dtype: str = "float32",
-        compatibility: Compatibility = "corrected",
         cache: CacheDType = "none",
     ):
-        self.config, self.compatibility, self.cache = model.config, compatibility, cache
-        codec = codec_used(codec, compatibility)
-        (model_graph, model_state), (codec_graph, codec_state) = nnx.split(model), nnx.split(codec)
-        leaves, tree = jax.tree.flatten((model_state, codec_state))
-        self.place = place_of(leaves[0])
-        self.beside = self.place if on_many(self.place) else None  # one device's inputs follow the weights by themselves
-        # bound to their device, wherever they come from: else the same shapes would be compiled twice
-        self.weights = leaves if on_many(self.place) else jax.device_put(leaves, self.place)
-        self.programs = programs((model_graph, codec_graph), tree, dtype, compatibility)
+        self.config, self.max_frames, self._per_call = model.config, max_frames, frames_per_call
+        text, voice = rounded_up(text_positions, POSITIONS), rounded_up(voice_positions, POSITIONS)
+        capacity = Capacity.of(text, voice, rounded_up(max_frames, max(frames_per_call, FRAMES_PER_PAIR)), cache)
+        self._batch = BatchState(model, codec, slots, capacity, voice_positions=voice, chunk=POSITIONS, dtype=dtype)
+        self._rows: list[Generation | None] = [None] * slots
+        self._pending: tuple[StepOutput, list[Generation | None]] | None = None  # asked for, not fetched yet
+        self._opens_pair = True  # whether the next decode step does
 
-    def encode(self, wave: np.ndarray) -> np.ndarray:
-        """wave: float [S] at the Codec's rate, S ≥ 1. Returns codes int32 [F, Q]; the last frame is filled up with silence."""
-        size = self.config.codec.samples_per_frame
-        frames = -(-len(wave) // size)
-        padded = np.zeros((1, rounded_up(frames, ENCODE_BUCKET) * size), np.float32)
-        padded[0, : len(wave)] = wave
-        with guarded(self.place):
-            return jax.device_get(self.programs.encode(self.weights, jax.device_put(padded, self.beside)))[0, :frames]
+    @classmethod
+    def of(cls, model: Chroma, codec: Codec, prompts: Sequence[Prompt], max_frames: int, **options) -> "Generator":
+        """A generator that these prompts fit into. options: as of `Generator`."""
+        text = max(len(prompt.text) for prompt in prompts)
+        voice = max(len(prompt.voice_token) for prompt in prompts)
+        return cls(model, codec, text_positions=text, voice_positions=voice, max_frames=max_frames, **options)
 
-    def start(self, prompt: Prompt, sampling: Sampling, keys: jax.Array, max_frames: int) -> StreamState:
-        """The state before the first frame. prompt, sampling: host arrays of B rows; keys: random keys [B]; max_frames: the
-        most frames that will be asked for, which sizes the caches. Raises: InputError for a prompt stacked in another way."""
-        if (prompt.voice_padding is not None) != is_reference(self.compatibility):
-            raise InputError(f"the prompt was not stacked for compatibility {self.compatibility!r}, as the speaker is")
-        capacity = Capacity.of(prompt.text.shape[1], prompt.voice_token.shape[1], max_frames, self.cache)
-        with guarded(self.place):
-            prompt, sampling = jax.device_put((prompt, sampling), self.beside)
-            keys = keys if self.beside is None else jax.device_put(keys, self.beside)
-            return self.programs.prefill(self.weights, prompt, sampling, keys, capacity)
+    def replies(self, prompts: Iterable[tuple[Prompt, SamplingParams]]) -> Iterator[Generation]:
+        """Yields the reply to each prompt, in their order."""
+        waiting, going, exhausted = iter(prompts), [], False
+        while not exhausted or going:
+            while not exhausted and (slot := self.free_slot()) is not None:
+                found = next(waiting, None)
+                exhausted = found is None
+                if found is not None:
+                    going.append(self.admit(slot, *found))
+            if going:
+                self.step()
+            while going and going[0].ended:
+                yield going.pop(0)
 
-    def frames(self, state: StreamState, max_frames: int) -> Iterator[StepOutput]:
-        """Yields each frame of all rows as host arrays, until no row is live; that last frame is yielded too. At most
-        ``max_frames``. ``state`` is used up."""
-        waiting = None
-        for _ in range(max_frames):
-            with guarded(self.place):
-                state, output = self.programs.step(self.weights, state)
-                send_to_host(output)
-                fetched = None if waiting is None else jax.device_get(waiting)
-                waiting = output
-            if fetched is not None:
-                yield fetched
-                if not fetched.live.any():
-                    return
-        if waiting is not None:
-            with guarded(self.place):
-                fetched = jax.device_get(waiting)
-            yield fetched
+    def free_slot(self) -> int | None:
+        """A slot in which nothing is said, if a reply may begin now: text pairs fall due in the same steps for all."""
+        if not self._opens_pair and any(self._rows):
+            return None
+        return next((slot for slot, row in enumerate(self._rows) if row is None), None)
 
-    def stream(self, prompt: Prompt, sampling: Sampling, keys: jax.Array, max_frames: int) -> Iterator[StepOutput]:
-        """`start` and `frames` in one."""
-        return self.frames(self.start(prompt, sampling, keys, max_frames), max_frames)
+    def admit(self, slot: int, prompt: Prompt, sampling: SamplingParams) -> Generation:
+        """Reads a prompt into a free slot and begins the reply. Does not wait for the device.
+
+        Raises:
+            InputError: The voice prompt is longer than ``voice_positions``.
+        """
+        batch = self._batch
+        with jax.transfer_guard("disallow"):
+            voice = self._voice(prompt)
+            batch.stop(slot, 0)
+            batch.adopt(slot, voice.cache)
+            self._hear(slot, prompt)
+            batch.begin(slot, Admission.of(voice.length, sampling))
+        if not any(self._rows):
+            self._opens_pair = True
+        self._rows[slot] = Generation(self.max_frames)
+        return self._rows[slot]
+
+    def step(self) -> None:
+        """Asks for the next frames of all replies, and takes in those that were asked for before."""
+        with jax.transfer_guard("disallow"):
+            asked, self._pending = self._pending, None
+            if any(self._rows):
+                out = self._batch.decode_step(self._per_call, "all" if self._opens_pair else "none")
+                send_to_host(out)
+                self._pending = out, list(self._rows)
+                if self._per_call == 1:
+                    self._opens_pair = not self._opens_pair
+            if asked is not None:
+                self._fetch(*asked)
+
+    def drop(self, reply: Generation) -> None:
+        """Ends a reply before its time, as "limit", if it is under way."""
+        reply.ended = reply.ended or "limit"
+        if reply in self._rows:
+            self._free(self._rows.index(reply))
+
+    def ready(self) -> None:
+        """Waits for the device."""
+        self._batch.ready()
+
+    def _fetch(self, out: StepOutput, rows: list[Generation | None]) -> None:
+        out = jax.device_get(out)
+        for slot, row in enumerate(rows):
+            if row is None or row.ended:
+                continue
+            for frame in range(len(out.live)):
+                row.add(out, frame, slot)
+            if row.ended:
+                self._free(slot)
+
+    def _free(self, slot: int) -> None:
+        self._batch.stop(slot, 0)
+        self._rows[slot] = None
+
+    def _voice(self, prompt: Prompt) -> Voice:
+        *_, voice = read_in_pieces(self._batch, prompt.voice_token, prompt.voice_codes)
+        return voice
+
+    def _hear(self, slot: int, prompt: Prompt) -> None:
+        """The Reasoner reads the question, up to the end of each block of speech with what was encoded of it."""
+        batch, carry, positions, start, heard = self._batch, self._batch.empty_carry(), 0, 0, 0
+        pieces = []
+        for mel, length in zip(prompt.mel, prompt.mel_length, strict=True):
+            if not length:
+                continue
+            carry, outputs = batch.encode(carry, mel, int(length))
+            before, positions = heard, positions + num_positions(int(length))
+            heard = positions // 2
+            pieces.append((outputs, before, heard))
+        if not pieces:
+            pieces = [(batch.no_audio, 0, 0)]
+        for i, (outputs, before, after) in enumerate(pieces):
+            last = i + 1 == len(pieces)
+            if last:
+                end = len(prompt.text)
+            else:
+                end = start if after == before else int(np.flatnonzero(prompt.audio_index == after - 1)[0]) + 1
+            index = prompt.audio_index[start:end]
+            index = np.where(index == NONE_TOKEN, NONE_TOKEN, index - before).astype(np.int32)
+            for chunk in chunks(prompt.text[start:end], index, outputs, batch.chunk):
+                batch.hear(slot, chunk)
+            start = end
 
 
-def settings(rows: int, *, temperature: float, top_k: int, seed: int, top_p: float = 1.0) -> tuple[Sampling, jax.Array]:
-    """Sampling settings that all rows share, on the host, and each row's own random key, on the device."""
-    fill = lambda value, dtype: np.full(rows, value, dtype)
-    sampling = Sampling(fill(temperature, np.float32), fill(top_k, np.int32), fill(top_p, np.float32))
-    return sampling, jax.random.split(jax.random.key(seed), rows)
-
-
-class CompilationCount:
-    """How many programs were compiled, and how long the backend took. seconds: without tracing."""
-
-    def __init__(self):
-        self.count, self.seconds = 0, 0.0
-
-
-@contextlib.contextmanager
-def counted_compilations(*, here: bool = False) -> Iterator[CompilationCount]:
-    """Counts what is compiled inside the ``with`` block, anywhere in the process, or by this thread alone."""
-    found, thread = CompilationCount(), threading.get_ident()
-
-    def listen(event: str, duration: float, **_) -> None:
-        counts = not here or threading.get_ident() == thread
-        if counts and event == "/jax/core/compile/backend_compile_duration":
-            found.count, found.seconds = found.count + 1, found.seconds + duration
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield found
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
+def encode_reference(codec: Codec, wave: np.ndarray, num_codebooks: int) -> np.ndarray:
+    """Codes of a reference recording, int32 [F, Q]. wave: float [S] at the Codec's rate; the last frame is filled up."""
+    frames = None if codec.config.sliding_window is not None else codec.config.num_frames(len(wave))
+    encoder = ChunkedEncoder(on_first(codec), frames_per_step=FRAMES_PER_PIECE, num_codebooks=num_codebooks, max_frames=frames)
+    return np.concatenate([encoder.feed(wave), encoder.finish()])

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from chroma_jax.inference.sampling import Sampling
-from chroma_jax.inference.state import Capacity, ReferenceRows, StreamState, idle
+from chroma_jax.inference.state import Capacity, StreamState, idle
 from chroma_jax.layers.attention import cached_mask
 from chroma_jax.models.chroma import Chroma
 from chroma_jax.models.codec import Codec
@@ -18,8 +18,7 @@ class Prompt(NamedTuple):
 
     The question: mel [B, blocks, block frames, bins], mel_length [B, blocks], text [B, L], audio_index [B, L],
     text_length [B]. The voice prompt, in the Backbone's order: voice_token [B, T] (NONE_TOKEN where there is none),
-    voice_codes [B, T, Q] (likewise), voice_length [B]. voice_padding: bool [B, T], padding that the reference has inside of
-    the voice prompt; None where there is none to be, see `chroma_jax.inference.compatibility`.
+    voice_codes [B, T, Q] (likewise), voice_length [B].
     """
 
     mel: jax.Array
@@ -30,13 +29,20 @@ class Prompt(NamedTuple):
     voice_token: jax.Array
     voice_codes: jax.Array
     voice_length: jax.Array
-    voice_padding: jax.Array | None = None
 
 
 def prefill(
-    model: Chroma, codec: Codec, prompt: Prompt, sampling: Sampling, keys: jax.Array, capacity: Capacity, dtype
+    model: Chroma,
+    codec: Codec,
+    prompt: Prompt,
+    sampling: Sampling,
+    keys: jax.Array,
+    capacity: Capacity,
+    dtype,
+    hidden_entries: jax.Array | None = None,
 ) -> StreamState:
-    """The state before the first frame. With ``prompt.voice_padding``, of a batch that is run as the reference runs it."""
+    """The state before the first frame. hidden_entries: bool [B, S], entries of the Backbone's cache that no position attends
+    to; None for none."""
     rows, length = prompt.text.shape
     state = idle(model.config, codec, rows, capacity, dtype)
     with jax.named_scope("reasoner_prefill"):
@@ -46,11 +52,7 @@ def prefill(
         hidden, reasoner_cache = model.reasoner.cached(embeddings, positions, state.reasoner_cache)
     with jax.named_scope("backbone_prefill"):
         positions = _positions(prompt.voice_token.shape[1], prompt.voice_length, capacity.audio)
-        mask = reference = None
-        if prompt.voice_padding is not None:
-            spare = capacity.audio - prompt.voice_padding.shape[1]
-            reference = ReferenceRows(jnp.pad(prompt.voice_padding, ((0, 0), (0, spare))), heard=jnp.ones(rows, bool))
-            mask = cached_mask(positions, capacity.audio) & ~reference.padding[:, None]
+        mask = None if hidden_entries is None else cached_mask(positions, capacity.audio) & ~hidden_entries[:, None]
         _, backbone_cache = model.backbone.cached(voice(model, prompt, dtype), positions, state.backbone_cache, mask)
     return state._replace(
         reasoner_cache=reasoner_cache,
@@ -62,7 +64,6 @@ def prefill(
         speaking=jnp.ones(rows, bool),
         sampling=sampling,
         keys=keys,
-        reference=reference,
     )
 
 

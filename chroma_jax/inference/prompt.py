@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from chroma_jax.audio.log_mel import FeatureConfig, log_mel
-from chroma_jax.inference.compatibility import Compatibility, is_reference
 from chroma_jax.inference.prefill import Prompt
 from chroma_jax.models.audio_encoder import cut_blocks, num_outputs
 from chroma_jax.models.chroma import ChromaConfig
@@ -25,7 +24,6 @@ BUCKETS = {
     "audio_index": (64, NONE_TOKEN),
     "voice_token": (64, NONE_TOKEN),
     "voice_codes": (64, NONE_TOKEN),
-    "voice_padding": (64, False),
 }
 
 
@@ -97,42 +95,14 @@ def voice_sequence(
     return token, codes
 
 
-def stack(rows: Sequence[Prompt], compatibility: Compatibility = "corrected") -> Prompt:
-    """Rows of different lengths as one batch, padded on the right to common, rounded lengths; for "reference", the voice
-    prompts are padded inside to one length first."""
-    if is_reference(compatibility):
-        rows = padded_inside(rows)
+def stack(rows: Sequence[Prompt]) -> Prompt:
+    """Rows of different lengths as one batch, padded on the right to common, rounded lengths."""
     arrays = {}
     for name in Prompt._fields:
         values = [getattr(row, name) for row in rows]
-        if values[0] is None:
-            continue
         if name in BUCKETS:
             multiple, empty = BUCKETS[name]
             length = rounded_up(max(len(v) for v in values), multiple)
             values = [np.pad(v, ((0, length - len(v)), *((0, 0),) * (v.ndim - 1)), constant_values=empty) for v in values]
         arrays[name] = np.stack(values)
     return Prompt(**arrays)
-
-
-def padded_inside(rows: Sequence[Prompt]) -> list[Prompt]:
-    """Voice prompts of one length, padded where the reference pads: after the text start, and before the zero vector."""
-    texts = [int(np.sum(row.voice_token != NONE_TOKEN)) for row in rows]
-    recordings = [len(row.voice_token) - 1 - text for row, text in zip(rows, texts)]
-    length = max(texts) + max(recordings) + 1
-    padded = []
-    for row, text, recording in zip(rows, texts, recordings):
-        before, after = [1] * (max(texts) - text), [text + recording] * (max(recordings) - recording)
-
-        def inside(values: np.ndarray, empty, places: list[int] = before + after) -> np.ndarray:
-            return np.insert(values, places, empty, axis=0)
-
-        padded.append(
-            row._replace(
-                voice_token=inside(row.voice_token, NONE_TOKEN),
-                voice_codes=inside(row.voice_codes, NONE_TOKEN),
-                voice_length=np.int32(length),
-                voice_padding=inside(np.zeros(len(row.voice_token), bool), True),
-            )
-        )
-    return padded

@@ -1,9 +1,31 @@
 """Choosing a code from logits: greedy, or by temperature, top-k and top-p; each row by its own settings and random key."""
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingParams:
+    """How codes are sampled.
+
+    Attributes:
+        temperature: Sampling temperature; 0 is greedy.
+        top_k: Number of most probable codes that are sampled from; 0 for all.
+        top_p: Probability mass of the codes that are sampled from; 1 for all.
+        seed: Seed of the sampling.
+
+    Example:
+        >>> chroma_jax.SamplingParams(temperature=0.7).top_k
+        50
+    """
+
+    temperature: float = 0.0
+    top_k: int = 50
+    top_p: float = 1.0
+    seed: int = 0
 
 
 class Sampling(NamedTuple):

@@ -1,8 +1,5 @@
-"""What a batch of conversations carries from frame to frame, and how its rows come and go.
-
-A row is a slot: `join` puts a freshly prefilled conversation into it while the others go on speaking, `cancel` frees it.
-Nothing of a row depends on another one, nor on what its slot held before.
-"""
+"""What a batch of conversations carries from frame to frame. Nothing of a row depends on another one, nor on what it held
+before."""
 
 import dataclasses
 from typing import Literal, NamedTuple
@@ -44,22 +41,12 @@ class Capacity:
         return jnp.dtype(jnp.int8) if self.cache == "int8" else dtype
 
 
-class ReferenceRows(NamedTuple):
-    """What only the reference's batches need (see `chroma_jax.inference.compatibility`).
-
-    padding: entries of the Backbone's cache that no position attends to. heard: the row had no frame of zeros so far.
-    """
-
-    padding: jax.Array  # bool [B, S]
-    heard: jax.Array  # bool [B]
-
-
 class StreamState(NamedTuple):
     """One pytree, donated to the step.
 
     frames: frames since the row's prefill; it gives the parity of text pairs and the random key. text_hidden: the Reasoner's
     h that predicts the next token. codes: the last frame, not yet fed to the Backbone (−1: none). text_open: the reply's text
-    has not ended; speaking: its audio has not. reference: None, but for a batch that is run as the reference runs it.
+    has not ended; speaking: its audio has not.
     """
 
     frames: jax.Array  # int32 [B]
@@ -74,11 +61,10 @@ class StreamState(NamedTuple):
     codec: CodecState
     sampling: Sampling
     keys: jax.Array  # random keys [B]
-    reference: ReferenceRows | None = None
 
 
 def idle(config: ChromaConfig, codec: Codec, rows: int, capacity: Capacity, dtype) -> StreamState:
-    """A state in which no row speaks, for conversations to join."""
+    """A state in which no row speaks."""
     return StreamState(
         frames=jnp.zeros(rows, jnp.int32),
         reasoner_cache=config.reasoner.text.empty_cache(rows, capacity.text, capacity.cached_as(dtype)),
@@ -93,40 +79,3 @@ def idle(config: ChromaConfig, codec: Codec, rows: int, capacity: Capacity, dtyp
         sampling=Sampling.of(0.0, 0, rows),
         keys=jax.random.split(jax.random.key(0), rows),
     )
-
-
-def join(state: StreamState, row: StreamState, slot: jax.Array) -> StreamState:
-    """Puts a conversation into a slot; whatever was there is gone.
-
-    row: of one row and of the same `Capacity`, as `prefill` gives it. slot: int32 []. A row may join at any time; joined
-    before an even number of steps after the others, its tokens fall due with theirs, and the Reasoner runs in every other step
-    only. Raises: ValueError for another capacity, or for a batch of the reference, whose rows share their positions.
-    """
-    check_independent(state)
-    check_independent(row)
-
-    def place(path, of_batch, of_row):
-        axis = 1 if isinstance(of_batch, KVCache) else 0  # caches have their layers first
-        for old, new in zip(jax.tree.leaves(of_batch), jax.tree.leaves(of_row), strict=True):
-            one = (*old.shape[:axis], 1, *old.shape[axis + 1 :])
-            if new.shape != one:
-                raise ValueError(f"{jax.tree_util.keystr(path)} of the row is {new.shape}, of the batch {old.shape}: {one} fits")
-        put = lambda old, new: old.at[:, slot].set(new[:, 0]) if axis else old.at[slot].set(new[0])
-        return jax.tree.map(put, of_batch, of_row)
-
-    return jax.tree_util.tree_map_with_path(place, state, row, is_leaf=lambda x: isinstance(x, KVCache))
-
-
-def cancel(state: StreamState, mask: jax.Array) -> StreamState:
-    """Ends rows before their time. mask: bool [B]. Raises: ValueError for a batch of the reference."""
-    check_independent(state)
-    return state._replace(
-        text_open=state.text_open & ~mask,
-        speaking=state.speaking & ~mask,
-        codes=jnp.where(mask[:, None], NONE_TOKEN, state.codes),
-    )
-
-
-def check_independent(state: StreamState) -> None:
-    if state.reference is not None:
-        raise ValueError("the rows of a batch that is run as the reference runs it cannot come and go")

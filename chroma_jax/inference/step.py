@@ -12,16 +12,15 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from chroma_jax.inference.compatibility import Compatibility, Positions, decoder_positions
 from chroma_jax.inference.frame import residual_codes
 from chroma_jax.inference.sampling import sample
-from chroma_jax.inference.state import ReferenceRows, StreamState
+from chroma_jax.inference.state import StreamState
 from chroma_jax.layers.attention import cached_mask
 from chroma_jax.models.chroma import Chroma, ChromaConfig
 from chroma_jax.models.codec import Codec
 from chroma_jax.parallel.sharding import constrain
 from chroma_jax.sequence.batch import is_present
-from chroma_jax.sequence.interleave import NONE_TOKEN, opens_pair
+from chroma_jax.sequence.interleave import FRAMES_PER_PAIR, NONE_TOKEN, opens_pair
 
 # Which rows need a text pair at a frame. "any": each by itself, found out as the step runs. "all", "none": known beforehand, of
 # rows that all began an even number of frames apart; no row that needs one may be left out, one that needs none takes no harm.
@@ -29,13 +28,36 @@ Pairs = Literal["any", "all", "none"]
 
 
 class StepOutput(NamedTuple):
-    """What one step gives away. token: NONE_TOKEN where none was chosen. live: false from the EOS frame on; the row's samples
-    and codes are then meaningless."""
+    """What n frames of all rows give away.
 
-    samples: jax.Array  # float32 [B, samples per frame]
-    codes: jax.Array  # int32 [B, Q]
-    token: jax.Array  # int32 [B]
-    live: jax.Array  # bool [B]
+    Attributes:
+        samples: float32 [n, B, samples per frame]; meaningless where the row is not live.
+        codes: int32 [n, B, Q]; likewise.
+        token: int32 [n, B], NONE_TOKEN where no token was chosen.
+        live: bool [n, B], False from the EOS frame on.
+    """
+
+    samples: jax.Array
+    codes: jax.Array
+    token: jax.Array
+    live: jax.Array
+
+
+class Overrides(NamedTuple):
+    """What a step takes from its caller instead of its own rules; None keeps the rule. `chroma_jax.verify` compares with
+    another implementation so.
+
+    Attributes:
+        decoder_positions: int32 [Q], positions of h and of c0 … c(Q−2) in the Decoder; the rule is 0, 1, 2 …
+        feeds: bool [B], rows that are fed a text pair in this step; the rule is those whose text goes on.
+        hidden_entries: bool [B, S], entries of the Backbone's cache that no position attends to; the rule is none.
+        choosable: bool [audio_vocab_size], codes that may be sampled; the rule is those of the Codec.
+    """
+
+    decoder_positions: jax.Array | None = None
+    feeds: jax.Array | None = None
+    hidden_entries: jax.Array | None = None
+    choosable: jax.Array | None = None
 
 
 class TextPair(NamedTuple):
@@ -69,41 +91,89 @@ class StepTrace(NamedTuple):
     live: jax.Array  # bool [B]
 
 
-def step(
-    model: Chroma, codec: Codec, state: StreamState, compatibility: Compatibility = "corrected", pairs: Pairs = "any"
+def decode_step(
+    model: Chroma,
+    codec: Codec,
+    state: StreamState,
+    *,
+    count: int = 1,
+    pairs: Pairs = "any",
+    overrides: Overrides = Overrides(),
 ) -> tuple[StreamState, StepOutput]:
-    """One frame for every row. compatibility: that of the prompts in ``state`` and of ``codec``."""
-    state, trace = traced_frame(model, state, decoder_positions(compatibility), pairs)
-    with jax.named_scope("codec"):
-        codec_state, samples = codec.decode_step(state.codec, trace.codes[:, None])
-    token = jnp.where(trace.text.wanted & trace.live, trace.text.token, NONE_TOKEN)
-    return state._replace(codec=codec_state), StepOutput(samples, trace.codes, token, trace.live)
+    """``count`` frames of every row: one, or an even number of which the first one opens a pair.
 
-
-def traced_frame(model: Chroma, state: StreamState, positions: Positions, pairs: Pairs = "any") -> tuple[StreamState, StepTrace]:
-    """`step` without the Codec, and with all that it computes; a compiled program leaves out what is not used of it.
-
-    positions: of the Decoder.
+    A single row's sound is decoded once for all of them, which reads the Codec's weights once. With several rows each frame is
+    decoded by itself: its samples then have the same bits however many frames were asked for, which depends on the other rows.
     """
-    state, text = _text_pair(model, state, pairs)
+    if count == 1:
+        state, output, _ = traced_step(model, codec, state, pairs, overrides)
+        return state, output
+    at_once = len(state.frames) == 1
+
+    def frame(state: StreamState, pairs: Pairs) -> tuple[StreamState, StepOutput]:
+        if not at_once:
+            return traced_step(model, codec, state, pairs, overrides)[:2]
+        state, trace = traced_frame(model, state, pairs, overrides)
+        return state, _output(trace, trace.codes[None])  # to be decoded with the others
+
+    def pair(state: StreamState, _):
+        state, first = frame(state, "all")
+        state, second = frame(state, "none")
+        return state, jax.tree.map(lambda *x: jnp.concatenate(x), first, second)
+
+    state, output = jax.lax.scan(pair, state, length=count // FRAMES_PER_PAIR)
+    output = jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), output)
+    if at_once:
+        state, samples = _sound(codec, state, output.codes)
+        output = output._replace(samples=samples)
+    return state, output
+
+
+def traced_step(
+    model: Chroma, codec: Codec, state: StreamState, pairs: Pairs = "any", overrides: Overrides = Overrides()
+) -> tuple[StreamState, StepOutput, StepTrace]:
+    """One frame of every row, and all that it computes; a compiled program leaves out what is not used of it."""
+    state, trace = traced_frame(model, state, pairs, overrides)
+    state, samples = _sound(codec, state, trace.codes[None])
+    return state, _output(trace, samples), trace
+
+
+def _sound(codec: Codec, state: StreamState, codes: jax.Array) -> tuple[StreamState, jax.Array]:
+    """codes: int32 [n, B, Q]. Returns samples [n, B, S]."""
+    with jax.named_scope("codec"):
+        codec_state, samples = codec.decode_step(state.codec, jnp.moveaxis(codes, 0, 1))
+    return state._replace(codec=codec_state), jnp.moveaxis(samples.reshape(len(samples), len(codes), -1), 1, 0)
+
+
+def _output(trace: StepTrace, samples: jax.Array) -> StepOutput:
+    """What is given away of one frame. samples: [1, B, S]."""
+    token = jnp.where(trace.text.wanted & trace.live, trace.text.token, NONE_TOKEN)
+    return StepOutput(samples, trace.codes[None], token[None], trace.live[None])
+
+
+def traced_frame(
+    model: Chroma, state: StreamState, pairs: Pairs = "any", overrides: Overrides = Overrides()
+) -> tuple[StreamState, StepTrace]:
+    """`traced_step` without the Codec."""
+    state, text = _text_pair(model, state, pairs, overrides.feeds)
     with jax.named_scope("backbone"):
-        state, inputs, fed, hidden = _advance_backbone(model, state, text, pairs)
+        state, inputs, fed, hidden = _advance_backbone(model, state, text, pairs, overrides.hidden_entries)
         logits = model.backbone.logits(hidden)
     with jax.named_scope("decoder"):
-        choose = _chooser(model.config, state)
-        codes, decoder_logits = residual_codes(model, hidden, choose(logits, 0), choose, positions)
+        choose = _chooser(model.config, state, overrides.choosable)
+        codes, decoder_logits = residual_codes(model, hidden, choose(logits, 0), choose, overrides.decoder_positions)
     state, live = _ended(model.config, state, codes)
     trace = StepTrace(text, inputs, fed, hidden, logits, decoder_logits, codes, live)
     return state._replace(frames=state.frames + 1), trace
 
 
-def _text_pair(model: Chroma, state: StreamState, pairs: Pairs) -> tuple[StreamState, TextPair]:
+def _text_pair(model: Chroma, state: StreamState, pairs: Pairs, feeds: jax.Array | None) -> tuple[StreamState, TextPair]:
     """Every other frame: the next reply token of rows whose text goes on."""
     im_end = model.config.tokens.im_end
     due = opens_pair(state.frames) & state.text_open
 
     def say(state: StreamState):
-        fed = due if state.reference is None else jnp.ones_like(due)  # the reference goes on as long as any row has text
+        fed = due if feeds is None else feeds
         with jax.named_scope("reasoner"):
             logits = constrain(model.reasoner.logits(state.text_hidden), None, None)
             token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -129,7 +199,7 @@ def _text_pair(model: Chroma, state: StreamState, pairs: Pairs) -> tuple[StreamS
     return say(state) if pairs == "all" else skip(state)
 
 
-def _advance_backbone(model: Chroma, state: StreamState, text: TextPair, pairs: Pairs):
+def _advance_backbone(model: Chroma, state: StreamState, text: TextPair, pairs: Pairs, hidden_entries: jax.Array | None):
     """Feeds the last frame, and the text pair where there is one; what a row lacks is not written.
 
     Three positions, but where it is known that there is no pair: one then. A choice as the step runs would copy the cache.
@@ -144,28 +214,20 @@ def _advance_backbone(model: Chroma, state: StreamState, text: TextPair, pairs: 
     if pairs == "none":
         inputs, offset, fed = inputs[:, :1], offset[:, :1], fed[:, :1]
     positions = jnp.where(fed, state.backbone_position[:, None] + offset, nowhere)
-    mask, reference = None, state.reference
-    if reference is not None:  # a pair after the end of a row's text is padding
-        rows = jnp.arange(len(fed))[:, None]
-        padding = reference.padding.at[rows, positions[:, 1:]].set(~text.wanted[:, None])
-        mask, reference = cached_mask(positions, nowhere) & ~padding[:, None], reference._replace(padding=padding)
+    mask = None if hidden_entries is None else cached_mask(positions, nowhere) & ~hidden_entries[:, None]
     hidden, cache = model.backbone.cached(inputs, positions, state.backbone_cache, mask)
     hidden = jnp.where(text.fed[:, None], hidden[:, -1], hidden[:, 0])
-    state = state._replace(
-        backbone_cache=cache,
-        backbone_position=state.backbone_position + jnp.sum(fed, axis=1),
-        reference=reference,
-    )
+    state = state._replace(backbone_cache=cache, backbone_position=state.backbone_position + jnp.sum(fed, axis=1))
     return state, inputs, fed, hidden
 
 
-def _chooser(config: ChromaConfig, state: StreamState):
+def _chooser(config: ChromaConfig, state: StreamState, choosable: jax.Array | None):
     """Logits [B, audio_vocab_size] and level → codes [B], by each row's sampling settings and its random key for this frame."""
     keys = jax.vmap(jax.random.fold_in)(state.keys, state.frames)
-    spoken = config.codec.codebook_size if state.reference is None else config.audio_vocab_size
+    allowed = jnp.arange(config.audio_vocab_size) < config.codec.codebook_size if choosable is None else choosable
 
     def choose(logits, level):
-        logits = jnp.where(jnp.arange(config.audio_vocab_size) < spoken, logits, -jnp.inf)
+        logits = jnp.where(allowed, logits, -jnp.inf)
         return sample(logits, state.sampling, jax.vmap(jax.random.fold_in, (0, None))(keys, level))
 
     return choose
@@ -173,13 +235,6 @@ def _chooser(config: ChromaConfig, state: StreamState):
 
 def _ended(config: ChromaConfig, state: StreamState, codes: jax.Array) -> tuple[StreamState, jax.Array]:
     """Keeps the new frame and ends what it ends. Returns (state, live bool [B]: the frame belongs to the reply)."""
-    zero = codes == config.codebook_eos_token_id
-    audible = jnp.any(~zero, axis=-1)
-    if state.reference is None:
-        live = state.speaking & audible
-        kept = jnp.where(live[:, None], codes, NONE_TOKEN)
-        return state._replace(codes=kept, speaking=live, text_open=state.text_open & live), live
-    # the reference's rows all go on until each was finished once; each is heard up to its first frame of zeros
-    live = state.reference.heard & audible & jnp.any(state.speaking)
-    reference = ReferenceRows(state.reference.padding, heard=live)
-    return state._replace(codes=codes, speaking=state.speaking & jnp.any(~zero[:, :-1], axis=-1), reference=reference), live
+    live = state.speaking & jnp.any(codes != config.codebook_eos_token_id, axis=-1)
+    kept = jnp.where(live[:, None], codes, NONE_TOKEN)
+    return state._replace(codes=kept, speaking=live, text_open=state.text_open & live), live

@@ -16,9 +16,9 @@ from jax.sharding import PartitionSpec as P
 
 from chroma_jax.config import Config
 from chroma_jax.inference.placement import TPU_OPTIONS, as_streamed, auto_layout, sharded_config
-from chroma_jax.inference.slots import frames
 from chroma_jax.inference.state import Capacity, StreamState, idle
 from chroma_jax.inference.step import Pairs
+from chroma_jax.inference.step import decode_step as one_step
 from chroma_jax.models.chroma import Chroma
 from chroma_jax.models.codec import Codec
 from chroma_jax.models.quantization import quantized
@@ -157,7 +157,7 @@ def plan_stream(
         state = jax.tree.map(place, state)
 
         def decode_step(weights, state, *, pairs: Pairs):
-            return frames(*(nnx.merge(*pair) for pair in zip(graphs, weights, strict=True)), state, 1, pairs)
+            return one_step(*(nnx.merge(*pair) for pair in zip(graphs, weights, strict=True)), state, pairs=pairs)
 
         def plan_decode_step(program: jax.stages.Wrapped, pairs: Pairs, held):
             started = time.perf_counter()

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -16,16 +16,19 @@ from chroma_jax import pretrained
 from chroma_jax.audio import load as audio
 from chroma_jax.audio.log_mel import FeatureConfig
 from chroma_jax.config import Config, GenerationConfig
-from chroma_jax.inference.generator import Generator, counted_compilations, settings
+from chroma_jax.inference.detokenizer import Detokenizer
+from chroma_jax.inference.generator import Generation, Generator, encode_reference
 from chroma_jax.inference.prefill import Prompt
-from chroma_jax.inference.prompt import make_prompt, stack
+from chroma_jax.inference.prompt import make_prompt
 from chroma_jax.inference.running_maximum import deviation
+from chroma_jax.inference.sampling import SamplingParams
 from chroma_jax.models.chroma import Chroma
+from chroma_jax.models.codec import Codec
 from chroma_jax.runs.generation_plot import GenerationPlot, PlottedRecording, draw
 from chroma_jax.runs.load import load_run, run_config
-from chroma_jax.sequence.interleave import NONE_TOKEN
 from chroma_jax.training.metrics import read_lines
 from chroma_jax.utils.atomic_io import replaced_files
+from chroma_jax.utils.compilations import counted_compilations
 from chroma_jax.utils.errors import InputError
 from data_pipelines.tokenizer import encoder
 
@@ -33,18 +36,17 @@ LOSSES = {"c0": "c0_loss", "residual": "residual_loss", "text": "text_loss"}  # 
 
 
 @dataclasses.dataclass(frozen=True)
-class GeneratedReply:
+class TimedReply:
     """A finished reply and when its parts were there.
 
-    wave: float32 [S]. codes: int32 [F, Q]. tokens: (frame that it stands before, token id) of each reply token. ended: "eos"
-    when the model ended it, "limit" when the time was up. features, prefill: how long these took, in ms. arrivals [F, or F + 1
-    with EOS]: when each frame was on the host, in ms since the end of the question.
+    Attributes:
+        reply: The reply.
+        features: Time that the prompt's features took, in ms.
+        prefill: Time until the prompt was read, in ms.
+        arrivals: When each frame was on the host, in ms since the end of the question, [F, or F + 1 with EOS].
     """
 
-    wave: np.ndarray
-    codes: np.ndarray
-    tokens: list[tuple[int, int]]
-    ended: str
+    reply: Generation
     features: float
     prefill: float
     arrivals: np.ndarray
@@ -81,7 +83,6 @@ def generate(
     if Path(out).exists() and not Path(out).is_dir():
         raise InputError(f"{out}: exists and is not a folder")
     model, codec, tokenizer = load_run(run, config)
-    speaker = Generator(model, codec, config.generation.dtype, config.generation.compatibility, config.generation.cache)
     rate = model.config.codec.sampling_rate
     asked = audio.load(question, audio.REASONER_RATE, max_seconds=FeatureConfig().max_seconds)
     voice = audio.load_reference(reference, rate)
@@ -91,36 +92,32 @@ def generate(
 
     with counted_compilations() as compiled:
         started = time.perf_counter()
-        codes = speaker.encode(voice)
-        encode = encoder(tokenizer)
+        codes = encode_reference(codec, voice, model.config.num_codebooks)
 
         def prompt() -> Prompt:
-            return stack(
-                [
-                    make_prompt(
-                        model.config,
-                        encode,
-                        question=asked,
-                        reference_codes=codes,
-                        transcript=transcript,
-                        system=config.data.system,
-                    )
-                ],
-                speaker.compatibility,
+            return make_prompt(
+                model.config,
+                encoder(tokenizer),
+                question=asked,
+                reference_codes=codes,
+                transcript=transcript,
+                system=config.data.system,
             )
 
-        warm_up(speaker, prompt(), config.generation, max_frames)
+        generator = generator_of(model, codec, [prompt()], config.generation, max_frames)
+        warm_up(generator, prompt())
         warm_up_seconds = time.perf_counter() - started
     with counted_compilations() as later:
-        spoken = speak(speaker, prompt, config.generation, max_frames)
+        timed = speak(generator, prompt, config.generation)
 
+    spoken = timed.reply
     pieces = text_pieces(tokenizer, spoken.tokens, model.config.tokens.im_end)
     metrics = read_lines(Path(run) / "metrics.jsonl")
     baselines = unigram_baselines(Path(run) / "dataset.json")
     losses = last_losses(metrics, baselines)
     summary = {
         "text": "".join(piece for _, piece in pieces),
-        **measures(spoken, 1 / model.config.codec.frame_rate, rate),
+        **measures(timed, 1 / model.config.codec.frame_rate, rate),
         "warm_up_seconds": round(warm_up_seconds, 2),
         "compile_seconds": round(compiled.seconds, 2),
         "compilations": compiled.count,
@@ -129,7 +126,6 @@ def generate(
         "dtype": config.generation.dtype,
         "weights": config.generation.weights,
         "cache": config.generation.cache,
-        "compatibility": speaker.compatibility,
         "temperature": config.generation.temperature,
         "top_k": config.generation.top_k,
         "top_p": config.generation.top_p,
@@ -143,7 +139,7 @@ def generate(
         question=PlottedRecording("Question", asked, audio.REASONER_RATE),
         reference=PlottedRecording("Reference voice", voice, rate),
         reply=PlottedRecording("Reply", spoken.wave, rate),
-        codes=spoken.codes,
+        codes=np.stack(spoken.codes) if spoken.codes else np.zeros((0, model.config.num_codebooks), np.int32),
         codebook_size=model.config.codec.codebook_size,
         pieces=pieces_with_end(pieces, spoken.tokens, model.config.tokens.im_end),
         ended=spoken.ended,
@@ -167,52 +163,46 @@ def listening(wave: np.ndarray, model: Chroma) -> dict:
     return {name: {"max": round(x.max, 6), "relative": round(x.relative, 6)} for name, x in kinds.items()}
 
 
-def warm_up(speaker: Generator, prompt: Prompt, config: GenerationConfig, max_frames: int) -> None:
-    """Compiles what a reply of these shapes needs, by speaking its first two frames."""
-    sampling, keys = settings(1, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, seed=config.seed)
-    frames = speaker.frames(speaker.start(prompt, sampling, keys, max_frames), 2)
-    for _ in frames:
-        pass
+def generator_of(
+    model: Chroma, codec: Codec, prompts: Sequence[Prompt], config: GenerationConfig, max_frames: int, **options
+) -> Generator:
+    """A generator that the prompts fit into. options: as of `Generator`."""
+    return Generator.of(model, codec, prompts, max_frames, dtype=config.dtype, cache=config.cache, **options)
 
 
-def speak(speaker: Generator, make: Callable[[], Prompt], config: GenerationConfig, max_frames: int) -> GeneratedReply:
+def warm_up(generator: Generator, prompt: Prompt) -> None:
+    """Compiles what a reply needs, by speaking its first two frames."""
+    reply = generator.admit(0, prompt, SamplingParams())
+    for _ in range(2):
+        generator.step()
+    generator.drop(reply)
+
+
+def speak(generator: Generator, make: Callable[[], Prompt], sampling: SamplingParams) -> TimedReply:
     """Speaks one reply. make: builds the prompt; its time, that of the features, counts as time to the first audio."""
-    sampling, keys = settings(1, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, seed=config.seed)
-    samples, codes, tokens, arrivals, ended = [], [], [], [], "limit"
-    started = time.perf_counter()
+    arrivals, started = [], time.perf_counter()
     prompt = make()
     prefill_started = time.perf_counter()
-    state = jax.block_until_ready(speaker.start(prompt, sampling, keys, max_frames))
+    reply = generator.admit(0, prompt, sampling)
+    generator.ready()
     prefill = time.perf_counter() - prefill_started
-    with tqdm(total=max_frames, desc="reply", unit="frame", mininterval=0.5) as bar:
-        for frame in speaker.frames(state, max_frames):
-            arrivals.append(time.perf_counter() - started)
-            if not frame.live[0]:
-                ended = "eos"
-                break
-            if frame.token[0] != NONE_TOKEN:
-                tokens.append((len(codes), int(frame.token[0])))
-            samples.append(frame.samples[0])
-            codes.append(frame.codes[0])
-            bar.update()
-    return GeneratedReply(
-        wave=np.concatenate(samples) if samples else np.zeros(0, np.float32),
-        codes=np.stack(codes) if codes else np.zeros((0, speaker.config.num_codebooks), np.int32),
-        tokens=tokens,
-        ended=ended,
-        features=1000 * (prefill_started - started),
-        prefill=1000 * prefill,
-        arrivals=1000 * np.array(arrivals),
-    )
+    with tqdm(total=generator.max_frames, desc="reply", unit="frame", mininterval=0.5) as bar:
+        while not reply.ended:
+            before = len(reply.codes)
+            generator.step()
+            if len(reply.codes) > before or reply.ended:
+                arrivals.append(time.perf_counter() - started)
+            bar.update(len(reply.codes) - before)
+    return TimedReply(reply, 1000 * (prefill_started - started), 1000 * prefill, 1000 * np.array(arrivals))
 
 
-def measures(spoken: GeneratedReply, frame_seconds: float, rate: int) -> dict:
+def measures(timed: TimedReply, frame_seconds: float, rate: int) -> dict:
     """The figures of a reply. Everything was compiled before; a rate is missing (None) where there were too few frames.
 
     first_audio_ms: from the end of the question, features included, to the first samples on the host. rtf: wall time from
     there to the last sample, over the audio's length; rtf_steady: the same for all frames but the first.
     """
-    intervals = np.diff(spoken.arrivals)
+    spoken, intervals = timed.reply, np.diff(timed.arrivals)
     frames, seconds = len(spoken.codes), len(spoken.wave) / rate
 
     def rounded(value: float | None, digits: int) -> float | None:
@@ -224,31 +214,23 @@ def measures(spoken: GeneratedReply, frame_seconds: float, rate: int) -> dict:
         "seconds": round(seconds, 2),
         "frames": frames,
         "tokens": len(spoken.tokens),
-        "features_ms": rounded(spoken.features, 2),
-        "prefill_ms": rounded(spoken.prefill, 2),
-        "first_audio_ms": rounded(spoken.arrivals[0], 2),
+        "features_ms": rounded(timed.features, 2),
+        "prefill_ms": rounded(timed.prefill, 2),
+        "first_audio_ms": rounded(timed.arrivals[0], 2),
         "frame_ms": {
-            "first": rounded(spoken.arrivals[0] - spoken.features - spoken.prefill, 2),
+            "first": rounded(timed.arrivals[0] - timed.features - timed.prefill, 2),
             "median": rounded(np.median(intervals), 2) if len(intervals) else None,
             "p95": rounded(np.percentile(intervals, 95), 2) if len(intervals) else None,
         },
-        "rtf": rounded(spoken.arrivals[-1] / 1000 / seconds, 4) if frames else None,
+        "rtf": rounded(timed.arrivals[-1] / 1000 / seconds, 4) if frames else None,
         "rtf_steady": rounded(steady and steady / 1000 / frame_seconds, 4),
     }
 
 
 def text_pieces(tokenizer: Tokenizer, tokens: list[tuple[int, int]], im_end: int) -> list[tuple[int, str]]:
-    """(frame, text that the token adds) of every token before im_end. A character split between tokens comes with its last."""
-    pieces, ids, before = [], [], ""
-    spoken = [(frame, token) for frame, token in tokens if token != im_end]
-    for i, (frame, token) in enumerate(spoken):
-        ids.append(token)
-        text = tokenizer.decode(ids)
-        if i + 1 < len(spoken):
-            text = text.rstrip("\ufffd")
-        pieces.append((frame, text[len(before) :] if text.startswith(before) else ""))
-        before = text if text.startswith(before) else before
-    return pieces
+    """(frame, text that the token adds) of every token before im_end."""
+    text = Detokenizer(tokenizer.decode, im_end)
+    return [(frame, text.add(token)) for frame, token in tokens if token != im_end]
 
 
 def pieces_with_end(pieces: list[tuple[int, str]], tokens: list[tuple[int, int]], im_end: int) -> list[tuple[int, str | None]]:

@@ -31,12 +31,12 @@ from safetensors.numpy import save_file
 from chroma_jax.audio import load as audio
 from chroma_jax.audio.log_mel import FeatureConfig
 from chroma_jax.config import Config
-from chroma_jax.inference.compatibility import is_reference
-from chroma_jax.inference.generator import Generator, settings
-from chroma_jax.inference.prefill import Prompt
+from chroma_jax.inference.generator import encode_reference
+from chroma_jax.inference.prefill import Prompt, prefill
 from chroma_jax.inference.prompt import BUCKETS, make_prompt
 from chroma_jax.inference.sampling import Sampling
 from chroma_jax.inference.state import Capacity, StreamState
+from chroma_jax.inference.step import decode_step
 from chroma_jax.models.audio_encoder import num_blocks, num_outputs
 from chroma_jax.models.chroma import Chroma, ChromaConfig
 from chroma_jax.models.codec import Codec
@@ -101,8 +101,6 @@ def export_stablehlo(
     """
     run, dest = Path(run), Path(dest)
     check_platforms(platforms)
-    if is_reference(config.generation.compatibility):
-        raise InputError('generation.compatibility is "reference"; an artifact can only be "corrected"')
     if config.generation.tensor != 1:
         raise InputError(f"generation.tensor is {config.generation.tensor}; an artifact is for one device")
     if importlib.util.find_spec("flatbuffers") is None:
@@ -110,10 +108,9 @@ def export_stablehlo(
     check_new(dest)
     model, codec, _ = load_run(run, config)
     prompt = prompt_shapes(model.config, sizes)
-    speaker = Generator(model, codec, config.generation.dtype)
-    weights = dict(zip(weight_names(model, codec), speaker.weights, strict=True))
+    weights = dict(zip(weight_names(model, codec), jax.tree.leaves(nnx.state((model, codec))), strict=True))
     with written_aside(dest) as folder:
-        programs = export_programs(speaker, weights, prompt, sizes.max_frames, platforms)
+        programs = export_programs(model, codec, config.generation.dtype, prompt, sizes.max_frames, platforms)
         for name, program in programs.items():
             (folder / f"{name}.jax_export").write_bytes(program.serialize())
         write_safetensors(
@@ -160,35 +157,38 @@ def prompt_shapes(config: ChromaConfig, sizes: ArtifactSizes) -> Prompt:
 
 
 def export_programs(
-    speaker: Generator, weights: Arrays, prompt: Prompt, max_frames: int, platforms: Sequence[str]
+    model: Chroma, codec: Codec, dtype: str, prompt: Prompt, max_frames: int, platforms: Sequence[str]
 ) -> dict[str, export.Exported]:
-    """prefill and step. weights: the speaker's, by name and in its order. prompt: ShapeDtypeStructs."""
+    """prefill of whole prompts, and step: one frame of every row. prompt: ShapeDtypeStructs."""
     rows, capacity = len(prompt.text_length), Capacity.of(prompt.text.shape[1], prompt.voice_token.shape[1], max_frames)
     sampling, keys = jax.eval_shape(lambda: (Sampling.of(0.0, 0, rows), jax.random.split(jax.random.key(0), rows)))
     inputs = {"prompt": prompt, "sampling": sampling, "keys": keys}
-    names = list(weights)
+    names, (graph, tree) = weight_names(model, codec), nnx.split((model, codec))
+    shapes = {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in zip(names, jax.tree.leaves(tree), strict=True)}
+
+    def modules(weights: Arrays) -> tuple[Chroma, Codec]:
+        return nnx.merge(graph, jax.tree.unflatten(jax.tree.structure(tree), [weights[name] for name in names]))
 
     def start(weights: Arrays, inputs: dict) -> StreamState:
-        ordered = [weights[name] for name in names]
-        return speaker.programs.prefill(ordered, inputs["prompt"], inputs["sampling"], inputs["keys"], capacity)
+        given = inputs["prompt"], inputs["sampling"], inputs["keys"]
+        return prefill(*modules(weights), *given, capacity, jnp.dtype(dtype))
 
-    shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in weights.items()}
     state = jax.eval_shape(start, shapes, inputs)
 
-    def prefill(weights: Arrays, given: Arrays) -> Arrays:
+    def prefill_by_name(weights: Arrays, given: Arrays) -> Arrays:
         return by_name(start(weights, restored(inputs, given)))
 
-    def step(weights: Arrays, given: Arrays) -> tuple[Arrays, Arrays]:
-        after, output = speaker.programs.step([weights[name] for name in names], restored(state, given))
-        return by_name(after), by_name(output)
+    def step_by_name(weights: Arrays, given: Arrays) -> tuple[Arrays, Arrays]:
+        after, output = decode_step(*modules(weights), restored(state, given))
+        return by_name(after), by_name(jax.tree.map(lambda x: x[0], output))
 
     with folders_left_out():
         # unused arguments are kept, so that the arguments described are those of the StableHLO function
         return {
-            "prefill": export.export(jax.jit(prefill, keep_unused=True), platforms=platforms)(
+            "prefill": export.export(jax.jit(prefill_by_name, keep_unused=True), platforms=platforms)(
                 shapes, jax.eval_shape(by_name, inputs)
             ),
-            "step": export.export(jax.jit(step, keep_unused=True, donate_argnums=1), platforms=platforms)(
+            "step": export.export(jax.jit(step_by_name, keep_unused=True, donate_argnums=1), platforms=platforms)(
                 shapes, jax.eval_shape(by_name, state)
             ),
         }
@@ -217,7 +217,7 @@ def is_key(x) -> bool:
 
 
 def weight_names(model: Chroma, codec: Codec) -> list[str]:
-    """Paths of all weights, the Codec's beginning with ``codec/``, in the order of a `Generator`'s."""
+    """Paths of all weights, the Codec's beginning with ``codec/``, in the order of their leaves."""
     flat, _ = jax.tree_util.tree_flatten_with_path((nnx.state(model), nnx.state(codec)))
     return [("", "codec/")[path[0].idx] + slashed(path[1:]).removesuffix("/value") for path, _ in flat]
 
@@ -304,16 +304,18 @@ def write_prompt(run: Path, config: Config, artifact: Path, question: Path, refe
     rows = input_shapes(artifact)["prompt/text_length"].shape[0]
     model, codec, tokenizer = load_run(run, config)
     asked = audio.load(question, audio.REASONER_RATE, max_seconds=FeatureConfig().max_seconds)
+    voice = audio.load_reference(reference, model.config.codec.sampling_rate)
     prompt = make_prompt(
         model.config,
         encoder(tokenizer),
         question=asked,
-        reference_codes=Generator(model, codec).encode(audio.load_reference(reference, model.config.codec.sampling_rate)),
+        reference_codes=encode_reference(codec, voice, model.config.num_codebooks),
         transcript=transcript,
         system=config.data.system,
     )
     r = config.generation
-    sampling, keys = settings(rows, temperature=r.temperature, top_k=r.top_k, top_p=r.top_p, seed=r.seed)
+    sampling = Sampling(*(np.asarray(x) for x in Sampling.of(r.temperature, r.top_k, rows, top_p=r.top_p)))
+    keys = jax.random.split(jax.random.key(r.seed), rows)
     dest.parent.mkdir(parents=True, exist_ok=True)
     aside = dest.with_suffix(".partial")
     save_prompt(artifact, aside, [prompt] * rows, sampling, keys)

@@ -11,7 +11,7 @@ import dataclasses
 import jax
 import numpy as np
 
-from chroma_jax.inference.slots import Chunk, padded
+from chroma_jax.inference.admission import Chunk, chunks
 from chroma_jax.sequence.chat_template import Encode, SpecialTokens, reply_closing, system_turn, user_closing, user_opening
 from chroma_jax.sequence.interleave import NONE_TOKEN
 
@@ -108,12 +108,7 @@ class Conversation:
         if audio is not None:
             places = np.flatnonzero(text == self._tokens.audio)
             index[places] = np.arange(len(places))
-        chunks = []
-        for start in range(0, len(text), self._size):
-            part = slice(start, start + self._size)
-            filled = [padded(text[part], self._size, 0), padded(index[part], self._size, NONE_TOKEN)]
-            chunks.append(Chunk(*filled, self._no_audio if audio is None else audio, np.int32(len(text[part]))))
-        return chunks
+        return list(chunks(text, index, self._no_audio if audio is None else audio, self._size))
 
 
 def positions(chunks: list[Chunk]) -> int:

@@ -15,11 +15,14 @@ import jax
 import numpy as np
 
 from chroma_jax.audio.log_mel import FeatureConfig, num_frames
-from chroma_jax.inference.generator import counted_compilations
+from chroma_jax.inference.admission import Admission, Chunk
+from chroma_jax.inference.batch_state import BUCKETS, DECODE_STEPS, FRAMES_PER_CALL, BatchState
+from chroma_jax.inference.detokenizer import Decode
 from chroma_jax.inference.placement import on_first
-from chroma_jax.inference.slots import BUCKETS, DECODE_STEPS, FRAMES_PER_CALL, BatchState, Chunk
+from chroma_jax.inference.sampling import SamplingParams
 from chroma_jax.inference.state import CacheDType, Capacity
 from chroma_jax.inference.streaming_audio_encoder import StreamingLogMel
+from chroma_jax.inference.voice import FRAMES_PER_PIECE, Voice, VoiceEncoder
 from chroma_jax.models.audio_encoder import num_outputs
 from chroma_jax.models.chroma import Chroma
 from chroma_jax.models.codec import Codec
@@ -27,12 +30,11 @@ from chroma_jax.sequence.chat_template import Encode, system_turn
 from chroma_jax.sequence.interleave import FRAMES_PER_PAIR
 from chroma_jax.serving.conversation import Conversation, around_a_turn
 from chroma_jax.serving.metrics import EngineMetrics
-from chroma_jax.serving.scheduler import Scheduler, beginning
-from chroma_jax.serving.session import Reply, SamplingParams, Session
-from chroma_jax.serving.voices import FRAMES_PER_PIECE, Voice, VoiceEncoder, fingerprint, load_voice, save_voice
-from chroma_jax.utils.errors import InputError, near
-
-Decode = Callable[[list[int]], str]  # token ids → text
+from chroma_jax.serving.scheduler import Scheduler
+from chroma_jax.serving.session import Reply, Session
+from chroma_jax.serving.voices import fingerprint, load_voice, save_voice
+from chroma_jax.utils.compilations import counted_compilations
+from chroma_jax.utils.errors import EngineError, InputError, near
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +135,7 @@ class Engine:
         self._fresh = False  # whether something came that the engine's thread has not looked at
         self._thread: threading.Thread | None = None
         self._closing = False
-        self._failure: BaseException | None = None
+        self._failure: EngineError | None = None
 
     # What clients ask for
 
@@ -148,7 +150,7 @@ class Engine:
             _, outputs = slots.encode(slots.empty_carry(), block, len(block))
             slots.adopt(0, voice.cache)
             slots.hear(0, Chunk(text, text, outputs, np.int32(1)))
-            slots.begin(0, beginning(voice.length, SamplingParams(), 0))
+            slots.begin(0, Admission.of(voice.length, SamplingParams()))
             for decode_step in DECODE_STEPS:
                 jax.device_get(slots.decode_step(*decode_step))
             for count, pairs in DECODE_STEPS:
@@ -273,9 +275,9 @@ class Engine:
         return StreamingLogMel(self.features, self._slots.config.reasoner.audio.block_frames)
 
     def check(self) -> None:
-        """Raises: InputError when the engine failed or is closed."""
+        """Raises: EngineError when the engine failed for good; InputError when it is closed."""
         if self._failure is not None:
-            raise InputError(f"the engine failed: {type(self._failure).__name__}: {self._failure}") from self._failure
+            raise self._failure
         if self._closing:
             raise InputError("the engine is closed")
 
@@ -323,8 +325,16 @@ class Engine:
     # The engine's thread
 
     def advance(self) -> float | None:
-        """One round, for an engine without a thread; see `Scheduler.advance`."""
-        return self.scheduler.advance()
+        """One round, for an engine without a thread; see `Scheduler.advance`. After a failure all sessions end with an
+        `EngineError`, and new ones are accepted."""
+        try:
+            return self.scheduler.advance()
+        except Exception as e:
+            failure = EngineError(f"the engine failed: {type(e).__name__}: {e}")
+            failure.__cause__ = e
+            self.meter.failed()
+            self.scheduler.fail(failure)
+            return 0
 
     def _run(self) -> None:
         try:
@@ -338,11 +348,11 @@ class Engine:
                         self._news.notify_all()
                         if due != 0:
                             self._news.wait_for(lambda: self._fresh or self._closing, due)
-        except BaseException as e:
-            self._failure = e
+        except BaseException as e:  # not even a new state could be made
+            self._failure = EngineError(f"the engine failed for good: {type(e).__name__}: {e}")
+            self._failure.__cause__ = e
             for session in [s for s in self.scheduler.sessions if s is not None]:
-                for reply in {session.current, session.reply} - {None}:
-                    reply.end("failed", e)
+                session.fail(self._failure)
             with self._news:
                 self._news.notify_all()
 

@@ -16,7 +16,7 @@ from chroma_jax.audio import load as audio
 from chroma_jax.config import Config
 from chroma_jax.runs.load import load_run
 from chroma_jax.serving.engine import Engine, EngineConfig
-from chroma_jax.serving.session import SamplingParams, Session
+from chroma_jax.serving.session import Session
 from chroma_jax.utils.atomic_io import replaced_files
 from chroma_jax.utils.errors import InputError
 from data_pipelines.tokenizer import encoder
@@ -63,8 +63,7 @@ def chat(
             engine.add_voice(VOICE, audio.load_reference(voice, rate), transcript)
         if keep_voice is not None:
             engine.save_voice(VOICE, keep_voice)
-        sampling = SamplingParams(r.temperature, r.top_k, r.top_p, r.seed)
-        with engine.open(VOICE, system=config.data.system, sampling=sampling) as session:
+        with engine.open(VOICE, system=config.data.system, sampling=r) as session:
             lines = None if asked else Lines()
             turns = spoken(session, player, lines) if lines else recorded(session, questions, asked, pace)
             replies = [answered(session, player, lines) for _ in turns]

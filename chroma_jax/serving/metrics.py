@@ -29,7 +29,7 @@ class EngineMetrics:
     def clear(self) -> None:
         with self._lock:
             self._times: dict[str, collections.deque] = collections.defaultdict(lambda: collections.deque(maxlen=KEPT))
-            self._frames = self._decode_steps = self._missed = 0
+            self._frames = self._decode_steps = self._missed = self._failures = 0
 
     def add(self, name: str, seconds: float) -> None:
         with self._lock:
@@ -43,11 +43,17 @@ class EngineMetrics:
             self._missed += frames * (seconds / frames > DEADLINE)
             self._times["decode_step"].extend([seconds / frames] * frames)
 
+    def failed(self) -> None:
+        """A failure that ended all conversations."""
+        with self._lock:
+            self._failures += 1
+
     def summary(self) -> dict:
         """For each figure its count and, in ms, its median, 95th and 99th percentile and maximum."""
         with self._lock:
             found = {name: np.array(times) * 1000 for name, times in sorted(self._times.items())}
             counts = {"decode_steps": self._decode_steps, "frames": self._frames, "deadline_misses": self._missed}
+            counts |= {"failures": self._failures}
         figures = {
             f"{name}_ms": {
                 "count": len(x),

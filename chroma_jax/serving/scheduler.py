@@ -15,14 +15,18 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from chroma_jax.inference.admission import Admission, Chunk
+from chroma_jax.inference.batch_state import FRAMES_PER_CALL, BatchState
+from chroma_jax.inference.detokenizer import Decode, Detokenizer
 from chroma_jax.inference.placement import send_to_host
-from chroma_jax.inference.slots import FRAMES_PER_CALL, Admission, BatchState, Chunk, Frames
+from chroma_jax.inference.step import StepOutput
 from chroma_jax.inference.streaming_audio_encoder import MelBlock
+from chroma_jax.inference.voice import Voice
 from chroma_jax.models.audio_encoder import num_positions
 from chroma_jax.sequence.interleave import NONE_TOKEN
 from chroma_jax.serving.metrics import AUDIBLE, EngineMetrics
-from chroma_jax.serving.session import AudioChunk, Reply, SamplingParams, Session
-from chroma_jax.serving.voices import Voice
+from chroma_jax.serving.session import AudioChunk, Reply, Session
+from chroma_jax.utils.errors import EngineError
 
 MOST_UNITS = 16
 
@@ -30,7 +34,7 @@ MOST_UNITS = 16
 class PendingStep(NamedTuple):
     """A decode step that was asked for: ``count`` frames for ``owners``, after ``units`` of reading, since ``began``."""
 
-    out: Frames
+    out: StepOutput
     count: int
     began: float
     units: int
@@ -72,7 +76,7 @@ class Scheduler:
         self,
         slots: BatchState,
         meter: EngineMetrics,
-        decode: Callable[[list[int]], str],
+        decode: Decode,
         *,
         reserved: int,
         frames_per_call: int,
@@ -168,6 +172,7 @@ class Scheduler:
 
     def close_turn(self, session: Session, reply: Reply, said: str) -> list:
         session.phase, session.current = "asked", reply
+        reply.text = Detokenizer(self._decode, self._slots.config.tokens.im_end)
         reply.turn = session.conversation.turns[-1]
         return [*self._reading(session, session.conversation.close_turn(said)), lambda: self._all_heard(session, reply)]
 
@@ -187,7 +192,7 @@ class Scheduler:
     # Speaking
 
     def _begin(self, session: Session) -> None:
-        self._slots.begin(session.slot, beginning(session.voice_length, session.sampling, session.current.number))
+        self._slots.begin(session.slot, Admission.of(session.voice_length, session.sampling, session.current.number))
         if not self._in_phase("speaking"):
             self._opens_pair = True
         session.phase = "speaking"
@@ -213,7 +218,7 @@ class Scheduler:
 
     def _fetch(self, flight: PendingStep) -> None:
         out, count, began, units, owners = flight
-        samples, token, live = jax.device_get(out)
+        samples, _, token, live = jax.device_get(out)
         now = time.perf_counter()
         seconds, self._fetched = now - max(began, self._fetched), now
         self._meter.decode_step(seconds, count, len(owners))
@@ -243,18 +248,13 @@ class Scheduler:
             self._meter.add("ttfa", reply.first + heard - reply.asked)
         text = ""
         if token != NONE_TOKEN:
-            before = self._written(reply)
             reply.tokens.append((reply.frames, token))
-            text = self._written(reply)[len(before) :]
+            text = reply.text.add(token)
         reply.frames += 1
         reply.add(AudioChunk(samples.copy(), text))
         if reply.frames >= session.max_frames:
             self._finish(session, reply, [t for _, t in reply.tokens])
             reply.end("limit")
-
-    def _written(self, reply: Reply) -> str:
-        """The reply's text so far; a character that is split between tokens comes with its last."""
-        return self._decode([t for _, t in reply.tokens if t != self._slots.config.tokens.im_end]).rstrip("\ufffd")
 
     def _finish(self, session: Session, reply: Reply, tokens: list[int]) -> None:
         """The reply is what these tokens say: the Reasoner goes on behind them."""
@@ -271,8 +271,19 @@ class Scheduler:
 
     def leave(self, session: Session) -> None:
         session.work.clear()
-        self._slots.stop(session.slot, 0)
-        self.sessions[session.slot] = None
+        if self.sessions[session.slot] is session:  # else it is gone already
+            self._slots.stop(session.slot, 0)
+            self.sessions[session.slot] = None
+
+    def fail(self, failure: EngineError) -> None:
+        """Ends all conversations, and makes a new state: a program that failed may have used up the old one."""
+        for session in [s for s in self.sessions if s is not None]:
+            session.fail(failure)
+        self.sessions[:] = [None] * len(self.sessions)
+        self.orders.clear()
+        self._joining.clear()
+        self._flight, self._opens_pair = None, True
+        self._slots.reset()
 
     def _lead(self, session: Session, now: float) -> float:
         """Seconds of a reply that its listener has not heard yet, playing it since its first frame."""
@@ -283,15 +294,3 @@ class Scheduler:
         """Seconds until the next decode step is wanted."""
         lead = self._lead_seconds
         return 0.0 if lead is None else min(self._lead(s, now) for s in speaking) - lead
-
-
-def beginning(voice_length: int, sampling: SamplingParams, turn: int) -> Admission:
-    """How a reply starts, for the device."""
-    return Admission(
-        voice_length=np.int32(voice_length),
-        seed=np.uint32(sampling.seed),
-        turn=np.int32(turn),
-        temperature=np.float32(sampling.temperature),
-        top_k=np.int32(sampling.top_k),
-        top_p=np.float32(sampling.top_p),
-    )

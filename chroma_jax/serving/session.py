@@ -9,29 +9,11 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from chroma_jax.inference.detokenizer import Detokenizer
+from chroma_jax.inference.sampling import SamplingParams
 from chroma_jax.inference.streaming_audio_encoder import StreamingLogMel
 from chroma_jax.serving.conversation import Conversation, Turn
-from chroma_jax.utils.errors import InputError
-
-
-class SamplingParams(NamedTuple):
-    """How codes are sampled.
-
-    Attributes:
-        temperature: 0 is greedy.
-        top_k: Number of most probable codes; 0 for all.
-        top_p: Probability mass of the codes; 1 for all.
-        seed: Seed of the random choices.
-
-    Example:
-        >>> chroma_jax.SamplingParams(temperature=0.7).top_k
-        50
-    """
-
-    temperature: float = 0.0
-    top_k: int = 50
-    top_p: float = 1.0
-    seed: int = 0
+from chroma_jax.utils.errors import EngineError, InputError
 
 
 class AudioChunk(NamedTuple):
@@ -66,7 +48,8 @@ class Reply:
         self.audible = False
         self.turn: Turn | None = None
         self._chunks: collections.deque[AudioChunk] = collections.deque()
-        self._failure: BaseException | None = None
+        self.text: Detokenizer | None = None  # of the tokens, once the engine is at it
+        self._failure: EngineError | None = None
         self._news = threading.Condition()
         self._waiting: list[tuple[asyncio.AbstractEventLoop, asyncio.Future]] = []
 
@@ -74,7 +57,7 @@ class Reply:
         """Gives a chunk to the client, unless the reply has ended."""
         self._change(lambda: self.ended or self._chunks.append(chunk))
 
-    def end(self, how: str, failure: BaseException | None = None) -> None:
+    def end(self, how: str, failure: EngineError | None = None) -> None:
         """Ends it; what the client has not taken yet it still gets, unless it did not want any more."""
 
         def change():
@@ -94,12 +77,12 @@ class Reply:
             loop.call_soon_threadsafe(lambda f=future: f.done() or f.set_result(None))
 
     def _take(self) -> AudioChunk | None:
-        """The next chunk, or None at the end or where there is none yet. Raises: InputError when the engine failed."""
+        """The next chunk, or None at the end or where there is none yet. Raises: EngineError when the engine failed."""
         if self._chunks:
             self.taken += 1
             return self._chunks.popleft()
         if self._failure is not None:
-            raise InputError(f"the engine failed: {type(self._failure).__name__}: {self._failure}") from self._failure
+            raise self._failure
         return None
 
     def __iter__(self) -> Iterator[AudioChunk]:
@@ -176,6 +159,7 @@ class Session:
         self.opened, self.closed = time.perf_counter(), False
         self.current: Reply | None = None  # the one that the engine is at
         self.reply: Reply | None = None  # the one that was asked for last
+        self._failure: EngineError | None = None
         self._mel: StreamingLogMel | None = None
         self._samples = 0  # of the turn
         self.in_turn = False  # whether the user is speaking
@@ -184,7 +168,8 @@ class Session:
     def feed(self, samples: np.ndarray) -> None:
         """samples: float [S] at 16 kHz, S ≥ 0, a piece of any size of what the user says.
 
-        Raises: InputError for samples of another kind, for a turn longer than a conversation may be, for a closed session.
+        Raises: InputError for samples of another kind, for a turn longer than a conversation may be, for a closed session;
+        EngineError after a failure of the engine.
         """
         self._check_open()
         self.engine.check_turn(self, self._samples + len(samples), "")
@@ -235,7 +220,16 @@ class Session:
         self.engine.hear(self, blocks, opens=not self.in_turn, more=more)
         self.in_turn = True
 
+    def fail(self, failure: EngineError) -> None:
+        """The engine's thread ends the conversation; all that is asked for later raises the failure."""
+        self.closed, self._failure = True, failure
+        self.work.clear()
+        for reply in {self.current, self.reply} - {None}:
+            reply.end("failed", failure)
+
     def _check_open(self) -> None:
+        if self._failure is not None:
+            raise self._failure
         if self.closed:
             raise InputError("the session is closed; open another one")
         self.engine.check()

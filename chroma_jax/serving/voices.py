@@ -1,12 +1,8 @@
-"""Named voices: a reference recording and its transcript, encoded and read by the Backbone once, kept as a cache.
+"""Files of voices: a safetensors file holds the valid part of a voice's cache and belongs to one model; a fingerprint tells
+whether to this one."""
 
-A file of a voice (safetensors) holds the cache's valid part and belongs to one model: a fingerprint tells whether to this one.
-"""
-
-import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -15,70 +11,12 @@ from flax import nnx
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from chroma_jax.inference.prompt import voice_sequence
-from chroma_jax.inference.slots import BatchState, VoiceChunk, padded
-from chroma_jax.layers.attention import KVCache
+from chroma_jax.inference.batch_state import BatchState
+from chroma_jax.inference.voice import Voice
 from chroma_jax.models.chroma import Chroma
-from chroma_jax.models.codec import Codec
-from chroma_jax.models.codec.voice_encoder import ChunkedEncoder
-from chroma_jax.sequence.chat_template import Encode
-from chroma_jax.sequence.interleave import NONE_TOKEN
 from chroma_jax.utils.errors import InputError, check_format
 
-FRAMES_PER_PIECE = 8  # of a recording, that the Codec encodes at once
 KIND, FORMAT = "chroma_jax voice", 2  # format 1 hashed names of fields
-
-
-@dataclasses.dataclass(frozen=True)
-class Voice:
-    """cache: the Backbone's, of one row, with ``length`` valid positions."""
-
-    cache: KVCache
-    length: int
-
-
-class VoiceEncoder:
-    """Makes voices in pieces, so that replies can go on in between."""
-
-    def __init__(self, slots: BatchState, codec: Codec, encode: Encode):
-        self._slots, self._encode = slots, encode
-        self._pieces = ChunkedEncoder(
-            codec,
-            frames_per_step=FRAMES_PER_PIECE,
-            num_codebooks=slots.config.num_codebooks,
-            max_frames=slots.voice_positions,
-        )
-
-    def make(self, samples: np.ndarray, transcript: str) -> Iterator[Voice | None]:
-        """samples: float [S] at the Codec's rate. Yields None after each piece of the work, and the voice at last. One at a time.
-
-        Raises: InputError for an empty recording, or one that with its transcript is longer than ``voice_positions``.
-        """
-        config, size = self._slots.config, self._slots.chunk
-        step = FRAMES_PER_PIECE * config.codec.samples_per_frame
-        if not len(samples):
-            raise InputError("the reference recording is empty")
-        most, codes = self._slots.voice_positions, []
-        self._pieces.begin()
-        for start in range(0, len(samples), step):
-            codes.append(self._pieces.feed(samples[start : start + step]))
-            yield None
-        codes.append(self._pieces.finish())
-        token, codes = voice_sequence(self._encode, config, np.concatenate(codes), transcript)
-        if len(token) > most:
-            seconds = len(samples) / config.codec.sampling_rate
-            raise InputError(
-                f"the voice prompt, {seconds:.1f} s and its transcript, has {len(token)} positions; voice_positions is {most}"
-            )
-        cache = self._slots.empty_voice()
-        for start in range(0, len(token), size):
-            length = min(size, len(token) - start)
-            part = slice(start, start + length)
-            filled = [padded(x[part], size, NONE_TOKEN) for x in (token, codes)]
-            chunk = VoiceChunk(*filled, np.int32(start), np.int32(length))
-            cache = self._slots.read_voice(cache, chunk)
-            yield None
-        yield Voice(cache, len(token))
 
 
 def fingerprint(model: Chroma) -> str:

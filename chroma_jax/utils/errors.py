@@ -28,6 +28,15 @@ class InputError(Exception):
     """
 
 
+class EngineError(RuntimeError):
+    """A failure of the engine that ended a conversation. The engine goes on: open another session.
+
+    Example:
+        >>> str(chroma_jax.EngineError("the decode step failed"))
+        'the decode step failed'
+    """
+
+
 class TrainingStopped(Exception):
     """A training that ended before its last step, in good order.
 

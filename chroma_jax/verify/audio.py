@@ -11,8 +11,8 @@ from chroma_jax.audio.log_mel import (
     num_frames,
 )
 from chroma_jax.audio.resample import resample_sinc, resample_soxr
-from chroma_jax.inference.compatibility import with_window
 from chroma_jax.verify.case import AUDIO, EXACT, HIDDEN, MEL, RESAMPLED, Case, Checks
+from chroma_jax.verify.reference import with_window
 
 
 def codec(case: Case) -> Checks:

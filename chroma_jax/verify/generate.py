@@ -1,96 +1,66 @@
-"""Golden cases of whole generations, by our own streaming step.
+"""Golden cases of whole generations, by our own decode step.
 
-As "reference" (see `chroma_jax.inference.compatibility`) every number of every step is compared, and what a `Generator` gives
-away; as "corrected", what each row of a batch says with what the reference says for it alone.
+With the rules of the reference (`chroma_jax.verify.reference`) every number of every step is compared, and what the step gives
+away; with our own, what each row of a batch says with what the reference says for it alone.
 """
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from chroma_jax.inference import step as steps
-from chroma_jax.inference.compatibility import Compatibility, Positions, codec_used
-from chroma_jax.inference.generator import Generator, settings
-from chroma_jax.inference.prefill import Prompt, prefill, voice
+from chroma_jax.inference.generator import Generator
+from chroma_jax.inference.prefill import Prompt, voice
 from chroma_jax.inference.prompt import rounded_up, stack
-from chroma_jax.inference.state import Capacity, StreamState
+from chroma_jax.inference.sampling import SamplingParams
 from chroma_jax.inference.step import StepTrace
 from chroma_jax.models.chroma import Chroma
 from chroma_jax.models.codec import Codec
 from chroma_jax.sequence.interleave import NONE_TOKEN
 from chroma_jax.verify.case import AUDIO, EXACT, HIDDEN, Case, Checks
 from chroma_jax.verify.models import recordings
+from chroma_jax.verify.reference import FRAMES_BUCKET, Generation, decoder_positions, generated, generated_apart, with_window
 
-FRAMES_BUCKET = 32  # so that generations of about the same length share their compiled programs
+SLOTS = 4  # rows that a `Generator` speaks at once
 
 encode = jax.jit(lambda codec, audio: codec.encode(audio))
 decode = jax.jit(lambda codec, codes: codec.decode(codes))
-start = jax.jit(prefill, static_argnames=("capacity", "dtype"))
-traced_frame = jax.jit(steps.traced_frame, static_argnames="positions")
 prompt_vectors = jax.jit(voice, static_argnames="dtype")
-token_logits = jax.jit(lambda model, hidden: model.reasoner.logits(hidden))
-
-
-class Generation(NamedTuple):
-    """state: after the last frame. traces: of the T frames, on the host. codes: int32 [B, T, Q], as they were fed."""
-
-    state: StreamState
-    traces: list[StepTrace]
-    codes: np.ndarray
-
-
-def generated(
-    model: Chroma, codec: Codec, prompt: Prompt, frames: int, positions: Positions, pad: int | None = None
-) -> Generation:
-    """Greedy, until no row is speaking, at most ``frames``. pad: the code that frames of finished rows become, if any."""
-    sampling, keys = settings(len(prompt.text), temperature=0.0, top_k=0, seed=0)
-    capacity = Capacity.of(prompt.text.shape[1], prompt.voice_token.shape[1], rounded_up(frames, FRAMES_BUCKET))
-    state = start(model, codec, prompt, sampling, keys, capacity=capacity, dtype=jnp.float32)
-    traces, codes = [], []
-    while len(traces) < frames and (speaking := np.asarray(state.speaking)).any():
-        state, trace = traced_frame(model, state, positions=positions)
-        traces.append(jax.device_get(trace))
-        codes.append(traces[-1].codes)
-        if pad is not None:
-            codes[-1] = np.where(speaking[:, None], codes[-1], pad)
-            state = state._replace(codes=jnp.asarray(codes[-1]))
-    return Generation(state, traces, np.stack(codes, axis=1))
 
 
 def generation(case: Case) -> Checks:
     """All outputs of a ``gen_*`` case."""
     model, o = case.model("reasoner", "backbone", "decoder"), case.outputs
-    codec = codec_used(case.codec(), "reference")
+    codec, num_codebooks = with_window(case.codec(), None), case.config.num_codebooks
     voice_codes = np.asarray(encode(codec, case.inputs["input_values"][:, 0]))
     yield case.check("prompt_audio_codes", np.swapaxes(voice_codes, 1, 2), EXACT)
-    prompt, length = reference_prompt(case, voice_codes)
-    given = np.asarray(prompt_vectors(model, prompt, dtype=jnp.float32))[:, :length]
+    prompt, padding = reference_prompt(case, voice_codes)
+    given = np.asarray(prompt_vectors(model, prompt, dtype=jnp.float32))[:, : padding.shape[1]]
     frames = o["backbone_logits"].shape[0]
-    run = functools.partial(generated, model, codec, prompt, frames)
+    theirs, trained = decoder_positions(num_codebooks), np.arange(num_codebooks, dtype=np.int32)
+    run = functools.partial(generated, model, codec, prompt, padding, frames)
 
-    plain = run("reference")
+    plain = run(positions=theirs)
     yield case.check("codes", returned(case, plain), EXACT)
     yield from compared(case, model, given, plain)
     yield from reasoner_positions(case, len(texts(plain)))
     yield from sounds(case, codec, returned(case, plain), "")
-    yield case.check("decoder_cache_position", np.maximum(np.arange(case.config.num_codebooks - 1), 0), EXACT)
+    yield case.check("decoder_cache_position", np.maximum(np.arange(num_codebooks - 1), 0), EXACT)
     if "fixed_codes" in o:
-        fixed = run("trained")
+        fixed = run(positions=trained)
         yield case.check("fixed_codes", returned(case, fixed), EXACT)
         yield case.check("fixed_backbone_logits", np.stack([t.logits for t in fixed.traces]), HIDDEN)
         yield case.check("fixed_decoder_logits", decoder_logits(fixed), HIDDEN)
     if "eoskw_codes" in o:
-        stopped = run("reference", pad=case.config.codebook_pad_token_id)
+        stopped = run(positions=theirs, pad=case.config.codebook_pad_token_id)
         yield case.check("eoskw_codes", returned(case, stopped), EXACT)
         yield case.check("eoskw_backbone_inputs_embeds", inputs(given, stopped), HIDDEN)
         yield case.check("eoskw_backbone_logits", np.stack([t.logits for t in stopped.traces]), HIDDEN)
         yield case.check("eoskw_decoder_logits", decoder_logits(stopped), HIDDEN)
         yield case.check("eoskw_thinker_tokens", np.stack([t.text.token for t in texts(stopped)]), EXACT)
         yield from sounds(case, codec, returned(case, stopped), "eoskw_")
-    yield from spoken(case, model, voice_codes, frames)
+    yield from spoken(case, plain)
     yield from rows_alone(case, model, codec, frames)
 
 
@@ -100,7 +70,7 @@ def compared(case: Case, model: Chroma, given: np.ndarray, run: Generation) -> C
     hidden = np.stack([t.text.vectors[:, 0] for t in said])
     lengths = np.array([t.fed[0].sum() for t in run.traces])
     lengths[0] += given.shape[1]
-    padding = np.asarray(run.state.reference.padding)[:, : run.state.backbone_position[0]]
+    padding = np.asarray(run.batch.padding)[:, : run.batch.state.backbone_position[0]]
     yield case.check("backbone_step_len", lengths, EXACT)
     yield case.check("backbone_attention_mask", ~padding, EXACT)
     yield case.check("backbone_inputs_embeds", inputs(given, run), HIDDEN)
@@ -158,33 +128,30 @@ def replied(codes: np.ndarray, eos: int) -> int:
     return int(ends[0]) if len(ends) else len(codes)
 
 
-def spoken(case: Case, model: Chroma, voice_codes: np.ndarray, frames: int) -> Checks:
-    """Codes and samples that a user gets of the padded batch with ``compatibility="reference"``."""
-    rows = [row_prompt(case, row, codes) for row, codes in enumerate(voice_codes)]
-    outputs = heard(Generator(model, case.codec(), compatibility="reference"), rows, "reference", frames)
-    for row, (ours, samples) in enumerate(outputs):
-        theirs = case.outputs["codes"][row]
-        theirs = theirs[: replied(theirs, case.config.codebook_eos_token_id)]
-        check = case.check("codes", ours, EXACT, theirs)
-        yield check._replace(quantity=f"{check.quantity} of row {row}, spoken")
-        check = case.check(f"audio_{row}", samples[None], AUDIO)
+def spoken(case: Case, run: Generation) -> Checks:
+    """The samples that the step gives away, up to each row's first frame of zeros."""
+    for row, codes in enumerate(run.codes):
+        said = replied(codes, case.config.codebook_eos_token_id)
+        check = case.check(f"audio_{row}", run.samples[row, :said].reshape(1, -1), AUDIO)
         yield check._replace(quantity=f"{check.quantity}, spoken")
 
 
 def rows_alone(case: Case, model: Chroma, codec: Codec, frames: int) -> Checks:
     """All rows in one batch without padding: each gives what the reference gives for it alone.
 
-    With its own Decoder positions, and with the trained ones, as a `Generator` has them.
+    With the reference's Decoder positions, and with the trained ones, as a `Generator` has them.
     """
     rows = []
     for row, (wave, cutoff) in enumerate(zip(case.inputs["input_values"], case.inputs["input_values_cutoffs"])):
         rows.append(row_prompt(case, row, np.asarray(encode(codec, wave[:, : int(cutoff)]))[0]))
     if expected := single(case, "codes"):
-        traces = generated(model, codec, stack(rows), frames, "reference").traces
-        ours = [np.array([t.codes[row] for t in traces if t.live[row]]) for row in range(len(rows))]
+        run = generated_apart(model, codec, stack(rows), frames, decoder_positions(case.config.num_codebooks))
+        ours = [codes[live] for codes, live in zip(run.codes, run.live, strict=True)]
         yield from agreed(case, "codes", ours, expected, "rows apart")
     if expected := single(case, "fixed_codes"):
-        ours = [codes for codes, _ in heard(Generator(model, case.codec()), rows, "corrected", frames)]
+        generator = Generator.of(model, case.codec(), rows, rounded_up(frames, FRAMES_BUCKET), slots=SLOTS)
+        replies = generator.replies((row, SamplingParams()) for row in rows)
+        ours = [np.array(reply.codes, np.int32).reshape(-1, case.config.num_codebooks) for reply in replies]
         yield from agreed(case, "fixed_codes", ours, expected, "spoken")
 
 
@@ -202,20 +169,6 @@ def agreed(case: Case, name: str, ours: list[np.ndarray], expected: dict[int, np
         # the reference also stops at a frame of zeros but for its last code; ours then goes on
         check = case.check(name if len(ours) == 1 else f"single_{name}_{row}", ours[row][: len(theirs)], EXACT, theirs)
         yield check._replace(quantity=f"{check.quantity}, {how}")
-
-
-def heard(speaker: Generator, rows: list[Prompt], compatibility: Compatibility, frames: int):
-    """What a user gets: (codes [T, Q], samples [S]) of each row."""
-    sampling, keys = settings(len(rows), temperature=0.0, top_k=0, seed=0)
-    outputs = list(speaker.stream(stack(rows, compatibility), sampling, keys, frames))
-    live = [[x for x in outputs if x.live[row]] for row in range(len(rows))]
-    return [
-        (
-            np.array([x.codes[row] for x in said], np.int32).reshape(-1, speaker.config.num_codebooks),
-            np.concatenate([x.samples[row] for x in said]) if said else np.zeros(0, np.float32),
-        )
-        for row, said in enumerate(live)
-    ]
 
 
 def row_prompt(case: Case, row: int, voice_codes: np.ndarray) -> Prompt:
@@ -252,21 +205,16 @@ def voice_arrays(case: Case, transcript: np.ndarray, codes: np.ndarray) -> tuple
     return token, voice
 
 
-def reference_prompt(case: Case, voice_codes: np.ndarray) -> tuple[Prompt, int]:
-    """The whole batch with the very padding that the reference feeds, and the length of its voice prompts."""
-    i, rows = case.inputs, []
+def reference_prompt(case: Case, voice_codes: np.ndarray) -> tuple[Prompt, np.ndarray]:
+    """The whole batch with the very padding that the reference feeds. Returns it and where the voice prompts are padding, bool
+    [B, T]."""
+    i, rows, padding = case.inputs, [], []
     for row, codes in enumerate(voice_codes):
         alone = row_prompt(case, row, codes)
         token, padded = voice_arrays(case, i["input_ids"][row], codes)
         text = i["attention_mask"][row].astype(bool)
         recording = np.arange(len(codes)) < np.sum(alone.voice_token == NONE_TOKEN) - 1
         one = np.ones(1, bool)
-        rows.append(
-            alone._replace(
-                voice_token=token,
-                voice_codes=padded,
-                voice_length=np.int32(len(token)),
-                voice_padding=~np.concatenate([one, text, one, recording, one]),
-            )
-        )
-    return stack(rows), len(token)
+        rows.append(alone._replace(voice_token=token, voice_codes=padded, voice_length=np.int32(len(token))))
+        padding.append(~np.concatenate([one, text, one, recording, one]))
+    return stack(rows), np.stack(padding)

@@ -21,6 +21,7 @@ from chroma_jax.models.io.weight_files import all_tensors
 from chroma_jax.models.reasoner import Reasoner
 from chroma_jax.training.loss import LossConfig, cross_entropy, frame_losses, mean
 from chroma_jax.verify.case import EXACT, GRADIENT, HIDDEN, LOSS, Case, Check, Checks
+from chroma_jax.verify.reference import decoder_positions
 
 DETACHED, ATTACHED = LossConfig(stop_gradient_hidden=True), LossConfig(stop_gradient_hidden=False)
 
@@ -232,8 +233,8 @@ def decoder(case: Case) -> Checks:
     yield case.check("tf_logits", logits.reshape(b, s, q + 1, -1), HIDDEN)
     yield case.check("tf_loss", value, LOSS)
     yield case.check("ids_logits", logits[:s], HIDDEN)
-    for name, layout in (("greedy", "reference"), ("fixed_greedy", "trained")):
-        codes, logits = jax.jit(greedy_residual_codes, static_argnums=3)(model, hidden[0], flat[:s, 0], layout)
+    for name, positions in (("greedy", decoder_positions(q)), ("fixed_greedy", None)):
+        codes, logits = jax.jit(greedy_residual_codes)(model, hidden[0], flat[:s, 0], positions)
         yield case.check(f"{name}_codes", codes, EXACT)
         yield case.check(f"{name}_logits", np.moveaxis(np.asarray(logits), 1, 0), HIDDEN)
     yield case.check("inv_freq", inverse_frequencies(case.config.decoder.rope, case.config.decoder.head_dim), LOSS)

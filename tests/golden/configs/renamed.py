@@ -53,12 +53,13 @@ FIELDS = {
     "checkpoint.every": "checkpoint.save_interval_steps",
     "checkpoint.keep": "checkpoint.max_to_keep",
     **{f"reply.{name}": f"generation.{name}" for name in ("temperature", "top_k", "top_p", "seed", "max_seconds", "dtype")},
-    **{f"reply.{name}": f"generation.{name}" for name in ("weights", "cache", "tensor", "compatibility")},
+    **{f"reply.{name}": f"generation.{name}" for name in ("weights", "cache", "tensor")},
     "decode_from": "decoder_start_step",
     "quantize_from": "quantizer_start_step",
     "judge_from": "discriminator_start_step",
     "dead_ratio": "dead_code_threshold",
 }
+REMOVED = ("reply.compatibility",)  # verify has it
 # old → new value, by field
 VALUES = {
     "qkv_bias": {"'none'": "False", "'qkv'": "True"},
@@ -85,8 +86,8 @@ def renamed(line: str) -> str:
 
 def main() -> int:
     old, new = map(Path, sys.argv[1:])
-    lines = lambda path: path.read_text().splitlines()
-    apart = [p.name for p in sorted(old.glob("*.txt")) if ["format = 2", *map(renamed, lines(p))] != lines(new / p.name)]
+    lines = lambda path: [line for line in path.read_text().splitlines() if not line.startswith(REMOVED)]
+    apart = [p.name for p in sorted(old.glob("*.txt")) if ["format = 3", *map(renamed, lines(p))] != lines(new / p.name)]
     print("\n".join(["differ:", *apart]) if apart else f"the same: {len(list(old.glob('*.txt')))} dumps")
     return bool(apart)
 

@@ -1,0 +1,155 @@
+"""How a conversation gets into a row of a batch: programs of bounded size that change one row, while the others go on.
+
+hear         a chunk of conversation goes through the Reasoner      read_voice   a piece of a voice prompt → its cache
+adopt        a voice's cache → the row                              begin        a reply starts
+stop         it ends, and the conversation goes back to a position
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from chroma_jax.inference.sampling import SamplingParams
+from chroma_jax.inference.state import StreamState
+from chroma_jax.layers.attention import KVCache
+from chroma_jax.models.chroma import Chroma
+from chroma_jax.models.codec.codec import reset_rows
+from chroma_jax.sequence.batch import is_present
+from chroma_jax.sequence.interleave import NONE_TOKEN
+
+
+class Chunk(NamedTuple):
+    """A piece of a conversation, as the Reasoner reads it.
+
+    text: int32 [C] token ids. audio_index: int32 [C], which row of ``audio`` stands in a token's place (NONE_TOKEN: none).
+    audio: [K, D] on the device, what the encoder made of a block of speech. length: int32 [], valid positions.
+    """
+
+    text: np.ndarray
+    audio_index: np.ndarray
+    audio: jax.Array
+    length: np.ndarray
+
+
+class VoiceChunk(NamedTuple):
+    """A piece of a voice prompt, as the Backbone reads it: token int32 [C] (NONE_TOKEN where there is none), codes int32 [C, Q]
+    (likewise), start and length int32 [], its first position and how many of them are valid."""
+
+    token: np.ndarray
+    codes: np.ndarray
+    start: np.ndarray
+    length: np.ndarray
+
+
+class Admission(NamedTuple):
+    """How a reply starts: voice_length int32 [], positions of the voice prompt; seed uint32 [] and turn int32 [], which give its
+    random key; the rest as of `Sampling`, scalars."""
+
+    voice_length: np.ndarray
+    seed: np.ndarray
+    turn: np.ndarray
+    temperature: np.ndarray
+    top_k: np.ndarray
+    top_p: np.ndarray
+
+    @classmethod
+    def of(cls, voice_length: int, sampling: SamplingParams, turn: int = 0) -> "Admission":
+        """On the host."""
+        return cls(
+            voice_length=np.int32(voice_length),
+            seed=np.uint32(sampling.seed),
+            turn=np.int32(turn),
+            temperature=np.float32(sampling.temperature),
+            top_k=np.int32(sampling.top_k),
+            top_p=np.float32(sampling.top_p),
+        )
+
+
+def hear(model: Chroma, state: StreamState, slot: jax.Array, chunk: Chunk) -> StreamState:
+    """The Reasoner of one slot reads on."""
+    nowhere, order = state.reasoner_cache.capacity, jnp.arange(len(chunk.text))
+    positions = jnp.where(order < chunk.length, state.reasoner_position[slot] + order, nowhere)
+    audio = chunk.audio.astype(state.text_hidden.dtype)
+    embeddings = model.reasoner.embed(chunk.text[None], chunk.audio_index[None], audio[None])
+    hidden, cache = model.reasoner.cached(embeddings, positions[None], state.reasoner_cache, row=slot)
+    return state._replace(
+        reasoner_cache=cache,
+        reasoner_position=state.reasoner_position.at[slot].add(chunk.length),
+        text_hidden=state.text_hidden.at[slot].set(hidden[0, chunk.length - 1]),
+    )
+
+
+def read_voice(model: Chroma, cache: KVCache, chunk: VoiceChunk, dtype) -> KVCache:
+    """A piece of a voice prompt goes through the Backbone. cache: of one row; dtype: that is computed in."""
+    order = jnp.arange(len(chunk.token))
+    positions = jnp.where(order < chunk.length, chunk.start + order, cache.capacity)
+    text = model.reasoner.embedding(jnp.maximum(chunk.token, 0), dtype)
+    inputs = jnp.where(is_present(chunk.token)[:, None], text, model.audio_embedding.frames(chunk.codes, dtype))
+    return model.backbone.cached(inputs[None], positions[None], cache)[1]
+
+
+def adopt(state: StreamState, slot: jax.Array, voice: KVCache) -> StreamState:
+    """Copies a voice prompt's cache into a slot. voice: of one row, with no more positions than the slots have."""
+    put = lambda of_slots, of_voice: jax.lax.dynamic_update_slice(of_slots, of_voice, (0, slot, *(0,) * (of_voice.ndim - 2)))
+    return state._replace(backbone_cache=jax.tree.map(put, state.backbone_cache, voice))
+
+
+def begin(state: StreamState, slot: jax.Array, beginning: Admission) -> StreamState:
+    """A reply starts in a slot, right after what its Reasoner has heard and its Backbone's voice prompt."""
+    b, at = beginning, lambda x, value: x.at[slot].set(value)
+    chosen = zip(state.sampling, (b.temperature, b.top_k, b.top_p), strict=True)
+    return state._replace(
+        frames=at(state.frames, 0),
+        text_open=at(state.text_open, True),
+        speaking=at(state.speaking, True),
+        backbone_position=at(state.backbone_position, b.voice_length),
+        codes=at(state.codes, NONE_TOKEN),
+        codec=reset_rows(state.codec, jnp.arange(len(state.frames)) == slot),
+        sampling=type(state.sampling)(*(at(x, value) for x, value in chosen)),
+        keys=at(state.keys, jax.random.fold_in(jax.random.key(b.seed), b.turn)),
+    )
+
+
+def stop(state: StreamState, slot: jax.Array, position: jax.Array) -> StreamState:
+    """Ends whatever is said in a slot; the Reasoner goes on from ``position``."""
+    at = lambda x, value: x.at[slot].set(value)
+    return state._replace(
+        text_open=at(state.text_open, False),
+        speaking=at(state.speaking, False),
+        codes=at(state.codes, NONE_TOKEN),
+        reasoner_position=at(state.reasoner_position, position),
+    )
+
+
+def chunks(text: np.ndarray, audio_index: np.ndarray, audio: jax.Array, size: int) -> Iterator[Chunk]:
+    """Cuts a piece of conversation that hears at most one block of speech.
+
+    Args:
+        text: int32 [L], token ids.
+        audio_index: int32 [L], which row of ``audio`` stands in a token's place (NONE_TOKEN: none).
+        audio: [K, D], on the device.
+        size: Positions of a chunk.
+
+    Yields:
+        Chunks of ``size`` positions, the last one filled up.
+    """
+    for start in range(0, len(text), size):
+        part = slice(start, start + size)
+        filled = [padded(text[part], size, 0), padded(audio_index[part], size, NONE_TOKEN)]
+        yield Chunk(*filled, audio, np.int32(len(text[part])))
+
+
+def voice_chunks(token: np.ndarray, codes: np.ndarray, size: int) -> Iterator[VoiceChunk]:
+    """Cuts a voice prompt, token int32 [T] and codes int32 [T, Q], into pieces of ``size`` positions."""
+    for start in range(0, len(token), size):
+        length = min(size, len(token) - start)
+        filled = [padded(x[start : start + length], size, NONE_TOKEN) for x in (token, codes)]
+        yield VoiceChunk(*filled, np.int32(start), np.int32(length))
+
+
+def padded(x: np.ndarray, length: int, value) -> np.ndarray:
+    """x: [n, …]. Returns [length, …]."""
+    return np.pad(x, ((0, length - len(x)), *((0, 0),) * (x.ndim - 1)), constant_values=value)
