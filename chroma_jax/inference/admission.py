@@ -1,4 +1,4 @@
-"""How a conversation gets into a row of a batch: programs of bounded size that change one row, while the others go on.
+"""Admission of a conversation to a row of the batch, by programs of bounded size that change one row.
 
 hear         a chunk of conversation goes through the Reasoner      read_voice   a piece of a voice prompt → its cache
 adopt        a voice's cache → the row                              begin        a reply starts

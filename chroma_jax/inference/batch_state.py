@@ -1,8 +1,8 @@
 """The inference core: a state of B rows on the device, and the compiled programs that change it. Offline generation
 (`chroma_jax.inference.generator`) and the engine (`chroma_jax.serving`) both drive it.
 
-`BatchState.decode_step` advances all rows by one frame or by a few. Everything else concerns one row and is done between decode
-steps (`chroma_jax.inference.admission`), so that it delays the next frame of the others by little.
+`BatchState.decode_step` advances all rows by one or more frames. All other programs change one row between decode steps
+(`chroma_jax.inference.admission`). They are short, so that they hardly delay the next frame of the other rows.
 """
 
 import functools

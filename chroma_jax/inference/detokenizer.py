@@ -6,11 +6,11 @@ Decode = Callable[[list[int]], str]  # token ids → text
 
 
 class Detokenizer:
-    """Gives the text that each token of one reply adds; a character that is split between tokens comes with its last.
+    """Incremental detokenizer of one reply. A character that is split between tokens comes with its last token.
 
     Args:
         decode: Token ids → text.
-        im_end: The token that ends a reply's text, which has none itself.
+        im_end: The token that ends a reply's text; it has no text.
     """
 
     def __init__(self, decode: Decode, im_end: int):
@@ -19,7 +19,7 @@ class Detokenizer:
         self._given = ""
 
     def add(self, token: int) -> str:
-        """Returns the text that this token adds; with ``im_end``, what was held back."""
+        """Returns the text that this token adds; ``im_end`` flushes an incomplete character."""
         if token != self._im_end:
             self._ids.append(token)
         text = self._decode(self._ids)

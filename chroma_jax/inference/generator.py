@@ -1,6 +1,6 @@
-"""Offline generation: prompts in, replies out, many at a time. When a reply ends, the next prompt takes its slot.
+"""Offline generation with continuous batching: when a reply ends, the next prompt takes its slot.
 
-The host asks for frames, then fetches those that it asked for before: the device never waits for the host.
+The host dispatches a decode step before it fetches the output of the previous one, so that the device never waits for the host.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,13 +27,13 @@ POSITIONS = 64  # capacities are rounded up to a multiple of it, so that similar
 
 
 class Generation:
-    """A reply under way.
+    """A reply, complete or in progress.
 
     Attributes:
         samples: float32 [S] of each frame.
         codes: int32 [Q] of each frame.
         tokens: (frame that it stands before, id) of each token.
-        ended: "" while it is under way, then "eos" when the model ended it, or "limit".
+        ended: "" while in progress, then "eos" or "limit".
     """
 
     def __init__(self, max_frames: int):
@@ -49,7 +49,7 @@ class Generation:
         return np.concatenate(self.samples) if self.samples else np.zeros(0, np.float32)
 
     def add(self, output: StepOutput, frame: int, slot: int) -> None:
-        """Takes a frame of a decode step that is on the host; after the end it does nothing."""
+        """Appends a frame of a decode step's output on the host, unless the reply has ended."""
         if self.ended:
             return
         if not output.live[frame, slot]:
@@ -64,8 +64,7 @@ class Generation:
 
 
 class Generator:
-    """A model and its Codec that reply to prompts, on the device that holds the weights, or the mesh that divides them
-    (`chroma_jax.inference.placement`).
+    """Generates replies to prompts on the device or the mesh that holds the weights.
 
     Args:
         model: The speaking model.
@@ -102,7 +101,7 @@ class Generator:
 
     @classmethod
     def of(cls, model: Chroma, codec: Codec, prompts: Sequence[Prompt], max_frames: int, **options) -> "Generator":
-        """A generator that these prompts fit into. options: as of `Generator`."""
+        """Makes a generator with room for these prompts. ``options`` are further arguments of `Generator`."""
         text = max(len(prompt.text) for prompt in prompts)
         voice = max(len(prompt.voice_token) for prompt in prompts)
         return cls(model, codec, text_positions=text, voice_positions=voice, max_frames=max_frames, **options)
@@ -122,13 +121,13 @@ class Generator:
                 yield going.pop(0)
 
     def free_slot(self) -> int | None:
-        """A slot in which nothing is said, if a reply may begin now: text pairs fall due in the same steps for all."""
+        """Returns a free slot if a reply may begin now. All rows open their text pairs in the same steps."""
         if not self._opens_pair and any(self._rows):
             return None
         return next((slot for slot, row in enumerate(self._rows) if row is None), None)
 
     def admit(self, slot: int, prompt: Prompt, sampling: SamplingParams) -> Generation:
-        """Reads a prompt into a free slot and begins the reply. Does not wait for the device.
+        """Prefills a prompt into a free slot and starts the reply. Does not wait for the device.
 
         Raises:
             InputError: The voice prompt is longer than ``voice_positions``.
@@ -138,7 +137,7 @@ class Generator:
             voice = self._voice(prompt)
             batch.stop(slot, 0)
             batch.adopt(slot, voice.cache)
-            self._hear(slot, prompt)
+            self._prefill_question(slot, prompt)
             batch.begin(slot, Admission.of(voice.length, sampling))
         if not any(self._rows):
             self._opens_pair = True
@@ -146,7 +145,7 @@ class Generator:
         return self._rows[slot]
 
     def step(self) -> None:
-        """Asks for the next frames of all replies, and takes in those that were asked for before."""
+        """Dispatches the next decode step, and appends the output of the previous one to the replies."""
         with jax.transfer_guard("disallow"):
             asked, self._pending = self._pending, None
             if any(self._rows):
@@ -159,7 +158,7 @@ class Generator:
                 self._fetch(*asked)
 
     def drop(self, reply: Generation) -> None:
-        """Ends a reply before its time, as "limit", if it is under way."""
+        """Ends a reply early, with "limit"."""
         reply.ended = reply.ended or "limit"
         if reply in self._rows:
             self._free(self._rows.index(reply))
@@ -186,8 +185,8 @@ class Generator:
         *_, voice = read_in_pieces(self._batch, prompt.voice_token, prompt.voice_codes)
         return voice
 
-    def _hear(self, slot: int, prompt: Prompt) -> None:
-        """The Reasoner reads the question, up to the end of each block of speech with what was encoded of it."""
+    def _prefill_question(self, slot: int, prompt: Prompt) -> None:
+        """Runs the question through the Reasoner: a block of speech is encoded, then the tokens up to its end are prefilled."""
         batch, carry, positions, start, heard = self._batch, self._batch.empty_carry(), 0, 0, 0
         pieces = []
         for mel, length in zip(prompt.mel, prompt.mel_length, strict=True):

@@ -28,7 +28,7 @@ Pairs = Literal["any", "all", "none"]
 
 
 class StepOutput(NamedTuple):
-    """What n frames of all rows give away.
+    """The output of n frames for all rows.
 
     Attributes:
         samples: float32 [n, B, samples per frame]; meaningless where the row is not live.
@@ -44,8 +44,7 @@ class StepOutput(NamedTuple):
 
 
 class Overrides(NamedTuple):
-    """What a step takes from its caller instead of its own rules; None keeps the rule. `chroma_jax.verify` compares with
-    another implementation so.
+    """Rules of a step that the caller replaces; None keeps a rule. `chroma_jax.verify` passes those of the reference implementation.
 
     Attributes:
         decoder_positions: int32 [Q], positions of h and of c0 … c(Q−2) in the Decoder; the rule is 0, 1, 2 …
@@ -100,10 +99,21 @@ def decode_step(
     pairs: Pairs = "any",
     overrides: Overrides = Overrides(),
 ) -> tuple[StreamState, StepOutput]:
-    """``count`` frames of every row: one, or an even number of which the first one opens a pair.
+    """Advances all rows by ``count`` frames.
 
-    A single row's sound is decoded once for all of them, which reads the Codec's weights once. With several rows each frame is
-    decoded by itself: its samples then have the same bits however many frames were asked for, which depends on the other rows.
+    With a single row the Codec decodes all frames in one call, which reads its weights once. With several rows it decodes frame by
+    frame, so that the samples of a row have the same bits for every ``count``; the other rows decide on ``count``.
+
+    Args:
+        model: The speaking model.
+        codec: Its Codec.
+        state: The state of all rows; donated by the callers.
+        count: 1, or an even number; the first of several frames opens a text pair.
+        pairs: Rows that need a text pair, for one frame.
+        overrides: Replaced rules.
+
+    Returns:
+        (the new state, the output of ``count`` frames).
     """
     if count == 1:
         state, output, _ = traced_step(model, codec, state, pairs, overrides)
@@ -132,21 +142,21 @@ def decode_step(
 def traced_step(
     model: Chroma, codec: Codec, state: StreamState, pairs: Pairs = "any", overrides: Overrides = Overrides()
 ) -> tuple[StreamState, StepOutput, StepTrace]:
-    """One frame of every row, and all that it computes; a compiled program leaves out what is not used of it."""
+    """Advances all rows by one frame. Returns (state, output, intermediate values); XLA removes the unused ones."""
     state, trace = traced_frame(model, state, pairs, overrides)
     state, samples = _sound(codec, state, trace.codes[None])
     return state, _output(trace, samples), trace
 
 
 def _sound(codec: Codec, state: StreamState, codes: jax.Array) -> tuple[StreamState, jax.Array]:
-    """codes: int32 [n, B, Q]. Returns samples [n, B, S]."""
+    """Decodes codes, int32 [n, B, Q]. Returns (state, samples [n, B, S])."""
     with jax.named_scope("codec"):
         codec_state, samples = codec.decode_step(state.codec, jnp.moveaxis(codes, 0, 1))
     return state._replace(codec=codec_state), jnp.moveaxis(samples.reshape(len(samples), len(codes), -1), 1, 0)
 
 
 def _output(trace: StepTrace, samples: jax.Array) -> StepOutput:
-    """What is given away of one frame. samples: [1, B, S]."""
+    """The output of one frame. samples: [1, B, S]."""
     token = jnp.where(trace.text.wanted & trace.live, trace.text.token, NONE_TOKEN)
     return StepOutput(samples, trace.codes[None], token[None], trace.live[None])
 

@@ -1,4 +1,4 @@
-"""What the reference implementation does otherwise, given to the production step as `Overrides`.
+"""Rules of the reference implementation that differ from ours, as `Overrides` of the production step.
 
 The Decoder's positions: h at 0, c0 at 0, c1 at 1 …; trained are h at 0, c0 at 1, c1 at 2 …
 
