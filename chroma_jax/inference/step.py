@@ -44,7 +44,7 @@ class StepOutput(NamedTuple):
 
 
 class Overrides(NamedTuple):
-    """Rules of a step that the caller replaces; None keeps a rule. `chroma_jax.verify` passes those of the reference implementation.
+    """Rules of a step that the caller replaces; None keeps a rule. `chroma_jax.verify` passes the reference implementation's.
 
     Attributes:
         decoder_positions: int32 [Q], positions of h and of c0 … c(Q−2) in the Decoder; the rule is 0, 1, 2 …
@@ -101,8 +101,8 @@ def decode_step(
 ) -> tuple[StreamState, StepOutput]:
     """Advances all rows by ``count`` frames.
 
-    With a single row the Codec decodes all frames in one call, which reads its weights once. With several rows it decodes frame by
-    frame, so that the samples of a row have the same bits for every ``count``; the other rows decide on ``count``.
+    With a single row the Codec decodes all frames in one call, which reads its weights once. With several rows it decodes frame
+    by frame, so that the samples of a row have the same bits for every ``count``; the other rows decide on ``count``.
 
     Args:
         model: The speaking model.
