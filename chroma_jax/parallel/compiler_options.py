@@ -1,4 +1,4 @@
-"""What the compiler is told when it compiles a training step, by `train` and `plan` alike."""
+"""Compiler options of a training step, by chip. `train` and `plan` compile with the same ones."""
 
 import functools
 from collections.abc import Callable

@@ -32,7 +32,7 @@ def replicated(tree, mesh: Mesh):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
 
-def abstract_weights(shapes: nnx.State, mesh: Mesh, rules: Callable[[str], AxisRules], dtype=None) -> nnx.State:
+def sharded_weights(shapes: nnx.State, mesh: Mesh, rules: Callable[[str], AxisRules], dtype=None) -> nnx.State:
     """Shapes of weights, sharded by their logical axes.
 
     Args:
@@ -48,7 +48,7 @@ def abstract_weights(shapes: nnx.State, mesh: Mesh, rules: Callable[[str], AxisR
     return jax.tree.map(sharded, shapes, state_shardings(shapes, mesh, rules))
 
 
-def abstract_moments(optimizer: optax.GradientTransformation, weights, mesh: Mesh) -> optax.OptState:
+def sharded_moments(optimizer: optax.GradientTransformation, weights, mesh: Mesh) -> optax.OptState:
     """Shapes of an optimizer's state for abstract ``weights``: a moment is sharded as its weight, all else is replicated."""
     # JAX passes the sharding of a weight on to its moments, except where nothing is sharded
     spec = lambda x: x.sharding.spec if x.sharding else P()

@@ -18,7 +18,7 @@ from chroma_jax.models.chroma import Chroma, ChromaConfig
 from chroma_jax.parallel.compiler_options import jit_step
 from chroma_jax.parallel.sharding import RULES, reshape_rows
 from chroma_jax.sequence.batch import Batch
-from chroma_jax.training.initial_state import abstract_moments, abstract_weights, replicated, with_initial_weights
+from chroma_jax.training.initial_state import replicated, sharded_moments, sharded_weights, with_initial_weights
 from chroma_jax.training.lora import LoraConfig, adapted
 from chroma_jax.training.loss import Counts, LossConfig, count, loss
 from chroma_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer, split_trainable, update_weights
@@ -191,8 +191,8 @@ def make_trainer(config: TrainStepConfig, mesh: Mesh) -> Trainer:
         InputError: The mesh does not divide a weight, or a freeze or LoRA pattern matches no weight.
     """
     _, trained, frozen = split_shapes(config)
-    trained = abstract_weights(trained, mesh, config.model.rules_of)
-    frozen = abstract_weights(frozen, mesh, config.model.rules_of, jnp.dtype(config.precision.frozen))
+    trained = sharded_weights(trained, mesh, config.model.rules_of)
+    frozen = sharded_weights(frozen, mesh, config.model.rules_of, jnp.dtype(config.precision.frozen))
     step = replicated(jax.ShapeDtypeStruct((), jnp.int32), mesh)
-    moments = abstract_moments(make_optimizer(config.optimizer), trained, mesh)
+    moments = sharded_moments(make_optimizer(config.optimizer), trained, mesh)
     return Trainer(config, mesh, TrainState(step, trained, frozen, moments))

@@ -59,7 +59,7 @@ def build_modules(config: CodecTrainStepConfig) -> Modules:
 
 
 def split_modules(modules: Modules, config: CodecTrainStepConfig) -> tuple[Graphs, Parts]:
-    """The graph definitions of modules, concrete or abstract, and their weights by what becomes of them in a step.
+    """The graph definitions of modules, concrete or abstract, and their weights by their role in a step.
 
     Raises:
         InputError: A freeze pattern matches no weight.

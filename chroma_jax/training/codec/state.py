@@ -1,4 +1,4 @@
-"""The state of Codec training: all weights by what becomes of them in a step, and the optimizers' moments."""
+"""The state of Codec training: all weights by their role in a step, and the optimizers' moments."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -12,7 +12,10 @@ from chroma_jax.utils.tree_paths import filled, flat, nested, values
 
 
 class Parts(NamedTuple):
-    """The weights of Codec training, by what becomes of them in a step."""
+    """The weights of Codec training, by their role in a step.
+
+    Attributes are those of `CodecTrainState`.
+    """
 
     codec: nnx.State
     frozen: nnx.State

@@ -43,6 +43,7 @@ from chroma_jax.training.codec.quantize import (
     Choice,
     Quantized,
     QuantizerTraining,
+    Statistics,
     decoder_input,
     draw,
     perplexity,
@@ -51,7 +52,7 @@ from chroma_jax.training.codec.quantize import (
 )
 from chroma_jax.training.codec.recipe import CodecTrainStepConfig, Phase
 from chroma_jax.training.codec.state import CodecTrainState, Parts
-from chroma_jax.training.initial_state import abstract_moments, abstract_weights, replicated, with_initial_weights
+from chroma_jax.training.initial_state import replicated, sharded_moments, sharded_weights, with_initial_weights
 from chroma_jax.training.optimizer import learning_rate, make_optimizer, update_weights
 from chroma_jax.training.state import skip_if_bad
 from chroma_jax.utils.tree_paths import filled, values
@@ -85,7 +86,7 @@ def train_step(
     if phase.quantized:
         metrics |= usage(statistics)
         if not config.codebooks_frozen:
-            state = state._replace(codebooks=moved(state.codebooks, statistics, recipe.quantizer))
+            state = state._replace(codebooks=with_batch_means(state.codebooks, statistics, recipe.quantizer))
     total = sum(losses.values(), start=norm)
     if phase.adversarial:
         state, value, discriminator_norm = discriminator_step(state, jax.lax.stop_gradient(made), batch.target, config)
@@ -103,7 +104,7 @@ def forward(
     key: jax.Array,
     config: CodecTrainStepConfig,
     phase: Phase,
-) -> tuple[tuple[jax.Array, jax.Array], tuple[Metrics, tuple | None]]:
+) -> tuple[tuple[jax.Array, jax.Array], tuple[Metrics, tuple[Statistics, Statistics] | None]]:
     """The reconstruction, and the losses that need no decoder, as functions of the trained weights.
 
     Args:
@@ -192,20 +193,19 @@ def pitch_losses(
     return pitch_loss(head(vectors), pitch_targets(target, codec.sampling_rate, codec.samples_per_frame), used)
 
 
-def usage(statistics) -> dict[str, jax.Array]:
-    """Of every codebook, how many codes a batch would need to be as varied: its perplexity, and the smallest of all as a
-    share."""
-    found = jnp.concatenate([perplexity(branch.count) for branch in statistics])
+def usage(statistics: tuple[Statistics, Statistics]) -> Metrics:
+    """Perplexity of every codebook on a batch, [Q], and the smallest one as a share of the codebook's size."""
+    perplexities = jnp.concatenate([perplexity(branch.count) for branch in statistics])
     size = statistics[0].count.shape[1]
-    return {"perplexity": found, "least_perplexity_share": jnp.min(found) / size}
+    return {"perplexity": perplexities, "least_perplexity_share": jnp.min(perplexities) / size}
 
 
-def moved(codebooks: nnx.State, statistics, config: QuantizerTraining) -> nnx.State:
-    """The codebooks after a batch. statistics: of the semantic and of the acoustic branch."""
+def with_batch_means(codebooks: nnx.State, statistics: tuple[Statistics, Statistics], config: QuantizerTraining) -> nnx.State:
+    """The codebooks with the running means of one more batch, given the statistics of the semantic and acoustic branch."""
     before, after = values(codebooks), {}
-    for name, found in zip(("semantic", "acoustic"), statistics, strict=True):
+    for name, branch in zip(("semantic", "acoustic"), statistics, strict=True):
         names = [f"quantizer/{name}/codebooks/{kind}" for kind in ("embed_sum", "cluster_usage")]
-        after |= dict(zip(names, updated_codebooks(*(before[n] for n in names), found, config), strict=True))
+        after |= dict(zip(names, updated_codebooks(*(before[n] for n in names), branch, config), strict=True))
     return filled(codebooks, after)
 
 
@@ -336,10 +336,10 @@ def make_codec_trainer(config: CodecTrainStepConfig, mesh: Mesh) -> CodecTrainer
         InputError: The mesh does not divide a weight, a freeze pattern matches no weight, or the teacher does not fit.
     """
     _, shapes = split_shapes(config)
-    parts = Parts(*(abstract_weights(part, mesh, config.codec.rules_of) for part in shapes))
+    parts = Parts(*(sharded_weights(part, mesh, config.codec.rules_of) for part in shapes))
     balancer = jax.eval_shape(lambda: BalancerState.zeros(LOSSES))
     step, balancer = replicated((jax.ShapeDtypeStruct((), jnp.int32), balancer), mesh)
     recipe = config.recipe
-    moments = abstract_moments(make_optimizer(recipe.optimizer), (parts.codec, parts.heads), mesh)
-    discriminator_moments = abstract_moments(make_optimizer(recipe.discriminator_optimizer), parts.discriminator, mesh)
+    moments = sharded_moments(make_optimizer(recipe.optimizer), (parts.codec, parts.heads), mesh)
+    discriminator_moments = sharded_moments(make_optimizer(recipe.discriminator_optimizer), parts.discriminator, mesh)
     return CodecTrainer(config, mesh, CodecTrainState(step, *parts, moments, discriminator_moments, balancer))
