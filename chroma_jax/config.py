@@ -16,7 +16,7 @@ from chroma_jax.models.chroma import ChromaConfig
 from chroma_jax.models.codec import CodecConfig
 from chroma_jax.parallel.sharding import MeshConfig
 from chroma_jax.training.checkpoint import CheckpointConfig
-from chroma_jax.training.codec.step import CodecRecipe
+from chroma_jax.training.codec.recipe import CodecRecipe
 from chroma_jax.training.loop import TrainingConfig
 from chroma_jax.training.lora import LoraConfig
 from chroma_jax.training.loss import LossConfig

@@ -10,7 +10,7 @@ from chroma_jax.models.codec import CodecConfig
 from chroma_jax.parallel.sharding import MeshConfig
 from chroma_jax.training.checkpoint import CheckpointConfig
 from chroma_jax.training.codec.quantize import QuantizerTraining
-from chroma_jax.training.codec.step import CodecRecipe
+from chroma_jax.training.codec.recipe import CodecRecipe
 from chroma_jax.training.loop import TrainingConfig
 from chroma_jax.training.optimizer import OptimizerConfig
 from data_pipelines.waves import CodecDataConfig

@@ -7,7 +7,7 @@ from chroma_jax.models.codec import CodecConfig, QuantizerConfig, SeanetConfig
 from chroma_jax.training.checkpoint import CheckpointConfig
 from chroma_jax.training.codec.discriminator import DiscriminatorConfig
 from chroma_jax.training.codec.quantize import QuantizerTraining
-from chroma_jax.training.codec.step import CodecRecipe
+from chroma_jax.training.codec.recipe import CodecRecipe
 from chroma_jax.training.loop import TrainingConfig
 from chroma_jax.training.optimizer import OptimizerConfig
 from data_pipelines.waves import CodecDataConfig

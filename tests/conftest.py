@@ -67,8 +67,8 @@ def tiny_run(tiny_prepared, tmp_path_factory):
     from chroma_jax.models.io.name_tables import codec_rows
     from chroma_jax.models.io.weight_files import all_tensors
     from chroma_jax.parallel.sharding import make_mesh
+    from chroma_jax.planning.training_step import trainer_of
     from chroma_jax.training.checkpoint import Checkpoints
-    from chroma_jax.training.state import make_trainer
 
     config, prepared = tiny_prepared
     folder = tmp_path_factory.mktemp("run") / "run"
@@ -79,6 +79,6 @@ def tiny_run(tiny_prepared, tmp_path_factory):
     save_file(dict(all_tensors(codec, "codec/", codec_rows(config.model))), folder / "codec.safetensors")
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh), Checkpoints(folder, config.checkpoint) as checkpoints:
-        trainer = make_trainer(config.model, config.optimizer, config.loss, config.precision, 0, mesh)
+        trainer = trainer_of(config, mesh)
         checkpoints.save(0, trainer.init())
     return folder

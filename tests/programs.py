@@ -61,8 +61,7 @@ def lowered_here(out: Path) -> None:
 
     from chroma_jax import config as configs
     from chroma_jax.parallel.sharding import make_mesh
-    from chroma_jax.planning.training_step import abstract_batch, trainer_of
-    from chroma_jax.training.codec.step import Phase, make_codec_trainer
+    from chroma_jax.planning.training_step import abstract_batch, codec_trainer_of, trainer_of
     from data_pipelines.waves import WaveBatch
 
     for name in ("nano", "codec_nano"):
@@ -71,15 +70,15 @@ def lowered_here(out: Path) -> None:
         with jax.set_mesh(mesh):
             if name == "nano":
                 trainer = trainer_of(config, mesh)
-                lowered = trainer.train_step.lower(trainer.abstract, abstract_batch(config, trainer))
+                lowered = trainer.trace(abstract_batch(config, trainer)).lower()
             else:
-                trainer = make_codec_trainer(config.model, config.recipe, 0, mesh)
+                trainer = codec_trainer_of(config, mesh)
                 shape = (config.training.global_batch_size, config.data.crop_frames * config.model.samples_per_frame)
                 shapes = WaveBatch(shape, shape, shape[:1])
                 batch = WaveBatch(
                     *(jax.ShapeDtypeStruct(s, np.float32, sharding=x) for s, x in zip(shapes, trainer.batch_sharding))
                 )
-                lowered = trainer.train_step.lower(trainer.abstract, batch, Phase())
+                lowered = trainer.trace(batch).lower()
         cost = {key: lowered.cost_analysis()[key] for key in ("flops", "transcendentals", "bytes accessed")}
         (out / f"{name}_train_cpu.mlir").write_text(f"// {json.dumps(cost)}\n{normalized(lowered.as_text())}")
 

@@ -14,8 +14,9 @@ from chroma_jax.training.codec.discriminator import DiscriminatorConfig
 from chroma_jax.training.codec.losses import SPECTRA, SPECTRUM_BINS, CodecLossConfig, spectrum_loss
 from chroma_jax.training.codec.pitch import PitchHead, codebook_indices, pitch_loss, pitch_targets
 from chroma_jax.training.codec.quantize import QuantizerTraining
+from chroma_jax.training.codec.recipe import CodecRecipe, CodecTrainStepConfig, Phase
 from chroma_jax.training.codec.spectra import log_mel
-from chroma_jax.training.codec.step import CodecRecipe, Phase, make_codec_trainer
+from chroma_jax.training.codec.step import make_codec_trainer
 from chroma_jax.training.optimizer import OptimizerConfig
 from chroma_jax.utils.errors import InputError
 from data_pipelines.waves import WaveBatch
@@ -87,10 +88,14 @@ def test_codebooks_count_from_either_end():
         CodecRecipe(pitch_weight=1.0, pitch_codebooks=())
 
 
+def trainer_of(recipe: CodecRecipe, mesh):
+    return make_codec_trainer(CodecTrainStepConfig(CODEC, recipe, seed=0), mesh)
+
+
 def test_the_head_is_there_only_with_a_weight_and_apart_from_the_codec():
     mesh = make_mesh(MeshConfig())
     with jax.set_mesh(mesh):
-        paths = lambda **recipe: set(make_codec_trainer(CODEC, CodecRecipe(**recipe), 0, mesh).abstract.weights())
+        paths = lambda **recipe: set(trainer_of(CodecRecipe(**recipe), mesh).abstract.weights())
         added = paths(pitch_weight=1.0) - paths()
         assert {path.split("/")[0] for path in added} == {"pitch"} and paths() < paths(pitch_weight=1.0)
 
@@ -110,7 +115,7 @@ def test_codes_learn_to_tell_the_pitch():
     waves[0] = RNG.normal(size=len(waves[0])).astype(np.float32) * 0.1
     mesh = make_mesh(MeshConfig())
     with jax.set_mesh(mesh):
-        trainer = make_codec_trainer(CODEC, recipe, 0, mesh)
+        trainer = trainer_of(recipe, mesh)
         state, history = trainer.init(), []
         batch = jax.device_put(WaveBatch.of(np.stack(waves).astype(np.float32)), trainer.batch_sharding)
         for _ in range(60):
@@ -141,7 +146,7 @@ def test_the_encoder_learns_before_the_decoder_joins():
     waves = np.stack([voice(f, 4 * CODEC.samples_per_frame / RATE) for f in (90.0, 120.0, 200.0, 300.0)]).astype(np.float32)
     mesh = make_mesh(MeshConfig())
     with jax.set_mesh(mesh):
-        trainer = make_codec_trainer(CODEC, recipe, 0, mesh)
+        trainer = trainer_of(recipe, mesh)
         batch = jax.device_put(WaveBatch.of(waves), trainer.batch_sharding)
         state, history = trainer.init(), []
         before = jax.device_get(state.weights())

@@ -17,11 +17,12 @@ from chroma_jax.cli import main as cli
 from chroma_jax.config import CodecRun
 from chroma_jax.convert.codec import export_codec, load_trained_codec
 from chroma_jax.parallel.sharding import MeshConfig, make_mesh
+from chroma_jax.planning.training_step import codec_trainer_of
 from chroma_jax.runs.codec_train import CodecTask, train_codec
 from chroma_jax.training.checkpoint import CheckpointConfig
 from chroma_jax.training.codec.discriminator import DiscriminatorConfig
-from chroma_jax.training.codec.losses import MelLossConfig
-from chroma_jax.training.codec.step import CodecLossConfig, CodecRecipe, make_codec_trainer
+from chroma_jax.training.codec.losses import CodecLossConfig, MelLossConfig
+from chroma_jax.training.codec.recipe import CodecRecipe
 from chroma_jax.training.loop import TrainingConfig
 from chroma_jax.training.metrics import read_lines
 from chroma_jax.training.optimizer import OptimizerConfig
@@ -200,12 +201,12 @@ def test_the_quantizer_joins_with_little_harm(corpus, prepared):
     """What is decoded from codes right after the fit is close to what is decoded from the latents themselves."""
     config, mesh = config_for(corpus), make_mesh(MeshConfig())
     with jax.set_mesh(mesh):
-        trainer = make_codec_trainer(CODEC, config.recipe, 0, mesh)
+        trainer = codec_trainer_of(config, mesh)
         task, state = CodecTask(config, prepared, trainer), trainer.init()
         latents = np.asarray(trainer.latents(state, task.place(next(task.batches(2))).input))
         error = {}
         for name, with_codebooks in (("drawn", state), ("fitted", task.fitted(2, state))):
-            codec = trainer.module(with_codebooks)
+            codec = trainer.codec(with_codebooks)
             decoded = codec.quantizer.decode(codec.quantizer.encode(latents, CODEC.num_codebooks), jnp.float32)
             error[name] = np.square(decoded - latents).sum() / np.square(latents - latents.mean((0, 1))).sum()
     assert error["fitted"] < 0.3 and error["drawn"] > 0.9  # four codebooks of 58, latents of a random encoder
@@ -259,7 +260,7 @@ def test_with_all_but_the_decoder_frozen_codes_stay_as_they_are(corpus, prepared
 def test_a_collapsed_codebook_is_an_alarm(corpus, prepared, finished, capsys):
     config, mesh = config_for(corpus), make_mesh(MeshConfig())
     with jax.set_mesh(mesh):
-        trainer = make_codec_trainer(CODEC, config.recipe, 0, mesh)
+        trainer = codec_trainer_of(config, mesh)
         task, state = CodecTask(config, prepared, trainer), finished[1]
         healthy = task.evaluate(6, state, None)
         path = "codec/quantizer/acoustic/codebooks/embed_sum"

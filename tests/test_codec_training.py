@@ -1,5 +1,6 @@
 """Promises of the pieces that Codec training is made of."""
 
+import copy
 import dataclasses
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 import scipy.signal
+from compilations import compilations
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 from tiny import model as tiny_model
@@ -31,8 +33,9 @@ from chroma_jax.training.codec.losses import (
     feature_loss,
     mel_distance,
 )
+from chroma_jax.training.codec.recipe import CodecRecipe, CodecTrainStepConfig
 from chroma_jax.training.codec.spectra import stft
-from chroma_jax.training.codec.step import CodecRecipe, make_codec_trainer
+from chroma_jax.training.codec.step import make_codec_trainer
 from chroma_jax.training.optimizer import OptimizerConfig
 from chroma_jax.utils.tree_paths import values
 from data_pipelines.waves import WaveBatch
@@ -281,13 +284,16 @@ TRAINING = CodecRecipe(
     optimizer=OptimizerConfig(learning_rate=3e-3, b1=0.5, b2=0.9),
     quantizer=q.QuantizerTraining(decay=0.9),
 )
+STEP = CodecTrainStepConfig(CODEC, TRAINING, seed=0)
 
 
 def test_a_codecs_transformers_may_lie_by_rules_of_their_own():
     whole = dataclasses.replace(CODEC, transformer=dataclasses.replace(CODEC.transformer, rules=AxisRules(heads=(), mlp=())))
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     with jax.set_mesh(mesh):
-        divided, undivided = (values(make_codec_trainer(c, CodecRecipe(), 0, mesh).abstract.codec) for c in (CODEC, whole))
+        divided, undivided = (
+            values(make_codec_trainer(CodecTrainStepConfig(c, CodecRecipe(), 0), mesh).abstract.codec) for c in (CODEC, whole)
+        )
     lie = {path: (divided[path].sharding.spec, x.sharding.spec) for path, x in undivided.items()}
     assert lie["encoder_transformer/blocks/fc1/kernel"] == (P(None, "fsdp", "tensor"), P(None, "fsdp", None))
     assert all(ours == theirs for path, (ours, theirs) in lie.items() if "transformer" not in path)
@@ -302,7 +308,7 @@ def speechlike(rows: int, frames: int = 2) -> np.ndarray:
 def trained(mesh_config: MeshConfig, waves: np.ndarray, steps: int):
     mesh = make_mesh(mesh_config)
     with jax.set_mesh(mesh):
-        trainer = make_codec_trainer(CODEC, TRAINING, 0, mesh)
+        trainer = make_codec_trainer(STEP, mesh)
         state, history = trainer.init(), []
         for _ in range(steps):
             state, metrics = trainer.train_step(state, jax.device_put(WaveBatch.of(waves), trainer.batch_sharding))
@@ -330,7 +336,7 @@ def test_what_is_trained_has_moved_and_codebooks_only_by_their_means(run, waves)
     _, state, _ = run
     mesh = make_mesh(MeshConfig())
     with jax.set_mesh(mesh):
-        before = make_codec_trainer(CODEC, TRAINING, 0, mesh).init()
+        before = make_codec_trainer(STEP, mesh).init()
     for name in ("codec", "codebooks", "discriminator"):
         apart = {p: np.abs(x - values(getattr(before, name))[p]).max() for p, x in values(getattr(state, name)).items()}
         still = {p for p, x in apart.items() if x == 0}
@@ -355,6 +361,21 @@ def test_a_batch_gives_the_same_step_on_a_mesh(run, waves):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-3), name
 
 
+def test_equal_configurations_share_their_programs(run, waves):
+    trainer, state, _ = run
+    same = make_codec_trainer(copy.deepcopy(STEP), trainer.mesh)
+    assert same.config == trainer.config and same.config.codec is not trainer.config.codec
+    with jax.set_mesh(trainer.mesh):
+        batch = jax.device_put(WaveBatch.of(waves), trainer.batch_sharding)
+        with compilations() as compiled:
+            trainer.reconstruct(state, batch), trainer.latents(state, batch.input)
+        assert compiled
+        state = jax.tree.map(jnp.copy, state)
+        with compilations() as compiled:
+            same.reconstruct(state, batch), same.latents(state, batch.input), same.train_step(state, batch)
+    assert not compiled
+
+
 def test_waves_with_nan_leave_all_that_is_trained_as_it_is(run, waves):
     """Weights, codebooks, the discriminator, all moments: a step is made as a whole or not at all."""
     trainer, state, history = run
@@ -370,7 +391,7 @@ def test_waves_with_nan_leave_all_that_is_trained_as_it_is(run, waves):
 
 def test_a_trained_codec_is_an_ordinary_codec(run, waves):
     trainer, state, _ = run
-    codec = trainer.module(jax.device_get(state))
+    codec = trainer.codec(jax.device_get(state))
     codes = jax.jit(lambda c, x: c.encode(x))(codec, waves)
     made = jax.jit(lambda c, x: c.decode(x))(codec, codes)
     assert made.shape == waves.shape and jnp.isfinite(made).all()

@@ -32,10 +32,10 @@ from chroma_jax.models.io.hf_config import llama_to_hf, to_hf
 from chroma_jax.models.io.name_tables import ROTARY_PAIRS
 from chroma_jax.models.io.weight_files import abstract_weights, outputs, read_weights
 from chroma_jax.parallel.sharding import MeshConfig, make_mesh
+from chroma_jax.planning.training_step import trainer_of
 from chroma_jax.runs.load import load_run
 from chroma_jax.runs.train import initial_weights
 from chroma_jax.training.checkpoint import Checkpoints
-from chroma_jax.training.state import make_trainer
 from chroma_jax.utils.errors import InputError
 from chroma_jax.utils.tree_paths import values
 
@@ -214,7 +214,7 @@ def test_weights_are_read_straight_to_where_training_keeps_them(source):
     weights = read_weights(rows, plan.accounts[0].header, place(plan))
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        trainer = make_trainer(MODEL, config.optimizer, config.loss, config.precision, 0, mesh)
+        trainer = trainer_of(config, mesh)
     expected = values(trainer.abstract.trained)
     assert weights.keys() == expected.keys()
     for path, x in weights.items():
@@ -390,7 +390,7 @@ def test_training_starts_from_what_was_imported_and_draws_the_rest(checkpoints, 
     run = imported(tmp_path / "run", source)
     mesh = make_mesh(MeshConfig(fsdp=2))
     with jax.set_mesh(mesh):
-        trainer = make_trainer(MODEL, CONFIG.optimizer, CONFIG.loss, CONFIG.precision, 0, mesh)
+        trainer = trainer_of(CONFIG, mesh)
         state = trainer.init(initial_weights(CONFIG, trainer, run))
         fresh = trainer.init()
     assert "drawn at random: audio_embedding, backbone, decoder" in capsys.readouterr().out
@@ -403,7 +403,7 @@ def test_training_refuses_weights_of_another_model_and_says_the_flags(checkpoint
     run = imported(tmp_path / "run", checkpoints["CSM in Sesame's naming"][0])
     mesh = make_mesh(MeshConfig())
     with jax.set_mesh(mesh):
-        trainer = make_trainer(MODEL, CONFIG.optimizer, CONFIG.loss, CONFIG.precision, 0, mesh)
+        trainer = trainer_of(CONFIG, mesh)
         with pytest.raises(InputError, match=r"--model\.backbone\.rope\.scaling llama3 .*--model\.decoder\.rope"):
             initial_weights(CONFIG, trainer, run)
 

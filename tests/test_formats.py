@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 
 from chroma_jax import config as configs
 from chroma_jax.serving.voices import FORMAT, KIND, load_voice
-from chroma_jax.training.runtime.aot_executable import with_executable
+from chroma_jax.training.runtime.aot_executable import load_executable
 from chroma_jax.utils.errors import InputError, check_format
 from data_pipelines import hidden_states
 from data_pipelines.dataset import open_dataset
@@ -74,4 +74,4 @@ def test_an_aot_executable_without_a_format_is_older(tmp_path):
     path = tmp_path / "step.bin"
     path.write_bytes(json.dumps({"topology": "v5e:4x4", "jax": "0.12.0", "config": {}}).encode() + b"\n")
     with pytest.raises(InputError, match=older(2)):
-        with_executable(None, {}, None, path)
+        load_executable(None, {}, None, path)

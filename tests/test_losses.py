@@ -18,7 +18,6 @@ from chroma_jax.runs.train import SpeakingTask, counted_by, train
 from chroma_jax.sequence.batch import is_present
 from chroma_jax.training.loss import Counts, FrameLosses, LossConfig, count, frame_losses, speech_losses
 from chroma_jax.training.metrics import read_lines
-from chroma_jax.training.state import make_trainer
 from chroma_jax.utils.errors import InputError
 
 MODEL = tiny.model()
@@ -133,7 +132,7 @@ def test_weights_that_make_no_sense_are_errors(changes, message):
 def test_a_wrong_number_of_weights_is_an_error_before_anything_is_built():
     config, mesh = replace(tiny.config(), "loss.codebook_weights", (1.0,) * 8), make_mesh(MeshConfig())
     with jax.set_mesh(mesh), pytest.raises(InputError, match="codebook_weights has 8 weights, model.num_codebooks is 4"):
-        make_trainer(config.model, config.optimizer, config.loss, config.precision, 0, mesh)
+        trainer_of(config, mesh)
 
 
 def test_evaluation_weights_each_metric_by_its_own_targets(tiny_prepared, monkeypatch):
@@ -207,7 +206,7 @@ def test_a_step_with_a_prompt_loss_has_its_metrics_and_counts():
     with jax.set_mesh(mesh):
         trainer = trainer_of(config, mesh)
         shapes = abstract_batch(config, trainer)
-        _, metrics = jax.eval_shape(trainer.train_step, trainer.abstract, shapes)
+        _, metrics = trainer.trace(shapes).out_info
     assert shapes.target_codes.shape == (8, 48 + 20, 4)
     assert metrics["prompt_nll"].shape == metrics["nll"].shape == metrics["prompt_accuracy"].shape == (4,)
     c0 = np.full((2, 68, 4), -1, np.int32)

@@ -8,9 +8,9 @@ from flax import nnx
 from tiny import replace
 
 from chroma_jax.parallel.sharding import MeshConfig, make_mesh
+from chroma_jax.planning.training_step import trainer_of
 from chroma_jax.runs.train import place
 from chroma_jax.training.optimizer import OptimizerConfig, newton_schulz, orthogonalise
-from chroma_jax.training.state import make_trainer
 from chroma_jax.utils.tree_paths import values
 from data_pipelines.records import batches
 
@@ -24,7 +24,7 @@ def batch(tiny_prepared):
 def trained(config, mesh_config, batch, steps: int):
     mesh = make_mesh(mesh_config)
     with jax.set_mesh(mesh):
-        trainer = make_trainer(config.model, config.optimizer, config.loss, config.precision, config.training.seed, mesh)
+        trainer = trainer_of(config, mesh)
         state, losses = trainer.init(), []
         for _ in range(steps):
             state, metrics = trainer.train_step(state, place(batch, trainer))

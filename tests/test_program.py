@@ -10,7 +10,7 @@ from tiny import replace
 from chroma_jax.cli.main import main
 from chroma_jax.parallel.sharding import MeshConfig, make_mesh
 from chroma_jax.planning.training_step import abstract_batch, compiled_from, trainer_of
-from chroma_jax.training.runtime.aot_executable import save_executable, with_executable
+from chroma_jax.training.runtime.aot_executable import load_executable, save_executable
 from chroma_jax.utils.chips import compiling_afresh
 from chroma_jax.utils.errors import InputError
 from data_pipelines.records import batches
@@ -25,7 +25,7 @@ def saved(tiny_prepared, tmp_path_factory):
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh), compiling_afresh():
         trainer = trainer_of(config, mesh)
-        compiled = trainer.train_step.lower(trainer.abstract, abstract_batch(config, trainer)).compile()
+        compiled = trainer.trace(abstract_batch(config, trainer)).lower().compile()
         save_executable(compiled, compiled_from(config), "four CPU devices", path)
     return config, data, compiled, path
 
@@ -35,9 +35,9 @@ def test_it_computes_what_the_configuration_says(saved):
     mesh, found = make_mesh(config.mesh), {}
     t = config.training
     with jax.set_mesh(mesh):
-        ours = trainer_of(config, mesh)
-        loaded = with_executable(ours, compiled_from(config), abstract_batch(config, ours), path)
-        for name, trainer in (("compiled", ours._replace(train_step=compiled)), ("loaded", loaded)):
+        trainer = trainer_of(config, mesh)
+        loaded = load_executable(trainer, compiled_from(config), abstract_batch(config, trainer), path)
+        for name, train_step in (("compiled", compiled), ("loaded", loaded)):
             state, reader = (
                 trainer.init(),
                 batches(data, "train", config.model, global_batch_size=t.global_batch_size, seed=t.seed),
@@ -45,7 +45,7 @@ def test_it_computes_what_the_configuration_says(saved):
             losses = []
             for _ in range(3):
                 batch = jax.device_put(next(reader), trainer.batch_sharding)
-                state, metrics = trainer.train_step(state, batch)
+                state, metrics = train_step(state, batch)
                 losses.append(float(metrics["loss"]))
             found[name] = losses
     np.testing.assert_array_equal(found["loaded"], found["compiled"])
@@ -59,7 +59,7 @@ def test_another_configuration_is_refused_and_what_differs_is_named(saved):
     with jax.set_mesh(mesh):
         trainer = trainer_of(other, mesh)
         with pytest.raises(InputError, match=r"compiled for something else: optimizer.learning_rate .* there, 0.5 here"):
-            with_executable(trainer, compiled_from(other), abstract_batch(other, trainer), path)
+            load_executable(trainer, compiled_from(other), abstract_batch(other, trainer), path)
 
 
 def test_what_a_step_does_not_depend_on_may_differ(saved):
@@ -68,10 +68,7 @@ def test_what_a_step_does_not_depend_on_may_differ(saved):
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         trainer = trainer_of(longer, mesh)
-        assert (
-            with_executable(trainer, compiled_from(longer), abstract_batch(longer, trainer), path).train_step
-            is not trainer.train_step
-        )
+        assert callable(load_executable(trainer, compiled_from(longer), abstract_batch(longer, trainer), path))
 
 
 @pytest.mark.parametrize("content", [b"", b"no program\n", b'{"jax": "0"}\nrest'])
@@ -83,7 +80,7 @@ def test_a_file_that_is_none_is_named(saved, tmp_path, content):
     with jax.set_mesh(mesh):
         trainer = trainer_of(config, mesh)
         with pytest.raises(InputError, match="not a file that plan --aot_executable wrote"):
-            with_executable(trainer, compiled_from(config), abstract_batch(config, trainer), path)
+            load_executable(trainer, compiled_from(config), abstract_batch(config, trainer), path)
 
 
 def test_a_codec_has_none(tmp_path, capsys):

@@ -1,5 +1,6 @@
 """What training promises: the mesh does not matter, an interruption does not matter, frozen parts cost nothing."""
 
+import copy
 import itertools
 import json
 import os
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compilations import compilations
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 from tiny import replace
@@ -31,7 +33,6 @@ from chroma_jax.training.checkpoint import Checkpoints
 from chroma_jax.training.loss import LossConfig, choose_frames, cross_entropy, ctc_loss, frame_losses, text_losses
 from chroma_jax.training.metrics import read_lines
 from chroma_jax.training.optimizer import OptimizerConfig, split_trainable
-from chroma_jax.training.state import make_trainer
 from chroma_jax.utils.errors import InputError
 from chroma_jax.utils.tree_paths import values
 from data_pipelines.records import batches
@@ -43,16 +44,12 @@ def batch(tiny_prepared):
     return next(batches(prepared, "train", config.model, global_batch_size=8, seed=0))
 
 
-def trainer_on(config, mesh):
-    return make_trainer(config.model, config.optimizer, config.loss, config.precision, config.training.seed, mesh)
-
-
 @pytest.fixture(scope="module")
 def weights(tiny_prepared) -> dict[str, np.ndarray]:
     """As one device draws them: a program of its own for every mesh would take longer to compile than most tests."""
     mesh = make_mesh(MeshConfig())
     with jax.set_mesh(mesh):
-        state = trainer_on(tiny_prepared[0], mesh).init()
+        state = trainer_of(tiny_prepared[0], mesh).init()
     return jax.device_get(values(state.trained) | values(state.frozen))
 
 
@@ -64,7 +61,7 @@ def started(trainer, weights):
 def evaluated(config, mesh_config, batch, weights) -> dict:
     mesh = make_mesh(mesh_config)
     with jax.set_mesh(mesh):
-        trainer = trainer_on(config, mesh)
+        trainer = trainer_of(config, mesh)
         return jax.device_get(trainer.eval_step(started(trainer, weights), place(batch, trainer)))
 
 
@@ -93,7 +90,7 @@ def test_a_batch_has_the_same_loss_on_every_mesh(tiny_prepared, batch, weights, 
 def test_weights_are_drawn_the_same_on_every_mesh(tiny_prepared, weights):
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     with jax.set_mesh(mesh):
-        state = trainer_on(tiny_prepared[0], mesh).init()
+        state = trainer_of(tiny_prepared[0], mesh).init()
     for path, x in (values(state.trained) | values(state.frozen)).items():
         np.testing.assert_allclose(x, weights[path], rtol=1e-6, err_msg=path)  # how a product is rounded differs
 
@@ -251,7 +248,7 @@ def test_a_reasoner_is_trained_alone_without_computing_the_rest(tiny_prepared, b
     config = replace(config, "optimizer.freeze", ("backbone", "decoder", "audio_embedding"))
     mesh = make_mesh(MeshConfig())
     with jax.set_mesh(mesh):
-        trainer = trainer_on(config, mesh)
+        trainer = trainer_of(config, mesh)
         _, metrics = trainer.train_step(started(trainer, weights), place(batch, trainer))
     assert "c0_loss" not in metrics and metrics["text_loss"] > 0 and metrics["ctc_loss"] > 0
     expected = metrics["text_loss"] + 0.5 * metrics["ctc_loss"]
@@ -281,7 +278,7 @@ def test_frozen_parts_have_no_gradient_and_no_moments(tiny_prepared, batch, weig
     config = replace(config, "optimizer.freeze", ("reasoner/", "backbone/model/blocks/attention"))
     mesh = make_mesh(MeshConfig())
     with jax.set_mesh(mesh):
-        trainer = trainer_on(config, mesh)
+        trainer = trainer_of(config, mesh)
         state = started(trainer, weights)
         frozen, trained = jax.device_get((state.frozen, state.trained))
         size = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
@@ -308,7 +305,7 @@ def test_parts_may_lie_by_rules_of_their_own(tiny_prepared, batch, weights, loss
     config = replace(config, "model.reasoner.text.rules", AxisRules(sequence=(), heads=()))
     mesh = make_mesh(MeshConfig(fsdp=2, tensor=2, context=2))
     with jax.set_mesh(mesh):
-        trainer = trainer_on(config, mesh)
+        trainer = trainer_of(config, mesh)
         state = started(trainer, weights)
         lie = {path: x.sharding.spec for path, x in values(state.trained).items()}
         gate = "model/blocks/gate/kernel"
@@ -451,16 +448,33 @@ def test_no_step_is_compiled_twice(tiny_prepared, batch):
     config, _ = tiny_prepared
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     with jax.set_mesh(mesh):
-        trainer = trainer_on(config, mesh)
-        state = trainer.init()
-        for _ in range(3):
-            state, _ = trainer.train_step(state, place(batch, trainer))
-        assert trainer.train_step._cache_size() == 1
+        trainer = trainer_of(config, mesh)
+        rows = place(batch, trainer)
+        state, _ = trainer.train_step(trainer.init(), rows)
+        with compilations() as compiled:
+            for _ in range(2):
+                state, _ = trainer.train_step(state, rows)
+        assert not compiled
         # what is restored must fit what is trained: abstract and real states agree in shape, type and place
         same = jax.tree.map(
             lambda a, x: (a.shape, a.dtype, a.sharding) == (x.shape, x.dtype, x.sharding), trainer.abstract, state
         )
         assert all(jax.tree.leaves(same))
+
+
+def test_equal_configurations_share_their_programs(tiny_prepared, batch, weights):
+    config, mesh = tiny_prepared[0], make_mesh(MeshConfig())
+    with jax.set_mesh(mesh):
+        first, second = trainer_of(config, mesh), trainer_of(copy.deepcopy(config), mesh)
+        assert first.config == second.config and first.config.model is not second.config.model
+        rows, states = place(batch, first), [started(trainer, weights) for trainer in (first, second)]
+        with compilations() as compiled:
+            metrics = first.eval_step(states[0], rows), first.train_step(states[0], rows)[1]
+        assert compiled
+        with compilations() as compiled:
+            again = second.eval_step(states[1], rows), second.train_step(states[1], rows)[1]
+        assert not compiled
+    jax.tree.map(np.testing.assert_array_equal, metrics, again)
 
 
 def test_a_run_s_audio_encoder_teaches_a_codec(tiny_prepared, straight):

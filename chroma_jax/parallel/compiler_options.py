@@ -1,4 +1,7 @@
-"""What the compiler is told when it compiles a training step, by `train` and `plan` alike."""
+"""Compiler options of a training step, by chip. `train` and `plan` compile with the same ones."""
+
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -43,3 +46,26 @@ def options(device: jax.Device, compute: jnp.dtype) -> dict[str, str | int | boo
         return {}
     more = (found for kind, found in BY_KIND.items() if device.device_kind.startswith(kind))
     return TPU | next(more, {})
+
+
+def jit_step(
+    step: Callable, device: jax.Device, compute: jnp.dtype, static_argnames: tuple[str, ...] = ("config",)
+) -> jax.stages.Wrapped:
+    """Compiles a training step as it runs on a mesh of such devices.
+
+    Args:
+        step: A module-level function. Its first argument, the state, is donated.
+        device: Any device of the mesh.
+        compute: Dtype of the matmuls.
+        static_argnames: Arguments that are hashable and compiled in.
+
+    Returns:
+        The jitted function, one per process for equal compiler options. Calls with equal static arguments, and arguments of
+        equal shapes and shardings, share one compilation.
+    """
+    return _jit_step(step, static_argnames, tuple(options(device, compute).items()))
+
+
+@functools.cache
+def _jit_step(step: Callable, static_argnames: tuple[str, ...], compiler_options: tuple) -> jax.stages.Wrapped:
+    return jax.jit(step, static_argnames=static_argnames, donate_argnums=0, compiler_options=dict(compiler_options))

@@ -16,9 +16,9 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 from chroma_jax.config import CodecRun, Config
 from chroma_jax.parallel.sharding import MESH_AXES, MeshConfig, make_mesh
 from chroma_jax.planning import hlo, kernels
-from chroma_jax.planning.training_step import abstract_batch, step_flops, trainer_of
+from chroma_jax.planning.training_step import abstract_batch, codec_trainer_of, step_flops, trainer_of
 from chroma_jax.training.codec.distillation import Teacher
-from chroma_jax.training.codec.step import Phase, make_codec_trainer
+from chroma_jax.training.codec.recipe import Phase
 from chroma_jax.training.flops import counted
 from chroma_jax.utils.chips import Chip, Topology, compile_only_devices, compiling_afresh, ring_bandwidth
 from chroma_jax.utils.errors import InputError
@@ -179,7 +179,7 @@ def plan_training(config: Config, topology: Topology, *, effort: str = "full") -
         trainer = trainer_of(config, mesh)
         batch, state = abstract_batch(config, trainer), trainer.abstract
         return planned(
-            trainer.train_step.trace(state, batch),
+            trainer.trace(batch),
             {"trained": state.trained, "frozen": state.frozen, "optimizer": (state.step, state.optimizer), "batch": batch},
             topology,
             mesh,
@@ -202,11 +202,11 @@ def plan_codec(
     phase = Phase(quantized=last >= recipe.quantizer_start_step, adversarial=last >= recipe.discriminator_start_step)
     parts = {"quantizer": phase.quantized, "discriminator": phase.adversarial, "teacher": teacher is not None}
     with jax.set_mesh(mesh):
-        trainer = make_codec_trainer(model, recipe, config.training.seed, mesh, teacher, config.training.skip_step_grad_norm)
+        trainer = codec_trainer_of(config, mesh, teacher)
         shape = (rows, frames * model.samples_per_frame)
         shapes, state = WaveBatch(shape, shape, shape[:1]), trainer.abstract
         batch = WaveBatch(*(jax.ShapeDtypeStruct(s, np.float32, sharding=x) for s, x in zip(shapes, trainer.batch_sharding)))
-        traced = trainer.train_step.trace(state, batch, phase)
+        traced = trainer.trace(batch, phase)
         return planned(
             traced,
             {

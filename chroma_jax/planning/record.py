@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Literal
 
+import jax
 import tyro
 from tqdm import tqdm
 from tyro.conf import Positional
@@ -47,6 +48,7 @@ def record(path: Path, names: list[str], effort: str) -> None:
             found = plan_step(read_config(name), topology, effort=effort)[0].json()
         except DoesNotFit as e:
             found = {"does_not_fit": {"needed": e.needed, "capacity": e.capacity}}
+        jax.clear_caches()  # JAX keeps traced steps by configuration, and no plan comes twice
         entry = {"config": name, "effort": effort, "date": datetime.date.today().isoformat(), "plan": found}
         kept = json.loads(path.read_text()) if path.exists() else []
         kept = [e for e in kept if (e["config"], e["effort"]) != (name, effort)] + [entry]

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterator
 
+import jax
 from tqdm import tqdm
 
 from chroma_jax.config import Config
@@ -26,6 +27,7 @@ def search(config: Config, topology: Topology) -> list[tuple[str, TrainingPlan |
             found.append((name, e))
         except InputError as e:
             tqdm.write(f"{name}: {e}")
+        jax.clear_caches()  # JAX keeps traced steps by configuration, and no candidate comes twice
     return found
 
 

@@ -7,10 +7,13 @@ import jax
 from jax.sharding import Mesh
 
 from chroma_jax import config as configs
-from chroma_jax.config import Config
+from chroma_jax.config import CodecRun, Config
 from chroma_jax.sequence.batch import empty_batch
 from chroma_jax.training import flops
-from chroma_jax.training.state import Trainer, make_trainer
+from chroma_jax.training.codec.distillation import Teacher
+from chroma_jax.training.codec.recipe import CodecTrainStepConfig
+from chroma_jax.training.codec.step import CodecTrainer, make_codec_trainer
+from chroma_jax.training.step import Trainer, TrainStepConfig, make_trainer
 from chroma_jax.utils.tree_paths import values
 
 # Fields of a configuration that a program does not depend on.
@@ -31,14 +34,25 @@ def compiled_from(config: Config) -> dict[str, Any]:
 
 
 def trainer_of(config: Config, mesh: Mesh) -> Trainer:
-    """What a configuration's run is made of, on a mesh, which must be set."""
+    """The trainer of a configuration on a mesh, which must be set (``jax.set_mesh``)."""
     c, t = config, config.training
-    more = {
-        "gradient_accumulation_steps": t.gradient_accumulation_steps,
-        "lora": c.lora,
-        "skip_step_grad_norm": t.skip_step_grad_norm,
-    }
-    return make_trainer(c.model, c.optimizer, c.loss, c.precision, t.seed, mesh, **more)
+    step = TrainStepConfig(
+        model=c.model,
+        optimizer=c.optimizer,
+        loss=c.loss,
+        precision=c.precision,
+        seed=t.seed,
+        gradient_accumulation_steps=t.gradient_accumulation_steps,
+        lora=c.lora,
+        skip_step_grad_norm=t.skip_step_grad_norm,
+    )
+    return make_trainer(step, mesh)
+
+
+def codec_trainer_of(config: CodecRun, mesh: Mesh, teacher: Teacher | None = None) -> CodecTrainer:
+    """The same for a Codec. ``teacher`` is what ``config.recipe.teacher`` names."""
+    t = config.training
+    return make_codec_trainer(CodecTrainStepConfig(config.model, config.recipe, t.seed, teacher, t.skip_step_grad_norm), mesh)
 
 
 def abstract_batch(config: Config, trainer: Trainer):

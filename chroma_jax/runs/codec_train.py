@@ -21,11 +21,14 @@ from chroma_jax.models.codec import CodecConfig, FitConfig, fit_quantizer
 from chroma_jax.parallel.multihost import data_shard, log
 from chroma_jax.parallel.progress import Progress
 from chroma_jax.parallel.sharding import make_mesh
+from chroma_jax.planning.training_step import codec_trainer_of
 from chroma_jax.runs.codec_teacher import load_teacher
 from chroma_jax.runs.run_folder import check_run, has_checkpoint, keep
 from chroma_jax.training.checkpoint import Checkpoints
 from chroma_jax.training.codec.quantize import perplexity
-from chroma_jax.training.codec.step import CodecTrainer, CodecTrainState, Phase, make_codec_trainer
+from chroma_jax.training.codec.recipe import Phase
+from chroma_jax.training.codec.state import CodecTrainState
+from chroma_jax.training.codec.step import CodecTrainer, Metrics
 from chroma_jax.training.loop import check_batch, train_on
 from chroma_jax.training.metrics import MetricsWriter
 from chroma_jax.utils.errors import InputError
@@ -69,7 +72,7 @@ def train_codec(
     teacher = load_teacher(config.recipe.teacher, config.model.sampling_rate)
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        trainer = make_codec_trainer(config.model, config.recipe, t.seed, mesh, teacher, t.skip_step_grad_norm)
+        trainer = codec_trainer_of(config, mesh, teacher)
         given = init_from if init_from is not None and not has_checkpoint(run) else None
         weights = {} if given is None else initial_weights(config, trainer, given)
         keep(config, run, [])
@@ -150,7 +153,7 @@ class CodecTask:
     def place(self, batch: WaveBatch) -> WaveBatch:
         return jax.tree.map(jax.make_array_from_process_local_data, self.trainer.batch_sharding, batch)
 
-    def step(self, step: int, state: CodecTrainState, batch: WaveBatch) -> tuple[CodecTrainState, dict[str, jax.Array]]:
+    def step(self, step: int, state: CodecTrainState, batch: WaveBatch) -> tuple[CodecTrainState, Metrics]:
         if step == self.config.recipe.quantizer_start_step > 0:
             state = self.fitted(step, state)
         return self.trainer.train_step(state, batch, self.phase(step))
@@ -161,7 +164,7 @@ class CodecTask:
         data, found, wanted = self.batches(step), [], FRAMES_PER_CODE * model.codebook_size
         while sum(map(len, found)) < wanted:
             found.append(np.asarray(self.trainer.latents(state, self.place(next(data)).input)).reshape(-1, model.hidden_size))
-        graph, whole = nnx.split(self.trainer.module(state))
+        graph, whole = nnx.split(self.trainer.codec(state))
         here = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), self.whole(whole))
         fit = FitConfig(semantic="trained" if self.config.recipe.teacher else "components")
         weights = values(nnx.state(fit_quantizer(nnx.merge(graph, here), np.concatenate(found), t.seed, fit)), "codec/")
@@ -190,19 +193,19 @@ class CodecTask:
         distances, scores, first, matches = [], [], [], []
         counts = np.zeros((model.num_codebooks, model.codebook_size))
         for batch, samples in held_out(self.prepared, model, self.config.data, **share):
-            heard = jax.device_get(self.trainer.hear(state, self.place(batch), phase))
+            reconstruction = jax.device_get(self.trainer.reconstruct(state, self.place(batch), phase))
             real, lengths = self.everywhere(batch.input), self.everywhere(samples)
             for row in np.flatnonzero(lengths):
                 n = lengths[row]
-                distances.append(heard.distance[row])
+                distances.append(reconstruction.mel_distance[row])
                 if importlib.util.find_spec("pystoi") is not None:
-                    scores.append(stoi(real[row, :n], heard.made[row, :n], model.sampling_rate))
-                original, made = (pitch(wave[row, :n], model.sampling_rate) for wave in (real, heard.made))
+                    scores.append(stoi(real[row, :n], reconstruction.wave[row, :n], model.sampling_rate))
+                original, made = (pitch(wave[row, :n], model.sampling_rate) for wave in (real, reconstruction.wave))
                 matches.append(match_pitch(original, made))
-                for level, codes in enumerate(heard.codes[row, : model.num_frames(n)].T):
+                for level, codes in enumerate(reconstruction.codes[row, : model.num_frames(n)].T):
                     counts[level] += np.bincount(codes, minlength=model.codebook_size)
                 if len(first) < 3:
-                    first.append((real[row, :n], heard.made[row, :n]))
+                    first.append((real[row, :n], reconstruction.wave[row, :n]))
         for i, (real, made) in enumerate(first if writer is not None else []):
             sounds = {"made": made} | ({"real": real} if step == 0 else {})
             for name, wave in sounds.items():

@@ -5,7 +5,7 @@ import, and what that does not have, or all, is drawn at random.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -26,8 +26,9 @@ from chroma_jax.training.loop import check_batch, train_on
 from chroma_jax.training.lora import MARK, restore_merged
 from chroma_jax.training.metrics import MetricsWriter, flat
 from chroma_jax.training.optimizer import split_trainable
-from chroma_jax.training.runtime.aot_executable import with_executable
-from chroma_jax.training.state import Trainer, TrainState
+from chroma_jax.training.runtime.aot_executable import load_executable
+from chroma_jax.training.state import TrainState
+from chroma_jax.training.step import Metrics, Trainer
 from chroma_jax.utils.errors import InputError
 from chroma_jax.utils.tree_paths import values
 from data_pipelines.dataset import open_dataset
@@ -75,14 +76,15 @@ def train(
     check_run(config, run)
     with jax.set_mesh(mesh):
         trainer = trainer_of(config, mesh)
+        train_step = trainer.train_step
         if aot_executable is not None:
-            trainer = with_executable(trainer, compiled_from(config), abstract_batch(config, trainer), aot_executable)
+            train_step = load_executable(trainer, compiled_from(config), abstract_batch(config, trainer), aot_executable)
         given = init_from if init_from is not None and not has_checkpoint(run) else None
         if given is not None:
             check_tokenizer(dataset_dir, given)
         weights = {} if given is None else initial_weights(config, trainer, given)
         keep(config, run, kept(dataset_dir, given))
-        task = SpeakingTask(config, dataset_dir, trainer)
+        task = SpeakingTask(config, dataset_dir, trainer, train_step)
         return train_on(task, config, run, trainer.abstract, lambda: trainer.init(weights), progress)
 
 
@@ -114,7 +116,7 @@ def initial_weights(config: Config, trainer: Trainer, start: Path) -> dict[str, 
     """
     source = configs.load(start)
     before, now = configs.fields(source.model), configs.fields(config.model)
-    wanted = values(trainer.abstract.trained) | values(trainer.abstract.frozen)
+    wanted = trainer.abstract.weights()
     with Checkpoints(start, config.checkpoint, access="read") as checkpoints:
         held = checkpoints.held().keys() & wanted.keys()
         parts = {path.split("/")[0] for path in held}
@@ -162,8 +164,9 @@ class SpeakingTask:
 
     shown = ("c0_loss", "residual_loss", "text_loss", "ctc_loss")
 
-    def __init__(self, config: Config, prepared: Path, trainer: Trainer):
-        self.config, self.prepared, self.trainer = config, prepared, trainer
+    def __init__(self, config: Config, prepared: Path, trainer: Trainer, train_step: Callable):
+        """``train_step`` is `Trainer.train_step`, or the same step compiled ahead of time."""
+        self.config, self.prepared, self.trainer, self.train_step = config, prepared, trainer, train_step
         self.share = data_shard(trainer.batch_sharding, config.training.global_batch_size)
         self.reading = {"reasoner": config.loss.reasoner, "prompt_frames": config.loss.prompt_slots}
         self.step_flops = sum(step_flops(config, trainer))
@@ -179,8 +182,8 @@ class SpeakingTask:
     def place(self, batch: Batch) -> Batch:
         return place(batch, self.trainer)
 
-    def step(self, step: int, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        return self.trainer.train_step(state, batch)
+    def step(self, step: int, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        return self.train_step(state, batch)
 
     def evaluate(self, step: int, state: TrainState, writer: MetricsWriter | None) -> dict[str, float]:
         """Means over the valid split, each loss weighted by its own number of targets."""

@@ -95,6 +95,15 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     return optax.chain(clipped(c.grad_clip_norm), kinds[c.kind])
 
 
+def update_weights(
+    config: OptimizerConfig, gradient: nnx.State, moments: optax.OptState, weights: nnx.State
+) -> tuple[nnx.State, optax.OptState]:
+    """One step of the optimizer → (weights, moments)."""
+    with jax.named_scope("optimizer"):
+        updates, moments = make_optimizer(config).update(gradient, moments, weights)
+        return optax.apply_updates(weights, updates), moments
+
+
 def clipped(norm: float) -> optax.GradientTransformation:
     """Updates of a larger norm, all together, are scaled down to it, as by `optax.clip_by_global_norm`."""
 

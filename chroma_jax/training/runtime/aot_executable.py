@@ -6,14 +6,16 @@ what is in it, as loading any program does: use your own.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax.experimental import serialize_executable
 
-from chroma_jax.training.state import Trainer
+from chroma_jax.sequence.batch import Batch
+from chroma_jax.training.state import TrainState
+from chroma_jax.training.step import Metrics, Trainer
 from chroma_jax.utils.errors import InputError, check_format
 
 FORMAT = 2  # format 1 has other names of fields and no version
@@ -29,12 +31,20 @@ def save_executable(compiled: jax.stages.Compiled, config: Mapping[str, Any], to
     aside.replace(path)
 
 
-def with_executable(trainer: Trainer, config: Mapping[str, Any], batch, path: Path) -> Trainer:
-    """The trainer with the training step of a file in place of one that is yet to be compiled. config: as for `save_executable`.
-    batch: shapes of a global one.
+def load_executable(
+    trainer: Trainer, config: Mapping[str, Any], batch: Batch, path: Path
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """Loads a compiled training step, which replaces `Trainer.train_step`.
 
-    Raises: InputError for a file that is none, or was compiled from another configuration or by another version of JAX; it says
-    what differs.
+    Args:
+        trainer: Of the run.
+        config: As for `save_executable`.
+        batch: Shapes of a global batch.
+        path: The file.
+
+    Raises:
+        InputError: The file is none, or was compiled from another configuration or by another version of JAX; the message names
+            what differs.
     """
     try:
         first, payload = path.read_bytes().split(b"\n", 1)
@@ -52,10 +62,9 @@ def with_executable(trainer: Trainer, config: Mapping[str, Any], batch, path: Pa
     if apart:
         raise InputError(f"--aot_executable {path}: compiled for something else: {'; '.join(apart[:5])}")
     arguments = jax.tree.structure(((trainer.abstract, batch), {}))
-    results = jax.tree.structure(jax.eval_shape(trainer.train_step, trainer.abstract, batch))
+    results = jax.tree.structure(trainer.trace(batch).out_info)
     devices = list(jax.sharding.get_mesh().devices.flat)
     try:
-        step = serialize_executable.deserialize_and_load(payload, arguments, results, execution_devices=devices)
+        return serialize_executable.deserialize_and_load(payload, arguments, results, execution_devices=devices)
     except Exception as e:  # XLA's own, by platform
         raise InputError(f"--aot_executable {path}: these devices do not take it: {str(e).splitlines()[0][:300]}") from e
-    return trainer._replace(train_step=step)
