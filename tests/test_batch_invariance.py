@@ -25,7 +25,7 @@ from chroma_jax.inference.generator import Generator, counted_compilations
 from chroma_jax.inference.prompt import stack
 from chroma_jax.inference.sampling import Sampling
 from chroma_jax.inference.state import Capacity, StreamState
-from chroma_jax.layers.attention import KVCache
+from chroma_jax.layers.kv_cache import KVCache
 from chroma_jax.models.chroma import Chroma
 from chroma_jax.models.codec import Codec
 from chroma_jax.sequence.interleave import NONE_TOKEN, opens_pair

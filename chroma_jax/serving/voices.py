@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 from chroma_jax.inference.prompt import voice_sequence
 from chroma_jax.inference.slots import BatchState, VoiceChunk, padded
-from chroma_jax.layers.attention import KVCache
+from chroma_jax.layers.kv_cache import KVCache
 from chroma_jax.models.chroma import Chroma
 from chroma_jax.models.codec import Codec
 from chroma_jax.models.codec.voice_encoder import ChunkedEncoder
