@@ -1,7 +1,7 @@
 """Causal attention within segments for processors that have no kernel: queries in blocks, each with the keys up to its end, no
 more scores than a cache holds at a time, and a gradient that computes them again (Dao et al., arXiv 2205.14135). Scores are
 float32 also where all else is 16 bits wide; gradients are then summed in float32 over what pieces of queries give in 16 bits.
-`chroma_jax.layers.attention_backends.xla` computes the same plainly.
+`chroma_jax.layers.xla_attention.attend` computes the same plainly.
 
 Products are written with the axis that they sum over last in both factors, or with the narrow factor first: XLA's products on
 processors are two to three times slower otherwise, or copy the scores transposed.

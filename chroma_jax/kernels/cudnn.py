@@ -1,4 +1,4 @@
-"""Causal attention within segments by cuDNN's fused kernel, for NVIDIA's GPUs. `chroma_jax.layers.attention_backends.xla`
+"""Causal attention within segments by cuDNN's fused kernel, for NVIDIA's GPUs. `chroma_jax.layers.xla_attention.attend`
 computes the same plainly."""
 
 import jax

@@ -1,6 +1,6 @@
 """Attention of a few new positions over a cache, by a kernel for TPU (Pallas). Scores stay in the chip's vector memory, and of
 the cache nothing is read behind the last entry that a sequence sees.
-`chroma_jax.layers.attention_backends.xla_cached` computes the same plainly.
+`chroma_jax.layers.xla_attention.attend_cached` computes the same plainly.
 
 A step's instruction words, by the compiler's schedule, take less time than the megabyte of keys and values that it reads.
 """

@@ -1,6 +1,6 @@
 """Attention within short rows that see all of themselves, as the audio encoder's blocks do, by a kernel for TPU (Pallas). Scores
 stay in the chip's vector memory, and heads stay beside each other, as products leave them: the compiler would turn queries, keys,
-values and results around, which takes longer. `chroma_jax.layers.attention_backends.xla` computes the same plainly.
+values and results around, which takes longer. `chroma_jax.layers.xla_attention.attend` computes the same plainly.
 """
 
 import functools

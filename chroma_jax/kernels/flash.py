@@ -3,7 +3,7 @@ lanes: nothing is turned around before or after, and heads of 64 are not filled 
 2205.14135). The scores of a block lie keys down, queries across, so that sums over keys are sums of registers, and no scores are
 ever turned. Blocks whose segments cannot meet are left out, those inside one segment need no mask.
 
-`chroma_jax.layers.attention_backends.xla` computes the same plainly. `chroma_jax.kernels.splash` takes what these kernels cannot.
+`chroma_jax.layers.xla_attention.attend` computes the same plainly. `chroma_jax.kernels.splash` takes what these kernels cannot.
 """
 
 import functools

@@ -1,5 +1,5 @@
 """Causal attention within segments by the TPU kernel that JAX brings (Pallas, "splash attention"): no matrix of scores is stored,
-and blocks that nothing may see are not computed. `chroma_jax.layers.attention_backends.xla` computes the same plainly.
+and blocks that nothing may see are not computed. `chroma_jax.layers.xla_attention.attend` computes the same plainly.
 """
 
 import functools
