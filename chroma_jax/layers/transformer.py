@@ -25,7 +25,7 @@ from chroma_jax.layers.rope import RopeConfig
 from chroma_jax.parallel.sharding import RULES, AxisRules
 
 Remat = Literal["none", "dots", "attention", "full"]
-DOTS = ("dots", SAVED)  # named where they are made: here, in `attention`, `flash` and `splash`
+DOTS = ("dots", SAVED)  # named where they are computed: here, in `attention`, `xla_attention` and the kernels
 
 
 def rematerialise(body, policy: Remat):
