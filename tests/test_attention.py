@@ -11,13 +11,11 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from chroma_jax.kernels import barriers as fusion
-from chroma_jax.kernels import chunked_attention as blocks
-from chroma_jax.kernels import cudnn
-from chroma_jax.layers import attention, rope
+from chroma_jax.kernels import barriers, chunked_attention, cudnn
+from chroma_jax.layers import attention_backends, rope
+from chroma_jax.layers.attention_mask import AttentionMask
 from chroma_jax.layers.transformer import Llama, LlamaConfig
 from chroma_jax.parallel.sharding import MeshConfig, make_mesh
-from chroma_jax.utils.errors import InputError
 
 ROWS, POSITIONS, KV, GROUP, WIDTH = 4, 384, 2, 2, 16
 # float32 sums in another order; the kernel's running maximum rescales them once a block
@@ -38,9 +36,13 @@ def given():
     return q, k, v, segments, draw(*q.shape)
 
 
+def attend(kernel, q, k, v, segments):
+    return attention_backends.attend(q, k, v, AttentionMask(segments=segments), kernel)
+
+
 def value_and_gradients(kernel, q, k, v, segments, towards):
     def projected(q, k, v):
-        out = attention.attend(q, k, v, attention.packed(segments, kernel))
+        out = attend(kernel, q, k, v, segments)
         kept = (segments > 0)[:, :, None, None, None]  # what padding sees is nobody's business
         return jnp.sum(jnp.where(kept, out * towards, 0)), jnp.where(kept, out, 0)
 
@@ -93,10 +95,10 @@ def test_a_stack_computes_the_same_and_keeps_what_it_should(given):
     for kernel, remat in (("xla", "none"), ("chunked", "full"), ("splash", "attention")):
         graph, state = nnx.split(Llama(nnx.Rngs(0), dataclasses.replace(sizes, attention=kernel, remat=remat)))
 
-        def total(state, x, graph=graph, kernel=kernel):
+        def total(state, x, graph=graph):
             return jnp.sum(
                 jnp.where(
-                    segments[..., None] > 0, nnx.merge(graph, state)(x, position, attention.packed(segments, kernel)) * towards, 0
+                    segments[..., None] > 0, nnx.merge(graph, state)(x, position, AttentionMask(segments=segments)) * towards, 0
                 )
             )
 
@@ -110,12 +112,9 @@ def test_a_stack_computes_the_same_and_keeps_what_it_should(given):
 def test_blocks_leave_out_what_is_later(given):
     """What is computed with a value that is no number is none; what leaves it out is."""
     q, k, v, segments, _ = given
-    v = np.where(np.arange(POSITIONS)[:, None, None] < blocks.BLOCK, v, np.nan)
-    known = {
-        kernel: np.isfinite(jax.jit(lambda *x, kernel=kernel: attention.attend(*x, attention.packed(segments, kernel)))(q, k, v))
-        for kernel in ("xla", "chunked")
-    }
-    assert known["chunked"][:, : blocks.BLOCK].all()
+    v = np.where(np.arange(POSITIONS)[:, None, None] < chunked_attention.BLOCK, v, np.nan)
+    known = {kernel: np.isfinite(jax.jit(attend, static_argnums=0)(kernel, q, k, v, segments)) for kernel in ("xla", "chunked")}
+    assert known["chunked"][:, : chunked_attention.BLOCK].all()
     assert not known["xla"].any()
 
 
@@ -136,31 +135,12 @@ def test_blocks_of_any_length(length, given):
         np.testing.assert_allclose(a, b, err_msg=name, **CLOSE)
 
 
-def test_a_length_that_the_kernel_does_not_take_is_named():
-    x = jnp.zeros((1, 100, 1, 1, 8))
-    with pytest.raises(InputError, match="multiple of 128 positions, got 100; use 'xla'"):
-        attention.attend(x, x[:, :, :, 0], x[:, :, :, 0], attention.packed(jnp.ones((1, 100), jnp.int32), "splash"))
-
-
 def test_what_tpu_computes_by_other_ways_has_the_same_gradient():
     x = jnp.asarray(np.random.default_rng(1).standard_normal((2, 3, 16), np.float32))
     weights = jnp.cos(jnp.arange(16.0))
     plain = jax.grad(lambda x: jnp.sum(weights * rope.halves_turned(x) ** 2))(x)
     assert jnp.array_equal(jax.grad(lambda x: jnp.sum(weights * rope._turned(x) ** 2))(x), plain)
-    assert jnp.array_equal(jax.grad(lambda x: jnp.sum(weights * fusion._gradient_once(x) ** 2))(x), 2 * weights * x)
-
-
-def test_the_kernel_of_gpus_is_for_gpus_and_16_bits(monkeypatch):
-    def attend(dtype):
-        x = jnp.zeros((1, 8, 1, 1, 8), dtype)
-        attention.attend(x, x[:, :, :, 0], x[:, :, :, 0], attention.packed(jnp.ones((1, 8), jnp.int32), "cudnn"))
-
-    monkeypatch.setattr(cudnn, "device_kind", lambda: "TPU v4")
-    with pytest.raises(InputError, match="'cudnn' is for NVIDIA GPUs, this is TPU v4: set 'chunked'"):
-        attend(jnp.bfloat16)
-    monkeypatch.setattr(cudnn, "device_kind", lambda: "NVIDIA H200")
-    with pytest.raises(InputError, match="16-bit floats, not float32: set precision.compute bfloat16"):
-        attend(jnp.float32)
+    assert jnp.array_equal(jax.grad(lambda x: jnp.sum(weights * barriers._gradient_once(x) ** 2))(x), 2 * weights * x)
 
 
 @pytest.mark.parametrize("mesh", [None, MeshConfig()], ids=["no mesh", "mesh"])
@@ -168,7 +148,7 @@ def test_the_kernel_of_gpus(mesh, given, plain, monkeypatch):
     """Itself on a GPU; elsewhere what is around it, with XLA's attention in its place."""
     if jax.default_backend() != "gpu":
         monkeypatch.setattr(cudnn, "IMPLEMENTATION", "xla")
-        monkeypatch.setattr(cudnn, "device_kind", lambda: "NVIDIA H200")
+        monkeypatch.setattr(attention_backends, "device_kind", lambda: "NVIDIA H200")
     laid = [jnp.asarray(x, jnp.bfloat16 if x.dtype == np.float32 else None) for x in given]
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(make_mesh(mesh)):
         found = jax.jit(value_and_gradients, static_argnums=0)("cudnn", *laid)

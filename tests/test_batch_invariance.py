@@ -23,7 +23,7 @@ from chroma_jax.inference import step as steps
 from chroma_jax.inference.generator import Generation
 from chroma_jax.inference.sampling import SamplingParams
 from chroma_jax.inference.state import StreamState
-from chroma_jax.layers.attention import KVCache
+from chroma_jax.layers.kv_cache import KVCache
 from chroma_jax.models.chroma import Chroma
 from chroma_jax.models.codec import Codec
 from chroma_jax.utils.compilations import counted_compilations

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from chroma_jax.kernels import decode_attention as decoding
-from chroma_jax.layers import attention
-from chroma_jax.layers.attention import KVCache, Past, attend_cached, cached_mask
+from chroma_jax.kernels import decode_attention
+from chroma_jax.layers import attention_backends
+from chroma_jax.layers.attention_backends import attend_cached
+from chroma_jax.layers.attention_mask import AttentionMask, CacheMask, cached_mask
+from chroma_jax.layers.kv_cache import KVCache
 from chroma_jax.parallel.sharding import MeshConfig, make_mesh
 
 
@@ -45,12 +47,12 @@ def test_it_computes_what_the_plain_way_does(positions, heads, beside, group, ca
     k, v = draw(rows, positions, heads, width), draw(rows, positions, heads, width)
     # one row that has just begun, one in the midst, one that is full: its last positions are not kept
     slots = jnp.array([0, capacity // 2, capacity - 1])[:, None] + jnp.arange(positions)
-    past = Past.of(cached_mask(slots, capacity), slots)
-    assert past.end.tolist() == [0, capacity // 2, capacity - 1]
-    old = cache.of_layer(1, None)
-    found = decoding.attend(q, k, v, old, past, interpret=True)
-    expected = attend_cached(*(x.astype(jnp.float32) for x in (q, k, v)), old, past)
-    assert found.dtype == jnp.bfloat16 and decoding.serves(positions, cache.keys)
+    mask = AttentionMask(cached=CacheMask.of(cached_mask(slots, capacity), slots))
+    assert mask.cached.end.tolist() == [0, capacity // 2, capacity - 1]
+    view = cache.of_layer(1, None)
+    found = decode_attention.attend(q, k, v, view, mask.cached, interpret=True)
+    expected = attend_cached(*(x.astype(jnp.float32) for x in (q, k, v)), view, mask)
+    assert found.dtype == jnp.bfloat16
     # weights and results are rounded to bfloat16, a 256th of up to 4
     np.testing.assert_allclose(found.astype(jnp.float32), expected, atol=3e-2)
 
@@ -60,11 +62,11 @@ def test_a_ring_is_read_wherever_its_entries_are():
     capacity = 256
     cache = random_cache(rng, 1, 2, 2, 2, capacity, 64, jnp.bfloat16)
     q, k, v = (jnp.asarray(rng.normal(size=(2, 1, 2, *shape, 64)), jnp.bfloat16) for shape in ((1,), (), ()))
-    mask = jnp.asarray(rng.random((2, 1, capacity)) < 0.3).at[:, :, [0, 1]].set(True)
+    visible = jnp.asarray(rng.random((2, 1, capacity)) < 0.3).at[:, :, [0, 1]].set(True)
     slots = jnp.array([[0], [1]])
-    past = Past.of(mask, slots)
-    found = decoding.attend(q, k, v, cache.of_layer(0, None), past, interpret=True)
-    expected = attend_cached(*(x.astype(jnp.float32) for x in (q, k, v)), cache.of_layer(0, None), past)
+    mask = AttentionMask(cached=CacheMask.of(visible, slots))
+    found = decode_attention.attend(q, k, v, cache.of_layer(0, None), mask.cached, interpret=True)
+    expected = attend_cached(*(x.astype(jnp.float32) for x in (q, k, v)), cache.of_layer(0, None), mask)
     np.testing.assert_allclose(found.astype(jnp.float32), expected, atol=3e-2)  # as above
 
 
@@ -73,10 +75,10 @@ def test_one_row_of_several_is_read():
     cache = random_cache(rng, 2, 4, 2, 1, 128, 128, jnp.bfloat16)
     q, k, v = (jnp.asarray(rng.normal(size=(1, 2, 2, *shape, 128)), jnp.bfloat16) for shape in ((2,), (), ()))
     at = jnp.array([[60, 61]])
-    past = Past.of(cached_mask(at, 128), at)
+    mask = AttentionMask(cached=CacheMask.of(cached_mask(at, 128), at))
     there = cache.of_layer(1, jnp.int32(2))
     alone = jax.tree.map(lambda x: x[:, 2:3], cache).of_layer(1, None)
-    found = [decoding.attend(q, k, v, old, past, interpret=True) for old in (there, alone)]
+    found = [decode_attention.attend(q, k, v, view, mask.cached, interpret=True) for view in (there, alone)]
     np.testing.assert_array_equal(*(x.astype(jnp.float32) for x in found))
 
 
@@ -84,13 +86,13 @@ def test_what_lies_behind_the_last_entry_seen_is_not_read():
     """A block of which nothing is seen may hold anything, as it is skipped."""
     rng = np.random.default_rng(7)
     cache = random_cache(rng, 1, 1, 4, 1, 2048, 128, jnp.bfloat16)
-    size = decoding.block(cache.keys)
+    size = decode_attention.block(cache.keys)
     assert size < 2048
     q, k, v = (jnp.asarray(rng.normal(size=(1, 1, 4, *shape, 128)), jnp.bfloat16) for shape in ((2,), (), ()))
     at = jnp.array([[size - 5]])
-    past = Past.of(cached_mask(at, 2048), at)
+    mask = AttentionMask(cached=CacheMask.of(cached_mask(at, 2048), at))
     spoilt = cache._replace(values=cache.values.at[:, :, :, size:].set(jnp.nan))
-    found = [decoding.attend(q, k, v, c.of_layer(0, None), past, interpret=True) for c in (cache, spoilt)]
+    found = [decode_attention.attend(q, k, v, c.of_layer(0, None), mask.cached, interpret=True) for c in (cache, spoilt)]
     np.testing.assert_array_equal(*(x.astype(jnp.float32) for x in found))
 
 
@@ -99,23 +101,13 @@ def test_heads_may_lie_on_several_devices(monkeypatch):
     cache = random_cache(rng, 1, 2, 8, 2, 256, 64, jnp.bfloat16)
     q, k, v = (jnp.asarray(rng.normal(size=(2, 1, 8, *shape, 64)), jnp.bfloat16) for shape in ((2,), (), ()))
     at = jnp.array([[7], [200]])
-    past = Past.of(cached_mask(at, 256), at)
-    alone = decoding.attend(q, k, v, cache.of_layer(0, None), past, interpret=True)
-    monkeypatch.setattr(attention, "on_tpu", lambda: True)
-    monkeypatch.setattr(decoding, "attend", functools.partial(decoding.attend, interpret=True))
+    mask = AttentionMask(cached=CacheMask.of(cached_mask(at, 256), at))
+    alone = decode_attention.attend(q, k, v, cache.of_layer(0, None), mask.cached, interpret=True)
+    monkeypatch.setattr(attention_backends, "device_kind", lambda: "TPU v5 lite")
+    monkeypatch.setattr(decode_attention, "attend", functools.partial(decode_attention.attend, interpret=True))
     with jax.set_mesh(make_mesh(MeshConfig(tensor=2), jax.devices()[:2])):
         by_heads = lambda x: jax.device_put(x, P(None, None, "tensor"))
-        old = by_heads(cache).of_layer(0, None)
-        found = jax.jit(lambda q, k, v, old, past: attend_cached(q, k, v, old, past))(*map(by_heads, (q, k, v)), old, past)
+        view = by_heads(cache).of_layer(0, None)
+        found = jax.jit(attend_cached)(*map(by_heads, (q, k, v)), view, mask)
     assert found.sharding.spec[2] == "tensor"
     np.testing.assert_array_equal(*(np.asarray(x, np.float32) for x in (found, alone)))
-
-
-def test_which_caches_it_serves():
-    keys = lambda capacity, width=128, dtype=jnp.bfloat16: jax.ShapeDtypeStruct((4, 2, 4, capacity, width), dtype)
-    assert decoding.serves(1, keys(2048)) and decoding.block(keys(2048)) == 512
-    assert decoding.serves(8, keys(272)) and decoding.block(keys(272)) == 272
-    assert not decoding.serves(9, keys(2048))  # positions that are read ahead
-    assert not decoding.serves(1, keys(8))  # the Decoder's
-    assert not decoding.serves(1, keys(2048, dtype=jnp.float32)) and not decoding.serves(1, keys(2048, width=64))
-    assert not decoding.serves(1, keys(2050))  # no block divides it

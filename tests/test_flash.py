@@ -9,10 +9,10 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from chroma_jax.kernels import barriers as fusion
-from chroma_jax.kernels import flash
-from chroma_jax.layers import attention, gelu, linear, rope
-from chroma_jax.layers.attention import Attention, Rotation, packed
+from chroma_jax.kernels import barriers, flash
+from chroma_jax.layers import attention_backends, gelu, linear, rope
+from chroma_jax.layers.attention import Attention, Rotation
+from chroma_jax.layers.attention_mask import AttentionMask
 from chroma_jax.layers.linear import LayerNorm
 from chroma_jax.parallel.compiler_options import options
 from chroma_jax.parallel.sharding import MeshConfig, make_mesh
@@ -77,7 +77,8 @@ def test_the_kernels_compute_what_the_plain_way_does(block, kv, group, head, mon
         return flash.attend(q, k, beside(v), segments(), head).reshape(towards.shape)
 
     def plain(q, k, v):
-        return attention.attend(rope.rotate(q, *angles), rope.rotate(k, *angles), v, attention.causal_mask(segments()))
+        mask = AttentionMask(segments=segments())
+        return attention_backends.attend(rope.rotate(q, *angles), rope.rotate(k, *angles), v, mask)
 
     run = lambda compute, *arrays: value_and_gradients(jit(compute), *arrays, towards=towards)
     assert_close(run(ours, q, k, v), run(plain, *(x.astype(jnp.float32) for x in (q, k, v))), run(plain, q, k, v))
@@ -94,18 +95,6 @@ def test_segments_do_not_see_each_other():
     assert (np.asarray(before)[~same] != np.asarray(changed)[~same]).mean() > 0.9
 
 
-def test_which_rows_they_serve(monkeypatch):
-    assert flash.serves(2048, 8, 4, 64, jnp.bfloat16) and flash.serves(1024, 2, 8, 128, jnp.bfloat16)
-    assert not flash.serves(2048, 8, 4, 64, jnp.float32)  # which is to be exact
-    assert not flash.serves(2048, 1, 4, 64, jnp.bfloat16)  # half a register over
-    assert not flash.serves(2048, 8, 1, 64, jnp.bfloat16)  # a register with queries of two key heads
-    assert not flash.serves(100, 8, 4, 64, jnp.bfloat16)
-    assert flash.serves(3200, 8, 4, 64, jnp.bfloat16) and not flash.serves(4096, 8, 4, 64, jnp.bfloat16)  # vector memory
-    monkeypatch.setattr(flash, "device_kind", lambda: "TPU v4")
-    assert flash.serves(1536, 8, 4, 64, jnp.bfloat16) and not flash.serves(2048, 8, 4, 64, jnp.bfloat16)
-    assert not flash.serves(2048, 8, 4, 80, jnp.bfloat16) and not flash.serves(2048, 8, 4, 32, jnp.bfloat16)
-
-
 @pytest.mark.parametrize(
     "mesh",
     [None, MeshConfig(data=2, fsdp=1, tensor=2), MeshConfig(fsdp=2, context=2)],
@@ -118,7 +107,8 @@ def test_a_layer_computes_the_same_on_tpu(mesh, monkeypatch):
     positions = jnp.broadcast_to(jnp.arange(POSITIONS), (ROWS, POSITIONS))
 
     def run(state, x, segments, positions):
-        return nnx.merge(graph, state)(x, Rotation(*rope.rotation(rope.RopeConfig(), 64, positions)), packed(segments, "splash"))
+        rotation = Rotation(*rope.rotation(rope.RopeConfig(), 64, positions))
+        return nnx.merge(graph, state)(x, rotation, AttentionMask(segments=segments), "splash")
 
     def total(state, x, segments, positions, towards):
         out = run(state, x, segments, positions)
@@ -129,7 +119,7 @@ def test_a_layer_computes_the_same_on_tpu(mesh, monkeypatch):
     (_, plain), of_plain = step(state, *arrays)
     calls = []
     monkeypatch.setattr(flash, "_forward_kernel", functools.partial(counted, calls, flash._forward_kernel))
-    monkeypatch.setattr(attention, "on_tpu", lambda: True)
+    monkeypatch.setattr(attention_backends, "device_kind", lambda: "TPU v5 lite")
     step = jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))
     if mesh is None:
         (_, found), of_found = step(state, *arrays)
@@ -168,7 +158,7 @@ def test_what_tpu_computes_of_gated_units_and_norms_is_the_same(monkeypatch):
     exact = jax.vjp(gelu.gated, *(x.astype(jnp.float32) for x in (gate, up)))
     norm = LayerNorm(nnx.Rngs(0), 256, 1e-5)
     norms = [norm(shift + gate.astype(jnp.float32)) for shift in (0, 20)]
-    for module in (gelu, fusion, linear):
+    for module in (gelu, barriers, linear):
         monkeypatch.setattr(module, "on_tpu", lambda: True)
     found = jax.vjp(gelu.gated, gate, up)
     assert found[0].dtype == jnp.bfloat16

@@ -11,7 +11,9 @@ from flax import nnx
 from tiny_speaker import CONFIG, case, drawn, generator_for, replies, rescored
 
 from chroma_jax.bench.small import EXACT, Form, bench_small
-from chroma_jax.layers.attention import KVCache, Past, attend_cached, cached_mask
+from chroma_jax.layers.attention_backends import attend_cached
+from chroma_jax.layers.attention_mask import AttentionMask, CacheMask, cached_mask
+from chroma_jax.layers.kv_cache import KVCache
 from chroma_jax.layers.linear import Linear
 from chroma_jax.models.chroma import Chroma
 from chroma_jax.models.codec import Codec
@@ -102,7 +104,8 @@ def test_a_cache_of_int8_attends_nearly_as_one_of_floats():
     for dtype in (jnp.float32, jnp.int8):
         cache = KVCache.zeros(1, 1, 32, heads, width, dtype).written(*new, slots, None)
         at = jnp.array([[length]])
-        found.append(attend_cached(q, k, v, cache.of_layer(0, None), Past.of(cached_mask(at, 32), at)))
+        mask = AttentionMask(cached=CacheMask.of(cached_mask(at, 32), at))
+        found.append(attend_cached(q, k, v, cache.of_layer(0, None), mask))
     # keys are off by 1/254 of their largest, 1 % of a score's spread, values by as much of themselves
     assert 0 < float(jnp.abs(found[0] - found[1]).max()) < 0.05
 
@@ -116,8 +119,8 @@ def test_heads_beside_each_other_attend_as_heads_apart():
     beside = KVCache(*(jnp.zeros((1, 2, heads // 2, capacity, 2 * width)) for _ in range(2)))
     q, k, v = draw(2, 3, heads, 2, width), draw(2, 3, heads, width), draw(2, 3, heads, width)
     at = length + jnp.arange(3)[None] + jnp.zeros((2, 1), jnp.int32)
-    past = Past.of(cached_mask(at, capacity), at)
-    found = [attend_cached(q, k, v, cache.written(*new, slots, None).of_layer(0, None), past) for cache in (apart, beside)]
+    mask = AttentionMask(cached=CacheMask.of(cached_mask(at, capacity), at))
+    found = [attend_cached(q, k, v, cache.written(*new, slots, None).of_layer(0, None), mask) for cache in (apart, beside)]
     np.testing.assert_allclose(*found, atol=1e-6)  # float32; zeros are added in other places
 
 

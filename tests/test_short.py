@@ -9,9 +9,10 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from chroma_jax.kernels import encoder_attention as short
-from chroma_jax.layers import attention
-from chroma_jax.layers.attention import Attention, Lengths
+from chroma_jax.kernels import encoder_attention
+from chroma_jax.layers import attention_backends
+from chroma_jax.layers.attention import Attention
+from chroma_jax.layers.attention_mask import AttentionMask
 from chroma_jax.layers.gelu import fast
 from chroma_jax.layers.linear import Linear, zeros
 from chroma_jax.models.audio_encoder import AudioEncoder, AudioEncoderConfig
@@ -29,24 +30,17 @@ def drawn(seed: int, *shape: int) -> jax.Array:
 def test_the_kernel_computes_what_the_plain_way_does(positions, heads, width):
     q, k, v, towards = (drawn(i, 4, positions, heads * width) for i in range(4))
     lengths = jnp.array([positions, positions // 2, 1, positions - 1], jnp.int32)
-    exact = short.plain(*(x.astype(jnp.float32) for x in (q, k, v)), lengths, width)
-    found, gradients = jax.vjp(lambda *x: short.attend(*x, lengths, width), q, k, v)
-    assert found.dtype == jnp.bfloat16 and short.serves(positions, heads, width, found.dtype)
+    exact = encoder_attention.plain(*(x.astype(jnp.float32) for x in (q, k, v)), lengths, width)
+    found, gradients = jax.vjp(lambda *x: encoder_attention.attend(*x, lengths, width), q, k, v)
+    assert found.dtype == jnp.bfloat16
     np.testing.assert_allclose(found.astype(jnp.float32), exact, atol=ROUNDED)
-    of_plain = jax.vjp(lambda *x: short.plain(*x, lengths, width), q, k, v)[1](towards)
+    of_plain = jax.vjp(lambda *x: encoder_attention.plain(*x, lengths, width), q, k, v)[1](towards)
     for a, b in zip(gradients(towards), of_plain, strict=True):
         np.testing.assert_array_equal(a, b)  # it is the plain way's
     # what lies behind a row's length counts for nothing
     there = jnp.arange(positions)[None, :, None] < lengths[:, None, None]
-    again = short.attend(q, *(jnp.where(there, x, 99) for x in (k, v)), lengths, width)
+    again = encoder_attention.attend(q, *(jnp.where(there, x, 99) for x in (k, v)), lengths, width)
     np.testing.assert_array_equal(again, found)
-
-
-def test_which_rows_it_serves():
-    assert short.serves(100, 20, 64, jnp.bfloat16) and short.serves(100, 10, 64, jnp.bfloat16)
-    assert not short.serves(100, 20, 64, jnp.float32)  # which is to be exact
-    assert not short.serves(100, 5, 64, jnp.bfloat16)  # half a register over
-    assert not short.serves(100, 20, 80, jnp.bfloat16) and not short.serves(300, 20, 64, jnp.bfloat16)
 
 
 @pytest.mark.parametrize("mesh", [None, MeshConfig(data=2, fsdp=2, tensor=2)], ids=["one device", "divided"])
@@ -65,9 +59,9 @@ def test_an_encoder_computes_the_same_on_tpu(mesh, monkeypatch):
     mel, lengths = drawn(1, 4, 3, 28, 8), jnp.array([[28, 28, 28], [28, 28, 9], [28, 3, 0], [5, 0, 0]], jnp.int32)
     run = lambda state, mel, lengths: nnx.merge(graph, state)(mel, lengths, jnp.bfloat16)
     plain = run(state, mel, lengths)
-    monkeypatch.setattr(attention, "on_tpu", lambda: True)
+    monkeypatch.setattr(attention_backends, "device_kind", lambda: "TPU v5 lite")
     calls = []
-    monkeypatch.setattr(short, "_kernel", functools.partial(counted, calls, short._kernel))
+    monkeypatch.setattr(encoder_attention, "_kernel", functools.partial(counted, calls, encoder_attention._kernel))
     if mesh is None:
         found = jax.jit(run)(state, mel, lengths)
     else:
@@ -86,12 +80,11 @@ def counted(calls: list, kernel, *refs, **given):
 
 
 def test_an_attention_with_more_than_the_kernel_knows_is_computed_plainly(monkeypatch):
-    monkeypatch.setattr(attention, "on_tpu", lambda: True)
+    monkeypatch.setattr(attention_backends, "device_kind", lambda: "TPU v5 lite")
     x = drawn(2, 1, 12, 256)
     layer = lambda kv: Attention(nnx.Rngs(0), hidden_size=256, num_attention_heads=4, num_key_value_heads=kv, head_dim=64)
-    assert layer(4).may_be_short(x) and not layer(2).may_be_short(x) and not layer(4).may_be_short(x.astype(jnp.float32))
-    lengths = jnp.array([7], jnp.int32)
-    a, b = (layer(2)(x, None, mask) for mask in (Lengths(lengths), short.mask(lengths, 12)))
+    mask = AttentionMask(lengths=jnp.array([7], jnp.int32))
+    a, b = (layer(2)(x, None, m, "encoder") for m in (mask, AttentionMask(explicit=mask.to_array(12))))
     np.testing.assert_array_equal(a, b)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from chroma_jax.inference.state import CacheDType
-from chroma_jax.layers.attention import causal_mask
+from chroma_jax.layers.attention_mask import causal_mask
 from chroma_jax.layers.transformer import Llama
 from chroma_jax.models.chroma import Chroma
 from chroma_jax.models.quantization import quantized

@@ -14,7 +14,7 @@ import numpy as np
 
 from chroma_jax.inference.sampling import SamplingParams
 from chroma_jax.inference.state import StreamState
-from chroma_jax.layers.attention import KVCache
+from chroma_jax.layers.kv_cache import KVCache
 from chroma_jax.models.chroma import Chroma
 from chroma_jax.models.codec.codec import reset_rows
 from chroma_jax.sequence.batch import is_present

@@ -27,7 +27,7 @@ from chroma_jax.inference.placement import (
 )
 from chroma_jax.inference.state import Capacity, idle
 from chroma_jax.inference.step import Pairs, StepOutput, decode_step
-from chroma_jax.layers.attention import KVCache
+from chroma_jax.layers.kv_cache import KVCache
 from chroma_jax.models.audio_encoder import PoolCarry
 from chroma_jax.models.chroma import Chroma
 from chroma_jax.models.codec import Codec

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from chroma_jax.inference.sampling import Sampling
-from chroma_jax.layers.attention import KVCache
+from chroma_jax.layers.kv_cache import KVCache
 from chroma_jax.models.chroma import ChromaConfig
 from chroma_jax.models.codec import Codec, CodecState
 from chroma_jax.sequence.interleave import NONE_TOKEN

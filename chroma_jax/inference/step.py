@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from chroma_jax.inference.frame import residual_codes
 from chroma_jax.inference.sampling import sample
 from chroma_jax.inference.state import StreamState
-from chroma_jax.layers.attention import cached_mask
+from chroma_jax.layers.attention_mask import cached_mask
 from chroma_jax.models.chroma import Chroma, ChromaConfig
 from chroma_jax.models.codec import Codec
 from chroma_jax.parallel.sharding import constrain

@@ -8,7 +8,7 @@ import numpy as np
 from chroma_jax.inference.admission import voice_chunks
 from chroma_jax.inference.batch_state import BatchState
 from chroma_jax.inference.prompt import voice_sequence
-from chroma_jax.layers.attention import KVCache
+from chroma_jax.layers.kv_cache import KVCache
 from chroma_jax.models.codec import Codec
 from chroma_jax.models.codec.voice_encoder import ChunkedEncoder
 from chroma_jax.sequence.batch import is_present

@@ -1,7 +1,7 @@
 """Causal attention within segments for processors that have no kernel: queries in blocks, each with the keys up to its end, no
 more scores than a cache holds at a time, and a gradient that computes them again (Dao et al., arXiv 2205.14135). Scores are
 float32 also where all else is 16 bits wide; gradients are then summed in float32 over what pieces of queries give in 16 bits.
-`chroma_jax.layers.attention.attend` computes the same plainly.
+`chroma_jax.layers.xla_attention.attend` computes the same plainly.
 
 Products are written with the axis that they sum over last in both factors, or with the narrow factor first: XLA's products on
 processors are two to three times slower otherwise, or copy the scores transposed.
@@ -12,10 +12,16 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from chroma_jax.kernels import sums
+from chroma_jax.kernels.attention_call import AttentionCall
 from chroma_jax.kernels.splash import SAVED
 from chroma_jax.parallel.sharding import on_rows_and_heads
 
 BLOCK, PIECE = 256, 128  # queries with the same keys, and of those how many at a time
+
+
+def unsupported(call: AttentionCall) -> str | None:
+    """Why a call cannot be computed in chunks; None if it can."""
+    return "it needs all positions of a sequence on one device" if call.sequence_shards > 1 else None
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:

@@ -1,5 +1,7 @@
 """Attention of a few new positions over a cache, by a kernel for TPU (Pallas). Scores stay in the chip's vector memory, and of
-the cache nothing is read that lies behind the last entry which a row sees. `chroma_jax.layers.attention` does the same plainly.
+the cache nothing is read behind the last entry that a sequence sees.
+`chroma_jax.layers.xla_attention.attend_cached` computes the same plainly.
+
 A step's instruction words, by the compiler's schedule, take less time than the megabyte of keys and values that it reads.
 """
 
@@ -11,6 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from chroma_jax.kernels.attention_call import AttentionCall
 from chroma_jax.kernels.splash import LANES
 
 SUBLANES = 8
@@ -19,7 +22,7 @@ BLOCK = 2**19  # bytes of keys that are read together; as many of values, and th
 HIDDEN = -1e30  # added to the score of what is not seen
 
 
-def block(keys: jax.Array) -> int | None:
+def block(keys: jax.Array | jax.ShapeDtypeStruct) -> int | None:
     """How many entries of such a cache, [layers, B, C, S, E], are read together; None where no block divides it."""
     _, _, heads, capacity, width = keys.shape
     most = BLOCK // (heads * width * keys.dtype.itemsize)
@@ -28,27 +31,41 @@ def block(keys: jax.Array) -> int | None:
     return next((n for n in range(most // LANES * LANES, 0, -LANES) if capacity % n == 0), None)
 
 
-def serves(positions: int, keys: jax.Array) -> bool:
-    """Whether the kernel computes that many new positions over such a cache: of short ones the scores are small anyway."""
-    small = keys.dtype in (jnp.bfloat16, jnp.int8)
-    return small and positions <= POSITIONS and keys.shape[3] >= LANES and keys.shape[4] == LANES and block(keys) is not None
+def unsupported(call: AttentionCall) -> str | None:
+    """Why the kernel cannot compute a call; None if it can."""
+    if not call.device.startswith("TPU"):
+        return "it needs a TPU"
+    if call.cache is None:
+        return "it needs a KV cache"
+    if call.cache.dtype not in (jnp.bfloat16, jnp.int8):
+        return f"it needs a cache of bfloat16 or int8, not {call.cache.dtype}"
+    if call.positions > POSITIONS:
+        return f"it needs at most {POSITIONS} new positions, not {call.positions}"
+    capacity, width = call.cache.shape[3:]
+    if capacity < LANES:  # the scores are small anyway
+        return f"it needs a capacity of at least {LANES}, not {capacity}"
+    if width != LANES:
+        return f"it needs cached heads that fill {LANES} lanes, not {width}"
+    if block(call.cache) is None:
+        return f"no multiple of {LANES} that fits into vector memory divides the capacity of {capacity}"
+    return None
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, old, past, *, interpret: bool = False) -> jax.Array:
-    """As `chroma_jax.layers.attention.attend_cached`, on one device.
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, view, mask, *, interpret: bool = False) -> jax.Array:
+    """As `chroma_jax.layers.attention_backends.attend_cached`, on one device.
 
-    q: [B, T, K, G, H]; k, v: [B, T, K, H]; old: the layer's `Old`; past: `Past`. Returns [B, T, K, G, H]. interpret: off a TPU.
+    q: [B, T, K, G, H]; k, v: [B, T, K, H]; view: `CacheView`; mask: `CacheMask`. Returns [B, T, K, G, H]. interpret: off TPU.
     """
-    cache, (rows, t, _, g, _) = old.cache, q.shape
+    cache, (rows, t, _, g, _) = view.cache, q.shape
     _, _, heads, capacity, width = cache.keys.shape
     beside = k.shape[2] // heads  # heads that lie beside each other in the cache
     queries = -(-t * g // SUBLANES) * SUBLANES  # of each of them, filled up
     size = block(cache.keys)
     packed, *new = (x.reshape(rows, t, -1) for x in (q, k, v))
-    among = jnp.pad(past.among, ((0, 0), (0, 0), (0, SUBLANES - t)))
-    row = jnp.arange(rows) if old.row is None else old.row[None]
-    last = jnp.maximum(past.end - 1, 0) // size  # block that a row sees
-    scalars = [x.astype(jnp.int32) for x in (old.layer[None], row, last)]
+    self_mask = jnp.pad(mask.self_mask, ((0, 0), (0, 0), (0, SUBLANES - t)))
+    row = jnp.arange(rows) if view.row is None else view.row[None]
+    last = jnp.maximum(mask.end - 1, 0) // size  # block that a row sees
+    scalars = [x.astype(jnp.int32) for x in (view.layer[None], row, last)]
 
     # where a step's part of each array begins, in blocks of it
     whole = lambda x: pl.BlockSpec((1, *x.shape[1:]), lambda b, i, layer, row, last: (b, 0, 0))
@@ -60,7 +77,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, old, past, *, interpret: bo
         (1, 1, heads * beside, size), lambda b, i, layer, row, last: (layer[0], row[b], 0, jnp.minimum(i, last[b]))
     )
     scales = [] if cache.key_scale is None else [cache.key_scale, cache.value_scale]
-    inputs = [packed, *new, bits(among), bits(past.before)]
+    inputs = [packed, *new, bits(self_mask), bits(mask.cache_mask)]
     read = sum(math.prod(x.shape[2:]) * x.dtype.itemsize for x in (cache.keys, cache.values, *scales))  # of a row
     read += sum(math.prod(x.shape[1:]) * x.dtype.itemsize for x in (packed, *inputs))
     scores = rows * heads * beside * queries * capacity
@@ -89,12 +106,12 @@ def bits(seen: jax.Array) -> jax.Array:
     return functools.reduce(jnp.bitwise_or, [seen[:, t : t + 1].astype(jnp.int32) << t for t in range(seen.shape[1])])
 
 
-def _kernel(layer, row, last, q, new_keys, new_values, among, before, keys, values, *rest, group, beside, scaled):
+def _kernel(layer, row, last, q, new_keys, new_values, self_mask, cache_mask, keys, values, *rest, group, beside, scaled):
     """A row's next block of entries; the new positions themselves come first.
 
-    q, out: [1, T, K · G · H]; new_keys, new_values: [1, T, K · H]; among, before: `bits`; keys, values: [1, 1, C, S, P · H],
-    with P heads beside each other. Of each of these the queries, filled up to N rows, have zeros where the others lie, so that
-    one product serves all: [P · N, P · H].
+    q, out: [1, T, K · G · H]; new_keys, new_values: [1, T, K · H]; self_mask, cache_mask: `bits`;
+    keys, values: [1, 1, C, S, P · H], with P heads beside each other. Of each of these the queries, filled up to N rows, have
+    zeros where the others lie, so that one product serves all: [P · N, P · H].
     """
     (key_scale, value_scale), rest = (rest[:2], rest[2:]) if scaled else ((None, None), rest)
     out, wide, largest, total, mixed = rest
@@ -156,12 +173,12 @@ def _kernel(layer, row, last, q, new_keys, new_values, among, before, keys, valu
             wide[c] = stacked([queries_of(c, p) for p in range(beside)]).astype(wide.dtype)
             own = [x[0, :, c * width : (c + 1) * width].astype(jnp.float32) for x in (new_keys, new_values)]
             own = [of_rows([x[t : t + 1] for t in range(positions)], SUBLANES).astype(q.dtype) for x in own]
-            add(c, *own, among, None, None)
+            add(c, *own, self_mask, None, None)
 
     @pl.when(i <= last[pl.program_id(0)])
     def _():
         for c in range(heads):
-            add(c, keys[0, 0, c], values[0, 0, c], before, key_scale, value_scale)
+            add(c, keys[0, 0, c], values[0, 0, c], cache_mask, key_scale, value_scale)
 
     @pl.when(i == pl.num_programs(1) - 1)
     def _():

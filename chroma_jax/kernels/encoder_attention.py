@@ -1,6 +1,6 @@
 """Attention within short rows that see all of themselves, as the audio encoder's blocks do, by a kernel for TPU (Pallas). Scores
 stay in the chip's vector memory, and heads stay beside each other, as products leave them: the compiler would turn queries, keys,
-values and results around, which takes longer. `chroma_jax.layers.attention` computes the same plainly.
+values and results around, which takes longer. `chroma_jax.layers.xla_attention.attend` computes the same plainly.
 """
 
 import functools
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from chroma_jax.kernels.attention_call import AttentionCall
 from chroma_jax.kernels.splash import LANES
 from chroma_jax.parallel.sharding import active, on_tpu
 
@@ -17,13 +18,29 @@ LONGEST = 256  # positions; more of them have more scores than are quickly at ha
 HIDDEN = -1e30  # the score of what is not seen
 
 
-def serves(positions: int, heads: int, width: int, dtype) -> bool:
-    """Whether the kernel computes such rows on a device."""
-    return dtype == jnp.bfloat16 and positions <= LONGEST and LANES % width == 0 and heads * width % LANES == 0
+def unsupported(call: AttentionCall) -> str | None:
+    """Why the kernel cannot compute a call; None if it can."""
+    if not call.device.startswith("TPU"):
+        return "it needs a TPU"
+    if not call.flattened_heads:
+        return "it needs projections with flattened heads"
+    if call.rotary:
+        return "it has no rotary position embeddings"
+    if call.sequence_shards > 1:
+        return "it needs all positions of a sequence on one device"
+    if call.dtype != jnp.bfloat16:
+        return f"it computes in bfloat16, not {call.dtype}"
+    if call.positions > LONGEST:
+        return f"it needs at most {LONGEST} positions, not {call.positions}"
+    if call.q_per_kv > 1:
+        return "it has no grouped query heads"
+    if LANES % call.head_dim or call.kv_heads * call.head_dim % LANES:
+        return f"it needs heads that fill registers of {LANES} lanes"
+    return None
 
 
 def mask(lengths: jax.Array, positions: int) -> jax.Array:
-    """What such rows see, spelled out: bool [B, T, T]."""
+    """The first ``lengths`` positions of each sequence, as bool [B, T, T]."""
     seen = jnp.arange(positions) < lengths[:, None]
     return jnp.broadcast_to(seen[:, None], (len(lengths), positions, positions))
 

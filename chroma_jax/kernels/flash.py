@@ -3,7 +3,7 @@ lanes: nothing is turned around before or after, and heads of 64 are not filled 
 2205.14135). The scores of a block lie keys down, queries across, so that sums over keys are sums of registers, and no scores are
 ever turned. Blocks whose segments cannot meet are left out, those inside one segment need no mask.
 
-`chroma_jax.layers.attention.attend` computes the same plainly; where this does not serve, `chroma_jax.kernels.splash` does.
+`chroma_jax.layers.xla_attention.attend` computes the same plainly. `chroma_jax.kernels.splash` takes what these kernels cannot.
 """
 
 import functools
@@ -17,8 +17,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec as P
 
+from chroma_jax.kernels.attention_call import AttentionCall
 from chroma_jax.kernels.splash import LANES, SAVED
-from chroma_jax.parallel.sharding import active, device_kind, leading_spec, on_tpu, reshard
+from chroma_jax.parallel.sharding import active, leading_spec, on_tpu, reshard
 
 # Bytes of vector memory that a row may take: v5p and Ironwood have 64 MiB, v5e and v6e 128, v4 32.
 MEMORY, OF_V4 = 56 * 2**20, 28 * 2**20
@@ -35,13 +36,33 @@ class FlashSizes(NamedTuple):
     block: int
 
 
-def serves(positions: int, heads: int, group: int, width: int, dtype) -> bool:
-    """Whether the kernels compute such rows on a device. heads: of keys and values. A row lies whole in vector memory with a
-    register of such heads: queries, results and their gradients twice, to be moved beside the work, and what is summed up."""
-    beside = LANES // width if width and LANES % width == 0 else 0
-    whole = beside in (1, 2) and heads % beside == 0 and group % beside == 0
-    fits = positions * LANES * (20 * group + 48) <= (OF_V4 if device_kind().startswith("TPU v4") else MEMORY)
-    return whole and fits and dtype == jnp.bfloat16 and positions % LANES == 0
+def unsupported(call: AttentionCall) -> str | None:
+    """Why the kernels cannot compute a call; None if they can.
+
+    A sequence is held whole in vector memory with one register of heads: queries, results and their gradients twice, to overlap
+    copies with compute, and the sums.
+    """
+    per_register = LANES // call.head_dim if call.head_dim and LANES % call.head_dim == 0 else 0
+    memory = OF_V4 if call.device.startswith("TPU v4") else MEMORY
+    if not call.device.startswith("TPU"):
+        return "it needs a TPU"
+    if not call.flattened_heads:
+        return "it needs projections with flattened heads"
+    if not call.rotary:
+        return "it needs rotary position embeddings"
+    if call.sequence_shards > 1:
+        return "it needs all positions of a sequence on one device"
+    if call.dtype != jnp.bfloat16:
+        return f"it computes in bfloat16, not {call.dtype}"
+    if call.positions % LANES:
+        return f"it needs a multiple of {LANES} positions, not {call.positions}"
+    if per_register not in (1, 2):
+        return f"it needs heads of width {LANES} or {LANES // 2}, not {call.head_dim}"
+    if call.kv_heads % per_register or call.q_per_kv % per_register:
+        return "it needs even numbers of key/value heads and of query heads for each"
+    if call.positions * LANES * (20 * call.q_per_kv + 48) > memory:
+        return f"a sequence of {call.positions} positions does not fit into vector memory"
+    return None
 
 
 def rotated(x: jax.Array, cos: jax.Array, sin: jax.Array, scale: float = 1.0) -> jax.Array:

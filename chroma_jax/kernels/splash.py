@@ -1,5 +1,5 @@
 """Causal attention within segments by the TPU kernel that JAX brings (Pallas, "splash attention"): no matrix of scores is stored,
-and blocks that nothing may see are not computed. `chroma_jax.layers.attention.attend` computes the same plainly.
+and blocks that nothing may see are not computed. `chroma_jax.layers.xla_attention.attend` computes the same plainly.
 """
 
 import functools
@@ -11,12 +11,19 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.sharding import PartitionSpec as P
 
+from chroma_jax.kernels.attention_call import AttentionCall
 from chroma_jax.kernels.barriers import grad_barrier
 from chroma_jax.parallel.sharding import active, leading_spec, on_tpu
-from chroma_jax.utils.errors import InputError
 
 LANES = 128
 SAVED = "attention"  # what a rematerialisation policy may keep: the kernel's output and the logarithms of its sums
+
+
+def unsupported(call: AttentionCall) -> str | None:
+    """Why the kernel cannot compute a call; None if it can. Off TPU it is interpreted, which is slow."""
+    if (length := call.positions // call.sequence_shards) % LANES:
+        return f"it needs a multiple of {LANES} positions on each device, not {length}"
+    return None
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
@@ -24,11 +31,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax
 
     q: [B, T, K, G, H]; k, v: [B, T, K, H]; segments: int32 [B, T]. Returns [B, T, K, G, H]. Rows, heads and, on the context
     axis, the positions of the queries may be divided among devices. Interpreted where there is no TPU, which is slow.
-    Raises: InputError for a number of positions that is not a multiple of 128.
     """
-    length = q.shape[1]
-    if length % LANES:
-        raise InputError(f"attention 'splash' wants rows of a multiple of {LANES} positions, got {length}; use 'xla'")
     compute = functools.partial(_attend, interpret=not on_tpu())
     if not active():
         return compute(q, k, v, segments, segments, 0)

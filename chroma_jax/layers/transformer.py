@@ -15,14 +15,17 @@ from jax.ad_checkpoint import checkpoint_name
 from chroma_jax.kernels.barriers import force_layout, fusion_barrier, grad_barrier
 from chroma_jax.kernels.splash import SAVED
 from chroma_jax.layers import rope
-from chroma_jax.layers.attention import Attention, Kernel, KVCache, Mask, Past, Rotation, cached_mask
+from chroma_jax.layers.attention import Attention, Rotation
+from chroma_jax.layers.attention_backends import AttentionBackend, shared_by_layers
+from chroma_jax.layers.attention_mask import AttentionMask, CacheMask, cached_mask
 from chroma_jax.layers.gelu import gated, gelu
+from chroma_jax.layers.kv_cache import KVCache
 from chroma_jax.layers.linear import LayerNorm, Linear, RMSNorm, for_compute, weight, zeros
 from chroma_jax.layers.rope import RopeConfig
 from chroma_jax.parallel.sharding import RULES, AxisRules
 
 Remat = Literal["none", "dots", "attention", "full"]
-DOTS = ("dots", SAVED)  # named where they are made: here, in `attention`, `flash` and `splash`
+DOTS = ("dots", SAVED)  # named where they are computed: here, in `attention`, `xla_attention` and the kernels
 
 
 def rematerialise(body, policy: Remat):
@@ -64,11 +67,11 @@ def unrolled(blocks: nnx.Module | nnx.Param) -> nnx.List:
 def through_cached(blocks, x, rotation, mask, cache: KVCache, slots, row=None) -> tuple[jax.Array, KVCache]:
     """``x`` through stacked blocks, after what is cached; arguments as of `Llama.cached`. The new keys and values of all layers
     are written to the cache together, behind the last one."""
-    past = Past.of(mask, slots)
+    mask = AttentionMask(cached=CacheMask.of(mask, slots))
 
     def body(x, block_and_layer):
         block, layer = block_and_layer
-        return block.cached(x, rotation, past, cache.of_layer(layer, row))
+        return block.cached(x, rotation, mask, cache.of_layer(layer, row))
 
     x, new = scan_layers(body, x, (blocks, jnp.arange(len(cache.keys))))
     return x, cache.written(*new, slots, row)
@@ -89,7 +92,7 @@ class LlamaConfig:
         qkv_bias: Whether the query, key and value maps have biases.
         rope: Rotary position embeddings.
         remat: What the backward pass computes again, see `Remat`.
-        attention: Kernel for packed sequences, see `Kernel`.
+        attention: Backend for packed sequences, see `AttentionBackend`.
         rules: Logical axis → mesh axes.
     """
 
@@ -103,7 +106,7 @@ class LlamaConfig:
     qkv_bias: bool = False
     rope: RopeConfig = RopeConfig()
     remat: Remat = "none"
-    attention: Kernel = "xla"
+    attention: AttentionBackend = "xla"
     rules: AxisRules = RULES
 
     def __post_init__(self):
@@ -144,12 +147,12 @@ class LlamaBlock(nnx.Module):
         gate, up = (checkpoint_name(part(y), "dots") for part in (self.gate, self.up))
         return x + self.down(gated(gate, up))
 
-    def __call__(self, x: jax.Array, rotation: Rotation, mask: Mask) -> jax.Array:
-        x = checkpoint_name(x + self.attention(grad_barrier(self.attention_norm(x)), rotation, mask), "dots")
+    def __call__(self, x: jax.Array, rotation: Rotation, mask: AttentionMask, backend: str) -> jax.Array:
+        x = checkpoint_name(x + self.attention(grad_barrier(self.attention_norm(x)), rotation, mask, backend), "dots")
         return force_layout(self.mlp(force_layout(x)))
 
-    def cached(self, x, rotation, past, old):
-        y, new = self.attention.cached(self.attention_norm(x), rotation, past, old)
+    def cached(self, x, rotation, mask, view):
+        y, new = self.attention.cached(self.attention_norm(x), rotation, mask, view)
         return self.mlp(x + y), new
 
 
@@ -161,11 +164,12 @@ class Llama(nnx.Module):
         self.blocks = LlamaBlock(rngs, config)
         self.norm = RMSNorm(rngs, config.hidden_size, config.rms_norm_eps)
 
-    def __call__(self, x: jax.Array, positions: jax.Array, mask: Mask) -> jax.Array:
-        """x: [B, T, D]; positions: int32 [B, T]; mask: bool [B, T, T], or what `packed` makes of segments. Returns [B, T, D]
-        after the final norm."""
+    def __call__(self, x: jax.Array, positions: jax.Array, mask: AttentionMask) -> jax.Array:
+        """x: [B, T, D]; positions: int32 [B, T]. Returns [B, T, D] after the final norm."""
+        backend = self.config.attention
+        mask = shared_by_layers(mask, backend)
         rotation = self._rotation(positions)
-        body = rematerialise(lambda x, block: (block(x, rotation, mask), None), self.config.remat)
+        body = rematerialise(lambda x, block: (block(x, rotation, mask, backend), None), self.config.remat)
         x, _ = scan_layers(body, x, self.blocks)
         return self.norm(x)
 
@@ -272,11 +276,11 @@ class EncoderBlock(nnx.Module):
     def mlp(self, x: jax.Array) -> jax.Array:
         return self._add(x, self.fc2(fusion_barrier(gelu(self.fc1(self.mlp_norm(x))))), self.mlp_scale)
 
-    def __call__(self, x: jax.Array, rotation: Rotation | None, mask: Mask) -> jax.Array:
-        return self.mlp(self._add(x, self.attention(self.attention_norm(x), rotation, mask), self.attention_scale))
+    def __call__(self, x: jax.Array, rotation: Rotation | None, mask: AttentionMask) -> jax.Array:
+        return self.mlp(self._add(x, self.attention(self.attention_norm(x), rotation, mask, "encoder"), self.attention_scale))
 
-    def cached(self, x, rotation, past, old):
-        y, new = self.attention.cached(self.attention_norm(x), rotation, past, old)
+    def cached(self, x, rotation, mask, view):
+        y, new = self.attention.cached(self.attention_norm(x), rotation, mask, view)
         return self.mlp(self._add(x, y, self.attention_scale)), new
 
 
@@ -287,8 +291,8 @@ class Encoder(nnx.Module):
         self.config = config
         self.blocks = EncoderBlock(rngs, config)
 
-    def __call__(self, x: jax.Array, positions: jax.Array, mask: Mask) -> jax.Array:
-        """x: [B, T, D]; positions: int32 [B, T]; mask: bool [B, T, T], or `Lengths`. Returns [B, T, D]."""
+    def __call__(self, x: jax.Array, positions: jax.Array, mask: AttentionMask) -> jax.Array:
+        """x: [B, T, D]; positions: int32 [B, T]. Returns [B, T, D]."""
         rotation = self._rotation(positions)
         body = rematerialise(lambda x, block: (block(x, rotation, mask), None), self.config.remat)
         return scan_layers(body, x, self.blocks)[0]

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from chroma_jax.layers.attention import Lengths
+from chroma_jax.layers.attention_mask import AttentionMask
 from chroma_jax.layers.gelu import gelu
 from chroma_jax.layers.linear import LayerNorm, Linear, for_compute, normal, weight, zeros
 from chroma_jax.layers.transformer import Encoder, EncoderConfig, Remat
@@ -163,7 +163,7 @@ class AudioEncoder(nnx.Module):
 
     def attend(self, x: jax.Array, lengths: jax.Array) -> jax.Array:
         """The encoder stack on blocks. x: [R, A, D]; lengths: int32 [R] in mel frames. Returns [R, A, D]."""
-        return self.encoder(x, jnp.zeros(x.shape[:2], jnp.int32), Lengths(num_positions(lengths)))
+        return self.encoder(x, jnp.zeros(x.shape[:2], jnp.int32), AttentionMask(lengths=num_positions(lengths)))
 
     def pool(self, x: jax.Array) -> jax.Array:
         """Averages pairs over a recording's whole sequence. x: [B, blocks · A, D]. Returns [B, blocks · A / 2, output]."""

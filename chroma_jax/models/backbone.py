@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from chroma_jax.layers.attention import KVCache, packed
+from chroma_jax.layers.attention_mask import AttentionMask
+from chroma_jax.layers.kv_cache import KVCache
 from chroma_jax.layers.linear import Embedding, Linear
 from chroma_jax.layers.transformer import Llama, LlamaConfig
 from chroma_jax.sequence.batch import is_present
@@ -39,7 +40,7 @@ class Backbone(nnx.Module):
 
     def __call__(self, inputs: jax.Array, positions: jax.Array, segments: jax.Array) -> jax.Array:
         """inputs: [B, T, D]; positions, segments: int32 [B, T]. Returns h after the final norm, [B, T, D]."""
-        return self.model(inputs, positions, packed(segments, self.config.attention))
+        return self.model(inputs, positions, AttentionMask(segments=segments))
 
     def cached(self, inputs: jax.Array, positions: jax.Array, cache: KVCache, mask=None) -> tuple[jax.Array, KVCache]:
         """Continues sequences; see `Llama.cached`."""

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from chroma_jax.layers.attention import KVCache
+from chroma_jax.layers.attention_mask import AttentionMask
+from chroma_jax.layers.kv_cache import KVCache
 from chroma_jax.layers.linear import Linear, for_compute, normal, scaled, weight
 from chroma_jax.layers.transformer import Llama, LlamaConfig
 
@@ -30,7 +31,7 @@ class Decoder(nnx.Module):
         n, q = x.shape[:2]
         positions = jnp.broadcast_to(jnp.arange(q), (n, q))
         mask = jnp.broadcast_to(jnp.tril(jnp.ones((q, q), bool)), (n, q, q))
-        x = self.model(x, positions, mask)[:, 1:]
+        x = self.model(x, positions, AttentionMask(explicit=mask))[:, 1:]
         return scaled(jnp.einsum("NQD,QDV->NQV", x, for_compute(self.heads, x.dtype, self.config.rules)), self.heads_scale)
 
     def cached(self, inputs: jax.Array, positions: jax.Array, slots: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:

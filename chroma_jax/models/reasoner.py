@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from chroma_jax.layers.attention import KVCache, packed
+from chroma_jax.layers.attention_mask import AttentionMask
+from chroma_jax.layers.kv_cache import KVCache
 from chroma_jax.layers.linear import Embedding, Linear
 from chroma_jax.layers.rope import RopeConfig
 from chroma_jax.layers.transformer import Llama, LlamaConfig
@@ -64,7 +65,7 @@ class Reasoner(nnx.Module):
 
     def __call__(self, embeddings: jax.Array, positions: jax.Array, segments: jax.Array) -> jax.Array:
         """embeddings: [B, L, D]; positions, segments: int32 [B, L]. Returns hidden states after the final norm, [B, L, D]."""
-        return self.text(embeddings, positions, packed(segments, self.config.text.attention))
+        return self.text(embeddings, positions, AttentionMask(segments=segments))
 
     def read(self, audio, tokens, positions, segments, audio_index) -> jax.Array:
         """Hidden states of packed rows from encoded speech [B, A, D] and tokens (shapes as in `chroma_jax.sequence.batch`).

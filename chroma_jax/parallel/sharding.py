@@ -189,11 +189,16 @@ def leading_spec(x: jax.Array, count: int) -> tuple:
     return spec + (None,) * (count - len(spec))
 
 
-def divided(x: jax.Array, axis: int) -> bool:
-    """Whether an axis of ``x`` lies on more than one device."""
+def num_shards(x: jax.Array, axis: int) -> int:
+    """Number of shards of an axis of ``x``."""
     names = leading_spec(x, axis + 1)[axis] if active() else None
     shape = jax.sharding.get_abstract_mesh().shape
-    return math.prod(shape[name] for name in ((names,) if isinstance(names, str) else names or ())) > 1
+    return math.prod(shape[name] for name in ((names,) if isinstance(names, str) else names or ()))
+
+
+def divided(x: jax.Array, axis: int) -> bool:
+    """Whether an axis of ``x`` lies on more than one device."""
+    return num_shards(x, axis) > 1
 
 
 def on_rows_and_heads(attend: Callable, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:

@@ -125,8 +125,7 @@ def compile_kernels(chip: str, name: str, width: int, out: Path) -> None:
     from jax.sharding import NamedSharding
     from jax.sharding import PartitionSpec as P
 
-    from chroma_jax.kernels import encoder_attention as short
-    from chroma_jax.kernels import flash, splash
+    from chroma_jax.kernels import encoder_attention, flash, splash
     from chroma_jax.parallel.sharding import MeshConfig, make_mesh
     from chroma_jax.planning.plan import without_tpu
 
@@ -147,7 +146,7 @@ def compile_kernels(chip: str, name: str, width: int, out: Path) -> None:
 
         if name == "short":
             positions, heads = SHORT[width]
-            step = jax.jit(functools.partial(short.attend, head=width))
+            step = jax.jit(functools.partial(encoder_attention.attend, head=width))
             arrays = [array(positions, heads * width)] * 3 + [array(dtype=jnp.int32)]
         else:
             positions, group = SPLASH[width]

@@ -11,7 +11,7 @@ from flax import nnx
 
 from chroma_jax.inference.frame import greedy_residual_codes
 from chroma_jax.inference.sampling import Sampling, probabilities
-from chroma_jax.layers.attention import causal_mask
+from chroma_jax.layers.attention_mask import AttentionMask
 from chroma_jax.layers.rope import inverse_frequencies
 from chroma_jax.models.audio_encoder import cut_blocks, num_outputs
 from chroma_jax.models.chroma import Chroma
@@ -149,8 +149,8 @@ def unpad(
 
 def layer_outputs(model, x, positions, segments):
     """[layers + 1, B, T, D]: the stack's input, each layer's output, the last after the final norm."""
-    rotation, mask = model._rotation(positions), causal_mask(segments)
-    _, outputs = jax.lax.scan(lambda x, block: (y := block(x, rotation, mask), y), x, model.blocks)
+    rotation, mask = model._rotation(positions), AttentionMask(segments=segments)
+    _, outputs = jax.lax.scan(lambda x, block: (y := block(x, rotation, mask, "xla"), y), x, model.blocks)
     return jnp.concatenate([x[None], outputs[:-1], model.norm(outputs[-1])[None]])
 
 
@@ -165,7 +165,7 @@ def backbone(case: Case) -> Checks:
 
     @jax.jit
     def run(model, x, mask):
-        hidden = model.backbone.model(x, positions, mask)
+        hidden = model.backbone.model(x, positions, AttentionMask(explicit=mask))
         logits = model.backbone.logits(hidden)
         nll, _ = cross_entropy(logits[:, :-1], i["labels"][:, 1:])
         return logits, hidden, mean(jnp.sum(nll), jnp.sum(i["labels"][:, 1:] >= 0))

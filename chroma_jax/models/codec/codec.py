@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from chroma_jax.layers.attention import KVCache
+from chroma_jax.layers.attention_mask import AttentionMask
+from chroma_jax.layers.kv_cache import KVCache
 from chroma_jax.layers.rope import RopeConfig
 from chroma_jax.layers.transformer import Encoder, EncoderConfig
 from chroma_jax.models.codec.conv import Conv, ConvState, ConvTranspose
@@ -306,7 +307,8 @@ class Codec(nnx.Module):
 
     def _attend_whole(self, transformer: Encoder, x: jax.Array) -> jax.Array:
         positions = jnp.arange(x.shape[1])
-        return transformer(x, positions[None], visible(positions[None], positions, self.config.sliding_window))
+        mask = visible(positions[None], positions, self.config.sliding_window)
+        return transformer(x, positions[None], AttentionMask(explicit=mask))
 
     # Streaming.
 
