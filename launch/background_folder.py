@@ -30,10 +30,10 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+from chroma_jax.utils.atomic_io import write_json, written_aside
 from chroma_jax.utils.errors import InputError, near
-from launch.background_process import own_environment, read_json, write_json
+from launch.background_process import ROOT, own_environment, read_json
 
-ROOT = Path(__file__).resolve().parent.parent
 STATE = "background.json"
 TRAIN = ("{python}", "-m", "chroma_jax", "train", "{config}", "{run}", "--dataset_dir", "{data}")
 
@@ -249,10 +249,9 @@ def clone(folder: Folder) -> None:
     """Makes source-TAG, unless it exists."""
     if folder.source.is_dir():
         return
-    repo, partial = folder.what.repo or str(ROOT), folder.path / f".{folder.source.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    git("-c", "advice.detachedHead=false", "clone", "--quiet", "--branch", folder.what.tag, repo, str(partial))
-    partial.rename(folder.source)
+    with written_aside(folder.source) as partial:
+        repo = folder.what.repo or str(ROOT)
+        git("-c", "advice.detachedHead=false", "clone", "--quiet", "--branch", folder.what.tag, repo, str(partial))
 
 
 def make_environment(folder: Folder) -> None:

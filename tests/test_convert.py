@@ -553,8 +553,8 @@ def test_an_interrupted_import_leaves_nothing_and_can_be_run_again(source, tmp_p
 
 
 def test_what_a_killed_import_left_is_cleared_by_the_next_one(source, tmp_path):
-    dead = tmp_path / ".run.999999999.x.partial"
-    alive = tmp_path / f".run.{os.getpid()}.x.partial"
+    dead = tmp_path / ".run.x.999999999.partial"
+    alive = tmp_path / f".run.x.{os.getpid()}.partial"
     for folder in (dead, alive):
         folder.mkdir()
         (folder / "half").write_text("")

@@ -23,6 +23,7 @@ from chroma_jax.models.codec import Codec
 from chroma_jax.models.codec.voice_encoder import ChunkedEncoder
 from chroma_jax.sequence.chat_template import Encode
 from chroma_jax.sequence.interleave import NONE_TOKEN
+from chroma_jax.utils.atomic_io import replaced_file
 from chroma_jax.utils.errors import InputError, check_format
 
 FRAMES_PER_PIECE = 8  # of a recording, that the Codec encodes at once
@@ -107,14 +108,11 @@ def corner(x: jax.Array, size: int = 4) -> np.ndarray:
 
 def save_voice(voice: Voice, made_by: str, path: Path) -> None:
     """made_by: the model's fingerprint. The file is written whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".tmp")
     leaves = [np.ascontiguousarray(x[:, :, :, : voice.length]) for x in jax.device_get(jax.tree.leaves(voice.cache))]
     kinds = {"format": f"{KIND} {FORMAT}", "model": made_by, "length": str(voice.length)}
     kinds["types"] = " ".join(str(x.dtype) for x in leaves)
-    save_file({str(i): x.view(f"u{x.itemsize}") for i, x in enumerate(leaves)}, aside, metadata=kinds)
-    aside.replace(path)
+    with replaced_file(path) as partial:
+        save_file({str(i): x.view(f"u{x.itemsize}") for i, x in enumerate(leaves)}, partial, metadata=kinds)
 
 
 def load_voice(path: Path, made_by: str, slots: BatchState) -> Voice:
