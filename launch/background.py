@@ -38,14 +38,15 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # chroma-jax need not be installed where trainings are managed from
 
 from chroma_jax.utils.atomic_io import write_json, written_aside  # noqa: E402
+from chroma_jax.utils.build import build  # noqa: E402
 from chroma_jax.utils.errors import STOPPED, InputError  # noqa: E402
 from launch import background_process as processes  # noqa: E402
 from launch.background_folder import (  # noqa: E402
     STATE,
+    Background,
     Folder,
     clone,
     core_set,
-    from_dict,
     initial,
     make_data,
     make_environment,
@@ -64,7 +65,7 @@ def setup(path: Path, args: argparse.Namespace) -> str:
         raise InputError(f"{path}: is inside the repository; choose a folder outside of it")
     before = read_json(path / STATE)
     values = read_description(args.description) if args.description else before["what"] if before else {}
-    what = from_dict(values | overrides(args), str(args.description or "flags"))
+    what = build(Background, values | overrides(args), args.description or "flags")
     if before and before["what"]["tag"] != what.tag:
         raise InputError(f"{path}: is set up for {before['what']['tag']}; use retag {what.tag}")
     path.mkdir(parents=True, exist_ok=True)

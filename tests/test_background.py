@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from chroma_jax.utils.build import build
 from chroma_jax.utils.errors import InputError
 from launch import background, background_process
-from launch.background_folder import Background, Folder, Stage, core_set, from_dict, read_description
+from launch.background_folder import Background, Folder, Stage, core_set, read_description
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="process states are read from /proc")
 
@@ -228,11 +229,11 @@ def test_errors_name_the_file_and_the_field(command, tmp_path):
     with pytest.raises(InputError, match="Remote branch v9 not found"):
         command.setup("--tag", "v9")
     with pytest.raises(InputError, match=r"unknown field 'flag' \(near: flags"):
-        from_dict({"tag": "v1", "flag": []}, "file.toml")
-    with pytest.raises(InputError, match="file.toml: flags is 'x', expected a list of strings"):
-        from_dict({"tag": "v1", "flags": "x"}, "file.toml")
+        build(Background, {"tag": "v1", "flag": []}, "file.toml")
+    with pytest.raises(InputError, match="file.toml: flags is 'x', expected a list of text"):
+        build(Background, {"tag": "v1", "flags": "x"}, "file.toml")
     with pytest.raises(InputError, match="file.toml: nice is 20, expected 0 to 19"):
-        from_dict({"tag": "v1", "nice": 20}, "file.toml")
+        build(Background, {"tag": "v1", "nice": 20}, "file.toml")
     with pytest.raises(InputError, match="cores is '0;1'"):
         core_set("0;1")
     with pytest.raises(InputError, match="is inside the repository"):

@@ -17,17 +17,18 @@ from chroma_jax.models.chroma import Chroma
 from chroma_jax.parallel.multihost import data_shard, log
 from chroma_jax.parallel.progress import Progress
 from chroma_jax.parallel.sharding import make_mesh
-from chroma_jax.planning.training_step import abstract_batch, compiled_from, step_flops, trainer_of
+from chroma_jax.planning.training_step import abstract_batch, compiled_from, trainer_of
 from chroma_jax.runs.run_folder import check_run, has_checkpoint, keep
 from chroma_jax.sequence.batch import Batch
-from chroma_jax.training import flops
 from chroma_jax.training.checkpoint import Checkpoints
+from chroma_jax.training.flops import step_flops
 from chroma_jax.training.loop import check_batch, train_on
 from chroma_jax.training.lora import MARK, restore_merged
 from chroma_jax.training.metrics import MetricsWriter, flat
 from chroma_jax.training.optimizer import split_trainable
 from chroma_jax.training.runtime.aot_executable import with_executable
 from chroma_jax.training.state import Trainer, TrainState
+from chroma_jax.utils.chips import device_rates
 from chroma_jax.utils.errors import InputError
 from chroma_jax.utils.tree_paths import values
 from data_pipelines.dataset import open_dataset
@@ -166,9 +167,10 @@ class SpeakingTask:
         self.config, self.prepared, self.trainer = config, prepared, trainer
         self.share = data_shard(trainer.batch_sharding, config.training.global_batch_size)
         self.reading = {"reasoner": config.loss.reasoner, "prompt_frames": config.loss.prompt_slots}
-        self.step_flops = sum(step_flops(config, trainer))
-        peak = flops.peak_flops(jax.devices()[0])
-        self.peak = None if peak is None else peak * config.mesh.num_devices
+        rows, trained = config.training.global_batch_size, values(trainer.abstract.trained)
+        self.step_flops = sum(step_flops(config.model, config.data.row, config.loss, rows, trained))
+        rates = device_rates(jax.devices()[0].device_kind)
+        self.peak = None if rates is None else rates.flops * config.mesh.num_devices
 
     def batches(self, position: int) -> Iterator[Batch]:
         t = self.config.training
