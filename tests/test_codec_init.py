@@ -13,7 +13,7 @@ from chroma_jax import pretrained
 from chroma_jax.cli.main import main
 from chroma_jax.convert.codec import export_codec, load_codec, load_trained_codec
 from chroma_jax.parallel.sharding import make_mesh
-from chroma_jax.runs.codec_train import collapsed, initial_weights
+from chroma_jax.runs.starting_weights import collapsed, starting_weights
 from chroma_jax.training.codec.step import make_codec_trainer
 from chroma_jax.utils.errors import InputError
 
@@ -31,7 +31,8 @@ def imported(tmp_path_factory):
 def weights(source, config=CONFIG) -> dict[str, jax.Array]:
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        return initial_weights(config, make_codec_trainer(config.model, config.recipe, 0, mesh), source)
+        trainer = make_codec_trainer(config.model, config.recipe, 0, mesh)
+        return starting_weights(config, source, trainer.abstract.weights())
 
 
 @pytest.fixture(scope="module")

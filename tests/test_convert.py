@@ -33,7 +33,7 @@ from chroma_jax.models.io.name_tables import ROTARY_PAIRS
 from chroma_jax.models.io.weight_files import abstract_weights, outputs, read_weights
 from chroma_jax.parallel.sharding import MeshConfig, make_mesh
 from chroma_jax.runs.load import load_run
-from chroma_jax.runs.train import initial_weights
+from chroma_jax.runs.starting_weights import starting_weights
 from chroma_jax.training.checkpoint import Checkpoints
 from chroma_jax.training.state import make_trainer
 from chroma_jax.utils.errors import InputError
@@ -385,13 +385,17 @@ def test_prepare_takes_a_codec_in_mimis_own_names(checkpoints):
 # Training from it
 
 
+def expected(trainer) -> dict[str, jax.ShapeDtypeStruct]:
+    return values(trainer.abstract.trained) | values(trainer.abstract.frozen)
+
+
 def test_training_starts_from_what_was_imported_and_draws_the_rest(checkpoints, tmp_path, capsys):
     source, ours = checkpoints["Qwen2.5-Omni"]
     run = imported(tmp_path / "run", source)
     mesh = make_mesh(MeshConfig(fsdp=2))
     with jax.set_mesh(mesh):
         trainer = make_trainer(MODEL, CONFIG.optimizer, CONFIG.loss, CONFIG.precision, 0, mesh)
-        state = trainer.init(initial_weights(CONFIG, trainer, run))
+        state = trainer.init(starting_weights(CONFIG, run, expected(trainer)))
         fresh = trainer.init()
     assert "drawn at random: audio_embedding, backbone, decoder" in capsys.readouterr().out
     found, drawn = values(state.trained), values(fresh.trained)
@@ -405,7 +409,7 @@ def test_training_refuses_weights_of_another_model_and_says_the_flags(checkpoint
     with jax.set_mesh(mesh):
         trainer = make_trainer(MODEL, CONFIG.optimizer, CONFIG.loss, CONFIG.precision, 0, mesh)
         with pytest.raises(InputError, match=r"--model\.backbone\.rope\.scaling llama3 .*--model\.decoder\.rope"):
-            initial_weights(CONFIG, trainer, run)
+            starting_weights(CONFIG, run, expected(trainer))
 
 
 def test_a_run_starts_from_an_import_and_leaves_it_alone(source, tiny_prepared, onto, tmp_path, capsys):
