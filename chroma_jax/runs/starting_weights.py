@@ -112,7 +112,7 @@ def check_fields(config: Config | CodecRun, source: Path, theirs: ChromaConfig |
     different = {name: value for name, value in configs.fields(theirs).items() if ours.get(name) != value and matters(name)}
     if different:
         flags = " ".join(f"--model.{name} {value}" for name, value in different.items())
-        raise InputError(f"{source}: its weights have other sizes or constants; to initialize from them, add {flags}")
+        raise InputError(f"{source}: its weights have other constants or sizes; to initialize from them, add {flags}")
 
 
 def collapsed(paths: set[str], everything: set[str]) -> list[str]:
