@@ -78,12 +78,6 @@ def running(folder: Path) -> dict | None:
     return record.get("training") if is_alive(record.get("training")) else None
 
 
-def supervisor(folder: Path) -> dict | None:
-    """The same for the supervisor."""
-    record = read_json(folder / PID_FILE) or {}
-    return record.get("supervisor") if is_alive(record.get("supervisor")) else None
-
-
 def is_paused(process: dict) -> bool:
     """Whether a process is stopped by SIGSTOP."""
     fields = stat(process["pid"])

@@ -80,8 +80,14 @@ def command(tmp_path, repository, capsys):
         *("--nice", os.nice(0), *more),
     )
     yield call
-    for process in filter(None, (background_process.running(folder), background_process.supervisor(folder))):
+    for process in filter(None, (background_process.running(folder), supervisor(folder))):
         os.killpg(background_process.group_of(process), signal.SIGKILL)
+
+
+def supervisor(folder: Path) -> dict | None:
+    """The running supervisor, as `background_process.identity`."""
+    process = (background_process.read_json(folder / background_process.PID_FILE) or {}).get("supervisor")
+    return process if background_process.is_alive(process) else None
 
 
 def until(reached, seconds: float = 20):
@@ -161,8 +167,8 @@ def test_after_kill_9_of_everything_it_resumes_and_the_cpu_time_is_not_lost(comm
     assert invocations(command.folder)[-1]["exit_code"] == -signal.SIGKILL
 
     command("start", "--settle", 0.1)
-    os.kill(background_process.supervisor(command.folder)["pid"], signal.SIGKILL)  # the supervisor alone: the training continues
-    until(lambda: background_process.supervisor(command.folder) is None)
+    os.kill(supervisor(command.folder)["pid"], signal.SIGKILL)  # the supervisor alone: the training continues
+    until(lambda: supervisor(command.folder) is None)
     with pytest.raises(InputError, match="runs already"):
         command("start")
     assert "exit code None" in command("stop", "--timeout", 20) and background_process.running(command.folder) is None
