@@ -22,6 +22,7 @@ from chroma_jax.training.lora import LoraConfig
 from chroma_jax.training.loss import LossConfig
 from chroma_jax.training.optimizer import OptimizerConfig
 from chroma_jax.training.state import PrecisionConfig
+from chroma_jax.utils.build import build
 from chroma_jax.utils.errors import InputError, check_format, near
 from data_pipelines.prepare import DataConfig
 from data_pipelines.waves import CodecDataConfig
@@ -237,32 +238,7 @@ def parse(text: str, source: str) -> Config | CodecRun:
     kind = tree.pop("kind", "speaking")
     if kind not in KINDS:
         raise InputError(f"{source}: kind {kind!r} is none of {', '.join(KINDS)}{near(str(kind), KINDS)}")
-    return _build(KINDS[kind], tree, source, "")
-
-
-def _build(cls: type, tree: dict, source: str, prefix: str):
-    hints = typing.get_type_hints(cls)
-    names = [f.name for f in dataclasses.fields(cls)]
-    for name in tree:
-        if name not in names:
-            raise InputError(f"{source}: unknown field {prefix + name!r}{near(name, names)}")
-    values = {}
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            nested = [t for t in _options(hints[name]) if dataclasses.is_dataclass(t)]
-            if not nested:
-                raise InputError(f"{source}: {prefix + name!r} has no fields of its own")
-            value = _build(nested[0], value, source, f"{prefix}{name}.")
-        values[name] = value
-    try:
-        return cls(**values)
-    except (TypeError, ValueError) as e:
-        raise InputError(f"{source}: {prefix.rstrip('.') or 'config'}: {e}") from e
-
-
-def _options(hint) -> tuple:
-    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-    return typing.get_args(hint) if is_union else (hint,)
+    return build(KINDS[kind], tree, source)
 
 
 def load(run: Path) -> Config | CodecRun:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from chroma_jax.models.chroma import ChromaConfig
 from chroma_jax.sequence.batch import PackedShape
+from chroma_jax.utils.build import build
 from chroma_jax.utils.errors import InputError, check_format, near
 
 VERSION = 2  # version 1 has other names of fields
@@ -83,7 +84,7 @@ def read_manifest(folder: Path) -> dict:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         version = manifest["version"]
         if version == VERSION:
-            PackedShape(**manifest["config"]["data"]["row"])
+            build(PackedShape, manifest["config"]["data"]["row"], path, "config.data.row.")
             _ = manifest["config"]["model"], [s["rows"] + s["bytes"] for s in manifest["splits"].values()]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: damaged ({type(error).__name__}: {error}); remove the folder and prepare it again") from error

@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 from array_record.python import array_record_module
 
-from chroma_jax.utils.atomic_io import write_whole
+from chroma_jax.utils.atomic_io import replaced_file, write_whole
 from chroma_jax.utils.errors import InputError, check_format
 from data_pipelines.dataset import Dataset
 
@@ -57,13 +57,11 @@ def from_bytes(data: bytes) -> np.ndarray:
 
 def write_file(path: Path, rows: Iterator[np.ndarray]) -> None:
     """Writes one file, whole or not at all."""
-    path.parent.mkdir(exist_ok=True)
-    aside = path.with_name(f".{path.name}.tmp")
-    writer = array_record_module.ArrayRecordWriter(str(aside), "group_size:1,zstd:1")
-    for states in rows:
-        writer.write(to_bytes(states))
-    writer.close()
-    aside.replace(path)
+    with replaced_file(path) as partial:
+        writer = array_record_module.ArrayRecordWriter(str(partial), "group_size:1,zstd:1")
+        for states in rows:
+            writer.write(to_bytes(states))
+        writer.close()
 
 
 def check(dataset: Dataset, made_with: dict) -> None:

@@ -19,7 +19,6 @@ LONG = (5, 16)  # words of a sentence
 SHORT = (2, 5)  # words of a reply
 SHARES = {"actions": 0.45, "commands": 0.10, "general": 0.30, "replies": 0.15}
 TRIES = 40  # draws per sentence before the generator counts as exhausted
-SPEAKABLE = re.compile(r"[A-Z][A-Za-z]*(?:[-' ,.?!]+[A-Za-z]+)*[.?!]")
 SLOT = re.compile(r"\{(\w+?)(\d*)\}")
 VOWEL_SOUND = re.compile(r"\b([Aa]) (?=(?:[aeiou]|hour|honest)(?!ne\b))(?!uni[cfvq]|use|usu|one\b|euro)", re.IGNORECASE)
 INTENT = re.compile(r"base_|like to|wanted|promised|forgot|going to|must|Should|Could|can |had to|used to|\{how\}")

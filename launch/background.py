@@ -37,21 +37,23 @@ from typing import NoReturn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # chroma-jax need not be installed where trainings are managed from
 
+from chroma_jax.utils.atomic_io import write_json, written_aside  # noqa: E402
+from chroma_jax.utils.build import build  # noqa: E402
 from chroma_jax.utils.errors import STOPPED, InputError  # noqa: E402
 from launch import background_process as processes  # noqa: E402
 from launch.background_folder import (  # noqa: E402
     STATE,
+    Background,
     Folder,
     clone,
     core_set,
-    from_dict,
     initial,
     make_data,
     make_environment,
     read_description,
     run,
 )
-from launch.background_process import LINUX, LOG, read_json, write_json  # noqa: E402
+from launch.background_process import LINUX, LOG, read_json  # noqa: E402
 
 START_SECONDS = 30.0  # for the supervisor's Python to start on a busy machine
 PLOT = "from pathlib import Path; from {module} import plot; plot(Path({run!r}), Path({out!r}))"
@@ -63,7 +65,7 @@ def setup(path: Path, args: argparse.Namespace) -> str:
         raise InputError(f"{path}: is inside the repository; choose a folder outside of it")
     before = read_json(path / STATE)
     values = read_description(args.description) if args.description else before["what"] if before else {}
-    what = from_dict(values | overrides(args), str(args.description or "flags"))
+    what = build(Background, values | overrides(args), args.description or "flags")
     if before and before["what"]["tag"] != what.tag:
         raise InputError(f"{path}: is set up for {before['what']['tag']}; use retag {what.tag}")
     path.mkdir(parents=True, exist_ok=True)
@@ -225,19 +227,17 @@ def export(path: Path, args: argparse.Namespace) -> str:
     dest = path / "exports" / f"{folder.current['run']}-{step}"
     facts = read_json(dest / "export.json")
     if facts is None:
-        partial = dest.with_name(f".{dest.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        dest.parent.mkdir(exist_ok=True)
-        run(low_priority([str(folder.python), "-m", "chroma_jax", "export", str(folder.run), str(partial)]), "export", cwd=path)
-        logits = [str(folder.python), "-m", module(folder.source, "reference_logits"), str(partial)]
-        if subprocess.run(low_priority(logits), cwd=path, env=processes.own_environment()).returncode:
-            print(f"background: {folder.what.tag} cannot compute reference logits; {dest.name} has none", file=sys.stderr)
-        weights = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(partial.glob("*.safetensors"))}
-        facts = {"tag": folder.what.tag, "commit": folder.commit, "run": folder.current["run"], "step": step}
-        facts |= {"sha256": weights, "core_hours": round(processes.core_seconds(path) / 3600, 3), "milestone": False}
-        facts |= {"metrics": {name: value for name, value in metrics(folder.run).items() if name != "step"}}
-        write_json(partial / "export.json", facts)
-        partial.rename(dest)
+        with written_aside(dest) as partial:
+            command = [str(folder.python), "-m", "chroma_jax", "export", str(folder.run), str(partial)]
+            run(low_priority(command), "export", cwd=path)
+            logits = [str(folder.python), "-m", module(folder.source, "reference_logits"), str(partial)]
+            if subprocess.run(low_priority(logits), cwd=path, env=processes.own_environment()).returncode:
+                print(f"background: {folder.what.tag} cannot compute reference logits; {dest.name} has none", file=sys.stderr)
+            weights = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(partial.glob("*.safetensors"))}
+            facts = {"tag": folder.what.tag, "commit": folder.commit, "run": folder.current["run"], "step": step}
+            facts |= {"sha256": weights, "core_hours": round(processes.core_seconds(path) / 3600, 3), "milestone": False}
+            facts |= {"metrics": {name: value for name, value in metrics(folder.run).items() if name != "step"}}
+            write_json(partial / "export.json", facts)
     if args.milestone and not facts["milestone"]:
         facts["milestone"] = True
         write_json(dest / "export.json", facts)

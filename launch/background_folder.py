@@ -30,10 +30,11 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from chroma_jax.utils.errors import InputError, near
-from launch.background_process import own_environment, read_json, write_json
+from chroma_jax.utils.atomic_io import write_json, written_aside
+from chroma_jax.utils.build import build
+from chroma_jax.utils.errors import InputError
+from launch.background_process import ROOT, own_environment, read_json
 
-ROOT = Path(__file__).resolve().parent.parent
 STATE = "background.json"
 TRAIN = ("{python}", "-m", "chroma_jax", "train", "{config}", "{run}", "--dataset_dir", "{data}")
 
@@ -113,41 +114,6 @@ def core_set(text: str) -> set[int]:
     return cores
 
 
-def from_dict(values: dict[str, Any], source: str) -> Background:
-    """A description from plain values. Raises InputError naming ``source`` and the field."""
-    return _built(Background, values, source)
-
-
-def _built(cls: type, values: dict[str, Any], source: str):
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    for name in values:
-        if name not in fields:
-            raise InputError(f"{source}: unknown field {name!r}{near(name, fields)}; fields: {', '.join(fields)}")
-    required = [name for name, field in fields.items() if field.default is dataclasses.MISSING and name not in values]
-    if required:
-        raise InputError(f"{source}: {required[0]} is missing")
-    converted = {}
-    for name, value in values.items():
-        kind = str(fields[name].type)
-        if name == "stages":
-            value = tuple(_built(Stage, dict(stage), f"{source}: stages") for stage in value)
-        elif "tuple" in kind:
-            if not isinstance(value, list | tuple) or not all(isinstance(x, str) for x in value):
-                raise InputError(f"{source}: {name} is {value!r}, expected a list of strings")
-            value = tuple(value)
-        elif "bool" in kind and not isinstance(value, bool):
-            raise InputError(f"{source}: {name} is {value!r}, expected true or false")
-        elif "int" in kind and not isinstance(value, int):
-            raise InputError(f"{source}: {name} is {value!r}, expected an integer")
-        elif "str" in kind and not (isinstance(value, str) or (value is None and "None" in kind)):
-            raise InputError(f"{source}: {name} is {value!r}, expected a string")
-        converted[name] = value
-    try:
-        return cls(**converted)
-    except InputError as e:
-        raise InputError(f"{source}: {e}") from e
-
-
 def read_description(path: Path) -> dict[str, Any]:
     """The values of a committed description. Raises InputError when it cannot be read."""
     try:
@@ -182,7 +148,7 @@ class Folder:
         state = read_json(path / STATE)
         if state is None:
             raise InputError(f"{path / STATE}: no such file; run `python -m launch.background setup {path} …` first")
-        return Folder(path, from_dict(state["what"], str(path / STATE)), tuple(state["runs"]))
+        return Folder(path, build(Background, state["what"], path / STATE), tuple(state["runs"]))
 
     def write(self) -> None:
         write_json(self.path / STATE, {"what": dataclasses.asdict(self.what), "runs": list(self.runs)})
@@ -249,10 +215,9 @@ def clone(folder: Folder) -> None:
     """Makes source-TAG, unless it exists."""
     if folder.source.is_dir():
         return
-    repo, partial = folder.what.repo or str(ROOT), folder.path / f".{folder.source.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    git("-c", "advice.detachedHead=false", "clone", "--quiet", "--branch", folder.what.tag, repo, str(partial))
-    partial.rename(folder.source)
+    with written_aside(folder.source) as partial:
+        repo = folder.what.repo or str(ROOT)
+        git("-c", "advice.detachedHead=false", "clone", "--quiet", "--branch", folder.what.tag, repo, str(partial))
 
 
 def make_environment(folder: Folder) -> None:

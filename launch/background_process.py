@@ -16,6 +16,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from chroma_jax.utils.atomic_io import write_json
+
+ROOT = Path(__file__).resolve().parent.parent
 PID_FILE, INVOCATIONS, LOG, SAMPLE = "pid.json", "invocations.json", "log.txt", "cpu_seconds.json"
 SAMPLE_SECONDS = 60.0  # CPU time that is lost when the supervisor is killed, at most
 LINUX = sys.platform == "linux"
@@ -27,13 +30,6 @@ def read_json(path: Path, default=None):
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return default
-
-
-def write_json(path: Path, value) -> None:
-    """Writes a JSON file whole or not at all."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    aside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    aside.replace(path)
 
 
 # Identity
@@ -80,12 +76,6 @@ def running(folder: Path) -> dict | None:
     """The process of the running training as `identity`; None when none runs."""
     record = read_json(folder / PID_FILE) or {}
     return record.get("training") if is_alive(record.get("training")) else None
-
-
-def supervisor(folder: Path) -> dict | None:
-    """The same for the supervisor."""
-    record = read_json(folder / PID_FILE) or {}
-    return record.get("supervisor") if is_alive(record.get("supervisor")) else None
 
 
 def is_paused(process: dict) -> bool:
@@ -180,11 +170,12 @@ def launch(folder: Path, job: dict) -> None:
         log.write(f"\n--- {time.strftime('%Y-%m-%d %H:%M:%S %Z')} {job['tag']} {' '.join(job['command'])}\n".encode())
         log.flush()
         subprocess.Popen(
-            [sys.executable, __file__, str(folder), json.dumps(job)],
+            [sys.executable, "-m", "launch.background_process", str(folder), json.dumps(job)],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
             cwd=folder,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},  # which the training does not inherit
             start_new_session=True,
         )
 

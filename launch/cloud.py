@@ -40,9 +40,9 @@ class Plan:
 def queued_resource(d: Description) -> Plan:
     where = [f"--project={d.project}", f"--zone={d.zone}"]
     nodes = [f"--node-id={d.run}"] if d.slices == 1 else [f"--node-count={d.slices}", f"--node-prefix={d.run}"]
-    track = ["alpha"] * (d.slice.family == "v5p")  # of whose shapes only that knows, as of release 528
+    track = ["alpha"] * (d.slice.chip.name == "v5p")  # of whose shapes only that knows, as of release 528
     create = ["gcloud", *track, "compute", "tpus", "queued-resources", "create", d.run, *where, *nodes, *d.slice.gcloud()]
-    create += [f"--runtime-version={d.slice.facts.runtime}", "--metadata-from-file=startup-script=startup.sh"]
+    create += [f"--runtime-version={d.slice.names.runtime}", "--metadata-from-file=startup-script=startup.sh"]
     create += ["--spot"] * d.spot + ["--reserved"] * bool(d.reservation)
     create += [f"--service-account={d.service_account}"] * bool(d.service_account)
     first, at = d.run if d.slices == 1 else f"{d.run}-0", shlex.join(where)
@@ -89,19 +89,19 @@ def gke(d: Description) -> Plan:
 
 def node_pool(d: Description) -> list[str]:
     """How one would make a node pool for one slice."""
-    policy, name = f"{d.slice.family}-{d.slice.shape}", f"{d.run}-0"
+    policy, name = f"{d.slice.chip.name}-{d.slice.shape_name}", f"{d.run}-0"
     make = ["gcloud", "container", "node-pools", "create", name, f"--cluster={d.cluster}", f"--project={d.project}"]
     make += [f"--location={d.location}", f"--node-locations={d.zone}"]
     make += [f"--machine-type={d.slice.machine}", f"--num-nodes={d.slice.hosts}"]
     make += ["--spot"] * d.spot
     make += ["--reservation-affinity=specific", f"--reservation={d.reservation}"] * bool(d.reservation)
-    if d.slice.family != "tpu7x":
-        return [shell([*make, f"--tpu-topology={d.slice.shape}"])]
+    if d.slice.chip.name != "tpu7x":
+        return [shell([*make, f"--tpu-topology={d.slice.shape_name}"])]
     if d.slice.hosts == 1:
         return [shell(make)]
     # there a policy has the topology: docs.cloud.google.com/kubernetes-engine/docs/concepts/tpu-ironwood
     first = ["gcloud", "compute", "resource-policies", "create", "workload-policy", policy, f"--project={d.project}"]
-    first += [f"--region={d.zone.rpartition('-')[0]}", "--type=HIGH_THROUGHPUT", f"--accelerator-topology={d.slice.shape}"]
+    first += [f"--region={d.zone.rpartition('-')[0]}", "--type=HIGH_THROUGHPUT", f"--accelerator-topology={d.slice.shape_name}"]
     return [shell(first), shell([*make, f"--placement-policy={policy}"])]
 
 
@@ -159,7 +159,7 @@ def docker(d: Description) -> Plan:
 def chips(d: Description) -> list[str]:
     """How many devices that is, the product of the mesh."""
     s, n = d.slice, d.slices
-    return [f"{n} × {d.topology}: {n * s.chips} chips, {n * s.devices} devices of JAX; the mesh must have as many"]
+    return [f"{n} × {d.topology}: {n * s.num_chips} chips, {n * s.num_devices} devices of JAX; the mesh must have as many"]
 
 
 TPU = ("project", "zone", "bucket", "image", "topology")

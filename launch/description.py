@@ -3,12 +3,11 @@
 import dataclasses
 import re
 import tomllib
-import types
-import typing
 from pathlib import Path
 from typing import Any
 
-from chroma_jax.utils.errors import InputError, near
+from chroma_jax.utils.build import build
+from chroma_jax.utils.errors import InputError
 from launch.tpu import Slice, slice_of
 
 BUCKET = "/bucket"  # where a job sees the bucket
@@ -160,10 +159,7 @@ def read(path: Path, changes: list[str]) -> Description:
             if not isinstance(node, dict):
                 raise InputError(f"--set {change!r}: {table} has no fields")
         node[leaf] = parsed(value)
-    try:
-        return build(Description, tree, "")
-    except InputError as e:
-        raise InputError(f"{path}: {e}") from e
+    return build(Description, tree, path)
 
 
 def parsed(value: str) -> Any:
@@ -172,35 +168,3 @@ def parsed(value: str) -> Any:
         return tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
         return value
-
-
-def build(cls: type, tree: dict[str, Any], prefix: str) -> Any:
-    """A dataclass from a table of TOML."""
-    hints, fields = typing.get_type_hints(cls), dataclasses.fields(cls)
-    for name in tree:
-        if name not in hints:
-            raise InputError(f"unknown field {prefix + name!r}{near(name, hints) or '; known: ' + ', '.join(hints)}")
-    for field in fields:
-        if field.default is dataclasses.MISSING and field.name not in tree:
-            raise InputError(f"{prefix + field.name} is missing")
-    return cls(**{name: checked(prefix + name, value, hints[name]) for name, value in tree.items()})
-
-
-EXPECTED = {str: "text", int: "a whole number", bool: "true or false"}
-
-
-def checked(name: str, value: Any, hint: Any) -> Any:
-    """The value, if it is of the type that a field wants."""
-    if isinstance(hint, types.UnionType):
-        hint = next(option for option in typing.get_args(hint) if option is not types.NoneType)
-    if dataclasses.is_dataclass(hint):
-        if not isinstance(value, dict):
-            raise InputError(f"{name} is {value!r}, expected a table [{name}]")
-        return build(hint, value, f"{name}.")
-    if typing.get_origin(hint) is tuple:
-        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise InputError(f'{name} is {value!r}, expected a list of texts, such as ["--mesh.fsdp", "16"]')
-        return tuple(value)
-    if type(value) is not hint:
-        raise InputError(f"{name} is {value!r}, expected {EXPECTED[hint]}")
-    return value

@@ -94,7 +94,8 @@ STAGING = ("cpu", "memory", "ephemeral-storage")
 
 def pod(d: Description) -> dict[str, Any]:
     chips = {"google.com/tpu": str(d.slice.chips_per_host)}
-    selector = {"cloud.google.com/gke-tpu-accelerator": d.slice.facts.gke, "cloud.google.com/gke-tpu-topology": d.slice.shape}
+    labels = {"accelerator": d.slice.names.gke, "topology": d.slice.shape_name}
+    selector = {f"cloud.google.com/gke-tpu-{label}": value for label, value in labels.items()}
     tolerations = [{"key": "google.com/tpu", "operator": "Exists", "effect": "NoSchedule"}]
     if d.spot:
         selector["cloud.google.com/gke-spot"] = "true"

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from chroma_jax.utils.build import build
 from chroma_jax.utils.errors import InputError
 from launch import background, background_process
-from launch.background_folder import Background, Folder, Stage, core_set, from_dict, read_description
+from launch.background_folder import Background, Folder, Stage, core_set, read_description
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="process states are read from /proc")
 
@@ -79,8 +80,14 @@ def command(tmp_path, repository, capsys):
         *("--nice", os.nice(0), *more),
     )
     yield call
-    for process in filter(None, (background_process.running(folder), background_process.supervisor(folder))):
+    for process in filter(None, (background_process.running(folder), supervisor(folder))):
         os.killpg(background_process.group_of(process), signal.SIGKILL)
+
+
+def supervisor(folder: Path) -> dict | None:
+    """The running supervisor, as `background_process.identity`."""
+    process = (background_process.read_json(folder / background_process.PID_FILE) or {}).get("supervisor")
+    return process if background_process.is_alive(process) else None
 
 
 def until(reached, seconds: float = 20):
@@ -160,8 +167,8 @@ def test_after_kill_9_of_everything_it_resumes_and_the_cpu_time_is_not_lost(comm
     assert invocations(command.folder)[-1]["exit_code"] == -signal.SIGKILL
 
     command("start", "--settle", 0.1)
-    os.kill(background_process.supervisor(command.folder)["pid"], signal.SIGKILL)  # the supervisor alone: the training continues
-    until(lambda: background_process.supervisor(command.folder) is None)
+    os.kill(supervisor(command.folder)["pid"], signal.SIGKILL)  # the supervisor alone: the training continues
+    until(lambda: supervisor(command.folder) is None)
     with pytest.raises(InputError, match="runs already"):
         command("start")
     assert "exit code None" in command("stop", "--timeout", 20) and background_process.running(command.folder) is None
@@ -228,11 +235,11 @@ def test_errors_name_the_file_and_the_field(command, tmp_path):
     with pytest.raises(InputError, match="Remote branch v9 not found"):
         command.setup("--tag", "v9")
     with pytest.raises(InputError, match=r"unknown field 'flag' \(near: flags"):
-        from_dict({"tag": "v1", "flag": []}, "file.toml")
-    with pytest.raises(InputError, match="file.toml: flags is 'x', expected a list of strings"):
-        from_dict({"tag": "v1", "flags": "x"}, "file.toml")
+        build(Background, {"tag": "v1", "flag": []}, "file.toml")
+    with pytest.raises(InputError, match="file.toml: flags is 'x', expected a list of text"):
+        build(Background, {"tag": "v1", "flags": "x"}, "file.toml")
     with pytest.raises(InputError, match="file.toml: nice is 20, expected 0 to 19"):
-        from_dict({"tag": "v1", "nice": 20}, "file.toml")
+        build(Background, {"tag": "v1", "nice": 20}, "file.toml")
     with pytest.raises(InputError, match="cores is '0;1'"):
         core_set("0;1")
     with pytest.raises(InputError, match="is inside the repository"):

@@ -12,10 +12,12 @@ from chroma_jax.bench.rows import full_rows
 from chroma_jax.bench.train import bench_train
 from chroma_jax.cli.main import main
 from chroma_jax.parallel.sharding import make_mesh
-from chroma_jax.planning.training_step import abstract_batch, step_flops, trainer_of
+from chroma_jax.planning.training_step import abstract_batch, trainer_of
+from chroma_jax.training.flops import step_flops
 from chroma_jax.training.loss import count
 from chroma_jax.training.state import PrecisionConfig
 from chroma_jax.utils.errors import InputError
+from chroma_jax.utils.tree_paths import values
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +43,8 @@ def test_a_report_has_both_times_and_what_was_computed(config):
     found = bench_train(config, rows=2, rounds=2, peer="none")
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        work = sum(step_flops(config, trainer_of(config, mesh)))
+        trained = values(trainer_of(config, mesh).abstract.trained)
+    work = sum(step_flops(config.model, config.data.row, config.loss, 2, trained))
     assert found["gflop_per_step"] == pytest.approx(work / 1e9) and found["ratio"] is None
     assert len(found["seconds"]["chroma_jax"]) == 2 and found["median_seconds"]["chroma_jax"] > 0
     assert found["losses"]["chroma_jax"][-1] < found["losses"]["chroma_jax"][0]

@@ -116,7 +116,7 @@ def test_the_configuration_that_is_measured_has_the_sizes_that_it_says():
         (["bench", "--voice_seconds", "0"], "voice_seconds is 0"),
         (["codec_nano"], "speaking model"),
         (["nano", "--slots", "three"], "three"),
-        ([], "wants a configuration first"),
+        ([], "Missing from chroma-jax bench stream: CONFIG"),
     ],
 )
 def test_what_cannot_be_measured_is_an_error(wrong, message, capsys):

@@ -14,7 +14,7 @@ from chroma_jax.cli.main import main
 from chroma_jax.convert.codec import export_codec, load_codec, load_trained_codec
 from chroma_jax.parallel.sharding import make_mesh
 from chroma_jax.planning.training_step import codec_trainer_of
-from chroma_jax.runs.codec_train import collapsed, initial_weights
+from chroma_jax.runs.starting_weights import collapsed, starting_weights
 from chroma_jax.utils.errors import InputError
 
 SHIPPED = pretrained.found("codec_nano")
@@ -31,7 +31,7 @@ def imported(tmp_path_factory):
 def weights(source, config=CONFIG) -> dict[str, jax.Array]:
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        return initial_weights(config, codec_trainer_of(config, mesh), source)
+        return starting_weights(config, source, codec_trainer_of(config, mesh).abstract.weights())
 
 
 @pytest.fixture(scope="module")

@@ -34,7 +34,7 @@ from chroma_jax.models.io.weight_files import abstract_weights, outputs, read_we
 from chroma_jax.parallel.sharding import MeshConfig, make_mesh
 from chroma_jax.planning.training_step import trainer_of
 from chroma_jax.runs.load import load_run
-from chroma_jax.runs.train import initial_weights
+from chroma_jax.runs.starting_weights import starting_weights
 from chroma_jax.training.checkpoint import Checkpoints
 from chroma_jax.utils.errors import InputError
 from chroma_jax.utils.tree_paths import values
@@ -385,13 +385,17 @@ def test_prepare_takes_a_codec_in_mimis_own_names(checkpoints):
 # Training from it
 
 
+def expected(trainer) -> dict[str, jax.ShapeDtypeStruct]:
+    return values(trainer.abstract.trained) | values(trainer.abstract.frozen)
+
+
 def test_training_starts_from_what_was_imported_and_draws_the_rest(checkpoints, tmp_path, capsys):
     source, ours = checkpoints["Qwen2.5-Omni"]
     run = imported(tmp_path / "run", source)
     mesh = make_mesh(MeshConfig(fsdp=2))
     with jax.set_mesh(mesh):
         trainer = trainer_of(CONFIG, mesh)
-        state = trainer.init(initial_weights(CONFIG, trainer, run))
+        state = trainer.init(starting_weights(CONFIG, run, expected(trainer)))
         fresh = trainer.init()
     assert "drawn at random: audio_embedding, backbone, decoder" in capsys.readouterr().out
     found, drawn = values(state.trained), values(fresh.trained)
@@ -405,7 +409,7 @@ def test_training_refuses_weights_of_another_model_and_says_the_flags(checkpoint
     with jax.set_mesh(mesh):
         trainer = trainer_of(CONFIG, mesh)
         with pytest.raises(InputError, match=r"--model\.backbone\.rope\.scaling llama3 .*--model\.decoder\.rope"):
-            initial_weights(CONFIG, trainer, run)
+            starting_weights(CONFIG, run, expected(trainer))
 
 
 def test_a_run_starts_from_an_import_and_leaves_it_alone(source, tiny_prepared, onto, tmp_path, capsys):
@@ -553,8 +557,8 @@ def test_an_interrupted_import_leaves_nothing_and_can_be_run_again(source, tmp_p
 
 
 def test_what_a_killed_import_left_is_cleared_by_the_next_one(source, tmp_path):
-    dead = tmp_path / ".run.999999999.x.partial"
-    alive = tmp_path / f".run.{os.getpid()}.x.partial"
+    dead = tmp_path / ".run.x.999999999.partial"
+    alive = tmp_path / f".run.x.{os.getpid()}.partial"
     for folder in (dead, alive):
         folder.mkdir()
         (folder / "half").write_text("")

@@ -21,7 +21,7 @@ from chroma_jax.evaluation.suite import read_suite
 from chroma_jax.evaluation.words import error_rate, normalised, same, word_errors
 from chroma_jax.metric_models import speech as real_judges
 from chroma_jax.metric_models.speech import MetricModels, equal_error_rate
-from chroma_jax.runs.load import load_run
+from chroma_jax.runs.load import any_run_config, load_run
 from chroma_jax.sequence.chat_template import question
 from chroma_jax.sequence.interleave import NONE_TOKEN
 from chroma_jax.utils.errors import InputError
@@ -307,7 +307,7 @@ def test_official_judges_are_taken_by_their_paths(official, whisper, tmp_path):
     assert {v.shape for v in vectors} == {(24,)}  # silence and the shortest recordings can be compared too
     assert vectors[0] @ vectors[1] == pytest.approx(1, abs=1e-5) and not vectors[3].any()
     found = evaluate(
-        pretrained.found("codec_nano"), cli.run_configuration([str(pretrained.found("codec_nano"))], "any"), tmp_path / "report",
+        pretrained.found("codec_nano"), any_run_config(pretrained.found("codec_nano")), tmp_path / "report",
         limit=1, metric_models=metric_models,
     )  # fmt: skip
     assert found["metric_models"] == metric_models.origins and -1 <= found["codec"]["summary"]["similarity"] <= 1

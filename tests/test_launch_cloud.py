@@ -25,11 +25,12 @@ from hypothesis import strategies as st
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from chroma_jax.utils.chips import CHIPS  # noqa: E402
 from chroma_jax.utils.errors import DIVERGED, PEER_LOST, STOPPED  # noqa: E402
 from launch import jobset  # noqa: E402
 from launch.cloud import COMMANDS, main  # noqa: E402
 from launch.description import Description, Slurm, read  # noqa: E402
-from launch.tpu import FAMILIES, Slice, slice_of  # noqa: E402
+from launch.tpu import NAMES, slice_of  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "golden" / "launch"
 EXAMPLE = ROOT / "launch" / "example.toml"
@@ -91,24 +92,23 @@ def refused(argv: list[str], capsys) -> str:
 )
 def test_a_slice_has_the_size_and_names_that_cloud_tpu_documents(topology, chips, hosts, devices, label, flags):
     s = slice_of(topology)
-    assert (s.chips, s.hosts, s.devices, s.facts.gke) == (chips, hosts, devices, label)
+    assert (s.num_chips, s.hosts, s.num_devices, s.names.gke) == (chips, hosts, devices, label)
     if flags is not None:
         assert s.gcloud() == flags
 
 
 def test_every_slice_consists_of_whole_hosts_and_none_occurs_twice():
-    for family, facts in FAMILIES.items():
-        assert len(set(facts.shapes)) == len(facts.shapes)
-        for s in (Slice(family, shape) for shape in facts.shapes):
-            assert s.hosts * s.chips_per_host == s.chips
-            assert list(map(int, s.shape.split("x"))) == sorted(map(int, s.shape.split("x"))) or s.shape == "2x2x1"
+    assert NAMES.keys() == CHIPS.keys()
+    for name, chip in CHIPS.items():
+        assert len(set(chip.shapes)) == len(chip.shapes)
+        for s in (slice_of(f"{name}:{shape}") for shape in chip.shapes):
+            assert s.hosts * s.chips_per_host == s.num_chips
+            assert list(s.shape) == sorted(s.shape) or s.shape == (2, 2, 1)
 
 
 # JobSets
 
-SIZES = [
-    f"{family}:{shape}" for family, facts in FAMILIES.items() for shape in (facts.shapes[0], facts.shapes[3], facts.shapes[-1])
-]
+SIZES = [f"{name}:{shape}" for name, chip in CHIPS.items() for shape in (chip.shapes[0], chip.shapes[3], chip.shapes[-1])]
 EXTRAS = {
     "plain": {},
     "spot": {"spot": True, "init_from": "imported", "flags": ("--mesh.fsdp", "16", "--optimizer.freeze", "")},
@@ -162,7 +162,7 @@ def test_a_manifest_is_one_that_kubernetes_accepts(topology, slices, extra, acce
     (container,) = spec["template"]["spec"]["containers"]
     assert job["replicas"] == slices
     assert spec["parallelism"] == spec["completions"] == d.slice.hosts
-    assert spec["parallelism"] * int(container["resources"]["limits"]["google.com/tpu"]) == d.slice.chips
+    assert spec["parallelism"] * int(container["resources"]["limits"]["google.com/tpu"]) == d.slice.num_chips
     assert spec["template"]["spec"]["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == topology.split(":")[1]
     exclusive = manifest["metadata"].get("annotations", {}).get("alpha.jobset.sigs.k8s.io/exclusive-topology")
     assert exclusive == ("cloud.google.com/gke-nodepool" if d.slice.hosts > 1 else None)

@@ -16,10 +16,11 @@ from chroma_jax.cli.main import main
 from chroma_jax.config import Config, module_of, on_pod, read_config
 from chroma_jax.parallel.sharding import MeshConfig, make_mesh
 from chroma_jax.planning import hlo, kernels, report, schedules
+from chroma_jax.planning.devices import compile_only_devices, ring_bandwidth
 from chroma_jax.planning.plan import DoesNotFit, compute, plan_step, plan_training, too_large, traffic, where, without_tpu
 from chroma_jax.planning.search import candidates
 from chroma_jax.training.flops import counted
-from chroma_jax.utils.chips import CHIPS, parse_topology, ring_bandwidth
+from chroma_jax.utils.chips import CHIPS, parse_topology
 from chroma_jax.utils.errors import InputError
 
 needs_compiler = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler (extra 'tpu')")
@@ -529,7 +530,6 @@ def test_a_mesh_that_the_slices_do_not_divide_is_an_error():
 @needs_compiler
 def test_a_ring_has_two_ways_and_a_line_one():
     from chroma_jax.parallel.sharding import make_mesh
-    from chroma_jax.utils.chips import compile_only_devices
 
     for name, expected in (("v5e:4x4", 1), ("v5e:16x16", 2)):
         topology = parse_topology(name)

@@ -10,12 +10,12 @@ from flax import nnx
 from chroma_jax import config as configs
 from chroma_jax import pretrained
 from chroma_jax.audio import load as audio
-from chroma_jax.cli.main import main, run_configuration
+from chroma_jax.cli.main import main
 from chroma_jax.convert.codec import load_trained_codec
 from chroma_jax.evaluation.speaking import MAIN, Speaker, answered, voice_prompt
 from chroma_jax.evaluation.suite import read_suite
 from chroma_jax.evaluation.words import same
-from chroma_jax.runs.load import load_run
+from chroma_jax.runs.load import any_run_config, load_run, run_config
 from chroma_jax.utils.errors import InputError
 
 FOLDER = pretrained.found("codec_nano")
@@ -72,7 +72,7 @@ def test_a_codec_of_other_sizes_is_refused():
 
 
 def test_commands_take_the_name(tmp_path, capsys):
-    assert run_configuration([str(FOLDER)], "any").model == configs.read_config("codec_nano").model
+    assert any_run_config(FOLDER).model == configs.read_config("codec_nano").model
     assert (
         main(["generate", "codec_nano", "--question", "q", "--reference", "r", "--transcript", "t", "--out", str(tmp_path)]) == 2
     )
@@ -80,11 +80,11 @@ def test_commands_take_the_name(tmp_path, capsys):
 
 
 def test_the_speaking_model_is_of_its_configuration():
-    theirs, ours = (configs.fields(c.model) for c in (run_configuration([str(SPEAKING)]), configs.read_config("nano")))
+    theirs, ours = (configs.fields(c.model) for c in (run_config(SPEAKING), configs.read_config("nano")))
     assert {n: theirs[n] for n in ours if configs.concerns_weights(n)} == {
         n: v for n, v in ours.items() if configs.concerns_weights(n)
     }
-    assert run_configuration([str(SPEAKING)]).generation == configs.read_config("nano").generation
+    assert run_config(SPEAKING).generation == configs.read_config("nano").generation
 
 
 def test_its_codec_makes_codes_for_training():
@@ -95,7 +95,7 @@ def test_its_codec_makes_codes_for_training():
 
 def test_the_speaking_model_answers_in_words_that_fit_and_at_a_length_that_does():
     """Eleven questions of the valid split, in voices that it never heard."""
-    config = run_configuration([str(SPEAKING)])
+    config = run_config(SPEAKING)
     model, codec, tokenizer = load_run(SPEAKING, config)
     suite = read_suite("parley", "valid", limit=QUESTIONS)
     asked = [(d, voice_prompt(suite, d, MAIN, codec.config.sampling_rate)) for d in suite.dialogues]

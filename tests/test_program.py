@@ -9,9 +9,9 @@ from tiny import replace
 
 from chroma_jax.cli.main import main
 from chroma_jax.parallel.sharding import MeshConfig, make_mesh
+from chroma_jax.planning.devices import compiling_afresh
 from chroma_jax.planning.training_step import abstract_batch, compiled_from, trainer_of
 from chroma_jax.training.runtime.aot_executable import load_executable, save_executable
-from chroma_jax.utils.chips import compiling_afresh
 from chroma_jax.utils.errors import InputError
 from data_pipelines.records import batches
 

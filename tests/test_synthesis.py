@@ -104,7 +104,7 @@ def test_a_second_run_makes_nothing_and_a_damaged_recording_is_made_again(tmp_pa
     assert contents(tmp_path / "corpus") == before
     victim = next((tmp_path / "corpus" / "audio").rglob("*.flac"))
     victim.write_bytes(victim.read_bytes()[:-100])
-    (victim.parent / "left.flac.99.tmp").write_bytes(b"half")
+    (victim.parent / ".left.flac.99.partial").write_bytes(b"half")
     assert made(tmp_path, MIXED).made == 1 and contents(tmp_path / "corpus") == before
 
 

@@ -16,6 +16,7 @@ import scipy.fft
 import scipy.sparse
 
 from chroma_jax.audio.sample_buffer import SampleBuffer
+from chroma_jax.utils.build import build
 from chroma_jax.utils.errors import InputError
 
 FLOOR = 1e-10  # power below which a mel bin counts as silent
@@ -44,13 +45,19 @@ class FeatureConfig:
 
     @classmethod
     def from_json(cls, fields: Mapping) -> "FeatureConfig":
-        """From the contents of a ``preprocessor_config.json``. Raises InputError for a missing field."""
+        """From the contents of a ``preprocessor_config.json``. Raises InputError for a missing or ill-typed field."""
         try:
-            rate = int(fields["sampling_rate"])
-            seconds = fields["n_samples"] / rate if "n_samples" in fields else float(fields["chunk_length"])
-            return cls(rate, int(fields["n_fft"]), int(fields["hop_length"]), int(fields["feature_size"]), seconds)
-        except KeyError as error:
-            raise InputError(f"preprocessor_config.json: no field {error}") from error
+            rate, length = fields["sampling_rate"], fields.get("chunk_length")
+            values = {
+                "sample_rate": rate,
+                "n_fft": fields["n_fft"],
+                "hop": fields["hop_length"],
+                "mel_bins": fields["feature_size"],
+            }
+            values["max_seconds"] = fields["n_samples"] / rate if "n_samples" in fields else length
+        except (KeyError, TypeError) as error:
+            raise InputError(f"preprocessor_config.json: no usable field {error}") from error
+        return build(cls, values, "preprocessor_config.json")
 
     @classmethod
     def from_preprocessor(cls, path: Path | str) -> "FeatureConfig":

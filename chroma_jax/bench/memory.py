@@ -7,10 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import numpy as np
 
-from chroma_jax.utils.chips import CHIPS
-
-# Bytes per second of a GPU's memory, by its name, from NVIDIA's data sheets.
-GPUS = {"NVIDIA H200": 4.8e12, "NVIDIA H100": 3.35e12, "NVIDIA A100": 2.0e12, "NVIDIA L4": 0.3e12}
+from chroma_jax.utils.chips import device_rates
 
 
 def bandwidth(device: jax.Device) -> float | None:
@@ -18,9 +15,8 @@ def bandwidth(device: jax.Device) -> float | None:
     of one that is not known."""
     if device.platform == "cpu":
         return processor_bandwidth()
-    chips = [chip.bandwidth / chip.devices for chip in CHIPS.values() if chip.kind == device.device_kind]
-    gpus = [found for name, found in GPUS.items() if device.device_kind.startswith(name)]
-    return next(iter(chips + gpus), None)
+    rates = device_rates(device.device_kind)
+    return rates.bandwidth if rates else None
 
 
 def processor_bandwidth(megabytes: int = 256, repeats: int = 5) -> float:

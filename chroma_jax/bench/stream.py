@@ -37,8 +37,6 @@ from chroma_jax.serving.engine import Engine, EngineConfig
 from chroma_jax.serving.metrics import DEADLINE
 from chroma_jax.utils.errors import InputError
 
-Round = Callable[[], list[list[float]]]  # → for each reply when its frames were there
-
 
 def random_models(config: ChromaConfig, reply: GenerationConfig) -> tuple[Chroma, Codec]:
     """Weights at random, where and in the types that are asked for, as of `load_run`."""

@@ -17,7 +17,8 @@ from chroma_jax.bench.rows import full_rows
 from chroma_jax.config import Config
 from chroma_jax.parallel.compiler_options import options
 from chroma_jax.parallel.sharding import make_mesh
-from chroma_jax.planning.training_step import step_flops, trainer_of
+from chroma_jax.planning.training_step import trainer_of
+from chroma_jax.training.flops import step_flops
 from chroma_jax.training.runtime.malloc import keep_freed
 from chroma_jax.utils.errors import InputError
 from chroma_jax.utils.tree_paths import values
@@ -56,7 +57,9 @@ def bench_train(config: Config, *, rows: int, rounds: int, peer: str) -> dict:
         for name, product in products.items():
             multiplied[name].append(seconds_of(product))
     medians, processors = ({name: statistics.median(x[1:]) for name, x in of.items()} for of in (seconds, worked))
-    work, product_work = sum(step_flops(config, ours.trainer)), 2 * x.size * kernel.shape[1]
+    trained = values(ours.trainer.abstract.trained)
+    work = sum(step_flops(config.model, config.data.row, config.loss, rows, trained))
+    product_work = 2 * x.size * kernel.shape[1]
     return {
         "rows": rows,
         "device": jax.devices()[0].device_kind,

@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -10,6 +10,7 @@ from chroma_jax.parallel.multihost import DistributedConfig
 
 Positional = tyro.conf.Positional
 Flag = tyro.conf.FlagCreatePairsOff[bool]
+Source = Annotated[Positional[str], tyro.conf.arg(metavar="CONFIG")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,6 +18,7 @@ class Prepare:
     """Prepares a dataset for training: packed sequences of spoken dialogues, or recordings for a Codec.
 
     Attributes:
+        source: Configuration file or name of a shipped configuration; flags override its fields.
         out: Dataset folder to write.
         codec: Trained Codec for dialogues: safetensors, a folder with some, a Codec's run folder or a shipped name. Without it,
             an untrained one is made, its codebooks fitted to the corpus.
@@ -24,6 +26,7 @@ class Prepare:
             with --loss.reasoner stored. A repeated command resumes.
     """
 
+    source: Source
     out: Positional[Path]
     codec: Path | None = None
     cache_reasoner: Path | None = None
@@ -89,6 +92,7 @@ class Train:
     SIGTERM and Ctrl-C end it after the running step, with a checkpoint and exit code 75.
 
     Attributes:
+        source: Configuration file or name of a shipped configuration; flags override its fields.
         run: Run folder.
         dataset_dir: Dataset folder that ``prepare`` wrote.
         init_from: Weights that a new run is initialized from; the others are random. Another run folder or one that ``convert
@@ -97,6 +101,7 @@ class Train:
         distributed: Which one of several processes this is.
     """
 
+    source: Source
     run: Positional[Path]
     dataset_dir: Path
     init_from: Path | None = None
@@ -119,7 +124,13 @@ class Status:
 
 @dataclasses.dataclass(frozen=True)
 class Info:
-    """Prints parameters, bytes and FLOPs of a configuration, part by part."""
+    """Prints parameters, bytes and FLOPs of a configuration, part by part.
+
+    Attributes:
+        source: Configuration file or name of a shipped configuration; flags override its fields.
+    """
+
+    source: Source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +140,7 @@ class Plan:
     Needs the TPU compiler (extra "tpu"). The mesh is the one that the configuration recommends for that pod, unless flags set it.
 
     Attributes:
+        source: Configuration file or name of a shipped configuration; flags override its fields.
         topology: Such as v5e:4x4, v5p:4x4x4, v6e:16x16 or tpu7x:4x4x4.
         slices: Number of such slices, joined by the data center network.
         effort: "quick" compiles in minutes and checks memory; its timings are not reliable.
@@ -143,6 +155,7 @@ class Plan:
         cache: KV-cache dtype.
     """
 
+    source: Source
     topology: str
     slices: int = 1
     effort: Literal["full", "quick"] = "full"
@@ -162,12 +175,14 @@ class BenchTrain:
     """Measures training steps on full random sequences, alternating with a peer, and prints JSON.
 
     Attributes:
+        source: Configuration file or name of a shipped configuration; flags override its fields.
         batch_size: Packed sequences per step.
         rounds: Measured steps of either side.
         peer: "torch" for the same sizes in transformers' classes (extra "dev").
         out: File for the JSON as well.
     """
 
+    source: Source
     batch_size: int = 2
     rounds: int = 5
     peer: Literal["torch", "none"] = "torch"
@@ -179,7 +194,7 @@ class BenchStream:
     """Measures live conversations, alternating with a peer, and prints JSON.
 
     Attributes:
-        source: Configuration, with random weights, or a run folder.
+        source: Configuration file or name, with random weights, or a run folder.
         slots: Numbers of concurrent conversations, measured one after the other.
         frames: Frames of each reply.
         question_seconds: Length of each question.
@@ -194,7 +209,7 @@ class BenchStream:
         out: File for the JSON as well.
     """
 
-    source: Positional[str]
+    source: Source
     slots: tuple[int, ...] = (1, 8, 32)
     frames: int = 40
     question_seconds: float = 5.0

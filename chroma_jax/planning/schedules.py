@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from chroma_jax.planning import hlo, kernels
-from chroma_jax.utils.chips import CHIPS, compile_only_devices, parse_topology
+from chroma_jax.planning.devices import compile_only_devices
+from chroma_jax.utils.chips import CHIPS, parse_topology
 from chroma_jax.utils.errors import InputError
 
 # Sizes of the released model. By width of a head: positions, query heads of a key/value head; of short rows: positions, heads.

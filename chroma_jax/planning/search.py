@@ -34,7 +34,7 @@ def search(config: Config, topology: Topology) -> list[tuple[str, TrainingPlan |
 def candidates(config: Config, topology: Topology) -> Iterator[tuple[str, Config]]:
     """Meshes with copies of the model, with tensor parallelism, or with neither; a program that fits with more rows or less
     rematerialisation is tried besides."""
-    devices = topology.num_chips * topology.chip.devices
+    devices = topology.num_devices
     meshes = []
     for data, tensor in itertools.product((1, 2, 4, 8), (1, 2, 4)):
         data *= topology.slices

@@ -24,9 +24,10 @@ from chroma_jax.models.codec import Codec
 from chroma_jax.models.quantization import quantized
 from chroma_jax.parallel.sharding import MeshConfig, make_mesh, state_shardings
 from chroma_jax.planning import hlo
+from chroma_jax.planning.devices import compile_only_devices, compiling_afresh
 from chroma_jax.planning.plan import QUICK, DoesNotFit, Traffic, compute, too_large, traffic, unestimated
 from chroma_jax.sequence.interleave import FRAMES_PER_PAIR
-from chroma_jax.utils.chips import Topology, compile_only_devices, compiling_afresh
+from chroma_jax.utils.chips import Topology
 from chroma_jax.utils.errors import InputError
 
 Bits = Literal["float32", "bfloat16", "int8"]  # of weights or caches; with int8, bfloat16 is computed in

@@ -9,12 +9,10 @@ from jax.sharding import Mesh
 from chroma_jax import config as configs
 from chroma_jax.config import CodecRun, Config
 from chroma_jax.sequence.batch import empty_batch
-from chroma_jax.training import flops
 from chroma_jax.training.codec.distillation import Teacher
 from chroma_jax.training.codec.recipe import CodecTrainStepConfig
 from chroma_jax.training.codec.step import CodecTrainer, make_codec_trainer
 from chroma_jax.training.step import Trainer, TrainStepConfig, make_trainer
-from chroma_jax.utils.tree_paths import values
 
 # Fields of a configuration that a program does not depend on.
 OUTSIDE = ("data.", "checkpoint.", "augment.", "generation.", "training.")
@@ -69,10 +67,3 @@ def abstract_batch(config: Config, trainer: Trainer):
         prompt_frames=config.loss.prompt_slots,
     )
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=trainer.batch_sharding), batch)
-
-
-def step_flops(config: Config, trainer: Trainer) -> flops.PartFlops:
-    """FLOPs of a training step on full rows, by part."""
-    trained = {"/".join(path.split("/")[:2]) for path in values(trainer.abstract.trained)}
-    forward = flops.forward_flops(config.model, config.data.row, config.loss)
-    return flops.PartFlops(*(config.training.global_batch_size * part for part in flops.train_flops(forward, trained)))

@@ -1,7 +1,6 @@
 """Training a Codec, in the order in which it happens; the loop itself is `chroma_jax.training.loop`."""
 
 import importlib.util
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,19 +11,17 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
-from chroma_jax import config as configs
 from chroma_jax.config import CodecRun
-from chroma_jax.convert.codec import load_codec
 from chroma_jax.metric_models.pitch import match_pitch, pitch, pitch_measures
 from chroma_jax.metric_models.speech import stoi
-from chroma_jax.models.codec import CodecConfig, FitConfig, fit_quantizer
-from chroma_jax.parallel.multihost import data_shard, log
+from chroma_jax.models.codec import FitConfig, fit_quantizer
+from chroma_jax.parallel.multihost import data_shard
 from chroma_jax.parallel.progress import Progress
 from chroma_jax.parallel.sharding import make_mesh
 from chroma_jax.planning.training_step import codec_trainer_of
 from chroma_jax.runs.codec_teacher import load_teacher
 from chroma_jax.runs.run_folder import check_run, has_checkpoint, keep
-from chroma_jax.training.checkpoint import Checkpoints
+from chroma_jax.runs.starting_weights import starting_weights
 from chroma_jax.training.codec.quantize import perplexity
 from chroma_jax.training.codec.recipe import Phase
 from chroma_jax.training.codec.state import CodecTrainState
@@ -36,8 +33,6 @@ from chroma_jax.utils.tree_paths import values
 from data_pipelines.waves import WaveBatch, crops, held_out, open_waves
 
 FRAMES_PER_CODE = 32  # latents that a code is fitted to
-# Constants of the model that its weights were trained with and that no shape shows.
-CONSTANTS = re.compile(r"sampling_rate|sliding_window|transformer\.norm_eps|transformer\.rope\..*")
 COLLAPSED = 0.02  # an alarm is given when a codebook's held-out perplexity is below this share of its size
 
 
@@ -50,7 +45,7 @@ def train_codec(
         config: of the run.
         run: the run folder, created if it does not exist.
         prepared: a folder that ``chroma-jax prepare`` wrote.
-        init_from: weights that a new run begins with, see `initial_weights`.
+        init_from: weights that a new run begins with, see `starting_weights`.
         progress: of the process, see `chroma_jax.parallel.multihost.joined`.
 
     Returns:
@@ -73,58 +68,10 @@ def train_codec(
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         trainer = codec_trainer_of(config, mesh, teacher)
-        given = init_from if init_from is not None and not has_checkpoint(run) else None
-        weights = {} if given is None else initial_weights(config, trainer, given)
+        weights = starting_weights(config, None if has_checkpoint(run) else init_from, trainer.abstract.weights())
         keep(config, run, [])
         task = CodecTask(config, prepared, trainer)
         return train_on(task, config, run, trainer.abstract, lambda: trainer.init(weights), progress)
-
-
-def initial_weights(config: CodecRun, trainer: CodecTrainer, source: Path) -> dict[str, jax.Array]:
-    """The weights that a new run begins with, by path. Logs in one line which ones are drawn at random instead.
-
-    A weight is drawn at random when ``source`` does not have it or has it in another shape.
-
-    Args:
-        config: of the new run.
-        trainer: of the new run.
-        source: any Codec's weights: a run folder, an import, or safetensors, see `chroma_jax.convert.codec.load_codec`.
-
-    Raises:
-        InputError: ``source`` holds no Codec, or its weights were trained with other constants (sampling rate, attention
-            window, norm epsilon, RoPE) than the configuration has.
-    """
-    expected = trainer.abstract.weights()
-    model, found = stored_weights(config, source, expected)
-    now = configs.fields(config.model)
-    different = {n: v for n, v in configs.fields(model).items() if CONSTANTS.fullmatch(n) and now[n] != v}
-    if different:
-        flags = " ".join(f"--model.{name} {value}" for name, value in different.items())
-        raise InputError(f"{source}: its weights were trained with other constants; to begin with them, add {flags}")
-    drawn = collapsed(expected.keys() - found.keys(), set(expected))
-    log(f"initializing from {source}" + (f"; drawn at random: {', '.join(drawn)}" if drawn else ""))
-    return found
-
-
-def stored_weights(
-    config: CodecRun, source: Path, expected: dict[str, jax.ShapeDtypeStruct]
-) -> tuple[CodecConfig, dict[str, jax.Array]]:
-    """The model of a source, and those of its weights that have the expected path and shape, sharded as expected."""
-    same_shape = lambda arrays: {p: x for p, x in expected.items() if p in arrays and arrays[p].shape == x.shape}
-    if (source / "config.txt").is_file() and isinstance(before := configs.load(source), CodecRun):
-        with Checkpoints(source, config.checkpoint, access="read") as checkpoints:
-            return before.model, checkpoints.restore_weights(same_shape(checkpoints.held()))
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):  # files are read onto one device, whatever the mesh
-        codec = load_codec(source, config.model)
-    arrays = values(codec, "codec/")
-    return codec.config, {p: jax.device_put(np.asarray(arrays[p]), x.sharding) for p, x in same_shape(arrays).items()}
-
-
-def collapsed(paths: set[str], everything: set[str]) -> list[str]:
-    """The shortest list of paths and of folders of paths that names ``paths`` and nothing else of ``everything``."""
-    others = {"/".join(p.split("/")[:n]) for p in everything - paths for n in range(1, p.count("/") + 2)}
-    prefixes = lambda path: ["/".join(path.split("/")[:n]) for n in range(1, path.count("/") + 2)]
-    return sorted({next(p for p in prefixes(path) if p not in others) for path in paths})
 
 
 class CodecTask:

@@ -33,6 +33,7 @@ from chroma_jax.models.chroma import Chroma, ChromaConfig
 from chroma_jax.parallel.sharding import take_rows
 from chroma_jax.runs.load import exported_run, load_run
 from chroma_jax.sequence.batch import Batch
+from chroma_jax.utils.atomic_io import replaced_file
 from chroma_jax.utils.errors import InputError
 from chroma_jax.utils.tree_paths import values
 
@@ -172,10 +173,8 @@ def environment() -> dict[str, str]:
 def write(source: Path, out: Path) -> dict[str, np.ndarray]:
     """Computes the reference logits of ``source`` and writes them to ``out``, whole or not at all."""
     result = reference_logits(source)
-    aside = out.with_name(f".{out.name}.tmp")
-    with aside.open("wb") as file:
+    with replaced_file(out) as partial, partial.open("wb") as file:
         np.savez_compressed(file, **result)
-    aside.replace(out)
     return result
 
 

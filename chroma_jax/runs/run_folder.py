@@ -8,7 +8,7 @@ import jax
 
 from chroma_jax import config as configs
 from chroma_jax.parallel.multihost import all_processes_agree, broadcast_one_to_all
-from chroma_jax.utils.atomic_io import write_whole
+from chroma_jax.utils.atomic_io import replaced_file, write_whole
 from chroma_jax.utils.errors import InputError
 
 
@@ -35,9 +35,7 @@ def keep(config, run: Path, files: Sequence[Path]) -> None:
     all_processes_agree(True)  # all have looked at the folder before anything is written
     if jax.process_index() > 0:
         return
-    run.mkdir(parents=True, exist_ok=True)
     write_whole(run / "config.txt", configs.dump(config))
     for file in filter(Path.is_file, files):
-        aside = run / f"{file.name}.tmp"
-        shutil.copyfile(file, aside)
-        aside.replace(run / file.name)
+        with replaced_file(run / file.name) as partial:
+            shutil.copyfile(file, partial)

@@ -43,7 +43,7 @@ from chroma_jax.models.codec import Codec
 from chroma_jax.models.io.weight_files import Output, write_safetensors
 from chroma_jax.runs.load import load_run
 from chroma_jax.sequence.interleave import NONE_TOKEN
-from chroma_jax.utils.atomic_io import check_new, written_aside
+from chroma_jax.utils.atomic_io import check_new, replaced_file, written_aside
 from chroma_jax.utils.errors import InputError
 from data_pipelines.tokenizer import encoder
 
@@ -316,10 +316,8 @@ def write_prompt(run: Path, config: Config, artifact: Path, question: Path, refe
     r = config.generation
     sampling = Sampling(*(np.asarray(x) for x in Sampling.of(r.temperature, r.top_k, rows, top_p=r.top_p)))
     keys = jax.random.split(jax.random.key(r.seed), rows)
-    dest.parent.mkdir(parents=True, exist_ok=True)
-    aside = dest.with_suffix(".partial")
-    save_prompt(artifact, aside, [prompt] * rows, sampling, keys)
-    aside.rename(dest)
+    with replaced_file(dest) as partial:
+        save_prompt(artifact, partial, [prompt] * rows, sampling, keys)
     return f"{dest}: a question of {len(asked) / audio.REASONER_RATE:.1f} s for {rows} row{'s' if rows > 1 else ''}"
 
 

@@ -11,24 +11,23 @@ from pathlib import Path
 import jax
 from flax import nnx
 
-from chroma_jax import config as configs
 from chroma_jax.config import Config
 from chroma_jax.models.chroma import Chroma
-from chroma_jax.parallel.multihost import data_shard, log
+from chroma_jax.parallel.multihost import data_shard
 from chroma_jax.parallel.progress import Progress
 from chroma_jax.parallel.sharding import make_mesh
-from chroma_jax.planning.training_step import abstract_batch, compiled_from, step_flops, trainer_of
+from chroma_jax.planning.training_step import abstract_batch, compiled_from, trainer_of
 from chroma_jax.runs.run_folder import check_run, has_checkpoint, keep
+from chroma_jax.runs.starting_weights import starting_weights
 from chroma_jax.sequence.batch import Batch
-from chroma_jax.training import flops
-from chroma_jax.training.checkpoint import Checkpoints
+from chroma_jax.training.flops import step_flops
 from chroma_jax.training.loop import check_batch, train_on
-from chroma_jax.training.lora import MARK, restore_merged
 from chroma_jax.training.metrics import MetricsWriter, flat
 from chroma_jax.training.optimizer import split_trainable
 from chroma_jax.training.runtime.aot_executable import load_executable
 from chroma_jax.training.state import TrainState
 from chroma_jax.training.step import Metrics, Trainer
+from chroma_jax.utils.chips import device_rates
 from chroma_jax.utils.errors import InputError
 from chroma_jax.utils.tree_paths import values
 from data_pipelines.dataset import open_dataset
@@ -79,10 +78,10 @@ def train(
         train_step = trainer.train_step
         if aot_executable is not None:
             train_step = load_executable(trainer, compiled_from(config), abstract_batch(config, trainer), aot_executable)
-        given = init_from if init_from is not None and not has_checkpoint(run) else None
+        given = None if has_checkpoint(run) else init_from
         if given is not None:
             check_tokenizer(dataset_dir, given)
-        weights = {} if given is None else initial_weights(config, trainer, given)
+        weights = starting_weights(config, given, values(trainer.abstract.trained) | values(trainer.abstract.frozen))
         keep(config, run, kept(dataset_dir, given))
         task = SpeakingTask(config, dataset_dir, trainer, train_step)
         return train_on(task, config, run, trainer.abstract, lambda: trainer.init(weights), progress)
@@ -107,34 +106,6 @@ def check_stored(config: Config) -> None:
     _, trained, _ = split_trainable(shapes, config.optimizer)
     if config.lora.targets or any(path.startswith("reasoner/") for path in values(trained)):
         raise InputError("loss.reasoner is 'stored', but the Reasoner is trained; freeze it: --optimizer.freeze reasoner/")
-
-
-def initial_weights(config: Config, trainer: Trainer, start: Path) -> dict[str, jax.Array]:
-    """The weights that a new run begins with, by path, as they lie in training; says what is drawn at random instead.
-
-    Raises: InputError when ``start`` has no checkpoint, or weights of other sizes or trained with other constants.
-    """
-    source = configs.load(start)
-    before, now = configs.fields(source.model), configs.fields(config.model)
-    wanted = trainer.abstract.weights()
-    with Checkpoints(start, config.checkpoint, access="read") as checkpoints:
-        held = checkpoints.held().keys() & wanted.keys()
-        parts = {path.split("/")[0] for path in held}
-        of_all = ("num_codebooks", "audio_vocab_size", "tokens.")
-        apart = {
-            name: value
-            for name, value in before.items()
-            if now[name] != value and configs.concerns_weights(name) and (name.split(".")[0] in parts or name.startswith(of_all))
-        }
-        if apart:
-            flags = " ".join(f"--model.{name} {value}" for name, value in apart.items())
-            raise InputError(f"{start}: its weights are of a model that the configuration describes otherwise; it says {flags}")
-        fitting = {path: wanted[path] for path in held}
-        goes_on = any(MARK in path for path in held)  # pairs are trained further, if there are any, or merged
-        weights = checkpoints.restore_weights(fitting) if goes_on else restore_merged(checkpoints, fitting, source.lora)
-    drawn = sorted({path.split("/")[0] for path in wanted.keys() - held})
-    log(f"initializing from {start}" + (f"; drawn at random: {', '.join(drawn)}" if drawn else ""))
-    return weights
 
 
 def kept(prepared: Path, start: Path | None) -> list[Path]:
@@ -169,9 +140,10 @@ class SpeakingTask:
         self.config, self.prepared, self.trainer, self.train_step = config, prepared, trainer, train_step
         self.share = data_shard(trainer.batch_sharding, config.training.global_batch_size)
         self.reading = {"reasoner": config.loss.reasoner, "prompt_frames": config.loss.prompt_slots}
-        self.step_flops = sum(step_flops(config, trainer))
-        peak = flops.peak_flops(jax.devices()[0])
-        self.peak = None if peak is None else peak * config.mesh.num_devices
+        rows, trained = config.training.global_batch_size, values(trainer.abstract.trained)
+        self.step_flops = sum(step_flops(config.model, config.data.row, config.loss, rows, trained))
+        rates = device_rates(jax.devices()[0].device_kind)
+        self.peak = None if rates is None else rates.flops * config.mesh.num_devices
 
     def batches(self, position: int) -> Iterator[Batch]:
         t = self.config.training

@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 from chroma_jax.inference.batch_state import BatchState
 from chroma_jax.inference.voice import Voice
 from chroma_jax.models.chroma import Chroma
+from chroma_jax.utils.atomic_io import replaced_file
 from chroma_jax.utils.errors import InputError, check_format
 
 KIND, FORMAT = "chroma_jax voice", 2  # format 1 hashed names of fields
@@ -45,14 +46,11 @@ def corner(x: jax.Array, size: int = 4) -> np.ndarray:
 
 def save_voice(voice: Voice, made_by: str, path: Path) -> None:
     """made_by: the model's fingerprint. The file is written whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".tmp")
     leaves = [np.ascontiguousarray(x[:, :, :, : voice.length]) for x in jax.device_get(jax.tree.leaves(voice.cache))]
     kinds = {"format": f"{KIND} {FORMAT}", "model": made_by, "length": str(voice.length)}
     kinds["types"] = " ".join(str(x.dtype) for x in leaves)
-    save_file({str(i): x.view(f"u{x.itemsize}") for i, x in enumerate(leaves)}, aside, metadata=kinds)
-    aside.replace(path)
+    with replaced_file(path) as partial:
+        save_file({str(i): x.view(f"u{x.itemsize}") for i, x in enumerate(leaves)}, partial, metadata=kinds)
 
 
 def load_voice(path: Path, made_by: str, slots: BatchState) -> Voice:

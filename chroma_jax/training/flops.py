@@ -3,7 +3,7 @@
 import collections
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -19,25 +19,6 @@ from chroma_jax.sequence.batch import PackedShape
 from chroma_jax.training.codec.discriminator import Discriminator
 from chroma_jax.training.loss import LossConfig
 from chroma_jax.utils.errors import InputError
-
-# Peak dense bf16 FLOP/s of a device, by how its ``device_kind`` begins; a device that is not here has no mfu.
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6": 918e12,
-    "TPU7": 2307e12 / 2,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA A100": 312e12,
-}
-
-
-def peak_flops(device: jax.Device) -> float | None:
-    """Peak bf16 FLOP/s of one device, or None when it is not known."""
-    matches = [peak for kind, peak in PEAK_FLOPS.items() if device.device_kind.startswith(kind)]
-    return matches[0] if matches else None
 
 
 def llama(c: LlamaConfig, positions: int, context: float) -> float:
@@ -84,21 +65,27 @@ def forward_flops(model: ChromaConfig, row: PackedShape, loss: LossConfig) -> Pa
     return PartFlops(row.blocks * audio_encoder(c.reasoner.audio), text, backbone, frames * frame)
 
 
-def train_flops(forward: PartFlops, trained: set[str]) -> PartFlops:
-    """FLOPs of one row's training step. trained: first two path elements of the trained weights, such as "reasoner/text".
+def step_flops(model: ChromaConfig, row: PackedShape, loss: LossConfig, rows: int, trained: Iterable[str]) -> PartFlops:
+    """FLOPs of a training step, by part: the definition of MFU.
 
-    The backward pass costs twice the forward one where weights are trained, once where gradients only pass through, and
-    nothing below the last trained weight.
+    The backward pass costs twice the forward pass where weights are trained, and as much as it where gradients only pass
+    through. Nothing is computed below the last trained weight. Rematerialization does not count.
+
+    Args:
+        model: Sizes of the model.
+        row: Capacity of a packed sequence.
+        loss: Which losses there are.
+        rows: Packed sequences of a step.
+        trained: Paths of the trained weights.
     """
-    has = PartFlops(
-        audio_encoder=any(t.startswith("reasoner/audio") for t in trained),
-        text_model=any(t.startswith("reasoner/") and not t.startswith("reasoner/audio") for t in trained),
-        backbone=any(t.startswith(("backbone/", "audio_embedding/")) for t in trained),
-        decoder=any(t.startswith("decoder/") for t in trained),
-    )
-    below = (False, has.audio_encoder, has.audio_encoder or has.text_model, has.backbone)
+    paths = list(trained)
+    trains = lambda *prefixes: any(path.startswith(prefixes) for path in paths)
+    audio = trains("reasoner/audio")
+    text = any(path.startswith("reasoner/") and not path.startswith("reasoner/audio") for path in paths)
+    has = (audio, text, trains("backbone/", "audio_embedding/"), trains("decoder/"))
+    below = (False, audio, audio or text, has[2])
     passes = (1 + 2 * own + (through and not own) for own, through in zip(has, below))
-    return PartFlops(*(part * times for part, times in zip(forward, passes)))
+    return PartFlops(*(rows * part * times for part, times in zip(forward_flops(model, row, loss), passes)))
 
 
 class PartSize(NamedTuple):

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from chroma_jax.training.metrics import AUDIO_HOURS, read_lines
+from chroma_jax.utils.atomic_io import replaced_file
 from chroma_jax.utils.errors import InputError
 
 NLL = "valid/nll_"
@@ -75,9 +76,6 @@ def plot(run: Path, out: Path) -> dict[str, list]:
     axes.set(xlabel="audio seen (hours)", ylabel="held-out NLL (nats per code)", title=Path(run).resolve().name)
     axes.grid(alpha=0.3)
     axes.legend(ncols=2, fontsize="small")
-    out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.with_name(f"{out.name}.tmp")
-    figure.savefig(aside, format="png", dpi=130)
-    aside.replace(out)
+    with replaced_file(out) as partial:
+        figure.savefig(partial, format="png", dpi=130)
     return rows

@@ -1,4 +1,4 @@
-"""Writing so that nothing half-written is ever left behind."""
+"""Atomic writes: files and folders that appear whole or not at all. The only such mechanism; needs nothing but Python."""
 
 import contextlib
 import glob
@@ -20,20 +20,21 @@ def check_new(dest: Path) -> None:
 
 @contextlib.contextmanager
 def written_aside(dest: Path) -> Iterator[Path]:
-    """A folder beside ``dest`` to write into; it becomes ``dest`` when the block ends, and is removed when the block raises,
-    an interruption included. What an earlier, killed attempt left there is removed first.
+    """Yields a folder next to ``dest`` to write into. It becomes ``dest`` when the block ends.
 
-    Raises: InputError when ``dest`` exists and is not an empty folder.
+    The folder is removed when the block raises. A folder that a killed process left is removed first.
+
+    Args:
+        dest: Folder to make; its parent is made when absent.
+
+    Raises:
+        InputError: ``dest`` exists and is not an empty folder.
     """
     dest = Path(dest)
     check_new(dest)
     dest.parent.mkdir(parents=True, exist_ok=True)
-    for left in dest.parent.glob(f".{glob.escape(dest.name)}.*.partial"):
-        if not _in_use(left):
-            shutil.rmtree(left, ignore_errors=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{dest.name}.{os.getpid()}.", suffix=".partial", dir=dest.parent))
+    partial = _partial_folder(dest)
     try:
-        os.chmod(partial, 0o755)  # mkdtemp's folder is for its owner only
         yield partial
         if dest.exists():
             dest.rmdir()
@@ -44,38 +45,82 @@ def written_aside(dest: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def replaced_files(dest: Path) -> Iterator[Path]:
-    """A folder beside ``dest`` to write into; when the block ends, its files take the places of those of the same names in
-    ``dest``, which is made when absent. Nothing is changed when the block raises."""
+def replaced_file(dest: Path) -> Iterator[Path]:
+    """Yields a file name next to ``dest`` to write to. The file takes the place of ``dest`` when the block ends.
+
+    The file is removed when the block raises. A file that a killed process left is removed first.
+
+    Args:
+        dest: File to write; its folder is made when absent.
+    """
+    dest = Path(dest)
     dest.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{dest.name}.", dir=dest.parent))
+    _remove_abandoned(dest)
+    partial = dest.with_name(f".{dest.name}.{os.getpid()}.partial")
     try:
-        yield aside
+        yield partial
+        os.replace(partial, dest)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def replaced_files(dest: Path) -> Iterator[Path]:
+    """Yields a folder to write into. When the block ends, its files replace those of the same names in ``dest``.
+
+    Nothing is changed when the block raises.
+
+    Args:
+        dest: Folder; made when absent.
+    """
+    dest.parent.mkdir(parents=True, exist_ok=True)
+    partial = _partial_folder(dest)
+    try:
+        yield partial
         dest.mkdir(exist_ok=True)
-        for path in sorted(aside.iterdir()):
+        for path in sorted(partial.iterdir()):
             os.replace(path, dest / path.name)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a file whole or not at all; its folder is made when absent."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
+    """Writes a text file whole or not at all; its folder is made when absent."""
+    with replaced_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Writes a JSON file whole or not at all; its folder is made when absent."""
+    write_whole(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def _in_use(partial: Path) -> bool:
-    """Whether the process that made a partial folder still runs on this machine."""
+def is_partial(path: Path) -> bool:
+    """Whether a path is what a killed process has not finished writing."""
+    return path.name.startswith(".") and path.name.endswith(".partial")
+
+
+def _partial_folder(dest: Path) -> Path:
+    _remove_abandoned(dest)
+    folder = Path(tempfile.mkdtemp(prefix=f".{dest.name}.", suffix=f".{os.getpid()}.partial", dir=dest.parent))
+    os.chmod(folder, 0o755)  # mkdtemp's folder is for its owner only
+    return folder
+
+
+def _remove_abandoned(dest: Path) -> None:
+    """Removes what killed processes left of ``dest``."""
+    for left in dest.parent.glob(f".{glob.escape(dest.name)}.*.partial"):
+        if _is_abandoned(left):
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+
+
+def _is_abandoned(partial: Path) -> bool:
+    """Whether the process that made ``partial``, the last number of its name, does not run on this machine."""
     try:
-        os.kill(int(partial.name.split(".")[-3]), 0)
-    except (ValueError, IndexError, ProcessLookupError):
-        return False
-    except PermissionError:
+        os.kill(int(partial.name.split(".")[-2]), 0)
+    except ProcessLookupError:
         return True
-    return True
+    except (ValueError, OverflowError, PermissionError):
+        return False
+    return False

@@ -1,7 +1,6 @@
 """Making recordings: waves of an engine, leveled, as FLAC files that are either whole or absent. Runs in worker processes."""
 
 import functools
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -9,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import soundfile
 
+from chroma_jax.utils.atomic_io import replaced_file
 from data_pipelines.synthesis.engine import FRAME, SAMPLE_RATE, Phase, SpeechEngine, load_engine, waves
 from data_pipelines.synthesis.plan import PlannedRecording
 
@@ -110,8 +110,6 @@ def with_lead(wave: np.ndarray) -> np.ndarray:
 
 def write_flac(path: Path, wave: np.ndarray) -> None:
     """Writes float32 [S] as a 16-bit FLAC file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     samples = np.clip(np.rint(wave * 32768.0), -32768, 32767).astype(np.int16)
-    soundfile.write(aside, samples, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
-    aside.replace(path)
+    with replaced_file(path) as partial:
+        soundfile.write(partial, samples, SAMPLE_RATE, format="FLAC", subtype="PCM_16")

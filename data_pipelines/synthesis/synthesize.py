@@ -27,7 +27,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from chroma_jax.utils.atomic_io import replaced_files, write_json, write_whole
+from chroma_jax.utils.atomic_io import is_partial, replaced_files, write_json, write_whole
 from chroma_jax.utils.errors import InputError
 from data_pipelines.dialogues import EMBEDDED, SPLITS, Problem, counted
 from data_pipelines.synthesis import record as recorder
@@ -159,7 +159,7 @@ def claim(out: Path, settings: dict) -> None:
         if different:
             raise InputError(f"{out}: holds another synthesis: {'; '.join(different)}; choose another folder")
         return
-    if out.exists() and any(p.name != "synthesis.json.tmp" for p in out.iterdir()):
+    if out.exists() and not all(map(is_partial, out.iterdir())):
         raise InputError(f"{out}: not a folder that synthesize wrote (no synthesis.json); choose another folder")
     write_whole(path, json.dumps({"settings": settings}, indent=2, ensure_ascii=False) + "\n")
 
@@ -270,7 +270,7 @@ def write_manifests(
         if report is not None:
             write_json(aside / "check.json", report)
         write_json(aside / "synthesis.json", facts)
-    for left in [p for folder in folders(settings["phase"]) for p in (out / folder).rglob("*.tmp")]:
+    for left in filter(is_partial, [p for folder in folders(settings["phase"]) for p in (out / folder).rglob("*.partial")]):
         left.unlink(missing_ok=True)
     (out / "measured.jsonl").unlink(missing_ok=True)
     return facts

@@ -1,7 +1,7 @@
 """The released model's ``config.json`` and our `ChromaConfig`, both ways."""
 
 import math
-from typing import Any
+from typing import Any, TypeVar
 
 from chroma_jax.layers.rope import RopeConfig
 from chroma_jax.layers.transformer import EncoderConfig, LlamaConfig
@@ -10,9 +10,16 @@ from chroma_jax.models.chroma import ChromaConfig
 from chroma_jax.models.codec import CodecConfig, QuantizerConfig, SeanetConfig
 from chroma_jax.models.reasoner import ReasonerConfig
 from chroma_jax.sequence.chat_template import SpecialTokens
+from chroma_jax.utils.build import build
 from chroma_jax.utils.errors import InputError
 
 Json = dict[str, Any]
+T = TypeVar("T")
+
+
+def _built(cls: type[T], section: Json, **values: Any) -> T:
+    """Builds ``cls`` from values of a section. Raises InputError naming the section and our field for ill-typed ones."""
+    return build(cls, values, f"config.json: {section.get('model_type', cls.__name__)}")
 
 
 def rope_from_hf(section: Json) -> RopeConfig:
@@ -21,17 +28,11 @@ def rope_from_hf(section: Json) -> RopeConfig:
     p = {"rope_theta": section.get("rope_theta", 10_000.0), **scaling, **(section.get("rope_parameters") or {})}
     kind = p.get("rope_type", p.get("type", "default"))
     if kind in ("default", "mrope"):
-        return RopeConfig(theta=float(p["rope_theta"]))
+        return _built(RopeConfig, section, theta=p["rope_theta"])
     if kind != "llama3":
         raise InputError(f"config.json: rope_type {kind!r} is not known (default, llama3)")
-    return RopeConfig(
-        theta=float(p["rope_theta"]),
-        scaling="llama3",
-        factor=float(p["factor"]),
-        low_freq_factor=float(p["low_freq_factor"]),
-        high_freq_factor=float(p["high_freq_factor"]),
-        original_max_position_embeddings=int(p["original_max_position_embeddings"]),
-    )
+    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    return _built(RopeConfig, section, theta=p["rope_theta"], scaling="llama3", **{name: p[name] for name in names})
 
 
 def rope_to_hf(rope: RopeConfig) -> Json:
@@ -66,7 +67,9 @@ def llama_from_hf(section: Json, *, bias: bool = False) -> LlamaConfig:
     if not bias:
         demand(section, attention_bias=False)
     heads = section["num_attention_heads"]
-    return LlamaConfig(
+    return _built(
+        LlamaConfig,
+        section,
         num_hidden_layers=section["num_hidden_layers"],
         hidden_size=section["hidden_size"],
         num_attention_heads=heads,
@@ -100,12 +103,16 @@ def from_hf(config: Json) -> ChromaConfig:
     """
     try:
         thinker, defaults = config["thinker_config"], SpecialTokens()
-        return ChromaConfig(
+        return _built(
+            ChromaConfig,
+            config,
             reasoner=reasoner_from_hf(thinker),
             backbone=llama_from_hf(config["backbone_config"]),
             decoder=llama_from_hf(config["decoder_config"]),
             codec=codec_from_hf(config["codec_config"]),
-            tokens=SpecialTokens(
+            tokens=_built(
+                SpecialTokens,
+                config,
                 pad=thinker.get("pad_token_id", defaults.pad),
                 im_start=config.get("im_start_token_id", config["im_end_token_id"] - 1),
                 im_end=config["im_end_token_id"],
@@ -129,8 +136,12 @@ def from_hf(config: Json) -> ChromaConfig:
 def reasoner_from_hf(thinker: Json) -> ReasonerConfig:
     """Of a Qwen2.5-Omni thinker configuration."""
     audio, text = thinker["audio_config"], thinker["text_config"]
-    return ReasonerConfig(
-        audio=AudioEncoderConfig(
+    return _built(
+        ReasonerConfig,
+        thinker,
+        audio=_built(
+            AudioEncoderConfig,
+            audio,
             num_hidden_layers=audio["encoder_layers"],
             hidden_size=audio["d_model"],
             num_attention_heads=audio["encoder_attention_heads"],
@@ -212,9 +223,13 @@ def codec_from_hf(section: Json) -> CodecConfig:
     heads, width = section["num_attention_heads"], section["hidden_size"]
     hop = math.prod(ratios)
     frame_rate = section.get("_frame_rate") or section.get("frame_rate") or 12.5
-    return CodecConfig(
+    return _built(
+        CodecConfig,
+        section,
         sampling_rate=section["sampling_rate"],
-        seanet=SeanetConfig(
+        seanet=_built(
+            SeanetConfig,
+            section,
             num_filters=section["num_filters"],
             ratios=ratios,
             kernel_size=section["kernel_size"],
@@ -225,7 +240,9 @@ def codec_from_hf(section: Json) -> CodecConfig:
             compress=section["compress"],
             shortcut="conv" if section.get("use_conv_shortcut") else "identity",
         ),
-        transformer=EncoderConfig(
+        transformer=_built(
+            EncoderConfig,
+            section,
             num_hidden_layers=section["num_hidden_layers"],
             hidden_size=width,
             num_attention_heads=heads,
@@ -236,7 +253,9 @@ def codec_from_hf(section: Json) -> CodecConfig:
             layer_scale=section["layer_scale_initial_scale"],
             rope=rope_from_hf(section),
         ),
-        quantizer=QuantizerConfig(
+        quantizer=_built(
+            QuantizerConfig,
+            section,
             num_codebooks=section["num_quantizers"],
             num_semantic=section["num_semantic_quantizers"],
             codebook_size=section["codebook_size"],

@@ -16,6 +16,7 @@ from jax.experimental import serialize_executable
 from chroma_jax.sequence.batch import Batch
 from chroma_jax.training.state import TrainState
 from chroma_jax.training.step import Metrics, Trainer
+from chroma_jax.utils.atomic_io import replaced_file
 from chroma_jax.utils.errors import InputError, check_format
 
 FORMAT = 2  # format 1 has other names of fields and no version
@@ -25,10 +26,8 @@ def save_executable(compiled: jax.stages.Compiled, config: Mapping[str, Any], to
     """Writes a file, whole or not at all. config: what the step was compiled from, by field."""
     payload, *_ = serialize_executable.serialize(compiled)
     header = {"format": FORMAT, "topology": topology, "jax": jax.__version__, "config": dict(config)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_bytes(json.dumps(header).encode() + b"\n" + payload)
-    aside.replace(path)
+    with replaced_file(path) as partial:
+        partial.write_bytes(json.dumps(header).encode() + b"\n" + payload)
 
 
 def load_executable(
