@@ -70,7 +70,7 @@ def train_step(
     key, choice_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), state.step))
     choice = draw(choice_key, rows, codec.num_codebooks - codec.quantizer.num_semantic, recipe.quantizer)
     before, trained = state, (state.codec, state.heads)
-    of_trained = lambda trained: forward(trained, state, batch, choice, key, config, phase)
+    of_trained = lambda trained: forward(trained, before, batch, choice, key, config, phase)
     (made, _), pull, (metrics, statistics) = jax.vjp(of_trained, trained, has_aux=True)
     losses, gradient, balancer = {}, jnp.zeros_like(made), state.balancer
     if phase.decoded:
