@@ -450,7 +450,9 @@ def test_no_step_is_compiled_twice(tiny_prepared, batch):
     with jax.set_mesh(mesh):
         trainer = trainer_of(config, mesh)
         rows = place(batch, trainer)
-        state, _ = trainer.train_step(trainer.init(), rows)
+        with compilations() as compiled:
+            state, _ = trainer.train_step(trainer.init(), rows)
+        assert compiled
         with compilations() as compiled:
             for _ in range(2):
                 state, _ = trainer.train_step(state, rows)
@@ -468,9 +470,7 @@ def test_equal_configurations_share_their_programs(tiny_prepared, batch, weights
         first, second = trainer_of(config, mesh), trainer_of(copy.deepcopy(config), mesh)
         assert first.config == second.config and first.config.model is not second.config.model
         rows, states = place(batch, first), [started(trainer, weights) for trainer in (first, second)]
-        with compilations() as compiled:
-            metrics = first.eval_step(states[0], rows), first.train_step(states[0], rows)[1]
-        assert compiled
+        metrics = first.eval_step(states[0], rows), first.train_step(states[0], rows)[1]
         with compilations() as compiled:
             again = second.eval_step(states[1], rows), second.train_step(states[1], rows)[1]
         assert not compiled
