@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compilations import compilations
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 from tiny import replace
@@ -33,6 +32,7 @@ from chroma_jax.training.checkpoint import Checkpoints
 from chroma_jax.training.loss import LossConfig, choose_frames, cross_entropy, ctc_loss, frame_losses, text_losses
 from chroma_jax.training.metrics import read_lines
 from chroma_jax.training.optimizer import OptimizerConfig, split_trainable
+from chroma_jax.utils.compilations import counted_compilations
 from chroma_jax.utils.errors import InputError
 from chroma_jax.utils.tree_paths import values
 from data_pipelines.records import batches
@@ -450,13 +450,13 @@ def test_no_step_is_compiled_twice(tiny_prepared, batch):
     with jax.set_mesh(mesh):
         trainer = trainer_of(config, mesh)
         rows = place(batch, trainer)
-        with compilations() as compiled:
+        with counted_compilations() as compiled:
             state, _ = trainer.train_step(trainer.init(), rows)
-        assert compiled
-        with compilations() as compiled:
+        assert compiled.events
+        with counted_compilations() as compiled:
             for _ in range(2):
                 state, _ = trainer.train_step(state, rows)
-        assert not compiled
+        assert not compiled.events
         # what is restored must fit what is trained: abstract and real states agree in shape, type and place
         same = jax.tree.map(
             lambda a, x: (a.shape, a.dtype, a.sharding) == (x.shape, x.dtype, x.sharding), trainer.abstract, state
@@ -471,9 +471,9 @@ def test_equal_configurations_share_their_programs(tiny_prepared, batch, weights
         assert first.config == second.config and first.config.model is not second.config.model
         rows, states = place(batch, first), [started(trainer, weights) for trainer in (first, second)]
         metrics = first.eval_step(states[0], rows), first.train_step(states[0], rows)[1]
-        with compilations() as compiled:
+        with counted_compilations() as compiled:
             again = second.eval_step(states[1], rows), second.train_step(states[1], rows)[1]
-        assert not compiled
+        assert not compiled.events
     jax.tree.map(np.testing.assert_array_equal, metrics, again)
 
 

@@ -338,7 +338,7 @@ class Engine:
 
     def _run(self) -> None:
         try:
-            with jax.transfer_guard("disallow"), counted_compilations(here=True) as compiled:
+            with jax.transfer_guard("disallow"), counted_compilations(this_thread=True) as compiled:
                 while not self._closing:
                     with self._news:
                         self._fresh = False

@@ -1,4 +1,4 @@
-"""Counting compilations, so that tests and reports can say that nothing was compiled again."""
+"""Counts compilations, so that tests and reports can show that nothing was compiled again."""
 
 import contextlib
 import threading
@@ -6,26 +6,36 @@ from collections.abc import Iterator
 
 import jax
 
+PREFIX = "/jax/core/compile/"  # of tracing, lowering and compiling
+
 
 class CompilationCount:
-    """How many programs were compiled, and how long the backend took. seconds: without tracing."""
+    """What JAX compiled.
+
+    Attributes:
+        events: Number of functions traced, lowered or compiled.
+        count: Number of compiled programs, those read from the persistent cache included.
+        seconds: Time that the backend took for them.
+    """
 
     def __init__(self):
-        self.count, self.seconds = 0, 0.0
+        self.events, self.count, self.seconds = 0, 0, 0.0
 
 
 @contextlib.contextmanager
-def counted_compilations(*, here: bool = False) -> Iterator[CompilationCount]:
-    """Counts what is compiled inside the ``with`` block, anywhere in the process, or by this thread alone."""
-    found, thread = CompilationCount(), threading.get_ident()
+def counted_compilations(*, this_thread: bool = False) -> Iterator[CompilationCount]:
+    """Counts within the ``with`` block, in the whole process or in this thread only."""
+    counts, thread = CompilationCount(), threading.get_ident()
 
     def listen(event: str, duration: float, **_) -> None:
-        counts = not here or threading.get_ident() == thread
-        if counts and event == "/jax/core/compile/backend_compile_duration":
-            found.count, found.seconds = found.count + 1, found.seconds + duration
+        if not event.startswith(PREFIX) or (this_thread and threading.get_ident() != thread):
+            return
+        counts.events += 1
+        if event == f"{PREFIX}backend_compile_duration":
+            counts.count, counts.seconds = counts.count + 1, counts.seconds + duration
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
-        yield found
+        yield counts
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
