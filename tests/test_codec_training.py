@@ -36,6 +36,7 @@ from chroma_jax.training.codec.recipe import CodecRecipe, CodecTrainStepConfig
 from chroma_jax.training.codec.spectra import stft
 from chroma_jax.training.codec.step import make_codec_trainer
 from chroma_jax.training.optimizer import OptimizerConfig
+from chroma_jax.utils.compilations import counted_compilations
 from chroma_jax.utils.tree_paths import values
 from data_pipelines.waves import WaveBatch
 
