@@ -33,6 +33,10 @@ class GenerationConfig(SamplingParams):
     """How replies are generated.
 
     Attributes:
+        temperature: Sampling temperature; 0 is greedy.
+        top_k: Number of most probable codes that are sampled from; 0 for all.
+        top_p: Probability mass of the codes that are sampled from; 1 for all.
+        seed: Seed of the sampling.
         max_seconds: Maximum length of a reply in seconds.
         dtype: Compute dtype.
         weights: "int8" for int8 weight-only quantization, "none" for weights in dtype.
