@@ -67,16 +67,25 @@ class BatchState:
     waits for the device.
 
     voice_positions: that the longest voice prompt may have. chunk: positions that go through a model at once between decode
-    steps."""
+    steps. unroll: on CPUs, unrolls the layers and transposes kernels, which takes longer to compile and runs faster."""
 
     def __init__(
-        self, model: Chroma, codec: Codec, slots: int, capacity: Capacity, *, voice_positions: int, chunk: int, dtype: str
+        self,
+        model: Chroma,
+        codec: Codec,
+        slots: int,
+        capacity: Capacity,
+        *,
+        voice_positions: int,
+        chunk: int,
+        dtype: str,
+        unroll: bool = True,
     ):
         self.config, self.capacity, self.chunk, self.voice_positions = model.config, capacity, chunk, voice_positions
         self.dtype, self.count = jnp.dtype(dtype), slots
         self._place = place_of(jax.tree.leaves(nnx.state(model))[0])
         platform = platform_of(self._place)
-        if platform == "cpu" and not on_many(self._place):
+        if unroll and platform == "cpu" and not on_many(self._place):
             model, codec = optimize_for_cpu(model, codec, slots)
         (model_graph, model_state), (codec_graph, codec_state) = nnx.split(model), nnx.split(codec)
         self._programs = programs((model_graph, codec_graph), dtype, platform)
