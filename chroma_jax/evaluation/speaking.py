@@ -104,13 +104,14 @@ class Speaker:
 
     def prompt(self, voice: VoicePrompt, *, question: np.ndarray | None = None, said: str = "") -> Prompt:
         """What one reply starts from; features and codes are computed here."""
-        none = np.zeros((0, self.model.config.num_codebooks), np.int32)
+        codebooks = self.model.config.num_codebooks
+        no_codes = np.zeros((0, codebooks), np.int32)
         return make_prompt(
             self.model.config,
             encoder(self.tokenizer),
             question=question,
             said=said,
-            reference_codes=self._codes(voice) if len(voice.wave) else none,
+            reference_codes=encode_reference(self.codec, voice.wave, codebooks) if len(voice.wave) else no_codes,
             transcript=voice.text,
             system=self.system,
         )
@@ -125,9 +126,6 @@ class Speaker:
         for reply in generator.replies(zip(prompts, seeds, strict=True)):
             pieces = text_pieces(self.tokenizer, reply.tokens, self.model.config.tokens.im_end)
             yield "".join(piece for _, piece in pieces), reply.wave, reply.ended == "eos"
-
-    def _codes(self, voice: VoicePrompt) -> np.ndarray:
-        return encode_reference(self.codec, voice.wave, self.model.config.num_codebooks)
 
 
 def heard_question(dialogue: Dialogue) -> np.ndarray:

@@ -24,7 +24,7 @@ from chroma_jax.sequence.interleave import NONE_TOKEN
 class Chunk(NamedTuple):
     """A piece of a conversation, as the Reasoner reads it.
 
-    text: int32 [C] token ids. audio_index: int32 [C], which row of ``audio`` stands in a token's place (NONE_TOKEN: none).
+    text: int32 [C] token ids. audio_index: int32 [C], row of ``audio`` that replaces the token's embedding (NONE_TOKEN: none).
     audio: [K, D] on the device, what the encoder made of a block of speech. length: int32 [], valid positions.
     """
 
@@ -57,7 +57,7 @@ class Admission(NamedTuple):
 
     @classmethod
     def of(cls, voice_length: int, sampling: SamplingParams, turn: int = 0) -> "Admission":
-        """On the host."""
+        """Scalars on the host."""
         return cls(
             voice_length=np.int32(voice_length),
             seed=np.uint32(sampling.seed),
@@ -114,7 +114,7 @@ def begin(state: StreamState, slot: jax.Array, beginning: Admission) -> StreamSt
 
 
 def stop(state: StreamState, slot: jax.Array, position: jax.Array) -> StreamState:
-    """Ends whatever is said in a slot; the Reasoner goes on from ``position``."""
+    """Ends the reply of a slot, and sets its Reasoner back to ``position``."""
     at = lambda x, value: x.at[slot].set(value)
     return state._replace(
         text_open=at(state.text_open, False),
@@ -129,7 +129,7 @@ def chunks(text: np.ndarray, audio_index: np.ndarray, audio: jax.Array, size: in
 
     Args:
         text: int32 [L], token ids.
-        audio_index: int32 [L], which row of ``audio`` stands in a token's place (NONE_TOKEN: none).
+        audio_index: int32 [L], row of ``audio`` that replaces the token's embedding (NONE_TOKEN: none).
         audio: [K, D], on the device.
         size: Positions of a chunk.
 

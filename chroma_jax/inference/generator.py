@@ -91,11 +91,11 @@ class Generator:
         dtype: str = "float32",
         cache: CacheDType = "none",
     ):
-        self.config, self.max_frames, self._per_call = model.config, max_frames, frames_per_call
+        self.max_frames, self._per_call = max_frames, frames_per_call
         text, voice = rounded_up(text_positions, POSITIONS), rounded_up(voice_positions, POSITIONS)
         capacity = Capacity.of(text, voice, rounded_up(max_frames, max(frames_per_call, FRAMES_PER_PAIR)), cache)
         sizes = {"voice_positions": voice, "chunk": POSITIONS, "dtype": dtype}
-        self._batch = BatchState(model, codec, slots, capacity, **sizes, unroll=False)  # a command compiles it every time
+        self._batch = BatchState(model, codec, slots, capacity, **sizes, unroll=False)  # a command waits for its compilation
         self._rows: list[Generation | None] = [None] * slots
         self._pending: tuple[StepOutput, list[Generation | None]] | None = None  # asked for, not fetched yet
         self._opens_pair = True  # whether the next decode step does

@@ -184,13 +184,6 @@ def with_place(place: Place) -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def guarded(place: Place) -> Iterator[None]:
-    """The same, and nothing moves between host and device unasked."""
-    with with_place(place), jax.transfer_guard("disallow"):
-        yield
-
-
 def send_to_host(arrays: Iterable[jax.Array]) -> None:
     """Begins to copy arrays, and waits for none. A guard of transfers would take that for an accident."""
     with jax.transfer_guard_device_to_host("allow"):

@@ -48,7 +48,7 @@ class Overrides(NamedTuple):
 
     Attributes:
         decoder_positions: int32 [Q], positions of h and of c0 … c(Q−2) in the Decoder; the rule is 0, 1, 2 …
-        feeds: bool [B], rows that are fed a text pair in this step; the rule is those whose text goes on.
+        feeds: bool [B], rows that are fed a text pair in this step; the rule is those whose text has not ended.
         hidden_entries: bool [B, S], entries of the Backbone's cache that no position attends to; the rule is none.
         choosable: bool [audio_vocab_size], codes that may be sampled; the rule is those of the Codec.
     """

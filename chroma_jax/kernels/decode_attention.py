@@ -110,8 +110,8 @@ def _kernel(layer, row, last, q, new_keys, new_values, self_mask, cache_mask, ke
     """A row's next block of entries; the new positions themselves come first.
 
     q, out: [1, T, K · G · H]; new_keys, new_values: [1, T, K · H]; self_mask, cache_mask: `bits`;
-    keys, values: [1, 1, C, S, P · H], with P heads beside each other. Of each of these the queries, filled up to N rows, have
-    zeros where the others lie, so that one product serves all: [P · N, P · H].
+    keys, values: [1, 1, C, S, P · H], with P heads in one row of lanes. The queries of each head, padded to N rows, are zero
+    in the lanes of the other heads, so that one matmul serves all: [P · N, P · H].
     """
     (key_scale, value_scale), rest = (rest[:2], rest[2:]) if scaled else ((None, None), rest)
     out, wide, largest, total, mixed = rest

@@ -17,8 +17,7 @@ from jax.sharding import PartitionSpec as P
 from chroma_jax.config import Config
 from chroma_jax.inference.placement import TPU_OPTIONS, as_streamed, auto_layout, sharded_config
 from chroma_jax.inference.state import Capacity, StreamState, idle
-from chroma_jax.inference.step import Pairs
-from chroma_jax.inference.step import decode_step as one_step
+from chroma_jax.inference.step import Pairs, decode_step
 from chroma_jax.models.chroma import Chroma
 from chroma_jax.models.codec import Codec
 from chroma_jax.models.quantization import quantized
@@ -107,11 +106,11 @@ class StreamPlan:
         """All of it as plain values, with what follows from it."""
         found = dataclasses.asdict(self) | {"total": self.total, "temporary": self.temporary, "program": self.program}
         for name in ("pair", "frame"):
-            decode_step: DecodeStepPlan = getattr(self, name)
+            plan: DecodeStepPlan = getattr(self, name)
             found[name] |= {
-                "compute_seconds": decode_step.compute_seconds,
-                "link_seconds": decode_step.link_seconds,
-                "seconds": decode_step.seconds,
+                "compute_seconds": plan.compute_seconds,
+                "link_seconds": plan.link_seconds,
+                "seconds": plan.seconds,
             }
         means = {name: self.of_frame(name) for name in ("read", "hbm_bytes", "hbm_seconds", "compute_seconds", "seconds")}
         means |= {
@@ -157,8 +156,8 @@ def plan_stream(
         place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, x.sharding.spec))
         state = jax.tree.map(place, state)
 
-        def decode_step(weights, state, *, pairs: Pairs):
-            return one_step(*(nnx.merge(*pair) for pair in zip(graphs, weights, strict=True)), state, pairs=pairs)
+        def run(weights, state, *, pairs: Pairs):
+            return decode_step(*(nnx.merge(*pair) for pair in zip(graphs, weights, strict=True)), state, pairs=pairs)
 
         def plan_decode_step(program: jax.stages.Wrapped, pairs: Pairs, held):
             started = time.perf_counter()
@@ -171,11 +170,11 @@ def plan_stream(
             read = must_read(*(nnx.merge(*pair) for pair in zip(graphs, held, strict=True)), state, pairs)
             return compiled, read_program(compiled, read, topology, mesh, time.perf_counter() - started)
 
-        compiled, pair = plan_decode_step(auto_layout(partial(decode_step, pairs="all"), held), "all", held)
+        compiled, pair = plan_decode_step(auto_layout(partial(run, pairs="all"), held), "all", held)
         chosen = jax.tree.map(
             lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), held, compiled.input_formats[0][0]
         )
-        as_chosen = jax.jit(partial(decode_step, pairs="none"), donate_argnums=1, compiler_options=TPU_OPTIONS)
+        as_chosen = jax.jit(partial(run, pairs="none"), donate_argnums=1, compiler_options=TPU_OPTIONS)
         _, frame = plan_decode_step(as_chosen, "none", chosen)
     found = StreamPlan(
         topology=topology.name,

@@ -19,7 +19,6 @@ from chroma_jax.inference.admission import Admission, Chunk
 from chroma_jax.inference.batch_state import FRAMES_PER_CALL, BatchState
 from chroma_jax.inference.detokenizer import Decode, Detokenizer
 from chroma_jax.inference.placement import send_to_host
-from chroma_jax.inference.step import StepOutput
 from chroma_jax.inference.streaming_audio_encoder import MelBlock
 from chroma_jax.inference.voice import Voice
 from chroma_jax.models.audio_encoder import num_positions
@@ -32,9 +31,10 @@ MOST_UNITS = 16
 
 
 class PendingStep(NamedTuple):
-    """A decode step that was asked for: ``count`` frames for ``owners``, after ``units`` of reading, since ``began``."""
+    """A dispatched decode step: ``count`` frames for ``owners``, after ``units`` of reading, since ``began``. out: samples,
+    tokens and live flags, as of `StepOutput`."""
 
-    out: StepOutput
+    out: tuple[jax.Array, jax.Array, jax.Array]
     count: int
     began: float
     units: int
@@ -205,7 +205,8 @@ class Scheduler:
             most = min(self._frames_per_call, room, paced)
             seconds = min(lead / 2, self._frame_seconds)  # whoever wants something waits for a call's end
             count = self.costs.most_frames(most, seconds)
-        out = self._slots.decode_step(count, "all" if self._opens_pair else "none")
+        output = self._slots.decode_step(count, "all" if self._opens_pair else "none")
+        out = output.samples, output.token, output.live  # clients get no codes
         if count == 1:
             self._opens_pair = not self._opens_pair
         send_to_host(out)
@@ -218,7 +219,7 @@ class Scheduler:
 
     def _fetch(self, flight: PendingStep) -> None:
         out, count, began, units, owners = flight
-        samples, _, token, live = jax.device_get(out)
+        samples, token, live = jax.device_get(out)
         now = time.perf_counter()
         seconds, self._fetched = now - max(began, self._fetched), now
         self._meter.decode_step(seconds, count, len(owners))
@@ -276,7 +277,7 @@ class Scheduler:
             self.sessions[session.slot] = None
 
     def fail(self, failure: EngineError) -> None:
-        """Ends all conversations, and makes a new state: a program that failed may have used up the old one."""
+        """Ends all conversations and makes a new state, since a program that failed may have used up the donated one."""
         for session in [s for s in self.sessions if s is not None]:
             session.fail(failure)
         self.sessions[:] = [None] * len(self.sessions)

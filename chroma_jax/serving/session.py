@@ -221,7 +221,7 @@ class Session:
         self.in_turn = True
 
     def fail(self, failure: EngineError) -> None:
-        """The engine's thread ends the conversation; all that is asked for later raises the failure."""
+        """Ends the conversation, on the engine's thread. Later calls raise the failure."""
         self.closed, self._failure = True, failure
         self.work.clear()
         for reply in {self.current, self.reply} - {None}:

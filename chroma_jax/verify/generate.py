@@ -1,7 +1,7 @@
 """Golden cases of whole generations, by our own decode step.
 
-With the rules of the reference (`chroma_jax.verify.reference`) every number of every step is compared, and what the step gives
-away; with our own, what each row of a batch says with what the reference says for it alone.
+With the rules of the reference (`chroma_jax.verify.reference`), every intermediate value and every output of each step is
+compared. With our own rules, each row of a batch is compared with the reference's output for that row alone.
 """
 
 import functools
@@ -129,7 +129,7 @@ def replied(codes: np.ndarray, eos: int) -> int:
 
 
 def spoken(case: Case, run: Generation) -> Checks:
-    """The samples that the step gives away, up to each row's first frame of zeros."""
+    """The samples of the decode step, up to each row's first frame of zeros."""
     for row, codes in enumerate(run.codes):
         said = replied(codes, case.config.codebook_eos_token_id)
         check = case.check(f"audio_{row}", run.samples[row, :said].reshape(1, -1), AUDIO)

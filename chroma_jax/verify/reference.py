@@ -4,8 +4,8 @@ The Decoder's positions: h at 0, c0 at 0, c1 at 1 …; trained are h at 0, c0 at
 
 Rows of different lengths in a batch: the voice prompt is padded inside, before the transcript and after the recording; a row
 whose text has ended is still fed a pair when another row is, and its frame is predicted there. Both count as positions and are
-masked as keys. A frame that is zero but for its last code finishes a row, which yet goes on until every row is finished; it is
-heard up to its first frame of zeros. Codes that the Codec does not have may be chosen.
+masked as keys. A frame whose codes are all zero except the last finishes a row. The row is generated further until all rows are
+finished. Its audio ends at its first frame of zeros. Codes that the Codec does not have may be sampled.
 
 The Codec's attention: full causal, without the sliding window.
 """
