@@ -178,7 +178,7 @@ def module_of(source: str) -> tuple[Path, types.ModuleType]:
     if not path.is_file():
         raise InputError(f"{path}: no such configuration file")
     spec = importlib.util.spec_from_file_location(f"chroma_config_{path.stem}", path)
-    if spec is None:
+    if spec is None or spec.loader is None:
         raise InputError(f"{path}: not a Python file")
     module = importlib.util.module_from_spec(spec)
     try:

@@ -10,7 +10,7 @@ def torch_device() -> str:
 
     Raises: InputError where PyTorch does not reach that.
     """
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     device = jax.devices()[0]
     if device.platform == "cpu":

@@ -86,6 +86,7 @@ def ask(session: Session, talk: Talk) -> list[float]:
     began = say(session, talk)
     arrivals = [time.perf_counter() - began for _ in session]
     if len(arrivals) != talk.frames:
+        assert session.reply is not None
         raise InputError(f"a reply ended after {len(arrivals)} of {talk.frames} frames ({session.reply.ended})")
     return arrivals
 

@@ -11,13 +11,13 @@ import time
 from collections.abc import Iterator
 
 import numpy as np
-import torch
-from torch import nn
-from transformers import DynamicCache, LlamaConfig, LlamaModel, MimiConfig, MimiModel
-from transformers.models.csm.configuration_csm import CsmDepthDecoderConfig
-from transformers.models.csm.modeling_csm import CsmDepthDecoderModel
-from transformers.models.qwen2_5_omni.configuration_qwen2_5_omni import Qwen2_5OmniAudioEncoderConfig, Qwen2_5OmniTextConfig
-from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniAudioEncoder, Qwen2_5OmniThinkerTextModel
+import torch  # pyright: ignore[reportMissingImports]
+from torch import nn  # pyright: ignore[reportMissingImports]
+from transformers import DynamicCache, LlamaConfig, LlamaModel, MimiConfig, MimiModel  # pyright: ignore[reportMissingImports]
+from transformers.models.csm.configuration_csm import CsmDepthDecoderConfig  # pyright: ignore[reportMissingImports]
+from transformers.models.csm.modeling_csm import CsmDepthDecoderModel  # pyright: ignore[reportMissingImports]
+from transformers.models.qwen2_5_omni.configuration_qwen2_5_omni import Qwen2_5OmniAudioEncoderConfig, Qwen2_5OmniTextConfig  # pyright: ignore[reportMissingImports]
+from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniAudioEncoder, Qwen2_5OmniThinkerTextModel  # pyright: ignore[reportMissingImports]
 
 from chroma_jax.audio.log_mel import FeatureConfig, log_mel
 from chroma_jax.models.chroma import ChromaConfig

@@ -4,11 +4,11 @@ eager mode with its fused attention and optimizer, on the same rows, on the same
 from collections.abc import Callable
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import nn
-from transformers import LlamaConfig, LlamaModel, Qwen2Config, Qwen2Model, WhisperConfig
-from transformers.models.whisper.modeling_whisper import WhisperEncoder
+import torch  # pyright: ignore[reportMissingImports]
+import torch.nn.functional as F  # pyright: ignore[reportMissingImports]
+from torch import nn  # pyright: ignore[reportMissingImports]
+from transformers import LlamaConfig, LlamaModel, Qwen2Config, Qwen2Model, WhisperConfig  # pyright: ignore[reportMissingImports]
+from transformers.models.whisper.modeling_whisper import WhisperEncoder  # pyright: ignore[reportMissingImports]
 
 from chroma_jax.config import Config
 from chroma_jax.layers.transformer import LlamaConfig as Sizes
@@ -156,7 +156,7 @@ class TorchStep:
         a, b = (torch.from_numpy(factor).to(self.device, self.dtype) for factor in (x, y))
 
         def multiply():
-            a @ b
+            torch.matmul(a, b)
             if self.device != "cpu":
                 torch.cuda.synchronize()
 

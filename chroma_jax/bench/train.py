@@ -83,13 +83,16 @@ def bench_train(config: Config, *, rows: int, rounds: int, peer: str) -> dict:
 class Step(Protocol):
     """A side of the comparison."""
 
-    parameters: int
+    @property
+    def parameters(self) -> int: ...
 
     def __call__(self) -> float:
         """Takes a step; returns the loss."""
+        ...
 
     def product(self, x: np.ndarray, y: np.ndarray) -> Callable[[], object]:
         """What computes x · y and waits for it."""
+        ...
 
 
 class OurStep:
@@ -112,15 +115,15 @@ class OurStep:
 
     def product(self, x: np.ndarray, y: np.ndarray) -> Callable[[], object]:
         multiply = jax.jit(jnp.dot, compiler_options=options(jax.devices()[0], self.dtype))  # as the step is compiled
-        x, y = (jnp.asarray(factor, self.dtype) for factor in (x, y))
-        return lambda: multiply(x, y).block_until_ready()
+        a, b = (jnp.asarray(factor, self.dtype) for factor in (x, y))
+        return lambda: multiply(a, b).block_until_ready()
 
 
 def mlp_factors(config: Config, rows: int) -> tuple[np.ndarray, np.ndarray]:
     """Factors as of the Backbone's MLP, float32 [rows · positions, D] and [D, M]."""
     c, draw = config.model.backbone, np.random.default_rng(0)
-    shapes = (rows * config.data.row.positions, c.hidden_size), (c.hidden_size, c.intermediate_size)
-    return tuple(draw.standard_normal(shape, np.float32) for shape in shapes)
+    inputs = draw.standard_normal((rows * config.data.row.positions, c.hidden_size), np.float32)
+    return inputs, draw.standard_normal((c.hidden_size, c.intermediate_size), np.float32)
 
 
 def seconds_of(compute: Callable[[], object], repeats: int = 10) -> float:

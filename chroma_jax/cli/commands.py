@@ -202,6 +202,7 @@ def plan(args: Plan, config) -> int:
     if args.step == "stream":
         return plan_streaming(args, config, topology)
     if args.search:
+        assert not isinstance(config, CodecRun)
         print(report.table(search(config, topology)), end="")
         return 0
     try:
@@ -217,6 +218,7 @@ def plan(args: Plan, config) -> int:
         from chroma_jax.planning.training_step import compiled_from
         from chroma_jax.training.runtime.aot_executable import save_executable
 
+        assert not isinstance(config, CodecRun)
         save_executable(compiled, compiled_from(config), topology.name, args.aot_executable)
     return 0
 

@@ -15,7 +15,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, Literal, Union, cast
 
 import tyro
 
@@ -124,8 +124,10 @@ def tree(leaf: Callable[[type], type] = lambda accepted: accepted, *, named: str
     top = groups.pop("")
     for group, members in groups.items():
         names = ", ".join(name.partition(" ")[2] for name in COMMANDS if name.startswith(f"{group} "))
-        options = {"description": f"{GROUPS[group]}: {names}.", "constructor": Union[(*members, nothing)]}
-        mark = tyro.conf.subcommand(group, **options | ({"default": None} if optional else {}))
+        options: dict[str, Any] = {"description": f"{GROUPS[group]}: {names}.", "constructor": Union[(*members, nothing)]}
+        if optional:
+            options["default"] = None
+        mark = tyro.conf.subcommand(group, **options)
         top.append(Annotated[Any, mark])
     return Union[(*top, nothing)]
 
@@ -139,7 +141,7 @@ def lenient(accepted: type) -> type:
     fields: dict[str, tuple[Any, Any]] = {}
     positional = False
     for field in dataclasses.fields(accepted):
-        hint, required = field.type, field.default is dataclasses.MISSING
+        hint, required = cast(Any, field.type), field.default is dataclasses.MISSING
         if tyro.conf.Positional in getattr(hint, "__metadata__", ()):
             if not positional:
                 fields[field.name] = tyro.conf.Positional[tuple[str, ...]], ()

@@ -50,6 +50,8 @@ def export_checkpoint(run: Path | str, dest: Path | str, dtype: DType = "stored"
     """
     run, dest = Path(run), Path(dest)
     config = configs.load(run)
+    if not isinstance(config, Config):
+        raise InputError(f"{run}: a codec, expected a speaking model")
     check_new(dest)
     with written_aside(dest) as folder:
         weights = stored_weights(run, config)

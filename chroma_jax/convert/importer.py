@@ -24,7 +24,7 @@ from tqdm import tqdm
 from chroma_jax import config as configs
 from chroma_jax import pretrained
 from chroma_jax.config import Config
-from chroma_jax.convert.sources import PARTS, Coverage, check_coverage, map_names, read_config, recognize
+from chroma_jax.convert.sources import PARTS, Coverage, check_coverage, map_names, read_config, recognize, tensor_of
 from chroma_jax.models.chroma import Chroma
 from chroma_jax.models.io import hf_config
 from chroma_jax.models.io.name_tables import codec_rows
@@ -36,7 +36,6 @@ from chroma_jax.models.io.weight_files import (
     read_header,
     read_tensors,
     read_weights,
-    stored_name,
     write_safetensors,
 )
 from chroma_jax.parallel.sharding import make_mesh, state_shardings
@@ -204,13 +203,14 @@ def _write_codec(plan: ImportPlan, file: Path, progress: Callable[[int], object]
 def _tensors(a: Coverage) -> Iterator[Tensor]:
     for row in a.rows:
         for name in row.foreign_names():
-            yield a.header[stored_name(row, name, a.header)]
+            yield tensor_of(row, name, a.header)
 
 
 def copied(tensor: Tensor, stored: str, name: str) -> Output:
     """A tensor of a file, as it is, under another name."""
 
     def read() -> np.ndarray:
+        assert tensor.file is not None
         first = SingleDeviceSharding(jax.devices()[0])
         struct = jax.ShapeDtypeStruct(tensor.shape, np.dtype(tensor.dtype), sharding=first)
         return np.asarray(read_tensors(tensor.file, {stored: struct})[stored])

@@ -15,7 +15,16 @@ from chroma_jax.models.codec import Codec
 from chroma_jax.models.io import hf_config
 from chroma_jax.models.io import name_tables as names
 from chroma_jax.models.io.name_tables import NameRow
-from chroma_jax.models.io.weight_files import DTYPES, Header, abstract_codec, import_weights, problems, read_header, stored_name
+from chroma_jax.models.io.weight_files import (
+    DTYPES,
+    Header,
+    Tensor,
+    abstract_codec,
+    import_weights,
+    problems,
+    read_header,
+    stored_name,
+)
 from chroma_jax.utils.errors import InputError
 
 PARTS = ("reasoner", "backbone", "decoder", "codec")
@@ -132,6 +141,13 @@ NAMINGS = (
 )
 
 
+def tensor_of(row: NameRow, name: str, header: Header) -> Tensor:
+    """What the header says of a row's tensor ``name``, which it has."""
+    stored = stored_name(row, name, header)
+    assert stored is not None
+    return header[stored]
+
+
 class Coverage(NamedTuple):
     """What one source gives.
 
@@ -149,7 +165,7 @@ class Coverage(NamedTuple):
 
     def dtype(self, row: NameRow) -> str:
         """The type in which the weight is kept: the tensors' own; float32 for float16, which has no range for training."""
-        kinds = {self.header[stored_name(row, name, self.header)].dtype for name in row.foreign_names()}
+        kinds = {tensor_of(row, name, self.header).dtype for name in row.foreign_names()}
         return "bfloat16" if kinds == {"bfloat16"} else "float32"
 
     def lines(self) -> list[str]:
@@ -224,7 +240,7 @@ def check_coverage(
         raise InputError(f"{source}: {len(wrong)} tensors do not fit {naming.title}'s names at these sizes: " + "; ".join(wrong))
     for row in rows:
         if row.extent == "first" and row.layers is None:
-            theirs, ours = header[stored_name(row, row.foreign, header)].shape[0], shapes[row.path][0]
+            theirs, ours = tensor_of(row, row.foreign, header).shape[0], shapes[row.path][0]
             if theirs > ours:
                 notes.append(f"{row.foreign}: the first {ours} of {theirs} rows")
     kept = [name for name in unused if re.match(VISION[0], name) and header[name].dtype in DTYPES]
@@ -288,7 +304,9 @@ def read_codec(source: Path, config: ChromaConfig) -> Codec:
     rows = [row for row in naming.rows(config, prefix) if row.part == "codec"]
     if not rows:
         raise InputError(f"{source}: {naming.title}, which has no Codec")
-    return import_weights(abstract_codec(config), rows, source, "codec/")
+    codec = import_weights(abstract_codec(config), rows, source, "codec/")
+    assert isinstance(codec, Codec)
+    return codec
 
 
 def check_complete(run: Path, missing: set[str]) -> None:

@@ -51,7 +51,8 @@ def evaluate(
     metric_models = metric_models or load_metric_models()
     speaker = None
     if isinstance(config, CodecRun):
-        codec, books, parts = load_trained_codec(run, with_codec(config.model)), config.model.num_codebooks, ("codec",)
+        codec, books = load_trained_codec(run, with_codec(config.model)), config.model.num_codebooks
+        parts = ("codec",)
     else:
         model, codec, tokenizer = load_run(run, config)
         books = model.config.num_codebooks
@@ -64,14 +65,16 @@ def evaluate(
         "device": jax.devices()[0].device_kind,
     }
     if speaker is not None and "knowledge" in parts:
+        assert isinstance(config, Config)
         given = asked_in_text(config, asked, read_corpus(corpus or SUITES[suite]))
-        found["knowledge"] = evaluate_knowledge(model, tokenizer, given, config.data.system)
+        found["knowledge"] = evaluate_knowledge(speaker.model, speaker.tokenizer, given, speaker.system)
     sounds = report.Sounds(rate)
     if "codec" in parts:
         spoken = recordings(asked, rate)
         found["codec"], made = evaluate_codec(codec, spoken, metric_models, books)
         sounds.add_codec(spoken, made)
     if speaker is not None and "reading" in parts:
+        assert isinstance(config, Config)
         spoken_in = read_corpus(corpus or SUITES[suite])
         utterances = chosen(spoken_in, split, limit)
         if not utterances:
@@ -81,8 +84,8 @@ def evaluate(
         sounds.add_readings(found["reading"]["readings"], made)
     conditions = [*([MAIN] if "answers" in parts else []), *(ABLATIONS if "ablations" in parts else ())]
     if speaker is not None and conditions:
-        settings = {name: getattr(config.generation, name) for name in ("temperature", "top_k", "top_p", "seed")}
-        found["sampling"] = settings | {name: getattr(config.generation, name) for name in ("dtype", "weights", "cache")}
+        settings = {name: getattr(speaker.config, name) for name in ("temperature", "top_k", "top_p", "seed")}
+        found["sampling"] = settings | {name: getattr(speaker.config, name) for name in ("dtype", "weights", "cache")}
         part, replies = evaluate_speaking(speaker, asked, conditions, metric_models)
         found |= part
         sounds.add_replies(replies)

@@ -45,7 +45,7 @@ def evaluate_reading(
     references = {u.voice: next(iter(corpus.references_of(u.voice)), None) for u in utterances}
     waves = {v: np.zeros(0, np.float32) if r is None else audio.load_reference(r.audio, rate) for v, r in references.items()}
 
-    def prompt(utterance: Utterance) -> Prompt:
+    def prompt(utterance: Utterance) -> Prompt[np.ndarray]:
         reference = references[utterance.voice] if prompted else None
         voice = VoicePrompt(utterance.voice, waves[utterance.voice], reference.text) if reference else VoicePrompt(None, none, "")
         return speaker.prompt(voice, said=READ_ALOUD + utterance.text)

@@ -102,7 +102,7 @@ class Speaker:
         self.model, self.codec, self.tokenizer, self.config, self.system = model, codec, tokenizer, config, system
         self.max_frames = int(config.max_seconds * model.config.codec.frame_rate)
 
-    def prompt(self, voice: VoicePrompt, *, question: np.ndarray | None = None, said: str = "") -> Prompt:
+    def prompt(self, voice: VoicePrompt, *, question: np.ndarray | None = None, said: str = "") -> Prompt[np.ndarray]:
         """What one reply starts from; features and codes are computed here."""
         codebooks = self.model.config.num_codebooks
         no_codes = np.zeros((0, codebooks), np.int32)
@@ -116,7 +116,7 @@ class Speaker:
             system=self.system,
         )
 
-    def replies(self, prompts: Sequence[Prompt]) -> Iterator[tuple[str, np.ndarray, bool]]:
+    def replies(self, prompts: Sequence[Prompt[np.ndarray]]) -> Iterator[tuple[str, np.ndarray, bool]]:
         """Yields (text, waveform float32 [S], whether the model itself ended the reply), in order."""
         if not prompts:
             return
@@ -190,7 +190,7 @@ def summary(rows: Sequence[dict]) -> dict:
     others = [
         s for row in rows if row["similarity"] is not None for v, s in row["similarities"].items() if v != row["prompt_voice"]
     ]
-    similar, apart = mean(own), mean([row["similarity_to_others"] for row in rows])
+    similar, apart = mean(own.tolist()), mean([row["similarity_to_others"] for row in rows])
     return {
         "replies": len(rows),
         "right": mean([row["right"] for row in rows]),
@@ -199,7 +199,7 @@ def summary(rows: Sequence[dict]) -> dict:
         "wer": error_rate([row["word_errors"] for row in rows]),
         "similarity": similar,
         "similarity_to_others": apart,
-        "margin": None if similar is None else similar - apart,
+        "margin": None if similar is None or apart is None else similar - apart,
         "eer": None if similar is None else equal_error_rate(own, np.array(others)),
         "dnsmos": mean([row["dnsmos"] for row in rows]),
         "seconds": mean([row["seconds"] for row in rows]),

@@ -6,14 +6,14 @@ stop         it ends, and the conversation goes back to a position
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Generic, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from chroma_jax.inference.sampling import SamplingParams
-from chroma_jax.inference.state import StreamState
+from chroma_jax.inference.state import Array, StreamState
 from chroma_jax.layers.kv_cache import KVCache
 from chroma_jax.models.chroma import Chroma
 from chroma_jax.models.codec.codec import reset_rows
@@ -21,54 +21,54 @@ from chroma_jax.sequence.batch import is_present
 from chroma_jax.sequence.interleave import NONE_TOKEN
 
 
-class Chunk(NamedTuple):
+class Chunk(NamedTuple, Generic[Array]):
     """A piece of a conversation, as the Reasoner reads it.
 
     text: int32 [C] token ids. audio_index: int32 [C], row of ``audio`` that replaces the token's embedding (NONE_TOKEN: none).
     audio: [K, D] on the device, what the encoder made of a block of speech. length: int32 [], valid positions.
     """
 
-    text: np.ndarray
-    audio_index: np.ndarray
+    text: Array
+    audio_index: Array
     audio: jax.Array
-    length: np.ndarray
+    length: Array
 
 
-class VoiceChunk(NamedTuple):
+class VoiceChunk(NamedTuple, Generic[Array]):
     """A piece of a voice prompt, as the Backbone reads it: token int32 [C] (NONE_TOKEN where there is none), codes int32 [C, Q]
     (likewise), start and length int32 [], its first position and how many of them are valid."""
 
-    token: np.ndarray
-    codes: np.ndarray
-    start: np.ndarray
-    length: np.ndarray
+    token: Array
+    codes: Array
+    start: Array
+    length: Array
 
 
-class Admission(NamedTuple):
+class Admission(NamedTuple, Generic[Array]):
     """How a reply starts: voice_length int32 [], positions of the voice prompt; seed uint32 [] and turn int32 [], which give its
     random key; the rest as of `Sampling`, scalars."""
 
-    voice_length: np.ndarray
-    seed: np.ndarray
-    turn: np.ndarray
-    temperature: np.ndarray
-    top_k: np.ndarray
-    top_p: np.ndarray
+    voice_length: Array
+    seed: Array
+    turn: Array
+    temperature: Array
+    top_k: Array
+    top_p: Array
 
-    @classmethod
-    def of(cls, voice_length: int, sampling: SamplingParams, turn: int = 0) -> "Admission":
+    @staticmethod
+    def of(voice_length: int, sampling: SamplingParams, turn: int = 0) -> "Admission[np.ndarray]":
         """Scalars on the host."""
-        return cls(
-            voice_length=np.int32(voice_length),
-            seed=np.uint32(sampling.seed),
-            turn=np.int32(turn),
-            temperature=np.float32(sampling.temperature),
-            top_k=np.int32(sampling.top_k),
-            top_p=np.float32(sampling.top_p),
+        return Admission(
+            voice_length=np.array(voice_length, np.int32),
+            seed=np.array(sampling.seed, np.uint32),
+            turn=np.array(turn, np.int32),
+            temperature=np.array(sampling.temperature, np.float32),
+            top_k=np.array(sampling.top_k, np.int32),
+            top_p=np.array(sampling.top_p, np.float32),
         )
 
 
-def hear(model: Chroma, state: StreamState, slot: jax.Array, chunk: Chunk) -> StreamState:
+def hear(model: Chroma, state: StreamState, slot: jax.Array, chunk: Chunk[jax.Array]) -> StreamState:
     """The Reasoner of one slot reads on."""
     nowhere, order = state.reasoner_cache.capacity, jnp.arange(len(chunk.text))
     positions = jnp.where(order < chunk.length, state.reasoner_position[slot] + order, nowhere)
@@ -82,7 +82,7 @@ def hear(model: Chroma, state: StreamState, slot: jax.Array, chunk: Chunk) -> St
     )
 
 
-def read_voice(model: Chroma, cache: KVCache, chunk: VoiceChunk, dtype) -> KVCache:
+def read_voice(model: Chroma, cache: KVCache, chunk: VoiceChunk[jax.Array], dtype) -> KVCache:
     """A piece of a voice prompt goes through the Backbone. cache: of one row; dtype: that is computed in."""
     order = jnp.arange(len(chunk.token))
     positions = jnp.where(order < chunk.length, chunk.start + order, cache.capacity)
@@ -97,7 +97,7 @@ def adopt(state: StreamState, slot: jax.Array, voice: KVCache) -> StreamState:
     return state._replace(backbone_cache=jax.tree.map(put, state.backbone_cache, voice))
 
 
-def begin(state: StreamState, slot: jax.Array, beginning: Admission) -> StreamState:
+def begin(state: StreamState, slot: jax.Array, beginning: Admission[jax.Array]) -> StreamState:
     """A reply starts in a slot, right after what its Reasoner has heard and its Backbone's voice prompt."""
     b, at = beginning, lambda x, value: x.at[slot].set(value)
     chosen = zip(state.sampling, (b.temperature, b.top_k, b.top_p), strict=True)
@@ -124,7 +124,7 @@ def stop(state: StreamState, slot: jax.Array, position: jax.Array) -> StreamStat
     )
 
 
-def chunks(text: np.ndarray, audio_index: np.ndarray, audio: jax.Array, size: int) -> Iterator[Chunk]:
+def chunks(text: np.ndarray, audio_index: np.ndarray, audio: jax.Array, size: int) -> Iterator[Chunk[np.ndarray]]:
     """Cuts a piece of conversation that hears at most one block of speech.
 
     Args:
@@ -138,16 +138,16 @@ def chunks(text: np.ndarray, audio_index: np.ndarray, audio: jax.Array, size: in
     """
     for start in range(0, len(text), size):
         part = slice(start, start + size)
-        filled = [padded(text[part], size, 0), padded(audio_index[part], size, NONE_TOKEN)]
-        yield Chunk(*filled, audio, np.int32(len(text[part])))
+        length = np.array(len(text[part]), np.int32)
+        yield Chunk(padded(text[part], size, 0), padded(audio_index[part], size, NONE_TOKEN), audio, length)
 
 
-def voice_chunks(token: np.ndarray, codes: np.ndarray, size: int) -> Iterator[VoiceChunk]:
+def voice_chunks(token: np.ndarray, codes: np.ndarray, size: int) -> Iterator[VoiceChunk[np.ndarray]]:
     """Cuts a voice prompt, token int32 [T] and codes int32 [T, Q], into pieces of ``size`` positions."""
     for start in range(0, len(token), size):
         length = min(size, len(token) - start)
-        filled = [padded(x[start : start + length], size, NONE_TOKEN) for x in (token, codes)]
-        yield VoiceChunk(*filled, np.int32(start), np.int32(length))
+        piece_token, piece_codes = (padded(x[start : start + length], size, NONE_TOKEN) for x in (token, codes))
+        yield VoiceChunk(piece_token, piece_codes, np.array(start, np.int32), np.array(length, np.int32))
 
 
 def padded(x: np.ndarray, length: int, value) -> np.ndarray:

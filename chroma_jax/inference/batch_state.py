@@ -44,22 +44,26 @@ def programs(graphs: tuple[nnx.GraphDef, nnx.GraphDef], dtype: str, platform: st
     jit = partial(jax.jit, compiler_options=compiler_options(platform))
 
     def of_models(function):
-        return lambda weights, *rest: function(*(nnx.merge(*pair) for pair in zip(graphs, weights, strict=True)), *rest)
+        merged = lambda weights: (nnx.merge(graph, state) for graph, state in zip(graphs, weights, strict=True))
+        return lambda weights, *rest: function(*merged(weights), *rest)
 
     def encode(model, _, carry, mel, length):
         carry, outputs = model.reasoner.audio.step(carry, mel, length)
         return carry, outputs[0]
 
-    found = {
+    found: dict[str | tuple[int, Pairs], Callable] = {
         "encode": jit(of_models(encode)),
         "hear": jit(of_models(lambda model, _, *rest: hear(model, *rest)), donate_argnums=1),
-        "read_voice": jit(of_models(lambda model, _, *rest: read_voice(model, *rest, jnp.dtype(dtype))), donate_argnums=1),
+        "read_voice": jit(
+            of_models(lambda model, _, cache, chunk: read_voice(model, cache, chunk, jnp.dtype(dtype))), donate_argnums=1
+        ),
         "adopt": jit(adopt, donate_argnums=0),
         "begin": jit(begin, donate_argnums=0),
         "stop": jit(stop, donate_argnums=0),
     }
-    steps = {(count, pairs): of_models(partial(decode_step, count=count, pairs=pairs)) for count, pairs in DECODE_STEPS}
-    return found | {which: jit(run, donate_argnums=1) for which, run in steps.items()}
+    for count, pairs in DECODE_STEPS:
+        found[count, pairs] = jit(of_models(partial(decode_step, count=count, pairs=pairs)), donate_argnums=1)
+    return found
 
 
 class BatchState:
@@ -112,7 +116,7 @@ class BatchState:
         with with_place(self._place):
             return self._programs[program](*given)
 
-    def decode_step(self, count: int, pairs: Pairs) -> StepOutput:
+    def decode_step(self, count: int, pairs: Pairs) -> StepOutput[jax.Array]:
         """``count`` frames of all slots, see `chroma_jax.inference.step.decode_step`."""
         self._state, out = self._run((count, pairs), self._weights, self._state)
         return out
@@ -120,20 +124,20 @@ class BatchState:
     def empty_carry(self) -> PoolCarry:
         """What `encode` starts from at the beginning of a turn."""
         width = self.config.reasoner.audio.hidden_size
-        return self.put(PoolCarry(np.zeros((1, width), self.dtype), np.zeros(1, bool)))
+        return PoolCarry(*self.put((np.zeros((1, width), self.dtype), np.zeros(1, bool))))
 
     def encode(self, carry: PoolCarry, mel: np.ndarray, length: int) -> tuple[PoolCarry, jax.Array]:
         """A block of a turn, mel float32 [block frames, bins]. Returns (carry, [K, D]); see `AudioEncoder.step`."""
         mel, length = self.put((mel[None], np.array([length], np.int32)))
         return self._run("encode", self._weights, carry, mel, length)
 
-    def hear(self, slot: int, chunk: Chunk) -> None:
+    def hear(self, slot: int, chunk: Chunk[np.ndarray]) -> None:
         self._state = self._run("hear", self._weights, self._state, self._slot[slot], self.put(chunk))
 
     def adopt(self, slot: int, voice: KVCache) -> None:
         self._state = self._run("adopt", self._state, self._slot[slot], voice)
 
-    def begin(self, slot: int, beginning: Admission) -> None:
+    def begin(self, slot: int, beginning: Admission[np.ndarray]) -> None:
         self._state = self._run("begin", self._state, self._slot[slot], self.put(beginning))
 
     def stop(self, slot: int, position: int) -> None:
@@ -144,7 +148,7 @@ class BatchState:
         with with_place(self._place):
             return self._empty_voice()
 
-    def read_voice(self, cache: KVCache, chunk: VoiceChunk) -> KVCache:
+    def read_voice(self, cache: KVCache, chunk: VoiceChunk[np.ndarray]) -> KVCache:
         return self._run("read_voice", self._weights, cache, self.put(chunk))
 
     def reset(self) -> None:

@@ -48,7 +48,7 @@ class Generation:
         """float32 [S], all samples."""
         return np.concatenate(self.samples) if self.samples else np.zeros(0, np.float32)
 
-    def add(self, output: StepOutput, frame: int, slot: int) -> None:
+    def add(self, output: StepOutput[np.ndarray], frame: int, slot: int) -> None:
         """Appends a frame of a decode step's output on the host, unless the reply has ended."""
         if self.ended:
             return
@@ -97,17 +97,17 @@ class Generator:
         sizes = {"voice_positions": voice, "chunk": POSITIONS, "dtype": dtype}
         self._batch = BatchState(model, codec, slots, capacity, **sizes, unroll=False)  # a command waits for its compilation
         self._rows: list[Generation | None] = [None] * slots
-        self._pending: tuple[StepOutput, list[Generation | None]] | None = None  # asked for, not fetched yet
+        self._pending: tuple[StepOutput[jax.Array], list[Generation | None]] | None = None  # asked for, not fetched yet
         self._opens_pair = True  # whether the next decode step does
 
     @classmethod
-    def of(cls, model: Chroma, codec: Codec, prompts: Sequence[Prompt], max_frames: int, **options) -> "Generator":
+    def of(cls, model: Chroma, codec: Codec, prompts: Sequence[Prompt[np.ndarray]], max_frames: int, **options) -> "Generator":
         """Makes a generator with room for these prompts. ``options`` are further arguments of `Generator`."""
         text = max(len(prompt.text) for prompt in prompts)
         voice = max(len(prompt.voice_token) for prompt in prompts)
         return cls(model, codec, text_positions=text, voice_positions=voice, max_frames=max_frames, **options)
 
-    def replies(self, prompts: Iterable[tuple[Prompt, SamplingParams]]) -> Iterator[Generation]:
+    def replies(self, prompts: Iterable[tuple[Prompt[np.ndarray], SamplingParams]]) -> Iterator[Generation]:
         """Yields the reply to each prompt, in their order."""
         waiting, going, exhausted = iter(prompts), [], False
         while not exhausted or going:
@@ -127,7 +127,7 @@ class Generator:
             return None
         return next((slot for slot, row in enumerate(self._rows) if row is None), None)
 
-    def admit(self, slot: int, prompt: Prompt, sampling: SamplingParams) -> Generation:
+    def admit(self, slot: int, prompt: Prompt[np.ndarray], sampling: SamplingParams) -> Generation:
         """Prefills a prompt into a free slot and starts the reply. Does not wait for the device.
 
         Raises:
@@ -142,8 +142,8 @@ class Generator:
             batch.begin(slot, Admission.of(voice.length, sampling))
         if not any(self._rows):
             self._opens_pair = True
-        self._rows[slot] = Generation(self.max_frames)
-        return self._rows[slot]
+        reply = self._rows[slot] = Generation(self.max_frames)
+        return reply
 
     def step(self) -> None:
         """Dispatches the next decode step, and appends the output of the previous one to the replies."""
@@ -168,13 +168,13 @@ class Generator:
         """Waits for the device."""
         self._batch.ready()
 
-    def _fetch(self, out: StepOutput, rows: list[Generation | None]) -> None:
-        out = jax.device_get(out)
+    def _fetch(self, out: StepOutput[jax.Array], rows: list[Generation | None]) -> None:
+        on_host: StepOutput[np.ndarray] = jax.device_get(out)
         for slot, row in enumerate(rows):
             if row is None or row.ended:
                 continue
-            for frame in range(len(out.live)):
-                row.add(out, frame, slot)
+            for frame in range(len(on_host.live)):
+                row.add(on_host, frame, slot)
             if row.ended:
                 self._free(slot)
 
@@ -182,11 +182,12 @@ class Generator:
         self._batch.stop(slot, 0)
         self._rows[slot] = None
 
-    def _voice(self, prompt: Prompt) -> Voice:
+    def _voice(self, prompt: Prompt[np.ndarray]) -> Voice:
         *_, voice = read_in_pieces(self._batch, prompt.voice_token, prompt.voice_codes)
+        assert voice is not None
         return voice
 
-    def _prefill_question(self, slot: int, prompt: Prompt) -> None:
+    def _prefill_question(self, slot: int, prompt: Prompt[np.ndarray]) -> None:
         """Runs the question through the Reasoner: a block of speech is encoded, then the tokens up to its end are prefilled."""
         batch, carry, positions, start, heard = self._batch, self._batch.empty_carry(), 0, 0, 0
         pieces = []

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeGuard
 
 import jax
 from flax import nnx
@@ -63,14 +64,16 @@ def optimize_for_cpu(model: Chroma, codec: Codec, slots: int) -> tuple[Chroma, C
     """Copies as processors want them for steps of a few positions: what is stacked has arrays of its own, see `unstacked`, and
     kernels are `turned` where that is faster: large ones that are multiplied with several rows, and those with more inputs than
     outputs."""
-    model, codec = (nnx.merge(*nnx.split(module)) for module in (model, codec))
-    reasoner, backbone, decoder = model.reasoner, model.backbone, model.decoder
-    for stack in (reasoner.text, backbone.model, decoder.model, codec.decoder_transformer):
+    model, codec = nnx.merge(*nnx.split(model)), nnx.merge(*nnx.split(codec))
+    # untyped: stacks become lists, which their classes do not declare
+    parts: list[Any] = [model.reasoner, model.backbone, model.decoder, codec.decoder_transformer]
+    reasoner, backbone, decoder, transformer = parts
+    for stack in (reasoner.text, backbone.model, decoder.model, transformer):
         stack.blocks = unrolled(stack.blocks)
     decoder.heads = unrolled(decoder.heads)
     decoder.heads_scale = None if decoder.heads_scale is None else unrolled(decoder.heads_scale)
     of_one_row = [reasoner.head, *reasoner.text.blocks, backbone.head, decoder.projection, *decoder.model.blocks]
-    of_more = [*backbone.model.blocks, *codec.decoder_transformer.blocks]
+    of_more = [*backbone.model.blocks, *transformer.blocks]
     for rows, modules in ((slots, of_one_row), (2 * slots, of_more)):
         for _, linear in (found for module in modules for found in linears(module)):
             inputs, size = math.prod(linear.kernel.shape[: linear.num_inputs]), linear.kernel.size
@@ -116,10 +119,13 @@ def place_for(tensor: int) -> Place:
 
 def abstract_model(config: ChromaConfig, dtype, place: Place) -> Chroma:
     """A model without values, its weights in ``dtype`` at a place, divided there. Raises: InputError as `state_shardings`."""
-    config = sharded_config(config, place.mesh.shape["tensor"]) if on_many(place) else config
+    config = sharded_config(config, mesh_of(place).shape["tensor"]) if on_many(place) else config
     graph, state = nnx.split(nnx.eval_shape(lambda: Chroma(nnx.Rngs(0), config)))
-    alone = None if on_many(place) else SingleDeviceSharding(place)
-    where = state_shardings(state, place.mesh, config.rules_of) if alone is None else jax.tree.map(lambda _: alone, state)
+    if on_many(place):
+        where = state_shardings(state, mesh_of(place), config.rules_of)
+    else:
+        alone = SingleDeviceSharding(place)
+        where = jax.tree.map(lambda _: alone, state)
     return nnx.merge(graph, jax.tree.map(lambda x, to: jax.ShapeDtypeStruct(x.shape, dtype, sharding=to), state, where))
 
 
@@ -169,18 +175,24 @@ def place_of(weight: jax.Array) -> Place:
     return NamedSharding(where.mesh, P()) if isinstance(where, NamedSharding) else next(iter(weight.devices()))
 
 
-def on_many(place: Place) -> bool:
+def on_many(place: Place) -> TypeGuard[NamedSharding]:
     return isinstance(place, NamedSharding)
 
 
+def mesh_of(place: NamedSharding) -> Mesh:
+    """The mesh of devices."""
+    assert isinstance(place.mesh, Mesh)
+    return place.mesh
+
+
 def platform_of(place: Place) -> str:
-    return place.mesh.devices.flat[0].platform if on_many(place) else place.platform
+    return mesh_of(place).devices.flat[0].platform if isinstance(place, NamedSharding) else place.platform
 
 
 @contextlib.contextmanager
 def with_place(place: Place) -> Iterator[None]:
     """Inside, programs run where the weights are."""
-    with jax.set_mesh(place.mesh) if on_many(place) else contextlib.nullcontext():
+    with jax.set_mesh(mesh_of(place)) if on_many(place) else contextlib.nullcontext():
         yield
 
 

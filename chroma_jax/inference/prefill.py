@@ -1,19 +1,19 @@
 """Before the first frame: the question goes through the Reasoner, the voice prompt through the Backbone."""
 
-from typing import NamedTuple
+from typing import Generic, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from chroma_jax.inference.sampling import Sampling
-from chroma_jax.inference.state import Capacity, StreamState, idle
+from chroma_jax.inference.state import Array, Capacity, StreamState, idle
 from chroma_jax.layers.attention_mask import cached_mask
 from chroma_jax.models.chroma import Chroma
 from chroma_jax.models.codec import Codec
 from chroma_jax.sequence.batch import is_present
 
 
-class Prompt(NamedTuple):
+class Prompt(NamedTuple, Generic[Array]):
     """What a reply starts from, rows padded on the right to common lengths.
 
     The question: mel [B, blocks, block frames, bins], mel_length [B, blocks], text [B, L], audio_index [B, L],
@@ -21,20 +21,20 @@ class Prompt(NamedTuple):
     voice_codes [B, T, Q] (likewise), voice_length [B].
     """
 
-    mel: jax.Array
-    mel_length: jax.Array
-    text: jax.Array
-    audio_index: jax.Array
-    text_length: jax.Array
-    voice_token: jax.Array
-    voice_codes: jax.Array
-    voice_length: jax.Array
+    mel: Array
+    mel_length: Array
+    text: Array
+    audio_index: Array
+    text_length: Array
+    voice_token: Array
+    voice_codes: Array
+    voice_length: Array
 
 
 def prefill(
     model: Chroma,
     codec: Codec,
-    prompt: Prompt,
+    prompt: Prompt[jax.Array],
     sampling: Sampling,
     keys: jax.Array,
     capacity: Capacity,
@@ -67,7 +67,7 @@ def prefill(
     )
 
 
-def voice(model: Chroma, prompt: Prompt, dtype) -> jax.Array:
+def voice(model: Chroma, prompt: Prompt[jax.Array], dtype) -> jax.Array:
     """The voice prompt as the Backbone is fed it: [B, T, D], a zero vector where there is neither token nor frame."""
     return jnp.where(
         is_present(prompt.voice_token)[..., None],

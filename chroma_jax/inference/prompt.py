@@ -40,7 +40,7 @@ def make_prompt(
     reference_codes: np.ndarray,
     transcript: str,
     system: str = "",
-) -> Prompt:
+) -> Prompt[np.ndarray]:
     """One row, without a leading axis and unpadded.
 
     Args:
@@ -73,10 +73,10 @@ def make_prompt(
         mel_length=lengths,
         text=text,
         audio_index=audio_index,
-        text_length=np.int32(len(text)),
+        text_length=np.array(len(text), np.int32),
         voice_token=voice_token,
         voice_codes=voice_codes,
-        voice_length=np.int32(len(voice_token)),
+        voice_length=np.array(len(voice_token), np.int32),
     )
 
 
@@ -95,7 +95,7 @@ def voice_sequence(
     return token, codes
 
 
-def stack(rows: Sequence[Prompt]) -> Prompt:
+def stack(rows: Sequence[Prompt[np.ndarray]]) -> Prompt[np.ndarray]:
     """Rows of different lengths as one batch, padded on the right to common, rounded lengths."""
     arrays = {}
     for name in Prompt._fields:

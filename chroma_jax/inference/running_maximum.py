@@ -53,10 +53,11 @@ def deviation(wave: np.ndarray, encoder: AudioEncoder, features: FeatureConfig =
     blocks, seconds = [], 0.0
     for got, expected in zip(causal, offline, strict=True):
         seconds += got.block.length * features.hop / features.sample_rate
-        differences = [Difference.of(x, y) for x, y in zip(parts(got), parts(expected))]
-        blocks.append(BlockDeviation(seconds, got.block.loudest, *differences))
+        mel, outputs = (Difference.of(x, y) for x, y in zip(parts(got), parts(expected)))
+        blocks.append(BlockDeviation(seconds, got.block.loudest, mel, outputs))
     whole = [[np.concatenate(part) for part in zip(*map(parts, turn))] for turn in (causal, offline)]
-    return Deviation(loudest, *(Difference.of(x, y) for x, y in zip(*whole)), tuple(blocks))
+    mel, outputs = (Difference.of(x, y) for x, y in zip(*whole))
+    return Deviation(loudest, mel, outputs, tuple(blocks))
 
 
 def heard(wave: np.ndarray, encoder: AudioEncoder, features: FeatureConfig, loudest: Loudest) -> list[EncodedBlock]:

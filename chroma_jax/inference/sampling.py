@@ -6,6 +6,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from chroma_jax.utils.arrays import AnyArray
+
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
@@ -33,9 +35,9 @@ class Sampling(NamedTuple):
     likeliest ones that have this probability together, after temperature and top-k (Holtzman et al., arXiv 1904.09751). Scalars
     stand for every row."""
 
-    temperature: jax.Array
-    top_k: jax.Array
-    top_p: jax.Array
+    temperature: AnyArray
+    top_k: AnyArray
+    top_p: AnyArray
 
     @classmethod
     def of(cls, temperature: float, top_k: int, rows: int | None = None, *, top_p: float = 1.0) -> "Sampling":

@@ -7,14 +7,14 @@ Rows are independent: each has its own position, phase, sampling settings and ra
 even number of frames apart, need a Reasoner token in the same steps, so that it is never computed for half of them.
 """
 
-from typing import Literal, NamedTuple
+from typing import Generic, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from chroma_jax.inference.frame import residual_codes
 from chroma_jax.inference.sampling import sample
-from chroma_jax.inference.state import StreamState
+from chroma_jax.inference.state import Array, StreamState
 from chroma_jax.layers.attention_mask import cached_mask
 from chroma_jax.models.chroma import Chroma, ChromaConfig
 from chroma_jax.models.codec import Codec
@@ -27,7 +27,7 @@ from chroma_jax.sequence.interleave import FRAMES_PER_PAIR, NONE_TOKEN, opens_pa
 Pairs = Literal["any", "all", "none"]
 
 
-class StepOutput(NamedTuple):
+class StepOutput(NamedTuple, Generic[Array]):
     """The output of n frames for all rows.
 
     Attributes:
@@ -37,10 +37,10 @@ class StepOutput(NamedTuple):
         live: bool [n, B], False from the EOS frame on.
     """
 
-    samples: jax.Array
-    codes: jax.Array
-    token: jax.Array
-    live: jax.Array
+    samples: Array
+    codes: Array
+    token: Array
+    live: Array
 
 
 class Overrides(NamedTuple):
@@ -98,7 +98,7 @@ def decode_step(
     count: int = 1,
     pairs: Pairs = "any",
     overrides: Overrides = Overrides(),
-) -> tuple[StreamState, StepOutput]:
+) -> tuple[StreamState, StepOutput[jax.Array]]:
     """Advances all rows by ``count`` frames.
 
     With a single row the Codec decodes all frames in one call, which reads its weights once. With several rows it decodes frame
@@ -120,7 +120,7 @@ def decode_step(
         return state, output
     at_once = len(state.frames) == 1
 
-    def frame(state: StreamState, pairs: Pairs) -> tuple[StreamState, StepOutput]:
+    def frame(state: StreamState, pairs: Pairs) -> tuple[StreamState, StepOutput[jax.Array]]:
         if not at_once:
             return traced_step(model, codec, state, pairs, overrides)[:2]
         state, trace = traced_frame(model, state, pairs, overrides)
@@ -141,7 +141,7 @@ def decode_step(
 
 def traced_step(
     model: Chroma, codec: Codec, state: StreamState, pairs: Pairs = "any", overrides: Overrides = Overrides()
-) -> tuple[StreamState, StepOutput, StepTrace]:
+) -> tuple[StreamState, StepOutput[jax.Array], StepTrace]:
     """Advances all rows by one frame. Returns (state, output, intermediate values); XLA removes the unused ones."""
     state, trace = traced_frame(model, state, pairs, overrides)
     state, samples = _sound(codec, state, trace.codes[None])
@@ -155,7 +155,7 @@ def _sound(codec: Codec, state: StreamState, codes: jax.Array) -> tuple[StreamSt
     return state._replace(codec=codec_state), jnp.moveaxis(samples.reshape(len(samples), len(codes), -1), 1, 0)
 
 
-def _output(trace: StepTrace, samples: jax.Array) -> StepOutput:
+def _output(trace: StepTrace, samples: jax.Array) -> StepOutput[jax.Array]:
     """The output of one frame. samples: [1, B, S]."""
     token = jnp.where(trace.text.wanted & trace.live, trace.text.token, NONE_TOKEN)
     return StepOutput(samples, trace.codes[None], token[None], trace.live[None])

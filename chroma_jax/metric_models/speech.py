@@ -123,7 +123,7 @@ def whisper_base() -> Path:
     halves = []
     for name in REPACK:
         spec = importlib.util.find_spec(name)
-        if spec is None:
+        if spec is None or spec.origin is None:
             where = "give --asr_model FOLDER with a Whisper for CTranslate2, or install the extra eval"
             raise InputError(f"no ASR model: {where} ({name} is missing)")
         halves.append(Path(spec.origin).parent / "data")

@@ -34,7 +34,7 @@ def load_teacher(name: str, sampling_rate: int) -> Teacher | None:
         return hearing(audio_encoder(Path(name)), sampling_rate)
     module, _, function = name.partition(":")
     try:
-        found = getattr(importlib.import_module(module), function)
+        found: Teacher = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as e:
         expected = "expected module:function, or the run folder of a speaking model"
         raise InputError(f"recipe.teacher: {name!r} names no function; {expected} ({e})") from e

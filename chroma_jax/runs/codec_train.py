@@ -1,8 +1,9 @@
 """Training a Codec, in the order in which it happens; the loop itself is `chroma_jax.training.loop`."""
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from chroma_jax.parallel.sharding import make_mesh
 from chroma_jax.planning.training_step import codec_trainer_of
 from chroma_jax.runs.codec_teacher import load_teacher
 from chroma_jax.runs.run_folder import check_run, has_checkpoint, keep
-from chroma_jax.runs.starting_weights import starting_weights
+from chroma_jax.runs.starting_weights import Shapes, starting_weights
 from chroma_jax.training.codec.quantize import perplexity
 from chroma_jax.training.codec.recipe import Phase
 from chroma_jax.training.codec.state import CodecTrainState
@@ -68,7 +69,8 @@ def train_codec(
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         trainer = codec_trainer_of(config, mesh, teacher)
-        weights = starting_weights(config, None if has_checkpoint(run) else init_from, trainer.abstract.weights())
+        shapes = cast(Shapes, trainer.abstract.weights())
+        weights = starting_weights(config, None if has_checkpoint(run) else init_from, shapes)
         keep(config, run, [])
         task = CodecTask(config, prepared, trainer)
         return train_on(task, config, run, trainer.abstract, lambda: trainer.init(weights), progress)
@@ -77,7 +79,7 @@ def train_codec(
 class CodecTask:
     """The loop's task: a Codec on crops of recordings."""
 
-    shown = ("mel_loss", "commitment", "discriminator_loss")
+    shown: Sequence[str] = ("mel_loss", "commitment", "discriminator_loss")
 
     def __init__(self, config: CodecRun, prepared: Path, trainer: CodecTrainer):
         self.config, self.prepared, self.trainer = config, prepared, trainer
@@ -95,7 +97,8 @@ class CodecTask:
     def batches(self, position: int) -> Iterator[WaveBatch]:
         t = self.config.training
         share = self.share | {"global_batch_size": t.global_batch_size, "seed": t.seed}
-        return crops(self.prepared, self.config.model, self.config.data, position=position, **share)
+        read = crops(self.prepared, self.config.model, self.config.data, position=position, **share)
+        return cast(Iterator[WaveBatch], read)  # the iterator of both trainings is typed as the speaking model's
 
     def place(self, batch: WaveBatch) -> WaveBatch:
         return jax.tree.map(jax.make_array_from_process_local_data, self.trainer.batch_sharding, batch)
@@ -110,7 +113,8 @@ class CodecTask:
         model, t = self.config.model, self.config.training
         data, found, wanted = self.batches(step), [], FRAMES_PER_CODE * model.codebook_size
         while sum(map(len, found)) < wanted:
-            found.append(np.asarray(self.trainer.latents(state, self.place(next(data)).input)).reshape(-1, model.hidden_size))
+            waves = jax.make_array_from_process_local_data(self.trainer.wave_sharding, next(data).input)
+            found.append(np.asarray(self.trainer.latents(state, waves)).reshape(-1, model.hidden_size))
         graph, whole = nnx.split(self.trainer.codec(state))
         here = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), self.whole(whole))
         fit = FitConfig(semantic="trained" if self.config.recipe.teacher else "components")
@@ -139,7 +143,8 @@ class CodecTask:
         share = self.share | {"global_batch_size": self.config.training.global_batch_size}
         distances, scores, first, matches = [], [], [], []
         counts = np.zeros((model.num_codebooks, model.codebook_size))
-        for batch, samples in held_out(self.prepared, model, self.config.data, **share):
+        read = held_out(self.prepared, model, self.config.data, **share)
+        for batch, samples in cast(Iterable[tuple[WaveBatch, np.ndarray]], read):
             reconstruction = jax.device_get(self.trainer.reconstruct(state, self.place(batch), phase))
             real, lengths = self.everywhere(batch.input), self.everywhere(samples)
             for row in np.flatnonzero(lengths):
@@ -153,10 +158,11 @@ class CodecTask:
                     counts[level] += np.bincount(codes, minlength=model.codebook_size)
                 if len(first) < 3:
                     first.append((real[row, :n], reconstruction.wave[row, :n]))
-        for i, (real, made) in enumerate(first if writer is not None else []):
-            sounds = {"made": made} | ({"real": real} if step == 0 else {})
-            for name, wave in sounds.items():
-                writer.audio(f"valid/{i}_{name}", wave, model.sampling_rate, step)
+        if writer is not None:
+            for i, (real, made) in enumerate(first):
+                sounds = {"made": made} | ({"real": real} if step == 0 else {})
+                for name, wave in sounds.items():
+                    writer.audio(f"valid/{i}_{name}", wave, model.sampling_rate, step)
         metrics = {"valid/mel_loss": float(np.mean(distances))}
         if scores := [s for s in scores if s is not None]:
             metrics["valid/stoi"] = float(np.mean(scores))

@@ -94,7 +94,7 @@ def generate(
         started = time.perf_counter()
         codes = encode_reference(codec, voice, model.config.num_codebooks)
 
-        def prompt() -> Prompt:
+        def prompt() -> Prompt[np.ndarray]:
             return make_prompt(
                 model.config,
                 encoder(tokenizer),
@@ -164,13 +164,13 @@ def listening(wave: np.ndarray, model: Chroma) -> dict:
 
 
 def generator_of(
-    model: Chroma, codec: Codec, prompts: Sequence[Prompt], config: GenerationConfig, max_frames: int, **options
+    model: Chroma, codec: Codec, prompts: Sequence[Prompt[np.ndarray]], config: GenerationConfig, max_frames: int, **options
 ) -> Generator:
     """A generator that the prompts fit into. options: as of `Generator`."""
     return Generator.of(model, codec, prompts, max_frames, dtype=config.dtype, cache=config.cache, **options)
 
 
-def warm_up(generator: Generator, prompt: Prompt) -> None:
+def warm_up(generator: Generator, prompt: Prompt[np.ndarray]) -> None:
     """Compiles what a reply needs, by speaking its first two frames."""
     reply = generator.admit(0, prompt, SamplingParams())
     for _ in range(2):
@@ -178,7 +178,7 @@ def warm_up(generator: Generator, prompt: Prompt) -> None:
     generator.drop(reply)
 
 
-def speak(generator: Generator, make: Callable[[], Prompt], sampling: SamplingParams) -> TimedReply:
+def speak(generator: Generator, make: Callable[[], Prompt[np.ndarray]], sampling: SamplingParams) -> TimedReply:
     """Speaks one reply. make: builds the prompt; its time, that of the features, counts as time to the first audio."""
     arrivals, started = [], time.perf_counter()
     prompt = make()

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +18,7 @@ TIME, CELL, BAND, OVER = 0.42, 0.34, 0.26, 0.05  # inches: a line of the schedul
 FRAMES_PER_LINE, MOST_LINES = 40, 8
 INK, MUTED, FAINT, PAPER = "#1b1f24", "#6b7280", "#d5d9e0", "#ffffff"
 BLUE, ORANGE, GREEN = "#2f6fb3", "#d9822b", "#3b8f5a"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
     "axes.edgecolor": FAINT,
@@ -111,7 +112,8 @@ LOSSES = (
 def curve(metrics: Sequence[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
     """(steps, values) of the lines that have a finite ``key``."""
     found = [(line["step"], line[key]) for line in metrics if line.get(key) is not None]
-    return tuple(np.array(found, float).reshape(-1, 2).T)
+    steps, losses = np.array(found, float).reshape(-1, 2).T
+    return steps, losses
 
 
 def loss_curve(axes, metrics: Sequence[dict], key: str, baseline: float | None, title: str) -> None:

@@ -7,7 +7,9 @@ An exported model, in the released layout: config.json, *.safetensors (the Codec
 import dataclasses
 import json
 from pathlib import Path
+from typing import cast
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from tokenizers import Tokenizer
@@ -91,6 +93,7 @@ def load_run(run: Path, config: Config) -> tuple[Chroma, Codec, Tokenizer]:
     elif (run / "config.json").is_file():
         model_config, codec_source = exported_config(run / "config.json"), run
         model = import_weights(abstract_model(model_config, dtype, place), chroma_rows(model_config), run)
+        assert isinstance(model, Chroma)
     else:
         raise InputError(f"{run}: holds neither checkpoints/ (a training run) nor config.json (an exported model)")
     if config.generation.weights == "int8":
@@ -145,4 +148,5 @@ def from_checkpoint(run: Path, config: Config, dtype, place: Place) -> Chroma:
     graph, state = nnx.split(abstract_model(config.model, dtype, place))
     with Checkpoints(run, config.checkpoint, access="read") as checkpoints:
         check_complete(run, values(state).keys() - checkpoints.held().keys())
-        return nnx.merge(graph, filled(state, restore_merged(checkpoints, values(state), config.lora)))
+        shapes = cast(dict[str, jax.ShapeDtypeStruct], values(state))
+        return nnx.merge(graph, filled(state, restore_merged(checkpoints, shapes, config.lora)))

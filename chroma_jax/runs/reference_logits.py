@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxlib.version import __version__ as jaxlib_version
 
 from chroma_jax import config as configs
 from chroma_jax.config import Config
@@ -161,7 +162,7 @@ def environment() -> dict[str, str]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "jax": jax.__version__,
-        "jaxlib": jax.lib.__version__,
+        "jaxlib": jaxlib_version,
         "machine": f"{platform.system()} {platform.machine()} {jax.devices()[0].platform}",
         "cpu": model,
         "cpu_features": hashlib.sha256(features.encode()).hexdigest()[:16],
@@ -174,7 +175,7 @@ def write(source: Path, out: Path) -> dict[str, np.ndarray]:
     """Computes the reference logits of ``source`` and writes them to ``out``, whole or not at all."""
     result = reference_logits(source)
     with replaced_file(out) as partial, partial.open("wb") as file:
-        np.savez_compressed(file, **result)
+        np.savez_compressed(file, **result)  # pyright: ignore[reportArgumentType]: no array is named allow_pickle
     return result
 
 

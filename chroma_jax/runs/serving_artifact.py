@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import export
+from jaxlib.version import __version__ as jaxlib_version
 from safetensors.numpy import save_file
 
 from chroma_jax.audio import load as audio
@@ -128,7 +129,7 @@ def check_platforms(platforms: Sequence[str]) -> None:
         raise InputError(f"platforms are {', '.join(platforms) or 'none'}; expected some of {', '.join(KNOWN)}, each once")
 
 
-def prompt_shapes(config: ChromaConfig, sizes: ArtifactSizes) -> Prompt:
+def prompt_shapes(config: ChromaConfig, sizes: ArtifactSizes) -> Prompt[jax.ShapeDtypeStruct]:
     """What prefill is given, as ShapeDtypeStructs. Raises: InputError when the question does not fit into its text."""
     features, audio = FeatureConfig(), config.reasoner.audio
     mel_frames = max(1, round(sizes.question_seconds * features.sample_rate / features.hop))
@@ -157,7 +158,7 @@ def prompt_shapes(config: ChromaConfig, sizes: ArtifactSizes) -> Prompt:
 
 
 def export_programs(
-    model: Chroma, codec: Codec, dtype: str, prompt: Prompt, max_frames: int, platforms: Sequence[str]
+    model: Chroma, codec: Codec, dtype: str, prompt: Prompt[jax.ShapeDtypeStruct], max_frames: int, platforms: Sequence[str]
 ) -> dict[str, export.Exported]:
     """prefill of whole prompts, and step: one frame of every row. prompt: ShapeDtypeStructs."""
     rows, capacity = len(prompt.text_length), Capacity.of(prompt.text.shape[1], prompt.voice_token.shape[1], max_frames)
@@ -246,7 +247,7 @@ def description(config: ChromaConfig, dtype: str, sizes: ArtifactSizes, programs
         "use": USE,
         "compatibility": WINDOW,
         "jax": jax.__version__,
-        "jaxlib": jax.lib.__version__,
+        "jaxlib": jaxlib_version,
         "calling_convention_version": prefill.calling_convention_version,
         "platforms": list(prefill.platforms),
         "dtype": dtype,
@@ -321,7 +322,7 @@ def write_prompt(run: Path, config: Config, artifact: Path, question: Path, refe
     return f"{dest}: a question of {len(asked) / audio.REASONER_RATE:.1f} s for {rows} row{'s' if rows > 1 else ''}"
 
 
-def save_prompt(artifact: Path, dest: Path, prompts: Sequence[Prompt], sampling: Sampling, keys: jax.Array) -> None:
+def save_prompt(artifact: Path, dest: Path, prompts: Sequence[Prompt[np.ndarray]], sampling: Sampling, keys: jax.Array) -> None:
     """Writes what prefill is given as ``inputs``, padded to the artifact's sizes, to the safetensors file ``dest``.
 
     prompts: from `make_prompt`, one for each row. sampling: float32 and int32 [rows]; keys: random keys [rows].

@@ -36,7 +36,7 @@ class Source(NamedTuple):
     """
 
     model: ChromaConfig | CodecConfig
-    shapes: Shapes
+    shapes: Mapping[str, jax.ShapeDtypeStruct | jax.Array]
     read: Callable[[Shapes], dict[str, jax.Array]]
 
 
@@ -83,7 +83,7 @@ def opened(config: Config | CodecRun, source: Path) -> Iterator[Source]:
         shapes = checkpoints.held()
 
         def read(found: Shapes) -> dict[str, jax.Array]:
-            if codec or any(MARK in path for path in found):  # LoRA's pairs are trained further
+            if isinstance(theirs, CodecRun) or any(MARK in path for path in found):  # LoRA's pairs are trained further
                 return checkpoints.restore_weights(found)
             return restore_merged(checkpoints, found, theirs.lora)
 

@@ -5,8 +5,9 @@ import, and what that does not have, or all, is drawn at random.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import cast
 
 import jax
 from flax import nnx
@@ -18,7 +19,7 @@ from chroma_jax.parallel.progress import Progress
 from chroma_jax.parallel.sharding import make_mesh
 from chroma_jax.planning.training_step import abstract_batch, compiled_from, trainer_of
 from chroma_jax.runs.run_folder import check_run, has_checkpoint, keep
-from chroma_jax.runs.starting_weights import starting_weights
+from chroma_jax.runs.starting_weights import Shapes, starting_weights
 from chroma_jax.sequence.batch import Batch
 from chroma_jax.training.flops import step_flops
 from chroma_jax.training.loop import check_batch, train_on
@@ -81,7 +82,8 @@ def train(
         given = None if has_checkpoint(run) else init_from
         if given is not None:
             check_tokenizer(dataset_dir, given)
-        weights = starting_weights(config, given, values(trainer.abstract.trained) | values(trainer.abstract.frozen))
+        shapes = cast(Shapes, values(trainer.abstract.trained) | values(trainer.abstract.frozen))
+        weights = starting_weights(config, given, shapes)
         keep(config, run, kept(dataset_dir, given))
         task = SpeakingTask(config, dataset_dir, trainer, train_step)
         return train_on(task, config, run, trainer.abstract, lambda: trainer.init(weights), progress)
@@ -133,23 +135,31 @@ def counted_by(name: str) -> str:
 class SpeakingTask:
     """The loop's task: a speaking model on packed rows."""
 
-    shown = ("c0_loss", "residual_loss", "text_loss", "ctc_loss")
+    shown: Sequence[str] = ("c0_loss", "residual_loss", "text_loss", "ctc_loss")
 
     def __init__(self, config: Config, prepared: Path, trainer: Trainer, train_step: Callable):
         """``train_step`` is `Trainer.train_step`, or the same step compiled ahead of time."""
         self.config, self.prepared, self.trainer, self.train_step = config, prepared, trainer, train_step
         self.share = data_shard(trainer.batch_sharding, config.training.global_batch_size)
-        self.reading = {"reasoner": config.loss.reasoner, "prompt_frames": config.loss.prompt_slots}
         rows, trained = config.training.global_batch_size, values(trainer.abstract.trained)
         self.step_flops = sum(step_flops(config.model, config.data.row, config.loss, rows, trained))
         rates = device_rates(jax.devices()[0].device_kind)
         self.peak = None if rates is None else rates.flops * config.mesh.num_devices
 
     def batches(self, position: int) -> Iterator[Batch]:
-        t = self.config.training
-        share = self.share | {"global_batch_size": t.global_batch_size, "seed": t.seed}
-        share |= {"augment": self.config.augment} | self.reading
-        return batches(self.prepared, "train", self.config.model, position=position, **share)
+        c = self.config
+        return batches(
+            self.prepared,
+            "train",
+            c.model,
+            global_batch_size=c.training.global_batch_size,
+            seed=c.training.seed,
+            position=position,
+            augment=c.augment,
+            reasoner=c.loss.reasoner,
+            prompt_frames=c.loss.prompt_slots,
+            **self.share,
+        )
 
     def place(self, batch: Batch) -> Batch:
         return place(batch, self.trainer)
@@ -160,9 +170,17 @@ class SpeakingTask:
     def evaluate(self, step: int, state: TrainState, writer: MetricsWriter | None) -> dict[str, float]:
         """Means over the valid split, each loss weighted by its own number of targets."""
         totals: dict[str, float] = {}
-        counts = dict.fromkeys(COUNTS, 0.0)
-        share = self.share | {"global_batch_size": self.config.training.global_batch_size} | self.reading
-        for batch in evaluation_batches(self.prepared, "valid", self.config.model, **share):
+        counts: dict[str, float] = dict.fromkeys(COUNTS, 0.0)
+        c = self.config
+        for batch in evaluation_batches(
+            self.prepared,
+            "valid",
+            c.model,
+            global_batch_size=c.training.global_batch_size,
+            reasoner=c.loss.reasoner,
+            prompt_frames=c.loss.prompt_slots,
+            **self.share,
+        ):
             metrics = flat(jax.device_get(self.trainer.eval_step(state, self.place(batch))))
             for name in counts:
                 counts[name] += metrics.get(name, 0.0)

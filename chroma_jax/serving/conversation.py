@@ -21,13 +21,13 @@ class Turn:
     """A user's turn and its reply, as they were read. asked: the user's part; replied: the reply and what stands behind it.
     heard: encoder outputs of the user's speech; reply: tokens."""
 
-    asked: list[Chunk] = dataclasses.field(default_factory=list)
-    replied: list[Chunk] = dataclasses.field(default_factory=list)
+    asked: list[Chunk[np.ndarray]] = dataclasses.field(default_factory=list)
+    replied: list[Chunk[np.ndarray]] = dataclasses.field(default_factory=list)
     heard: int = 0
     reply: list[int] = dataclasses.field(default_factory=list)
 
     @property
-    def chunks(self) -> list[Chunk]:
+    def chunks(self) -> list[Chunk[np.ndarray]]:
         return [*self.asked, *self.replied]
 
 
@@ -55,7 +55,7 @@ class Conversation:
         self.turns.append(Turn())
         self._waiting = user_opening(self._encode, self._tokens)
 
-    def speech(self, outputs: jax.Array, count: int, more: bool = True) -> list[Chunk]:
+    def speech(self, outputs: jax.Array, count: int, more: bool = True) -> list[Chunk[np.ndarray]]:
         """More of the user's speech: the first ``count`` rows of outputs [K, D]. more: whether more may come; what is last is
         read with what closes the turn."""
         if not self.turns[-1].heard:
@@ -67,13 +67,13 @@ class Conversation:
         self._waiting, self._last = [*self._waiting, *placeholders], outputs
         return []
 
-    def close_turn(self, said: str = "") -> list[Chunk]:
+    def close_turn(self, said: str = "") -> list[Chunk[np.ndarray]]:
         """The user is done. said: what is written beside the speech, or instead."""
         closing = user_closing(self._encode, self._tokens, said)
         last, self._last = self._last, None
         return self._take([*([self._tokens.audio_end] if self.turns[-1].heard else []), *closing], last)
 
-    def replied(self, reply: list[int]) -> list[Chunk]:
+    def replied(self, reply: list[int]) -> list[Chunk[np.ndarray]]:
         """Takes the reply's tokens, which the Reasoner has read as it said them, in place of those of before, if this reply was
         longer once. Returns what is to be read behind them."""
         turn = self.turns[-1]
@@ -86,7 +86,7 @@ class Conversation:
         """Positions up to where the last turn's reply begins."""
         return self.length - positions(self.turns[-1].replied)
 
-    def drop_oldest(self, room: int) -> list[Chunk]:
+    def drop_oldest(self, room: int) -> list[Chunk[np.ndarray]]:
         """Drops oldest turns, but never the last one, until no more than ``room`` positions are left. Returns all that is left,
         to be read from position 0."""
         while self.length > room and len(self.turns) > 1:
@@ -94,14 +94,14 @@ class Conversation:
             self.dropped += 1
         return [*self.head, *(chunk for turn in self.turns for chunk in turn.chunks)]
 
-    def _take(self, ids: list[int], audio: jax.Array | None = None) -> list[Chunk]:
+    def _take(self, ids: list[int], audio: jax.Array | None = None) -> list[Chunk[np.ndarray]]:
         """What waits and ``ids``, as chunks of the last turn."""
         ids, self._waiting = [*self._waiting, *ids], []
         chunks = self._chunks(ids, audio)
         self.turns[-1].asked += chunks
         return chunks
 
-    def _chunks(self, ids: list[int], audio: jax.Array | None = None) -> list[Chunk]:
+    def _chunks(self, ids: list[int], audio: jax.Array | None = None) -> list[Chunk[np.ndarray]]:
         """ids: tokens, those of ``audio``'s rows among them in order."""
         text = np.array(ids, np.int32)
         index = np.full(len(text), NONE_TOKEN, np.int32)
@@ -111,7 +111,7 @@ class Conversation:
         return list(chunks(text, index, self._no_audio if audio is None else audio, self._size))
 
 
-def positions(chunks: list[Chunk]) -> int:
+def positions(chunks: list[Chunk[np.ndarray]]) -> int:
     return sum(int(chunk.length) for chunk in chunks)
 
 

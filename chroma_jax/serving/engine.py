@@ -146,10 +146,11 @@ class Engine:
             slots, text = self._slots, np.zeros(self._slots.chunk, np.int32)
             frames = FRAMES_PER_PIECE + 1  # the second piece meets another state than the first
             *_, voice = self._recorder.make(np.zeros(frames * self.samples_per_frame, np.float32), "")
+            assert voice is not None
             block = np.zeros((slots.config.reasoner.audio.block_frames, self.features.mel_bins), np.float32)
             _, outputs = slots.encode(slots.empty_carry(), block, len(block))
             slots.adopt(0, voice.cache)
-            slots.hear(0, Chunk(text, text, outputs, np.int32(1)))
+            slots.hear(0, Chunk(text, text, outputs, np.array(1, np.int32)))
             slots.begin(0, Admission.of(voice.length, SamplingParams()))
             for decode_step in DECODE_STEPS:
                 jax.device_get(slots.decode_step(*decode_step))
@@ -227,7 +228,8 @@ class Engine:
             self._encode, self._tokens, size=self.config.chunk, no_audio=self._slots.no_audio, system=system
         )
         sessions = self.scheduler.sessions
-        self._until(lambda: None in sessions or not any(s.closed for s in sessions))  # those that are closed will be gone
+        closed = lambda: any(s is not None and s.closed for s in sessions)
+        self._until(lambda: None in sessions or not closed())  # those that are closed will be gone
         with self._news:
             if None not in sessions:
                 raise InputError(f"all {self.config.slots} slots are taken; close a session, or make an engine with more slots")
@@ -299,7 +301,7 @@ class Engine:
 
     def hear(self, session: Session, blocks: list, *, opens: bool, more: bool) -> None:
         """Blocks of the user's turn. opens: whether they are its first; more: whether any may come behind them."""
-        units = [lambda: self.scheduler.open_turn(session)] if opens else []
+        units: list[Callable[[], list | None]] = [lambda: self.scheduler.open_turn(session)] if opens else []
         for block in blocks:
             units.append(lambda b=block: self.scheduler.hear(session, b, more or b is not blocks[-1]))
         self.submit(session, units)

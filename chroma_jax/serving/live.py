@@ -64,8 +64,10 @@ def chat(
         if keep_voice is not None:
             engine.save_voice(VOICE, keep_voice)
         with engine.open(VOICE, system=config.data.system, sampling=r) as session:
-            lines = None if asked else Lines()
-            turns = spoken(session, player, lines) if lines else recorded(session, questions, asked, pace)
+            lines, turns = None, recorded(session, questions, asked, pace)
+            if player is not None and not asked:
+                lines = Lines()
+                turns = spoken(session, player, lines)
             replies = [answered(session, player, lines) for _ in turns]
         measured = engine.measures()
     if out is not None:
@@ -181,7 +183,7 @@ class Player:
 def sound_devices():
     """The sounddevice package. Raises: InputError when it, or the PortAudio that it needs, is missing."""
     try:
-        import sounddevice
+        import sounddevice  # pyright: ignore[reportMissingImports]
     except (ImportError, OSError) as error:
         raise InputError(
             f"sound devices need the extra 'chat' and PortAudio ({error}): pip install 'chroma-jax[chat]';"

@@ -166,6 +166,7 @@ class Scheduler:
 
     def hear(self, session: Session, block: MelBlock, more: bool) -> list:
         """A block of the user's speech is encoded and, if there is ``more`` to come, read."""
+        assert session.carry is not None
         session.carry, outputs = self._slots.encode(session.carry, block.mel, block.length)
         before, session.positions = session.positions, session.positions + num_positions(block.length)
         return self._reading(session, session.conversation.speech(outputs, session.positions // 2 - before // 2, more))
@@ -182,7 +183,7 @@ class Scheduler:
         else:
             session.phase = "ready"
 
-    def _reading(self, session: Session, chunks: list[Chunk]) -> list:
+    def _reading(self, session: Session, chunks: list[Chunk[np.ndarray]]) -> list:
         """Units that read chunks, which are already part of the conversation; of all of it, if it had to be shortened."""
         if session.conversation.length + self._reserved > self._slots.capacity.text:
             chunks = session.conversation.drop_oldest((self._slots.capacity.text - self._reserved) // 2)
@@ -192,7 +193,7 @@ class Scheduler:
     # Speaking
 
     def _begin(self, session: Session) -> None:
-        self._slots.begin(session.slot, Admission.of(session.voice_length, session.sampling, session.current.number))
+        self._slots.begin(session.slot, Admission.of(session.voice_length, session.sampling, session.current_reply.number))
         if not self._in_phase("speaking"):
             self._opens_pair = True
         session.phase = "speaking"
@@ -200,7 +201,7 @@ class Scheduler:
     def _decode_step(self, speaking: list[Session], lead: float, began: float, units: int) -> PendingStep:
         count = 1
         if self._opens_pair and not self._somebody_may_wait(speaking):
-            room = min(s.max_frames - s.current.frames for s in speaking)
+            room = min(s.max_frames - s.current_reply.frames for s in speaking)
             paced = room if self._lead_seconds is None else lead / self._frame_seconds  # no more than double the lead
             most = min(self._frames_per_call, room, paced)
             seconds = min(lead / 2, self._frame_seconds)  # whoever wants something waits for a call's end
@@ -210,12 +211,13 @@ class Scheduler:
         if count == 1:
             self._opens_pair = not self._opens_pair
         send_to_host(out)
-        return PendingStep(out, count, began, units, [(s, s.current) for s in speaking])
+        return PendingStep(out, count, began, units, [(s, s.current_reply) for s in speaking])
 
     def _somebody_may_wait(self, speaking: list[Session]) -> bool:
         """For a first frame, now or before a call of several frames is over: whoever was asked, and whose user is speaking."""
         open_ones = [s for s in self.sessions if s is not None and not s.closed]
-        return any(s.in_turn or s.phase in ("asked", "ready") for s in open_ones) or any(not s.current.frames for s in speaking)
+        waits = any(s.in_turn or s.phase in ("asked", "ready") for s in open_ones)
+        return waits or any(not s.current_reply.frames for s in speaking)
 
     def _fetch(self, flight: PendingStep) -> None:
         out, count, began, units, owners = flight
@@ -250,6 +252,7 @@ class Scheduler:
         text = ""
         if token != NONE_TOKEN:
             reply.tokens.append((reply.frames, token))
+            assert reply.text is not None
             text = reply.text.add(token)
         reply.frames += 1
         reply.add(AudioChunk(samples.copy(), text))
@@ -288,7 +291,7 @@ class Scheduler:
 
     def _lead(self, session: Session, now: float) -> float:
         """Seconds of a reply that its listener has not heard yet, playing it since its first frame."""
-        reply = session.current
+        reply = session.current_reply
         return 0.0 if reply.first is None else reply.frames * self._frame_seconds - (now - reply.first)
 
     def _wanted(self, speaking: list[Session], now: float) -> float:

@@ -12,6 +12,7 @@ import numpy as np
 from chroma_jax.inference.detokenizer import Detokenizer
 from chroma_jax.inference.sampling import SamplingParams
 from chroma_jax.inference.streaming_audio_encoder import StreamingLogMel
+from chroma_jax.models.audio_encoder import PoolCarry
 from chroma_jax.serving.conversation import Conversation, Turn
 from chroma_jax.utils.errors import EngineError, InputError
 
@@ -97,14 +98,15 @@ class Reply:
     async def __aiter__(self) -> AsyncIterator[AudioChunk]:
         loop = asyncio.get_running_loop()
         while True:
+            news = None
             with self._news:
-                chunk, ended = self._take(), self.ended
-                if chunk is None and not ended:
+                chunk = self._take()
+                if chunk is None and not self.ended:
                     news = loop.create_future()
                     self._waiting.append((loop, news))
             if chunk is not None:
                 yield chunk
-            elif ended:
+            elif news is None:
                 return
             else:
                 await news
@@ -155,7 +157,8 @@ class Session:
         self.conversation, self.voice_length = conversation, 0
         self.work: collections.deque[Callable[[], list | None]] = collections.deque()
         self.phase = "listening"
-        self.carry, self.positions = None, 0  # of the audio encoder, in the turn that is heard
+        self.carry: PoolCarry | None = None  # of the audio encoder, in the turn that is heard
+        self.positions = 0  # likewise
         self.opened, self.closed = time.perf_counter(), False
         self.current: Reply | None = None  # the one that the engine is at
         self.reply: Reply | None = None  # the one that was asked for last
@@ -188,7 +191,7 @@ class Session:
             raise InputError("end_turn: the turn is empty; feed samples, or give a text")
         self.engine.check_turn(self, self._samples, said)
         reply = Reply(self._replies)
-        self._heard(self._mel.finish() if self._samples else [], more=False)
+        self._heard(self._mel.finish() if self._mel is not None and self._samples else [], more=False)
         self.reply, self._replies = reply, self._replies + 1
         self._mel, self._samples, self.in_turn = None, 0, False
         self.engine.answer(self, reply, said)
@@ -224,8 +227,15 @@ class Session:
         """Ends the conversation, on the engine's thread. Later calls raise the failure."""
         self.closed, self._failure = True, failure
         self.work.clear()
-        for reply in {self.current, self.reply} - {None}:
-            reply.end("failed", failure)
+        for reply in {self.current, self.reply}:
+            if reply is not None:
+                reply.end("failed", failure)
+
+    @property
+    def current_reply(self) -> Reply:
+        """``current``, from the phase "asked" on."""
+        assert self.current is not None
+        return self.current
 
     def _check_open(self) -> None:
         if self._failure is not None:

@@ -81,7 +81,9 @@ class Case:
         }
         rows = [row for part in parts for row in tables[part]]
         abstract = nnx.eval_shape(lambda: Chroma(nnx.Rngs(0), config))
-        return import_weights(abstract, rows, self.folder / "weights.safetensors")
+        model = import_weights(abstract, rows, self.folder / "weights.safetensors")
+        assert isinstance(model, Chroma)
+        return model
 
     def codec(self) -> Codec:
         return read_codec(self.folder / "weights.safetensors", self.config)

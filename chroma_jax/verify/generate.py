@@ -95,7 +95,7 @@ def inputs(given: np.ndarray, run: Generation) -> np.ndarray:
 
 def decoder_logits(run: Generation) -> np.ndarray:
     """[T, Q−1, B, V]."""
-    return np.stack([np.moveaxis(t.decoder_logits, 1, 0) for t in run.traces])
+    return np.stack([np.moveaxis(np.asarray(t.decoder_logits), 1, 0) for t in run.traces])
 
 
 def returned(case: Case, run: Generation) -> np.ndarray:
@@ -171,7 +171,7 @@ def agreed(case: Case, name: str, ours: list[np.ndarray], expected: dict[int, np
         yield check._replace(quantity=f"{check.quantity}, {how}")
 
 
-def row_prompt(case: Case, row: int, voice_codes: np.ndarray) -> Prompt:
+def row_prompt(case: Case, row: int, voice_codes: np.ndarray) -> Prompt[np.ndarray]:
     """One row's question and voice prompt without any padding. voice_codes: [≥ F, ≥ Q] of its recording."""
     i, c = case.inputs, case.config
     mel, lengths, _ = recordings(
@@ -189,10 +189,10 @@ def row_prompt(case: Case, row: int, voice_codes: np.ndarray) -> Prompt:
         mel_length=lengths[0],
         text=text,
         audio_index=np.where(is_audio, np.cumsum(is_audio) - 1, NONE_TOKEN).astype(np.int32),
-        text_length=np.int32(len(text)),
+        text_length=np.array(len(text), np.int32),
         voice_token=token,
         voice_codes=codes,
-        voice_length=np.int32(len(token)),
+        voice_length=np.array(len(token), np.int32),
     )
 
 
@@ -205,7 +205,7 @@ def voice_arrays(case: Case, transcript: np.ndarray, codes: np.ndarray) -> tuple
     return token, voice
 
 
-def reference_prompt(case: Case, voice_codes: np.ndarray) -> tuple[Prompt, np.ndarray]:
+def reference_prompt(case: Case, voice_codes: np.ndarray) -> tuple[Prompt[np.ndarray], np.ndarray]:
     """The whole batch with the very padding that the reference feeds. Returns it and where the voice prompts are padding, bool
     [B, T]."""
     i, rows, padding = case.inputs, [], []
@@ -215,6 +215,6 @@ def reference_prompt(case: Case, voice_codes: np.ndarray) -> tuple[Prompt, np.nd
         text = i["attention_mask"][row].astype(bool)
         recording = np.arange(len(codes)) < np.sum(alone.voice_token == NONE_TOKEN) - 1
         one = np.ones(1, bool)
-        rows.append(alone._replace(voice_token=token, voice_codes=padded, voice_length=np.int32(len(token))))
+        rows.append(alone._replace(voice_token=token, voice_codes=padded, voice_length=np.array(len(token), np.int32)))
         padding.append(~np.concatenate([one, text, one, recording, one]))
     return stack(rows), np.stack(padding)

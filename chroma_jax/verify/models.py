@@ -140,7 +140,7 @@ def unpad(
         return tokens, audio_index, np.zeros((len(ids), 1, reasoner.config.text.hidden_size), np.float32)
     mel, lengths, frames = recordings(*features, reasoner.config.audio.block_frames)
     encoded = jax.jit(lambda r, m, n: r.audio(m, n))(reasoner, mel, lengths)
-    outputs = np.concatenate([np.asarray(row)[:n] for row, n in zip(encoded, num_outputs(frames))])
+    outputs = np.concatenate([np.asarray(row)[: num_outputs(n)] for row, n in zip(encoded, frames.tolist())])
     ends = np.cumsum(is_audio.sum(1))
     longest = max(1, is_audio.sum(1).max())
     audio = [outputs[end - n : end] for end, n in zip(ends, is_audio.sum(1))]
@@ -167,7 +167,7 @@ def backbone(case: Case) -> Checks:
     def run(model, x, mask):
         hidden = model.backbone.model(x, positions, AttentionMask(explicit=mask))
         logits = model.backbone.logits(hidden)
-        nll, _ = cross_entropy(logits[:, :-1], i["labels"][:, 1:])
+        nll, _ = cross_entropy(logits[:, :-1], jnp.asarray(i["labels"][:, 1:]))
         return logits, hidden, mean(jnp.sum(nll), jnp.sum(i["labels"][:, 1:] >= 0))
 
     for name, mask in (("nomask", causal), ("mask", masked)):
@@ -241,7 +241,7 @@ def decoder(case: Case) -> Checks:
     for quantity in case.outputs:
         if quantity.startswith("topk"):
             k, t = quantity.removeprefix("topk").removesuffix("_probs").split("_t")
-            ours = probabilities(case.inputs["sample_logits"], Sampling.of(float(t), int(k)))
+            ours = probabilities(jnp.asarray(case.inputs["sample_logits"]), Sampling.of(float(t), int(k)))
             yield case.check(quantity, ours, LOSS)
 
 

@@ -95,7 +95,7 @@ def reference_frame(
 def generated(
     model: Chroma,
     codec: Codec,
-    prompt: Prompt,
+    prompt: Prompt[np.ndarray],
     padding: np.ndarray,
     frames: int,
     *,
@@ -114,9 +114,9 @@ def generated(
         pad: The code that frames of finished rows become, if any.
     """
     rows, capacity = len(prompt.text), capacity_of(prompt, frames)
-    padding = jnp.pad(jnp.asarray(padding), ((0, 0), (0, capacity.audio - padding.shape[1])))
-    state = start(model, codec, prompt, *greedy(rows), capacity=capacity, dtype=jnp.float32, hidden_entries=padding)
-    batch, outputs = ReferenceBatch(state, padding, jnp.ones(rows, bool)), []
+    hidden_entries = jnp.pad(jnp.asarray(padding), ((0, 0), (0, capacity.audio - padding.shape[1])))
+    state = start(model, codec, prompt, *greedy(rows), capacity=capacity, dtype=jnp.float32, hidden_entries=hidden_entries)
+    batch, outputs = ReferenceBatch(state, hidden_entries, jnp.ones(rows, bool)), []
     while len(outputs) < frames and (unfinished := np.asarray(batch.unfinished)).any():
         batch, *found = reference_frame(model, codec, batch, positions)
         output, trace = jax.device_get(found)
@@ -127,9 +127,9 @@ def generated(
     return collected(batch, outputs)
 
 
-def generated_apart(model: Chroma, codec: Codec, prompt: Prompt, frames: int, positions: np.ndarray) -> Generation:
+def generated_apart(model: Chroma, codec: Codec, prompt: Prompt[np.ndarray], frames: int, positions: np.ndarray) -> Generation:
     """Rows without padding, each by the production rules but for the positions of the Decoder, int32 [Q]; greedy."""
-    rows, overrides = len(prompt.text), Overrides(decoder_positions=positions)
+    rows, overrides = len(prompt.text), Overrides(decoder_positions=jnp.asarray(positions))
     state = start(model, codec, prompt, *greedy(rows), capacity=capacity_of(prompt, frames), dtype=jnp.float32)
     outputs = []
     while len(outputs) < frames and np.asarray(state.speaking).any():
@@ -138,7 +138,7 @@ def generated_apart(model: Chroma, codec: Codec, prompt: Prompt, frames: int, po
     return collected(ReferenceBatch(state, jnp.zeros(0), state.speaking), outputs)
 
 
-def capacity_of(prompt: Prompt, frames: int) -> Capacity:
+def capacity_of(prompt: Prompt[np.ndarray], frames: int) -> Capacity:
     return Capacity.of(prompt.text.shape[1], prompt.voice_token.shape[1], rounded_up(frames, FRAMES_BUCKET))
 
 
