@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -105,7 +105,8 @@ class StreamPlan:
 
     def json(self) -> dict:
         """All of it as plain values, with what follows from it."""
-        found = dataclasses.asdict(self) | {"total": self.total, "temporary": self.temporary, "program": self.program}
+        found: dict[str, Any] = dataclasses.asdict(self)
+        found |= {"total": self.total, "temporary": self.temporary, "program": self.program}
         for name in ("pair", "frame"):
             decode_step: DecodeStepPlan = getattr(self, name)
             found[name] |= {
@@ -147,7 +148,8 @@ def plan_stream(
         )
     model_config = sharded_config(config.model, len(devices))
     mesh = make_mesh(MeshConfig(tensor=len(devices)), devices)
-    dtype = jnp.dtype("float32" if weights == "float32" else "bfloat16")
+    computed: Bits = "float32" if weights == "float32" else "bfloat16"
+    dtype = jnp.dtype(computed)
     kept: Literal["none", "int8"] = "int8" if cache == "int8" else "none"
     capacity = Capacity(text=positions, audio=positions, frames=positions, cache=kept)
     with jax.set_mesh(mesh):
@@ -158,7 +160,8 @@ def plan_stream(
         state = jax.tree.map(place, state)
 
         def decode_step(weights, state, *, pairs: Pairs):
-            return one_step(*(nnx.merge(*pair) for pair in zip(graphs, weights, strict=True)), state, pairs=pairs)
+            model, codec = (nnx.merge(*pair) for pair in zip(graphs, weights, strict=True))
+            return one_step(model, codec, state, pairs=pairs)
 
         def plan_decode_step(program: jax.stages.Wrapped, pairs: Pairs, held):
             started = time.perf_counter()
@@ -168,7 +171,8 @@ def plan_stream(
                     compiled = traced.lower().compile(QUICK if effort == "quick" else None)
             except jax.errors.JaxRuntimeError as e:
                 raise too_large(topology, str(e), traced.jaxpr.jaxpr) from e
-            read = must_read(*(nnx.merge(*pair) for pair in zip(graphs, held, strict=True)), state, pairs)
+            model, codec = (nnx.merge(*pair) for pair in zip(graphs, held, strict=True))
+            read = must_read(model, codec, state, pairs)
             return compiled, read_program(compiled, read, topology, mesh, time.perf_counter() - started)
 
         compiled, pair = plan_decode_step(auto_layout(partial(decode_step, pairs="all"), held), "all", held)
@@ -177,16 +181,18 @@ def plan_stream(
         )
         as_chosen = jax.jit(partial(decode_step, pairs="none"), donate_argnums=1, compiler_options=TPU_OPTIONS)
         _, frame = plan_decode_step(as_chosen, "none", chosen)
+    memory = compiled.memory_analysis()
+    assert memory is not None
     found = StreamPlan(
         topology=topology.name,
         chips=topology.num_chips,
         rows=rows,
         positions=positions,
         weight_type=weights,
-        cache_type="int8" if cache == "int8" else str(dtype),
+        cache_type="int8" if cache == "int8" else computed,
         effort=effort,
         weights=size(held),
-        caches=compiled.memory_analysis().argument_size_in_bytes - size(held),
+        caches=memory.argument_size_in_bytes - size(held),
         capacity=chip.hbm / chip.devices,
         budget=1 / config.model.codec.frame_rate,
         pair=pair,
@@ -236,8 +242,9 @@ def weights_read(model: Chroma, codec: Codec, pairs: Pairs) -> float:
 
 
 def read_program(compiled: jax.stages.Compiled, read: float, topology: Topology, mesh, seconds: float) -> DecodeStepPlan:
-    chip, memory = topology.chip, compiled.memory_analysis()
-    module = hlo.parse(compiled.as_text())
+    chip, memory, text = topology.chip, compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None and text is not None
+    module = hlo.parse(text)
     work = list(hlo.executed(module))
     moved = hlo.hbm_bytes(module, work)
     return DecodeStepPlan(

@@ -28,7 +28,7 @@ At a Backbone position with no token, hidden state or frame, a zero vector is fe
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -91,7 +91,7 @@ def empty_batch(
     stored hidden states, with which no speech is read. prompt_frames: target entries for the voice prompt's own frames."""
     s = shape
 
-    def struct(*dims, dtype=jnp.int32):
+    def struct(*dims, dtype=jnp.int32) -> Any:  # abstract, where a batch declares arrays
         return jax.ShapeDtypeStruct((rows, *dims), dtype)
 
     return Batch(

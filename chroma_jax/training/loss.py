@@ -155,6 +155,7 @@ def speech_losses(
     loss, metrics = of(reply_hidden, reply, key, over)
     of_prompt = over._replace(frames=over.prompt_frames, residual=over.prompt_residual)
     prompt_loss, prompt_metrics = of(prompt_hidden, prompt, jax.random.fold_in(key, 1), of_prompt)
+    assert over.prompt_frames is not None  # see `count`
     weighted = config.prompt_weight * over.prompt_frames
     share = weighted / jnp.maximum(over.frames + weighted, 1e-6)
     metrics |= {f"prompt_{name}": prompt_metrics[name] for name in ("nll", "accuracy")}
@@ -289,7 +290,7 @@ def loss(
     own = count(batch, config)
     over = own if whole is None else whole
     if batch.hidden.shape[-1]:
-        answers = batch.hidden.astype(dtype)
+        audio, answers = None, batch.hidden.astype(dtype)
     else:
         with jax.named_scope("reasoner"):
             audio = model.reasoner.audio(batch.mel, batch.mel_length, dtype)
@@ -298,6 +299,7 @@ def loss(
     metrics = {}
     if config.ctc_weight:
         with jax.named_scope("ctc_loss"):
+            assert audio is not None  # stored hidden states are refused with it
             nll = ctc_loss(model.reasoner, audio, batch, model.config.tokens.pad)
             metrics["ctc_loss"] = mean(nll, over.ctc_targets)
             total += config.ctc_weight * metrics["ctc_loss"]

@@ -269,6 +269,7 @@ def codec_from_hf(section: Json) -> CodecConfig:
 
 def codec_to_hf(config: CodecConfig) -> Json:
     c, s, t, q = config, config.seanet, config.transformer, config.quantizer
+    assert t.rope is not None
     return {
         "model_type": "mimi",
         "sampling_rate": c.sampling_rate,

@@ -18,6 +18,8 @@ from chroma_jax.layers.linear import for_compute, normal, ones, weight, zeros
 from chroma_jax.parallel.sharding import reshape_rows
 from chroma_jax.training.codec.spectra import stft
 
+DiscriminatorLoss = Literal["hinge", "least_squares"]
+
 
 @dataclasses.dataclass(frozen=True)
 class DiscriminatorConfig:
@@ -38,7 +40,7 @@ class DiscriminatorConfig:
     dilations: tuple[int, ...] = (1, 2, 4)
     compression: float = 1.0
     periods: tuple[int, ...] = ()
-    loss: Literal["hinge", "least_squares"] = "hinge"
+    loss: DiscriminatorLoss = "hinge"
 
     def __post_init__(self):
         if not self.windows and not self.periods:
@@ -179,7 +181,7 @@ class Discriminator(nnx.Module):
     """All discriminators of a configuration."""
 
     def __init__(self, rngs: nnx.Rngs, config: DiscriminatorConfig = DiscriminatorConfig()):
-        self.loss = config.loss
+        self.loss: DiscriminatorLoss = config.loss
         parts = [StftDiscriminator(rngs, config, window) for window in config.windows]
         self.parts = nnx.List([*parts, *(PeriodDiscriminator(rngs, config, period) for period in config.periods)])
 
