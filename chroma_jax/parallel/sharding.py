@@ -19,6 +19,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from chroma_jax.utils.arrays import AnyArray
 from chroma_jax.utils.errors import InputError
 
 MESH_AXES = ("data", "fsdp", "tensor", "context")
@@ -185,7 +186,7 @@ def constrain(x: jax.Array, *axes: str | None, rules: AxisRules = RULES) -> jax.
     return reshard(x, rules.param_spec(axes))
 
 
-def leading_spec(x: jax.Array, count: int) -> tuple:
+def leading_spec(x: AnyArray, count: int) -> tuple:
     """The sharding of the first ``count`` axes of ``x``, as entries of a PartitionSpec."""
     spec = tuple(jax.typeof(x).sharding.spec)[:count]
     return spec + (None,) * (count - len(spec))
@@ -217,7 +218,7 @@ def on_rows_and_heads(attend: Callable, q: jax.Array, k: jax.Array, v: jax.Array
     return jax.shard_map(attend, out_specs=P(rows, None, heads), check_vma=False)(q, k, v, segments)
 
 
-def reshape_rows(x: jax.Array, *shape: int) -> jax.Array:
+def reshape_rows(x: AnyArray, *shape: int) -> jax.Array:
     """Reshapes, merging or splitting axis 0 with the axes after it; the rows stay on the devices they are on."""
     spec = P(*leading_spec(x, 1), *(None,) * (len(shape) - 1)) if active() else None
     return jax.lax.reshape(x, shape, out_sharding=spec)

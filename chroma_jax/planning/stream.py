@@ -160,8 +160,7 @@ def plan_stream(
         state = jax.tree.map(place, state)
 
         def decode_step(weights, state, *, pairs: Pairs):
-            model, codec = (nnx.merge(*pair) for pair in zip(graphs, weights, strict=True))
-            return one_step(model, codec, state, pairs=pairs)
+            return one_step(nnx.merge(graphs[0], weights[0]), nnx.merge(graphs[1], weights[1]), state, pairs=pairs)
 
         def plan_decode_step(program: jax.stages.Wrapped, pairs: Pairs, held):
             started = time.perf_counter()
@@ -171,8 +170,7 @@ def plan_stream(
                     compiled = traced.lower().compile(QUICK if effort == "quick" else None)
             except jax.errors.JaxRuntimeError as e:
                 raise too_large(topology, str(e), traced.jaxpr.jaxpr) from e
-            model, codec = (nnx.merge(*pair) for pair in zip(graphs, held, strict=True))
-            read = must_read(model, codec, state, pairs)
+            read = must_read(nnx.merge(graphs[0], held[0]), nnx.merge(graphs[1], held[1]), state, pairs)
             return compiled, read_program(compiled, read, topology, mesh, time.perf_counter() - started)
 
         compiled, pair = plan_decode_step(auto_layout(partial(decode_step, pairs="all"), held), "all", held)
@@ -213,7 +211,8 @@ def abstract_weights(config, dtype, weights: Bits, mesh):
         model = nnx.merge(graph, jax.tree.map(lambda x: x.astype(dtype), state))
         return quantized(model) if weights == "int8" else model, as_streamed(Codec(nnx.Rngs(0), config.codec))
 
-    (model_graph, model), (codec_graph, codec) = map(nnx.split, nnx.eval_shape(made))
+    abstract_model, abstract_codec = nnx.eval_shape(made)
+    (model_graph, model), (codec_graph, codec) = nnx.split(abstract_model), nnx.split(abstract_codec)
     lying = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
     model = jax.tree.map(lying, model, state_shardings(model, mesh, config.rules_of))
     codec = jax.tree.map(lambda x: lying(x, jax.NamedSharding(mesh, P())), codec)

@@ -17,7 +17,7 @@ from chroma_jax.parallel.sharding import active, reshape_rows, reshard
 from chroma_jax.training.lora import MARK
 from chroma_jax.utils.errors import InputError, near
 
-Weights = TypeVar("Weights")  # a tree of arrays
+Weights = TypeVar("Weights", bound=optax.Params)
 
 
 @dataclasses.dataclass(frozen=True)
