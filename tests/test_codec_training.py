@@ -83,7 +83,7 @@ def test_a_recording_with_fewer_codebooks_is_decoded_from_these(codec):
         expected = codec.quantizer.acoustic.decode(codes, jnp.float32)[0]
         np.testing.assert_allclose(acoustic.vectors[row], expected, atol=1e-5)
     # a codebook learns from the recordings that use it only
-    np.testing.assert_array_equal(acoustic.statistics.count.sum(1), [6 * 5, 4 * 5, 2 * 5])
+    np.testing.assert_array_equal(acoustic.statistics.counts.sum(1), [6 * 5, 4 * 5, 2 * 5])
 
 
 def test_an_unquantized_recording_is_decoded_from_its_latents(codec):

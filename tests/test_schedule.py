@@ -59,7 +59,7 @@ def test_layout(name):
     kind, index, target = read(text)
     got = layout(given)
     assert list(got.kind) == kind
-    assert list(got.index) == index
+    assert list(got.element) == index
     assert list(got.target) == target
     assert length(given) == len(kind)
 
@@ -78,14 +78,14 @@ def test_a_frame_is_predicted_by_the_position_just_before_it():
     for given in every_counts():
         got = layout(given)
         for position in np.flatnonzero(got.kind == PositionKind.FRAME):
-            assert got.target[position - 1] == got.index[position], given
+            assert got.target[position - 1] == got.element[position], given
 
 
 def test_no_loss_positions_are_the_prompt_hidden_states_and_second_frames_of_pairs():
     for given in every_counts():
         got = layout(given)
         for position in np.flatnonzero(got.target == NONE_TOKEN):
-            kind, index = got.kind[position], got.index[position]
+            kind, index = got.kind[position], got.element[position]
             more_text = FRAMES_PER_PAIR * given.tokens > index + 1
             second = kind == PositionKind.FRAME and not opens_pair(index) and more_text
             assert second or kind in (

@@ -51,7 +51,7 @@ class AugmentConfig:
         if not len(wave) or not (self.gain_db or self.noise or self.tilt_db):
             return wave
         size = scipy.fft.next_fast_len(len(wave), real=True)  # of a prime length, a transform takes ten times as long
-        spectrum = scipy.fft.rfft(wave, size)
+        spectrum = np.asarray(scipy.fft.rfft(wave, size))
         frequency = np.linspace(1 / len(spectrum), 1, len(spectrum))
         octaves = np.log2(frequency / frequency.mean())
         if self.tilt_db:
@@ -62,7 +62,7 @@ class AugmentConfig:
             level = np.sqrt(np.sum(np.abs(spectrum) ** 2) / np.sum(np.abs(noise) ** 2))
             spectrum = spectrum + noise * level * decibels(-rng.uniform(*self.snr_db))
         spectrum = spectrum * decibels(rng.uniform(-self.gain_db, self.gain_db))
-        return scipy.fft.irfft(spectrum, size)[: len(wave)].astype(np.float32)
+        return np.asarray(scipy.fft.irfft(spectrum, size))[: len(wave)].astype(np.float32)
 
     def features(self, mel: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """mel: float32 [F, bins] of a whole recording. Returns the same, warped, and with the masked parts at the mean."""

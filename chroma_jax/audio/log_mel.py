@@ -105,7 +105,7 @@ def log_power(wave: np.ndarray, config: FeatureConfig = FeatureConfig()) -> np.n
     the range is eight decades of power, and single precision's rounding of a loud bin would show in a silent one.
     """
     frames = np.lib.stride_tricks.sliding_window_view(wave.astype(np.float64), config.n_fft)[:: config.hop]
-    spectrum = scipy.fft.rfft(frames * window(config.n_fft), axis=1)
+    spectrum = np.asarray(scipy.fft.rfft(frames * window(config.n_fft), axis=1), np.complex128)
     power = spectrum.real**2 + spectrum.imag**2
     mel = (sparse_filters(config) @ power.T).T
     return np.log10(np.maximum(mel, FLOOR)).astype(np.float32)

@@ -124,7 +124,7 @@ def _joined(x: jax.Array) -> jax.Array:
 def _queries(segments: jax.Array, start: int, end: int) -> tuple[jax.Array, jax.Array]:
     """Segments and places of a block's queries, int32 [pieces, B, 1, 1, T of a piece]."""
     place = jnp.broadcast_to(jnp.arange(segments.shape[1]), segments.shape)
-    return tuple(_pieces(x[:, None, None], start, end) for x in (segments, place))
+    return _pieces(segments[:, None, None], start, end), _pieces(place[:, None, None], start, end)
 
 
 def _rows(x: jax.Array) -> jax.Array:

@@ -61,6 +61,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, view, mask, *, interpret: b
     beside = k.shape[2] // heads  # heads that lie beside each other in the cache
     queries = -(-t * g // SUBLANES) * SUBLANES  # of each of them, filled up
     size = block(cache.keys)
+    assert size is not None  # see `unsupported`
     packed, *new = (x.reshape(rows, t, -1) for x in (q, k, v))
     self_mask = jnp.pad(mask.self_mask, ((0, 0), (0, 0), (0, SUBLANES - t)))
     row = jnp.arange(rows) if view.row is None else view.row[None]

@@ -3,6 +3,8 @@ and blocks that nothing may see are not computed. `chroma_jax.layers.xla_attenti
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,9 +42,9 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax
     k, v = (jax.sharding.reshard(x, everywhere) for x in (k, v))
     keys = jax.sharding.reshard(segments, P(rows, None))
     if sequence is None:
-        local = lambda *arrays: compute(*arrays, 0)
+        local = lambda q, k, v, a, b: compute(q, k, v, a, b, 0)
     else:
-        local = lambda q, *rest: compute(q, *rest, jax.lax.axis_index(sequence))
+        local = lambda q, k, v, a, b: compute(q, k, v, a, b, jax.lax.axis_index(sequence))
     # without the check of what varies, which a kernel does not tell
     return jax.shard_map(local, out_specs=P(rows, sequence, heads), check_vma=False)(q, k, v, segments, keys)
 
@@ -68,7 +70,7 @@ def _attend(q, k, v, query_segments, key_segments, shard, *, interpret: bool):
     return jnp.moveaxis(out, 3, 1)
 
 
-def make(groups: int, queries: int, keys: int, offset: int, interpret: bool):
+def make(groups: int, queries: int, keys: int, offset: int, interpret: bool) -> Callable[..., Any]:
     """The kernel for the query heads of one key/value head. offset: of the first query."""
     mask = masks.MultiHeadMask([masks.CausalMask((queries, keys), offset)] * groups)
     seen_by_lanes = kernel.QKVLayout.SEQ_MINOR  # heads of 64 would leave half of the lanes idle; positions fill them

@@ -45,11 +45,13 @@ class Backend(NamedTuple):
 
 
 def _flash(q, k, v, mask: AttentionMask, rotation: tuple[jax.Array, jax.Array], head_dim: int) -> jax.Array:
+    assert mask.segments is not None
     q, k = flash.rotated(q, *rotation, flash.scale(head_dim)), flash.rotated(k, *rotation)
     return flash.attend(q, k, v, mask.segments, head_dim)
 
 
 def _encoder(q, k, v, mask: AttentionMask, rotation: None, head_dim: int) -> jax.Array:
+    assert mask.lengths is not None
     return checkpoint_name(encoder_attention.attend(q, k, v, mask.lengths, head_dim), splash.SAVED)
 
 

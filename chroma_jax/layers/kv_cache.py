@@ -131,10 +131,10 @@ class CacheView(NamedTuple):
 
     def rows(self, first: int, count: int) -> KVCache:
         """``count`` sequences of the layer, [count, K/P, S, P · H]."""
-        first = first if self.row is None else self.row
+        row = first if self.row is None else self.row
 
         def of(x):
-            at = (self.layer, first, *(0,) * (x.ndim - 2))
+            at = (self.layer, row, *(0,) * (x.ndim - 2))
             x = jax.lax.dynamic_slice(x, at, (1, count, *x.shape[2:]))[0]
             # else TPU transposes all scales in every layer
             return with_layout_constraint(x, Layout(tuple(range(x.ndim)))) if self.cache.key_scale is not None else x

@@ -73,8 +73,8 @@ def through_cached(blocks, x, rotation, mask, cache: KVCache, slots, row=None) -
         block, layer = block_and_layer
         return block.cached(x, rotation, mask, cache.of_layer(layer, row))
 
-    x, new = scan_layers(body, x, (blocks, jnp.arange(len(cache.keys))))
-    return x, cache.written(*new, slots, row)
+    x, (keys, values) = scan_layers(body, x, (blocks, jnp.arange(len(cache.keys))))
+    return x, cache.written(keys, values, slots, row)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,9 +266,9 @@ class EncoderBlock(nnx.Module):
         self.mlp_norm = LayerNorm(rngs, c.hidden_size, c.norm_eps, layers=layers)
         self.fc1 = Linear(rngs, model, mlp, layers=layers, bias=bias, rules=c.rules)
         self.fc2 = Linear(rngs, mlp, model, layers=layers, bias=bias, rules=c.rules)
-        scaled = c.layer_scale is not None
-        self.attention_scale = LayerScale(rngs, c.hidden_size, c.layer_scale, layers) if scaled else None
-        self.mlp_scale = LayerScale(rngs, c.hidden_size, c.layer_scale, layers) if scaled else None
+        scale = c.layer_scale
+        self.attention_scale = None if scale is None else LayerScale(rngs, c.hidden_size, scale, layers)
+        self.mlp_scale = None if scale is None else LayerScale(rngs, c.hidden_size, scale, layers)
 
     def _add(self, x, y, scale):
         return x + (y if scale is None else scale(y))

@@ -32,6 +32,7 @@ def attend_cached(q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask,
 
     Shapes as of `chroma_jax.layers.attention_backends.attend_cached`.
     """
+    assert mask.cached is not None
     _, t, k_here, g_here, _ = jax.typeof(q).sharding.shard_shape(q.shape) if active() else q.shape
     row = 4 * t * k_here * g_here * view.cache.capacity  # bytes of scores
     size = min(len(q), max(1, SCORE_BYTES // row)) if on_tpu() else len(q)

@@ -6,7 +6,7 @@ be encoded exactly, block by block, while it is still being spoken.
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,9 @@ from chroma_jax.layers.gelu import gelu
 from chroma_jax.layers.linear import LayerNorm, Linear, for_compute, normal, weight, zeros
 from chroma_jax.layers.transformer import Encoder, EncoderConfig, Remat
 from chroma_jax.parallel.sharding import RULES, AxisRules, active, leading_spec, reshape_rows
+from chroma_jax.utils.arrays import AnyArray
+
+Count = TypeVar("Count", int, jax.Array)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +94,7 @@ def num_outputs(mel_frames):
     return num_positions(mel_frames) // 2
 
 
-def num_positions(mel_frames: int) -> int:
+def num_positions(mel_frames: Count) -> Count:
     """Positions of attention of so many mel frames, two of which make an output."""
     return (mel_frames - 1) // 2 + 1
 
@@ -172,7 +175,7 @@ class AudioEncoder(nnx.Module):
         x = jnp.mean(x.reshape(b, -1, 2, d), axis=2)
         return self.projection(self.norm(x))
 
-    def __call__(self, mel: jax.Array, lengths: jax.Array, dtype=jnp.float32) -> jax.Array:
+    def __call__(self, mel: AnyArray, lengths: AnyArray, dtype=jnp.float32) -> jax.Array:
         """mel: [B, blocks, block_frames, bins]; lengths: int32 [B, blocks] valid frames of each block (0: none).
 
         Returns [B, blocks · block_frames / 4, output_dim]. The outputs of a recording that begins at block r begin at

@@ -123,11 +123,11 @@ class Chroma(nnx.Module):
     def interleaved(self, batch: Batch, answers: jax.Array) -> jax.Array:
         """The Backbone's input sequence of packed rows: [B, T, D]. answers: [B, answers, D] from `answers`."""
         dtype = answers.dtype
-        token = constrain(batch.token, "batch", "sequence", rules=self.config.backbone.rules)
+        token = constrain(jnp.asarray(batch.token), "batch", "sequence", rules=self.config.backbone.rules)
         text = self.reasoner.embedding(jnp.maximum(token, 0), dtype)
-        hidden_index = constrain(batch.hidden_index, "batch", "sequence", rules=self.config.backbone.rules)
+        hidden_index = constrain(jnp.asarray(batch.hidden_index), "batch", "sequence", rules=self.config.backbone.rules)
         hidden = take_rows(answers, jnp.maximum(hidden_index, 0))
-        codes = constrain(batch.codes, "batch", "sequence", None, rules=self.config.backbone.rules)
+        codes = constrain(jnp.asarray(batch.codes), "batch", "sequence", None, rules=self.config.backbone.rules)
         x = jnp.where(is_present(token)[..., None], text, 0)
         x = x + jnp.where(is_present(hidden_index)[..., None], hidden, 0)
         return x + self.audio_embedding.frames(codes, dtype)

@@ -6,6 +6,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from chroma_jax.parallel.sharding import Device
+
 TPU = {
     # windowed products turn gathers of weights into chains of permutes, which cost more than they hide
     "xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000,
@@ -38,7 +40,7 @@ ON_CPU = {"xla_cpu_prefer_vector_width": 512}
 HALVES_ON_CPU = {"xla_cpu_experimental_onednn_custom_call": True, "xla_cpu_experimental_ynn_fusion_type": ""}
 
 
-def options(device: jax.Device, compute: jnp.dtype) -> dict[str, str | int | bool]:
+def options(device: Device, compute: jnp.dtype) -> dict[str, str | int | bool]:
     """Compiler options for a mesh of such devices and the type that products are in; none for GPUs."""
     if device.platform == "cpu":
         return ON_CPU | (HALVES_ON_CPU if compute == jnp.bfloat16 and jax.__version_info__ >= (0, 11) else {})
@@ -49,7 +51,7 @@ def options(device: jax.Device, compute: jnp.dtype) -> dict[str, str | int | boo
 
 
 def jit_step(
-    step: Callable, device: jax.Device, compute: jnp.dtype, static_argnames: tuple[str, ...] = ("config",)
+    step: Callable, device: Device, compute: jnp.dtype, static_argnames: tuple[str, ...] = ("config",)
 ) -> jax.stages.Wrapped:
     """Compiles a training step as it runs on a mesh of such devices.
 

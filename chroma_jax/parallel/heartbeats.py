@@ -56,7 +56,8 @@ class Heartbeats:
         """seconds: of silence after which a process is taken for lost. token: by which one of this training is known."""
         self.process, self.progress, self.seconds, self.token = process, progress, seconds, token
         self.peers: dict[socket.socket, Peer] = {}
-        self.selector, self.server = selectors.DefaultSelector(), None
+        self.selector = selectors.DefaultSelector()
+        self.server: socket.socket | None = None  # of process 0
         self.outbox: dict | None = None  # what is to be said beside the heartbeat, once
         self.said, self.over = threading.Event(), threading.Event()
         self.judging = True
@@ -120,10 +121,12 @@ class Heartbeats:
         every, due, told = min(self.seconds / 10, 1.0), 0.0, -1
         while not self.over.is_set():
             for key, _ in self.selector.select(timeout=every / 4):
-                if key.fileobj is self.server:
-                    self.add(self.server.accept()[0], Peer())
+                connection = key.fileobj
+                assert isinstance(connection, socket.socket)
+                if connection is self.server:
+                    self.add(connection.accept()[0], Peer())
                 else:
-                    self.read(key.fileobj)
+                    self.read(connection)
             if self.outbox is not None or self.progress.step != told or time.monotonic() >= due:
                 message, self.outbox, due, told = self.outbox, None, time.monotonic() + every, self.progress.step
                 self.send(message or {})
@@ -151,7 +154,7 @@ class Heartbeats:
             messages = [json.loads(line) for line in lines]
             stranger = any(said["token"] != self.token for said in messages)
         except (ValueError, KeyError, TypeError):  # whatever else may find this port
-            stranger = True
+            messages, stranger = [], True
         if stranger or not data:
             self.selector.unregister(connection)
             peer.state = "gone" if peer.state == "running" else peer.state

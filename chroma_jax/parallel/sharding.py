@@ -9,6 +9,7 @@ so the same model code runs on one device.
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +19,11 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from chroma_jax.utils.arrays import AnyArray
 from chroma_jax.utils.errors import InputError
 
 MESH_AXES = ("data", "fsdp", "tensor", "context")
+Device: TypeAlias = jax.Device  # pyright: ignore[reportInvalidTypeForm]: JAX assigns the class to a variable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +125,7 @@ class AxisRules:
 RULES = AxisRules()
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Device] | None = None) -> Mesh:
     """Mesh over the first ``config.num_devices`` devices, every axis explicit.
 
     Axes lie on the links of a TPU slice as well as they can. Several slices divide the axis ``data``, so that between them only
@@ -135,7 +138,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     if len(devices) < config.num_devices:
         raise InputError(f"mesh {wanted} needs {config.num_devices} devices, {len(devices)} present")
     devices = devices[: config.num_devices]
-    slices: dict[int, list[jax.Device]] = {}
+    slices: dict[int, list[Device]] = {}
     for device in devices:
         slices.setdefault(getattr(device, "slice_index", 0), []).append(device)
     if config.data % len(slices) or len({len(of) for of in slices.values()}) > 1:
@@ -145,7 +148,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES))
 
 
-def arranged(shape: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:
+def arranged(shape: tuple[int, ...], devices: list[Device]) -> np.ndarray:
     """The devices of one slice in the shape of a mesh."""
     if devices[0].platform == "tpu" and len(devices) > 1:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
@@ -183,7 +186,7 @@ def constrain(x: jax.Array, *axes: str | None, rules: AxisRules = RULES) -> jax.
     return reshard(x, rules.param_spec(axes))
 
 
-def leading_spec(x: jax.Array, count: int) -> tuple:
+def leading_spec(x: AnyArray, count: int) -> tuple:
     """The sharding of the first ``count`` axes of ``x``, as entries of a PartitionSpec."""
     spec = tuple(jax.typeof(x).sharding.spec)[:count]
     return spec + (None,) * (count - len(spec))
@@ -215,7 +218,7 @@ def on_rows_and_heads(attend: Callable, q: jax.Array, k: jax.Array, v: jax.Array
     return jax.shard_map(attend, out_specs=P(rows, None, heads), check_vma=False)(q, k, v, segments)
 
 
-def reshape_rows(x: jax.Array, *shape: int) -> jax.Array:
+def reshape_rows(x: AnyArray, *shape: int) -> jax.Array:
     """Reshapes, merging or splitting axis 0 with the axes after it; the rows stay on the devices they are on."""
     spec = P(*leading_spec(x, 1), *(None,) * (len(shape) - 1)) if active() else None
     return jax.lax.reshape(x, shape, out_sharding=spec)

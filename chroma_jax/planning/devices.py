@@ -2,23 +2,25 @@
 
 import contextlib
 import math
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import topologies
 from jax.experimental.compilation_cache import compilation_cache
 
+from chroma_jax.parallel.sharding import Device
 from chroma_jax.utils.chips import Topology
 from chroma_jax.utils.errors import InputError
 
 
-def compile_only_devices(topology: Topology) -> list[jax.Device]:
+def compile_only_devices(topology: Topology) -> list[Device]:
     """Devices that programs can be compiled for and not run on, in the order of slices.
 
     Raises: InputError when libtpu is not installed, or does not know the shape.
     """
     shape = (*topology.shape, *(1,) * (3 - len(topology.shape)))
-    options = {"wrap": [*topology.wrap, *(False,) * (3 - len(topology.shape))]}
+    options: dict[str, Any] = {"wrap": [*topology.wrap, *(False,) * (3 - len(topology.shape))]}
     if math.prod(shape) == 1:
         options = {"chips_per_host_bounds": [1, 1, 1]}
     if topology.slices > 1:
@@ -56,7 +58,7 @@ def ring_bandwidth(topology: Topology, group: np.ndarray, mesh_devices: np.ndarr
     a dimension whose ends do not meet has half of that, as its ends have one neighbour only. Groups that span slices have the
     data-centre network.
     """
-    chosen = [mesh_devices.flat[i] for i in group]
+    chosen: list[Device] = [mesh_devices.flat[i] for i in group]
     if len({getattr(device, "slice_index", 0) for device in chosen}) > 1:
         return topology.chip.dcn / topology.chip.devices
     coords = np.array([device.coords for device in chosen])

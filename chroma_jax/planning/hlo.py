@@ -110,6 +110,7 @@ def parse(text: str) -> Module:
             current = None
         elif (line.startswith("%") or line.startswith("ENTRY")) and line.rstrip().endswith("{"):
             head = re.match(r"(ENTRY )?%?([\w.\-]+)", line)
+            assert head is not None, line
             current = computations[head[2]] = {}
             entry = head[2] if head[1] else entry
         elif current is not None and (found := instruction(line)):

@@ -152,7 +152,9 @@ def read(i: Instruction) -> Kernel | None:
     if 'custom_call_target="tpu_custom_call"' not in i.rest:
         return None
     if short := re.match(r"short_attention_(\d+)", i.name):
-        rows, positions, width = map(int, re.search(r"\[(\d+),(\d+),(\d+)\]", i.shape).groups())
+        shape = re.search(r"\[(\d+),(\d+),(\d+)\]", i.shape)
+        assert shape is not None, i.shape
+        rows, positions, width = map(int, shape.groups())
         head = int(short[1])
         return Kernel("short", rows * width // head, 1, positions, positions, head, BlockSizes(positions, positions, positions))
     if flash := re.match(r"(flash_(?:forward|backward))_(\d+)_(\d+)", i.name):

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.extend.core import Jaxpr
 
 from chroma_jax.config import CodecRun, Config
 from chroma_jax.parallel.sharding import MESH_AXES, MeshConfig, make_mesh
@@ -20,7 +20,7 @@ from chroma_jax.planning.devices import compile_only_devices, compiling_afresh, 
 from chroma_jax.planning.training_step import abstract_batch, codec_trainer_of, trainer_of
 from chroma_jax.training.codec.distillation import Teacher
 from chroma_jax.training.codec.recipe import Phase
-from chroma_jax.training.flops import counted, step_flops
+from chroma_jax.training.flops import counted, is_program, step_flops
 from chroma_jax.utils.chips import Chip, Topology
 from chroma_jax.utils.errors import InputError
 from chroma_jax.utils.tree_paths import values
@@ -206,8 +206,9 @@ def plan_codec(
     with jax.set_mesh(mesh):
         trainer = codec_trainer_of(config, mesh, teacher)
         shape = (rows, frames * model.samples_per_frame)
-        shapes, state = WaveBatch(shape, shape, shape[:1]), trainer.abstract
-        batch = WaveBatch(*(jax.ShapeDtypeStruct(s, np.float32, sharding=x) for s, x in zip(shapes, trainer.batch_sharding)))
+        shapes, state = (shape, shape, shape[:1]), trainer.abstract
+        struct = lambda shape, sharding: jax.ShapeDtypeStruct(shape, np.float32, sharding=sharding)
+        batch = WaveBatch._make(map(struct, shapes, trainer.batch_sharding))
         traced = trainer.trace(batch, phase)
         return planned(
             traced,
@@ -249,7 +250,9 @@ def planned(
     except jax.errors.JaxRuntimeError as e:
         raise too_large(topology, str(e), traced.jaxpr.jaxpr) from e
     seconds = time.perf_counter() - started
-    module = hlo.parse(compiled.as_text())
+    text = compiled.as_text()
+    assert text is not None
+    module = hlo.parse(text)
     work = list(hlo.executed(module))
     chip = topology.chip
     plan = TrainingPlan(
@@ -277,6 +280,7 @@ def memory(arguments: dict, compiled: jax.stages.Compiled, capacity: float) -> M
         return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
     found, kinds = compiled.memory_analysis(), {kind: held(tree) for kind, tree in arguments.items()}
+    assert found is not None
     # arguments are padded to the chip's tiles; what that adds counts as activations, and so do results that reuse nothing
     padding = found.argument_size_in_bytes - sum(kinds.values())
     results = found.output_size_in_bytes - found.alias_size_in_bytes
@@ -337,7 +341,8 @@ def traffic(module: hlo.Module, work: Sequence[hlo.Executed], topology: Topology
         begins[c.begins].append(c)
         ends[c.ends].append(c)
     lasts = {c: c.times * c.bytes / bandwidth for c, (_, bandwidth) in links.items()}
-    now, free, arrives, waited = 0.0, collections.Counter(), {}, {}
+    free: dict[bool, float] = collections.defaultdict(float)
+    now, arrives, waited = 0.0, {}, {}
     for at, e in enumerate(work):
         now += lasting(module, e, topology.chip)[1]
         for c in begins[at]:
@@ -349,7 +354,7 @@ def traffic(module: hlo.Module, work: Sequence[hlo.Executed], topology: Topology
     sums: dict[tuple[str, str], np.ndarray] = collections.defaultdict(lambda: np.zeros(4))
     for c, (axes, _) in links.items():
         sums[c.kind, axes] += c.times * c.bytes, lasts[c], waited[c], round(c.times)
-    everything = (Traffic(*key, *map(float, of[:3]), int(of[3])) for key, of in sums.items())
+    everything = (Traffic(*key, float(of[0]), float(of[1]), float(of[2]), int(of[3])) for key, of in sums.items())
     return tuple(sorted(everything, key=lambda t: -t.seconds))
 
 
@@ -405,7 +410,7 @@ def largest(step: Jaxpr, count: int) -> list[Buffer]:
 
     def walk(jaxpr: Jaxpr) -> Iterator[Buffer]:
         for equation in jaxpr.eqns:
-            inner = [p for p in jax.tree.leaves(list(equation.params.values()), is_leaf=is_jaxpr) if is_jaxpr(p)]
+            inner = [p for p in jax.tree.leaves(list(equation.params.values()), is_leaf=is_program) if is_program(p)]
             for p in inner:
                 yield from walk(p if isinstance(p, Jaxpr) else p.jaxpr)
             if equation.primitive.name in WRITES:
@@ -414,10 +419,6 @@ def largest(step: Jaxpr, count: int) -> list[Buffer]:
 
     found = {*walk(step), *(buffer(v.aval, "argument") for v in step.invars)}
     return sorted(found, key=lambda b: -b.bytes)[:count]
-
-
-def is_jaxpr(x) -> bool:
-    return isinstance(x, (Jaxpr, ClosedJaxpr))
 
 
 def buffer(aval, source: str) -> Buffer:

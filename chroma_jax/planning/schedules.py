@@ -156,12 +156,14 @@ def compile_kernels(chip: str, name: str, width: int, out: Path) -> None:
             if name == "flash":
                 k, q = (math.prod(k),), (math.prod(q),)
             arrays = [array(positions, *of) for of in (q, k, k)] + [array(positions, dtype=jnp.int32)]
-        out.write_text(step.lower(*arrays).compile().as_text())
+        text = step.lower(*arrays).compile().as_text()
+        assert text is not None
+        out.write_text(text)
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--compile"]:
-        compile_kernels(*sys.argv[2:4], int(sys.argv[4]), Path(sys.argv[5]) / "program")
+        compile_kernels(sys.argv[2], sys.argv[3], int(sys.argv[4]), Path(sys.argv[5]) / "program")
     else:
         for of in sys.argv[1:] or CHIPS:
             for module, sizes in (("splash", SPLASH), ("short", SHORT), ("flash", SPLASH)):

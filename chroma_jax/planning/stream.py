@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -104,7 +104,8 @@ class StreamPlan:
 
     def json(self) -> dict:
         """All of it as plain values, with what follows from it."""
-        found = dataclasses.asdict(self) | {"total": self.total, "temporary": self.temporary, "program": self.program}
+        found: dict[str, Any] = dataclasses.asdict(self)
+        found |= {"total": self.total, "temporary": self.temporary, "program": self.program}
         for name in ("pair", "frame"):
             plan: DecodeStepPlan = getattr(self, name)
             found[name] |= {
@@ -146,7 +147,8 @@ def plan_stream(
         )
     model_config = sharded_config(config.model, len(devices))
     mesh = make_mesh(MeshConfig(tensor=len(devices)), devices)
-    dtype = jnp.dtype("float32" if weights == "float32" else "bfloat16")
+    computed: Bits = "float32" if weights == "float32" else "bfloat16"
+    dtype = jnp.dtype(computed)
     kept: Literal["none", "int8"] = "int8" if cache == "int8" else "none"
     capacity = Capacity(text=positions, audio=positions, frames=positions, cache=kept)
     with jax.set_mesh(mesh):
@@ -157,7 +159,7 @@ def plan_stream(
         state = jax.tree.map(place, state)
 
         def run(weights, state, *, pairs: Pairs):
-            return decode_step(*(nnx.merge(*pair) for pair in zip(graphs, weights, strict=True)), state, pairs=pairs)
+            return decode_step(nnx.merge(graphs[0], weights[0]), nnx.merge(graphs[1], weights[1]), state, pairs=pairs)
 
         def plan_decode_step(program: jax.stages.Wrapped, pairs: Pairs, held):
             started = time.perf_counter()
@@ -167,7 +169,7 @@ def plan_stream(
                     compiled = traced.lower().compile(QUICK if effort == "quick" else None)
             except jax.errors.JaxRuntimeError as e:
                 raise too_large(topology, str(e), traced.jaxpr.jaxpr) from e
-            read = must_read(*(nnx.merge(*pair) for pair in zip(graphs, held, strict=True)), state, pairs)
+            read = must_read(nnx.merge(graphs[0], held[0]), nnx.merge(graphs[1], held[1]), state, pairs)
             return compiled, read_program(compiled, read, topology, mesh, time.perf_counter() - started)
 
         compiled, pair = plan_decode_step(auto_layout(partial(run, pairs="all"), held), "all", held)
@@ -176,16 +178,18 @@ def plan_stream(
         )
         as_chosen = jax.jit(partial(run, pairs="none"), donate_argnums=1, compiler_options=TPU_OPTIONS)
         _, frame = plan_decode_step(as_chosen, "none", chosen)
+    memory = compiled.memory_analysis()
+    assert memory is not None
     found = StreamPlan(
         topology=topology.name,
         chips=topology.num_chips,
         rows=rows,
         positions=positions,
         weight_type=weights,
-        cache_type="int8" if cache == "int8" else str(dtype),
+        cache_type="int8" if cache == "int8" else computed,
         effort=effort,
         weights=size(held),
-        caches=compiled.memory_analysis().argument_size_in_bytes - size(held),
+        caches=memory.argument_size_in_bytes - size(held),
         capacity=chip.hbm / chip.devices,
         budget=1 / config.model.codec.frame_rate,
         pair=pair,
@@ -206,7 +210,8 @@ def abstract_weights(config, dtype, weights: Bits, mesh):
         model = nnx.merge(graph, jax.tree.map(lambda x: x.astype(dtype), state))
         return quantized(model) if weights == "int8" else model, as_streamed(Codec(nnx.Rngs(0), config.codec))
 
-    (model_graph, model), (codec_graph, codec) = map(nnx.split, nnx.eval_shape(made))
+    abstract_model, abstract_codec = nnx.eval_shape(made)
+    (model_graph, model), (codec_graph, codec) = nnx.split(abstract_model), nnx.split(abstract_codec)
     lying = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
     model = jax.tree.map(lying, model, state_shardings(model, mesh, config.rules_of))
     codec = jax.tree.map(lambda x: lying(x, jax.NamedSharding(mesh, P())), codec)
@@ -235,8 +240,9 @@ def weights_read(model: Chroma, codec: Codec, pairs: Pairs) -> float:
 
 
 def read_program(compiled: jax.stages.Compiled, read: float, topology: Topology, mesh, seconds: float) -> DecodeStepPlan:
-    chip, memory = topology.chip, compiled.memory_analysis()
-    module = hlo.parse(compiled.as_text())
+    chip, memory, text = topology.chip, compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None and text is not None
+    module = hlo.parse(text)
     work = list(hlo.executed(module))
     moved = hlo.hbm_bytes(module, work)
     return DecodeStepPlan(

@@ -28,10 +28,12 @@ At a Backbone position with no token, hidden state or frame, a zero vector is fe
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from chroma_jax.utils.arrays import AnyArray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,23 +60,23 @@ class PackedShape:
 class Batch(NamedTuple):
     """Rows stacked on a leading axis B (absent for a single row); see the table above."""
 
-    mel: jax.Array
-    mel_length: jax.Array
-    text: jax.Array
-    text_segment: jax.Array
-    text_position: jax.Array
-    audio_index: jax.Array
-    answer_position: jax.Array
-    answer_token: jax.Array
-    token: jax.Array
-    hidden_index: jax.Array
-    codes: jax.Array
-    segment: jax.Array
-    position: jax.Array
-    target_position: jax.Array
-    target_codes: jax.Array
-    ctc_target: jax.Array
-    hidden: jax.Array
+    mel: AnyArray
+    mel_length: AnyArray
+    text: AnyArray
+    text_segment: AnyArray
+    text_position: AnyArray
+    audio_index: AnyArray
+    answer_position: AnyArray
+    answer_token: AnyArray
+    token: AnyArray
+    hidden_index: AnyArray
+    codes: AnyArray
+    segment: AnyArray
+    position: AnyArray
+    target_position: AnyArray
+    target_codes: AnyArray
+    ctc_target: AnyArray
+    hidden: AnyArray
 
 
 def empty_batch(
@@ -91,7 +93,7 @@ def empty_batch(
     stored hidden states, with which no speech is read. prompt_frames: target entries for the voice prompt's own frames."""
     s = shape
 
-    def struct(*dims, dtype=jnp.int32):
+    def struct(*dims, dtype=jnp.int32) -> Any:  # abstract, where a batch declares arrays
         return jax.ShapeDtypeStruct((rows, *dims), dtype)
 
     return Batch(
@@ -115,6 +117,6 @@ def empty_batch(
     )
 
 
-def is_present(x: jax.Array) -> jax.Array:
+def is_present(x: AnyArray) -> AnyArray:
     """Where an index array names something; any negative entry is empty."""
     return x >= 0

@@ -44,12 +44,12 @@ class StreamLengths(NamedTuple):
 class Interleaving(NamedTuple):
     """One conversation's Backbone positions, int32 [T] each.
 
-    kind: a `Kind`. index: which element of that kind's stream. target: the reply frame that this position predicts
+    kind: a `Kind`. element: which element of that kind's stream. target: the reply frame that this position predicts
     (``counts.frames`` means EOS), or NONE_TOKEN.
     """
 
     kind: np.ndarray
-    index: np.ndarray
+    element: np.ndarray
     target: np.ndarray
 
 

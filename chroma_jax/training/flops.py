@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import jax
-import jax.extend as jex
 import jax.numpy as jnp
 from flax import nnx
+from jax.extend.core import ClosedJaxpr, Jaxpr  # pyright: ignore[reportPrivateImportUsage]: JAX does not mark it as exported
 
 from chroma_jax.layers.transformer import LlamaConfig
 from chroma_jax.models.audio_encoder import AudioEncoderConfig
@@ -128,7 +128,7 @@ def frame_bytes(model: ChromaConfig, dtype=jnp.bfloat16) -> float:
     return size * (text / 2 + backbone + (c.num_codebooks - 1) * (decoder - table - heads) + heads + codec)
 
 
-def counted(program: jex.core.ClosedJaxpr | jex.core.Jaxpr, scopes: Sequence[str], within: str = "other") -> dict[str, float]:
+def counted(program: ClosedJaxpr | Jaxpr, scopes: Sequence[str], within: str = "other") -> dict[str, float]:
     """FLOPs of the products and convolutions of a traced program, by the first of ``scopes`` in the names that it was traced
     under, else ``within``. A loop counts as often as it turns, of branches the longest; zeros that a convolution is spread with
     are not computed with. Raises: InputError for a loop that does not say how often it turns."""
@@ -139,11 +139,11 @@ def counted(program: jex.core.ClosedJaxpr | jex.core.Jaxpr, scopes: Sequence[str
         name, p = e.primitive.name, e.params
         if name == "dot_general":
             (left, _), _ = p["dimension_numbers"]
-            found[scope] += 2 * e.outvars[0].aval.size * math.prod(e.invars[0].aval.shape[i] for i in left)
+            found[scope] += 2 * math.prod(shape_of(e.outvars[0])) * math.prod(shape_of(e.invars[0])[i] for i in left)
         elif name == "conv_general_dilated":
-            kernel, lanes = e.invars[1].aval, p["dimension_numbers"].rhs_spec[0]
-            reads = kernel.size / kernel.shape[lanes] / math.prod(p["lhs_dilation"])
-            found[scope] += 2 * e.outvars[0].aval.size * reads
+            kernel, lanes = shape_of(e.invars[1]), p["dimension_numbers"].rhs_spec[0]
+            reads = math.prod(kernel) / kernel[lanes] / math.prod(p["lhs_dilation"])
+            found[scope] += 2 * math.prod(shape_of(e.outvars[0])) * reads
         inner = [counted(x, scopes, scope) for x in jax.tree.leaves(p, is_leaf=is_program) if is_program(x)]
         if name == "while" and any(sum(counts.values()) for counts in inner):
             raise InputError("a loop with products in it does not say how often it turns")
@@ -154,8 +154,13 @@ def counted(program: jex.core.ClosedJaxpr | jex.core.Jaxpr, scopes: Sequence[str
     return dict(found)
 
 
+def shape_of(variable) -> tuple[int, ...]:
+    """Shape of a variable of a jaxpr."""
+    return variable.aval.shape
+
+
 def is_program(x) -> bool:
-    return isinstance(x, (jex.core.ClosedJaxpr, jex.core.Jaxpr))
+    return isinstance(x, (ClosedJaxpr, Jaxpr))
 
 
 def describe_codec(config) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import Protocol, Self, TypeVar
 
 import jax
 import optax
@@ -20,7 +20,7 @@ class StateWithWeights(Protocol):
 
     def weights(self) -> dict[str, jax.Array]: ...
 
-    def with_weights(self, weights: Weights) -> "StateWithWeights": ...
+    def with_weights(self, weights: Weights) -> Self: ...
 
 
 State = TypeVar("State", bound=StateWithWeights)
@@ -70,7 +70,7 @@ def with_initial_weights(abstract: State, draw: Callable[[], Weights], given: We
     dtypes = {path: x.dtype for path, x in missing.items()}
     shardings = {path: x.sharding for path, x in missing.items()}
     # this program runs once: on CPU, optimizing the random generator of every weight takes longer than the rest of the start
-    on_cpu = next(iter(shardings.values())).mesh.devices.flat[0].platform == "cpu"
+    on_cpu = next(iter(next(iter(shardings.values())).device_set)).platform == "cpu"
     options = {"xla_backend_optimization_level": 0} if on_cpu else None
     random = jax.jit(partial(_cast_weights, draw, dtypes), out_shardings=shardings, compiler_options=options)()
     return abstract.with_weights(random | dict(given))

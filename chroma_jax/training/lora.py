@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Mapping
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from chroma_jax.training.checkpoint import Checkpoints
 from chroma_jax.utils.errors import InputError, near
 
 MARK = "/lora/"  # in the path of every weight that is added
+Model = TypeVar("Model", bound=nnx.Module)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +48,7 @@ class LoraConfig:
         return self.alpha / self.rank
 
 
-def adapted(model: nnx.Module, config: LoraConfig, rngs: nnx.Rngs) -> nnx.Module:
+def adapted(model: Model, config: LoraConfig, rngs: nnx.Rngs) -> Model:
     """The model with pairs beside the products that the configuration names; itself, changed.
 
     Raises: InputError for a pattern that names no product.

@@ -18,6 +18,7 @@ from chroma_jax.models.reasoner import Reasoner
 from chroma_jax.parallel.sharding import active, leading_spec, reshape_rows, reshard, take_rows
 from chroma_jax.sequence.batch import Batch, is_present
 from chroma_jax.training.loss_config import LossConfig
+from chroma_jax.utils.arrays import AnyArray
 
 
 class Counts(NamedTuple):
@@ -46,7 +47,7 @@ def count(batch: Batch, config: LossConfig) -> Counts:
         drawn = math.ceil(c0.shape[1] * config.decoder_frame_fraction)
         return total(c0), jnp.sum(jnp.minimum(jnp.sum(is_present(c0), axis=-1), drawn)).astype(jnp.float32)
 
-    reply, prompt = split_targets(batch.target_codes[..., 0], config.prompt_slots)
+    reply, prompt = split_targets(jnp.asarray(batch.target_codes)[..., 0], config.prompt_slots)
     counts = Counts(*of_frames(reply), total(batch.answer_token), total(batch.ctc_target))
     return Counts(*counts[:4], *of_frames(prompt)) if config.prompt_slots else counts
 
@@ -73,7 +74,7 @@ def mean(total: jax.Array, count: jax.Array) -> jax.Array:
     return total / jnp.maximum(count, 1)
 
 
-def choose_frames(present: jax.Array, count: int, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+def choose_frames(present: AnyArray, count: int, key: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Draws ``count`` of each row's target frames without replacement.
 
     present: bool [B, F]. Returns (int32 [B, count] indices, bool [B, count], false where the row has fewer).
@@ -155,6 +156,7 @@ def speech_losses(
     loss, metrics = of(reply_hidden, reply, key, over)
     of_prompt = over._replace(frames=over.prompt_frames, residual=over.prompt_residual)
     prompt_loss, prompt_metrics = of(prompt_hidden, prompt, jax.random.fold_in(key, 1), of_prompt)
+    assert over.prompt_frames is not None  # see `count`
     weighted = config.prompt_weight * over.prompt_frames
     share = weighted / jnp.maximum(over.frames + weighted, 1e-6)
     metrics |= {f"prompt_{name}": prompt_metrics[name] for name in ("nll", "accuracy")}
@@ -257,7 +259,7 @@ def ctc_loss(reasoner: Reasoner, audio: jax.Array, batch: Batch, blank: int) -> 
     logits = jnp.einsum("BAD,VD->BAV", reshard(audio, P(*leading_spec(audio, 1))), reshard(table, P()))
     blocks = batch.mel_length.shape[1]
     index = jnp.arange(audio.shape[1] // blocks)
-    heard = index < (num_positions(batch.mel_length) // 2)[..., None]
+    heard = index < (num_positions(jnp.asarray(batch.mel_length)) // 2)[..., None]
     heard = reshape_rows(heard, len(heard), audio.shape[1])
     silent = jnp.where(jnp.arange(logits.shape[-1]) == blank, 0.0, -1e5)
     logits = jnp.where(heard[..., None], logits.astype(jnp.float32), silent)
@@ -272,7 +274,7 @@ def ctc_loss(reasoner: Reasoner, audio: jax.Array, batch: Batch, blank: int) -> 
 
     # without the check of what varies, which optax's scan does not pass
     spell = jax.shard_map(spelled, out_specs=P(*leading_spec(logits, 1)), check_vma=False) if active() else spelled
-    return jnp.sum(spell(logits, batch.ctc_target))
+    return jnp.sum(spell(logits, jnp.asarray(batch.ctc_target)))
 
 
 def loss(
@@ -289,7 +291,7 @@ def loss(
     own = count(batch, config)
     over = own if whole is None else whole
     if batch.hidden.shape[-1]:
-        answers = batch.hidden.astype(dtype)
+        audio, answers = None, jnp.asarray(batch.hidden).astype(dtype)
     else:
         with jax.named_scope("reasoner"):
             audio = model.reasoner.audio(batch.mel, batch.mel_length, dtype)
@@ -298,20 +300,22 @@ def loss(
     metrics = {}
     if config.ctc_weight:
         with jax.named_scope("ctc_loss"):
+            assert audio is not None  # stored hidden states are refused with it
             nll = ctc_loss(model.reasoner, audio, batch, model.config.tokens.pad)
             metrics["ctc_loss"] = mean(nll, over.ctc_targets)
             total += config.ctc_weight * metrics["ctc_loss"]
     if config.text_weight:
         with jax.named_scope("text_loss"):
-            nll, hits = text_losses(model.reasoner, answers, batch.answer_token, config.logits_chunk_size)
+            nll, hits = text_losses(model.reasoner, answers, jnp.asarray(batch.answer_token), config.logits_chunk_size)
             metrics["text_loss"], metrics["text_accuracy"] = mean(nll, over.tokens), mean(hits, over.tokens)
             total += config.text_weight * metrics["text_loss"]
     if config.speech_weight:
         with jax.named_scope("backbone"):
-            hidden = model.backbone(model.interleaved(batch, answers), batch.position, batch.segment)
+            position, segment = jnp.asarray(batch.position), jnp.asarray(batch.segment)
+            hidden = model.backbone(model.interleaved(batch, answers), position, segment)
             hidden = take_rows(hidden, jnp.maximum(batch.target_position, 0))
         with jax.named_scope("frames"):
-            speech, of_speech = speech_losses(model, hidden, batch.target_codes, config, key, over)
+            speech, of_speech = speech_losses(model, hidden, jnp.asarray(batch.target_codes), config, key, over)
         metrics |= of_speech
         total += config.speech_weight * speech
     metrics |= {"loss": total, "frames": own.frames, "residual_frames": own.residual}

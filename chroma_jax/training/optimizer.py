@@ -4,7 +4,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,8 @@ from chroma_jax.kernels import sums
 from chroma_jax.parallel.sharding import active, reshape_rows, reshard
 from chroma_jax.training.lora import MARK
 from chroma_jax.utils.errors import InputError, near
+
+Weights = TypeVar("Weights", bound=optax.Params)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,12 +98,12 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def update_weights(
-    config: OptimizerConfig, gradient: nnx.State, moments: optax.OptState, weights: nnx.State
-) -> tuple[nnx.State, optax.OptState]:
+    config: OptimizerConfig, gradient: Weights, moments: optax.OptState, weights: Weights
+) -> tuple[Weights, optax.OptState]:
     """One step of the optimizer → (weights, moments)."""
     with jax.named_scope("optimizer"):
         updates, moments = make_optimizer(config).update(gradient, moments, weights)
-        return optax.apply_updates(weights, updates), moments
+        return cast(Weights, optax.apply_updates(weights, updates)), moments
 
 
 def clipped(norm: float) -> optax.GradientTransformation:

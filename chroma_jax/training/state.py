@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple, Protocol, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,18 @@ from flax import nnx
 from chroma_jax.utils.tree_paths import filled, flat, nested, values
 
 DType = Literal["float32", "bfloat16"]
-State = TypeVar("State", bound=NamedTuple)
+
+
+class SteppedState(Protocol):
+    """A named tuple with a ``step``."""
+
+    @property
+    def step(self) -> jax.Array: ...
+
+    def _replace(self, **fields) -> Self: ...
+
+
+State = TypeVar("State", bound=SteppedState)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Mapping
 from functools import cache, partial
 from types import MappingProxyType
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +67,7 @@ def train_step(state: TrainState, batch: Batch, *, config: TrainStepConfig) -> t
     gradient, metrics = batch_gradient(state, batch, config)
     trained, moments = update_weights(config.optimizer, gradient, state.optimizer, state.trained)
     norm = sums.norm(gradient)
-    metrics |= {"gradient_norm": norm, "learning_rate": learning_rate(config.optimizer)(state.step)}
+    metrics |= {"gradient_norm": norm, "learning_rate": cast(jax.Array, learning_rate(config.optimizer)(state.step))}
     new = TrainState(state.step + 1, trained, state.frozen, moments)
     new, metrics["skipped"] = skip_if_bad(new, state, metrics["loss"], norm, config.skip_step_grad_norm)
     return new, metrics

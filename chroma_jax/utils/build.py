@@ -4,11 +4,14 @@ import dataclasses
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from chroma_jax.utils.errors import InputError, near
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
 EXPECTED = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 
 
@@ -57,7 +60,7 @@ def _checked(value: Any, hint: Any, source: object, name: str) -> Any:
             return value
         (hint,) = (option for option in options if option is not types.NoneType)
         kind, options = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else build(hint, value, source, f"{name}.")
     if kind is tuple and isinstance(value, list | tuple):
         of = [options[0]] * len(value) if options[1:] == (...,) else options

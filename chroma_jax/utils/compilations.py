@@ -27,12 +27,12 @@ def counted_compilations(*, this_thread: bool = False) -> Iterator[CompilationCo
     """Counts within the ``with`` block, in the whole process or in this thread only."""
     counts, thread = CompilationCount(), threading.get_ident()
 
-    def listen(event: str, duration: float, **_) -> None:
+    def listen(event: str, duration_secs: float, **_) -> None:
         if not event.startswith(PREFIX) or (this_thread and threading.get_ident() != thread):
             return
         counts.events += 1
         if event == f"{PREFIX}backend_compile_duration":
-            counts.count, counts.seconds = counts.count + 1, counts.seconds + duration
+            counts.count, counts.seconds = counts.count + 1, counts.seconds + duration_secs
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 import jax
 from flax import nnx
 
+from chroma_jax.utils.arrays import AnyArray
+
 
 def variables(state: nnx.Module | nnx.State, prefix: str = "") -> dict[str, nnx.Variable]:
     """Every variable of a module or a state by path, with ``prefix`` before it."""
@@ -17,7 +19,7 @@ def values(state: nnx.Module | nnx.State, prefix: str = "") -> dict[str, jax.Arr
     return {path: variable.get_value() for path, variable in variables(state, prefix).items()}
 
 
-def filled(state: nnx.State, weights: Mapping[str, jax.Array], prefix: str = "") -> nnx.State:
+def filled(state: nnx.State, weights: Mapping[str, AnyArray], prefix: str = "") -> nnx.State:
     """A state with the arrays that ``weights`` has for its paths; what it does not have stays."""
     flat = [(path, prefix + "/".join(map(str, path)), variable) for path, variable in nnx.to_flat_state(state)]
     return nnx.from_flat_state([(path, v.replace(weights[name]) if name in weights else v) for path, name, v in flat])

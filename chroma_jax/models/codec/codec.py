@@ -24,6 +24,7 @@ from chroma_jax.models.codec.conv import Conv, ConvState, ConvTranspose
 from chroma_jax.models.codec.quantizer import QuantizerConfig, SplitQuantizer
 from chroma_jax.models.codec.seanet import SeanetConfig, SeanetDecoder, SeanetEncoder
 from chroma_jax.parallel.sharding import RULES, AxisRules
+from chroma_jax.utils.arrays import AnyArray
 from chroma_jax.utils.errors import InputError
 
 MIMI_TRANSFORMER = EncoderConfig(
@@ -200,11 +201,11 @@ class Codec(nnx.Module):
         """
         return self._quantize(self.latents(audio), num_codebooks)
 
-    def latents(self, audio: jax.Array) -> jax.Array:
+    def latents(self, audio: AnyArray) -> jax.Array:
         """audio: [B, S]. Returns what is quantized, [B, F, D]."""
         return self.encode_stages(audio).latents
 
-    def encode_stages(self, audio: jax.Array) -> EncodeStages:
+    def encode_stages(self, audio: AnyArray) -> EncodeStages:
         if audio.ndim != 2 or audio.shape[1] < 1:
             raise ValueError(f"audio must be [batch, samples] with at least one sample, got {audio.shape}")
         return self._encode(audio, ConvState(), self._attend_whole)

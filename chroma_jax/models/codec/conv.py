@@ -53,6 +53,7 @@ class ConvState:
         """start: [B, M, C], the memory of a row that begins here. Returns the memory of each row."""
         if self._old is None:
             return start
+        assert self._fresh is not None  # it comes with memories
         return jnp.where(self._fresh[:, None, None], start, next(self._old))
 
     def put(self, memory: jax.Array) -> None:
@@ -238,11 +239,14 @@ class ConvTranspose(nnx.Module):
         blocks = -(-taps // self.stride)
         held = (blocks - 1) * self.stride
         z = jnp.pad(z, ((0, 0), (0, 0), (0, blocks * self.stride - taps), (0, 0)))
-        y = 0
-        for j in range(blocks):
-            start = j * self.stride
+
+        def shifted(start: int) -> jax.Array:
             block = z[:, :, start : start + self.stride].reshape(batch, length * self.stride, -1)
-            y = y + jnp.pad(block, ((0, 0), (start, held - start), (0, 0)))
+            return jnp.pad(block, ((0, 0), (start, held - start), (0, 0)))
+
+        y = 0 + shifted(0)
+        for j in range(1, blocks):
+            y = y + shifted(j * self.stride)
         if held:
             memory = carry.take(jnp.zeros_like(y[:, :held]))
             y = y + jnp.pad(memory, ((0, 0), (0, length * self.stride), (0, 0)))

@@ -100,8 +100,9 @@ def fit_quantizer(codec: Codec, latents: np.ndarray, seed: int, config: FitConfi
     if projected:
         components = np.linalg.eigh(latents.T @ latents)[1][:, ::-1][:, : codec.config.quantizer.codebook_dim]
         for branch in branches[config.semantic == "trained" :]:
+            assert branch.input is not None
             branch.input.kernel[...] = jnp.asarray(components)
-    seen = [latents @ np.asarray(branch.input.kernel[...]) if projected else latents for branch in branches]
+    seen = [latents if branch.input is None else latents @ np.asarray(branch.input.kernel[...]) for branch in branches]
     keys = jax.random.split(jax.random.key(seed))
     made = [fit_levels(branch.codebooks, z, key, config) for branch, z, key in zip(branches, seen, keys, strict=True)]
     if projected:
@@ -109,5 +110,6 @@ def fit_quantizer(codec: Codec, latents: np.ndarray, seed: int, config: FitConfi
         ridge = RIDGE * np.trace(both.T @ both) / both.shape[1] * np.eye(both.shape[1])
         outputs = np.linalg.solve(both.T @ both + ridge, both.T @ latents)
         for branch, kernel in zip(branches, np.split(outputs, 2), strict=True):
+            assert branch.output is not None
             branch.output.kernel[...] = jnp.asarray(kernel, jnp.float32)
     return codec

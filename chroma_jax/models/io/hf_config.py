@@ -1,7 +1,7 @@
 """The released model's ``config.json`` and our `ChromaConfig`, both ways."""
 
 import math
-from typing import Any, TypeVar
+from typing import Any
 
 from chroma_jax.layers.rope import RopeConfig
 from chroma_jax.layers.transformer import EncoderConfig, LlamaConfig
@@ -10,11 +10,10 @@ from chroma_jax.models.chroma import ChromaConfig
 from chroma_jax.models.codec import CodecConfig, QuantizerConfig, SeanetConfig
 from chroma_jax.models.reasoner import ReasonerConfig
 from chroma_jax.sequence.chat_template import SpecialTokens
-from chroma_jax.utils.build import build
+from chroma_jax.utils.build import T, build
 from chroma_jax.utils.errors import InputError
 
 Json = dict[str, Any]
-T = TypeVar("T")
 
 
 def _built(cls: type[T], section: Json, **values: Any) -> T:
@@ -269,6 +268,7 @@ def codec_from_hf(section: Json) -> CodecConfig:
 
 def codec_to_hf(config: CodecConfig) -> Json:
     c, s, t, q = config, config.seanet, config.transformer, config.quantizer
+    assert t.rope is not None
     return {
         "model_type": "mimi",
         "sampling_rate": c.sampling_rate,

@@ -8,7 +8,7 @@ Hugging Face's and in Sesame's naming.
 import functools
 import math
 from collections.abc import Callable, Iterator
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -18,8 +18,8 @@ from chroma_jax.models.chroma import ChromaConfig
 class Transform(NamedTuple):
     """to_ours: (foreign tensor, our shape) → ours. to_foreign: ours → foreign tensor. Exact inverses, of numpy and JAX arrays."""
 
-    to_ours: Callable[[np.ndarray, tuple[int, ...]], np.ndarray]
-    to_foreign: Callable[[np.ndarray], np.ndarray]
+    to_ours: Callable[[Any, tuple[int, ...]], Any]
+    to_foreign: Callable[[Any], Any]
 
 
 SAME = Transform(lambda x, shape: x, lambda x: x)

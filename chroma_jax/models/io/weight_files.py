@@ -10,7 +10,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -92,8 +92,8 @@ def read_header(source: Path) -> dict[str, Tensor]:
         try:
             with safe_open(file, framework="numpy") as handle:
                 for name in handle.keys():
-                    if name in header:
-                        raise InputError(f"{source}: {name} is both in {header[name].file.name} and in {file.name}")
+                    if name in header and (other := header[name].file):
+                        raise InputError(f"{source}: {name} is both in {other.name} and in {file.name}")
                     tensor = handle.get_slice(name)
                     dtype = str(tensor.get_dtype())
                     header[name] = Tensor(tuple(tensor.get_shape()), TYPES.get(dtype, dtype), file)
@@ -176,6 +176,7 @@ def automatic(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     if not isinstance(x.sharding, NamedSharding):
         return x
     mesh = x.sharding.mesh
+    assert isinstance(mesh, Mesh)
     mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * mesh.devices.ndim)
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec))
 
@@ -184,8 +185,9 @@ def _batches(rows: Iterable[NameRow], header: Header) -> Iterator[list[tuple[Nam
     """(row, layer, stored name) of every foreign tensor, so many at a time as may be read together."""
     batch, size = [], 0
     for row in rows:
-        for layer, name in enumerate(row.foreign_names()):
-            name = stored_name(row, name, header)
+        for layer, foreign in enumerate(row.foreign_names()):
+            name = stored_name(row, foreign, header)
+            assert name is not None  # see `problems`
             if batch and size + header[name].nbytes > AT_ONCE:
                 yield batch
                 batch, size = [], 0
@@ -200,6 +202,7 @@ def _read(batch, header: Header, abstract: Mapping[str, jax.ShapeDtypeStruct]) -
     wanted: dict[Path, dict[str, jax.ShapeDtypeStruct]] = {}
     for row, _, name in batch:
         tensor, target = header[name], abstract[row.path]
+        assert tensor.file is not None  # tensors of a manifest are not read
         sharding = _reading_sharding(target.sharding, tensor.shape)
         wanted.setdefault(tensor.file, {})[name] = jax.ShapeDtypeStruct(tensor.shape, target.dtype, sharding=sharding)
     return {name: bits(x) for file, structs in wanted.items() for name, x in read_tensors(file, structs).items()}
@@ -212,7 +215,7 @@ def read_tensors(file: Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[st
     context.checkpoint_layout = ocp.options.CheckpointLayout.SAFETENSORS
     try:
         with context:
-            return ocp.load(Path(file).absolute(), wanted)
+            return ocp.load(str(Path(file).absolute()), wanted)
     except (ValueError, OSError) as e:
         raise InputError(f"{file}: cannot be read ({e})") from e
 
@@ -305,7 +308,8 @@ def write_safetensors(file: Path, tensors: list[Output], progress: Callable[[int
     The format (the safetensors project's README): the header's length in 8 bytes, little-endian; the header, JSON, filled up
     with spaces; the tensors, row-major. progress: is told how many bytes are written.
     """
-    codes, header, offset = {v: k for k, v in TYPES.items()}, {"__metadata__": {"format": "pt"}}, 0
+    codes, offset = {v: k for k, v in TYPES.items()}, 0
+    header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}
     for x in tensors:
         offsets = [offset, offset + x.nbytes]
         header[x.name] = {"dtype": codes[x.dtype], "shape": list(x.shape), "data_offsets": offsets}
@@ -327,7 +331,7 @@ def write_safetensors(file: Path, tensors: list[Output], progress: Callable[[int
 def abstract_weights(config: ChromaConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """Every weight of the model and of the Codec (``codec/…``) by path."""
     speaking = nnx.eval_shape(lambda: Chroma(nnx.Rngs(0), config))
-    return values(speaking) | values(abstract_codec(config), "codec/")
+    return cast(dict[str, jax.ShapeDtypeStruct], values(speaking) | values(abstract_codec(config), "codec/"))
 
 
 def abstract_codec(config: ChromaConfig) -> Codec:

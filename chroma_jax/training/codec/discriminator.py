@@ -17,6 +17,9 @@ from flax import nnx
 from chroma_jax.layers.linear import for_compute, normal, ones, weight, zeros
 from chroma_jax.parallel.sharding import reshape_rows
 from chroma_jax.training.codec.spectra import stft
+from chroma_jax.utils.arrays import AnyArray
+
+DiscriminatorLoss = Literal["hinge", "least_squares"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +41,7 @@ class DiscriminatorConfig:
     dilations: tuple[int, ...] = (1, 2, 4)
     compression: float = 1.0
     periods: tuple[int, ...] = ()
-    loss: Literal["hinge", "least_squares"] = "hinge"
+    loss: DiscriminatorLoss = "hinge"
 
     def __post_init__(self):
         if not self.windows and not self.periods:
@@ -133,7 +136,7 @@ class StftDiscriminator(nnx.Module):
         self.layers = nnx.List(layers)
         self.output = Conv2d(rngs, filters, 1, (3, 3))
 
-    def __call__(self, wave: jax.Array) -> DiscriminatorOutput:
+    def __call__(self, wave: AnyArray) -> DiscriminatorOutput:
         """wave: float32 [B, S]."""
         spectrum = stft(wave, self.window, self.window // 4)
         x, features = jnp.stack([spectrum.real, spectrum.imag], axis=-1), []
@@ -164,7 +167,7 @@ class PeriodDiscriminator(nnx.Module):
         self.layers = nnx.List(layers)
         self.output = Conv2d(rngs, widths[-1], 1, (1, 3))
 
-    def __call__(self, wave: jax.Array) -> DiscriminatorOutput:
+    def __call__(self, wave: AnyArray) -> DiscriminatorOutput:
         """wave: float32 [B, S], S at least the period."""
         wave = jnp.pad(wave, ((0, 0), (0, -wave.shape[1] % self.period)), mode="reflect")
         x = reshape_rows(wave, len(wave), wave.shape[1] // self.period, self.period)
@@ -179,11 +182,11 @@ class Discriminator(nnx.Module):
     """All discriminators of a configuration."""
 
     def __init__(self, rngs: nnx.Rngs, config: DiscriminatorConfig = DiscriminatorConfig()):
-        self.loss = config.loss
+        self.loss: DiscriminatorLoss = config.loss
         parts = [StftDiscriminator(rngs, config, window) for window in config.windows]
         self.parts = nnx.List([*parts, *(PeriodDiscriminator(rngs, config, period) for period in config.periods)])
 
-    def __call__(self, wave: jax.Array) -> list[DiscriminatorOutput]:
+    def __call__(self, wave: AnyArray) -> list[DiscriminatorOutput]:
         """wave: float32 [B, S]. Returns the outputs of the STFT discriminators, then of the period discriminators."""
         outputs = []
         for discriminator in self.parts:

@@ -6,14 +6,15 @@ The reconstruction is compared with its target by mel spectrograms at several re
 """
 
 import dataclasses
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from chroma_jax.parallel.sharding import reshape_rows
-from chroma_jax.training.codec.discriminator import Discriminator, DiscriminatorOutput
+from chroma_jax.training.codec.discriminator import Discriminator, DiscriminatorLoss, DiscriminatorOutput
 from chroma_jax.training.codec.spectra import log_mel
+from chroma_jax.utils.arrays import AnyArray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +67,7 @@ class CodecLossConfig:
             raise ValueError(f"pre_emphasis must be in 0 … 1, got {self.pre_emphasis}")
 
 
-def mel_distance(made: jax.Array, real: jax.Array, sample_rate: int, config: MelLossConfig = MelLossConfig()) -> jax.Array:
+def mel_distance(made: jax.Array, real: AnyArray, sample_rate: int, config: MelLossConfig = MelLossConfig()) -> jax.Array:
     """Mean absolute difference of log10 mel magnitudes, averaged over the resolutions. made, real: float32 [B, S]. Returns
     [B]."""
     apart = [
@@ -76,7 +77,7 @@ def mel_distance(made: jax.Array, real: jax.Array, sample_rate: int, config: Mel
     return jnp.mean(jnp.stack(apart), axis=0)
 
 
-def wave_distance(made: jax.Array, real: jax.Array, pre_emphasis: float = 0.0) -> jax.Array:
+def wave_distance(made: jax.Array, real: AnyArray, pre_emphasis: float = 0.0) -> jax.Array:
     """Mean absolute difference of the samples after pre-emphasis. made, real: float32 [B, S]. Returns [B]."""
     difference = made - real
     if pre_emphasis:
@@ -84,10 +85,7 @@ def wave_distance(made: jax.Array, real: jax.Array, pre_emphasis: float = 0.0) -
     return jnp.mean(jnp.abs(difference), axis=1)
 
 
-DiscriminatorLoss = Literal["hinge", "least_squares"]
-
-
-def latent_loss(latents: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
+def latent_loss(latents: jax.Array, target: jax.Array, mask: AnyArray) -> jax.Array:
     """Mean squared distance of latents from those of the targets, relative to the mean square of the latter.
 
     A recording whose input is its target has a loss of 0.
@@ -109,7 +107,7 @@ SPECTRA = 8  # mel spectra per frame that the spectrum loss compares
 SPECTRUM_BINS = 80  # mel bins of each
 
 
-def spectrum_loss(predicted: jax.Array, target: jax.Array, sample_rate: int) -> jax.Array:
+def spectrum_loss(predicted: jax.Array, target: AnyArray, sample_rate: int) -> jax.Array:
     """Mean absolute difference of log10 mel magnitudes that are predicted from the decoder's input.
 
     Args:
@@ -210,8 +208,8 @@ def balanced(
 def reconstruction_losses(
     discriminator: Discriminator | None,
     made: jax.Array,
-    target: jax.Array,
-    mask: jax.Array,
+    target: AnyArray,
+    mask: AnyArray,
     sample_rate: int,
     config: CodecLossConfig,
     balancer: BalancerState,

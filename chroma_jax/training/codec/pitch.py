@@ -12,6 +12,7 @@ from flax import nnx
 
 from chroma_jax.layers.linear import Linear, zeros
 from chroma_jax.parallel.sharding import reshape_rows
+from chroma_jax.utils.arrays import AnyArray
 from chroma_jax.utils.errors import InputError
 
 SUBFRAMES = 2  # targets per Codec frame
@@ -25,7 +26,7 @@ SILENT = 1e-4  # the same, absolute
 CENTER = np.log2(150.0)  # of the predictions, in octaves
 
 
-def pitch_targets(wave: jax.Array, sampling_rate: int, samples_per_frame: int) -> tuple[jax.Array, jax.Array]:
+def pitch_targets(wave: AnyArray, sampling_rate: int, samples_per_frame: int) -> tuple[jax.Array, jax.Array]:
     """Voicing and log F0 by normalized autocorrelation (after Boersma, IFA Proceedings 17, 1993).
 
     Args:

@@ -41,11 +41,11 @@ class QuantizerTraining:
 
 
 class Statistics(NamedTuple):
-    """What a batch did with a branch's codebooks, float32. total: [Q, N, C], sum of the vectors that chose each code; count:
+    """What a batch did with a branch's codebooks, float32. total: [Q, N, C], sum of the vectors that chose each code; counts:
     [Q, N], how many they were; spare: [Q, N, C], vectors of the batch, drawn at random, onto which dead codes may move."""
 
     total: jax.Array
-    count: jax.Array
+    counts: jax.Array
     spare: jax.Array
 
 
@@ -130,8 +130,8 @@ def _branch(branch: ResidualQuantizer, x: jax.Array, levels: jax.Array, key: jax
 def chosen_by(residual: jax.Array, codes: jax.Array, rows: jax.Array, size: int, key: jax.Array) -> Statistics:
     """Of one level. residual: [B, F, C]; codes: int32 [B, F]; rows: bool [B], which recordings use the level."""
     chose = jax.nn.one_hot(codes, size, dtype=jnp.float32) * rows[:, None, None]
-    whole = {"out_sharding": P(None, None)} if active() else {}  # summed over all devices
-    total = jnp.einsum("BFN,BFC->NC", chose, residual, precision=jax.lax.Precision.HIGHEST, **whole)
+    whole = P(None, None) if active() else None  # summed over all devices
+    total = jnp.einsum("BFN,BFC->NC", chose, residual, precision=jax.lax.Precision.HIGHEST, out_sharding=whole)
     count = jnp.sum(chose, axis=(0, 1))
     everywhere = reshard(residual, P())
     b, f, c = residual.shape
@@ -145,7 +145,7 @@ def updated_codebooks(embed_sum: jax.Array, usage: jax.Array, statistics: Statis
     Counts are shares of the batch times the number of codes, so that the mean usage of a codebook tends to one whatever the
     batch's size. A level that no recording used stays as it is.
     """
-    count = statistics.count
+    count = statistics.counts
     whole = jnp.sum(count, axis=1, keepdims=True)
     scale = count.shape[1] / jnp.maximum(whole, 1)
     keep = jnp.where(whole > 0, config.decay, 1.0)

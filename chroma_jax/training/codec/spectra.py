@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from chroma_jax.utils.arrays import AnyArray
 
-def stft(wave: jax.Array, window: int, hop: int) -> jax.Array:
+
+def stft(wave: AnyArray, window: int, hop: int) -> jax.Array:
     """Short-time Fourier transform with a periodic Hann window scaled to energy one, edges reflected.
 
     wave: float32 [B, S], S > window / 2. Returns complex64 [B, 1 + S // hop, 1 + window / 2]; frame t is centred on sample t ·
@@ -35,7 +37,7 @@ def mel_filters(sample_rate: int, window: int, bins: int) -> np.ndarray:
     return librosa.filters.mel(sr=sample_rate, n_fft=window, n_mels=bins).T.astype(np.float32)
 
 
-def log_mel(wave: jax.Array, sample_rate: int, window: int, bins: int, floor: float = 1e-5) -> jax.Array:
+def log_mel(wave: AnyArray, sample_rate: int, window: int, bins: int, floor: float = 1e-5) -> jax.Array:
     """log10 of the mel magnitudes, hop a quarter of the window. wave: float32 [B, S]. Returns float32 [B, T, bins]."""
     spectrum = stft(wave, window, window // 4)
     # the root of a sum that is never zero, or the gradient would be infinite in silence

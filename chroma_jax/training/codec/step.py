@@ -14,7 +14,7 @@ import dataclasses
 from collections.abc import Mapping
 from functools import partial
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +55,7 @@ from chroma_jax.training.codec.state import CodecTrainState, Parts
 from chroma_jax.training.initial_state import replicated, sharded_moments, sharded_weights, with_initial_weights
 from chroma_jax.training.optimizer import learning_rate, make_optimizer, update_weights
 from chroma_jax.training.state import skip_if_bad
+from chroma_jax.utils.arrays import AnyArray
 from chroma_jax.utils.tree_paths import filled, values
 from data_pipelines.waves import WaveBatch
 
@@ -83,7 +84,7 @@ def train_step(
     norm = sums.norm(codec_gradient)
     metrics |= losses | {"gradient_norm": norm, "learning_rate": learning_rate(recipe.optimizer)(state.step)}
     state = state._replace(step=state.step + 1, codec=weights, heads=heads, optimizer=optimizer, balancer=balancer)
-    if phase.quantized:
+    if statistics is not None:
         metrics |= usage(statistics)
         if not config.codebooks_frozen:
             state = state._replace(codebooks=with_batch_means(state.codebooks, statistics, recipe.quantizer))
@@ -119,15 +120,17 @@ def forward(
     Returns:
         ((reconstruction [B, S], weighted sum of the losses []), (metrics, statistics of both quantizer branches or None)).
     """
-    recipe, statistics = config.recipe, None
+    recipe = config.recipe
+    statistics: tuple[Statistics, Statistics] | None = None
     codec = nnx.merge(split_shapes(config)[0].codec, trained[0], state.frozen, state.codebooks)
     encoding = encode(codec, batch.input, choice, key, phase)
     heads = nnx.merge(split_shapes(config)[0].heads, trained[1])
-    if phase.quantized:
-        statistics = tuple(branch.statistics for branch in encoding.branches)
+    if encoding.branches is not None:
+        semantic, acoustic = encoding.branches
+        statistics = semantic.statistics, acoustic.statistics
     metrics = encoder_losses(codec, heads, encoding, batch, config)
     total = sum((getattr(recipe.loss, name) * value for name, value in metrics.items()), start=jnp.float32(0))
-    if config.pitch_codebooks and phase.quantized:
+    if config.pitch_codebooks and encoding.branches is not None:
         with jax.named_scope("pitch"):
             value, terms = pitch_losses(heads.pitch, encoding.branches, choice, batch.target, config)
         total += recipe.pitch_weight * value
@@ -152,7 +155,7 @@ class Encoding(NamedTuple):
     branches: tuple[Quantized, Quantized] | None
 
 
-def encode(codec: Codec, wave: jax.Array, choice: Choice, key: jax.Array, phase: Phase) -> Encoding:
+def encode(codec: Codec, wave: AnyArray, choice: Choice, key: jax.Array, phase: Phase) -> Encoding:
     """Encodes float32 [B, S], whole frames. The other arguments are those of `forward`."""
     latents = codec.latents(wave)
     if not phase.quantized:
@@ -172,18 +175,20 @@ def encoder_losses(codec: Codec, heads: Heads, encoding: Encoding, batch: WaveBa
     if weights.latents:
         with jax.named_scope("latent_loss"):
             losses["latents"] = latent_loss(encoding.latents, codec.latents(batch.target), batch.mask)
-    if weights.spectrum:
+    if heads.spectrum is not None:
         with jax.named_scope("spectrum_loss"):
             predicted = heads.spectrum(encoding.decoder_input)
             losses["spectrum"] = spectrum_loss(predicted, batch.target, config.codec.sampling_rate)
     if config.teacher is not None:
         with jax.named_scope("teacher"):
-            losses["distillation"] = distillation_loss(heads.distillation(encoding.semantic), config.teacher(batch.input))
+            assert heads.distillation is not None
+            wave = cast(jax.Array, batch.input)
+            losses["distillation"] = distillation_loss(heads.distillation(encoding.semantic), config.teacher(wave))
     return losses
 
 
 def pitch_losses(
-    head: PitchHead, branches: tuple[Quantized, Quantized], choice: Choice, target: jax.Array, config: CodecTrainStepConfig
+    head: PitchHead, branches: tuple[Quantized, Quantized], choice: Choice, target: AnyArray, config: CodecTrainStepConfig
 ) -> tuple[jax.Array, Metrics]:
     """The pitch teacher's loss [] and its terms, for the codebooks of ``config.pitch_codebooks``."""
     codec, codebooks = config.codec, config.pitch_codebooks
@@ -195,8 +200,8 @@ def pitch_losses(
 
 def usage(statistics: tuple[Statistics, Statistics]) -> Metrics:
     """Perplexity of every codebook on a batch, [Q], and the smallest one as a share of the codebook's size."""
-    perplexities = jnp.concatenate([perplexity(branch.count) for branch in statistics])
-    size = statistics[0].count.shape[1]
+    perplexities = jnp.concatenate([perplexity(branch.counts) for branch in statistics])
+    size = statistics[0].counts.shape[1]
     return {"perplexity": perplexities, "least_perplexity_share": jnp.min(perplexities) / size}
 
 
@@ -205,12 +210,13 @@ def with_batch_means(codebooks: nnx.State, statistics: tuple[Statistics, Statist
     before, after = values(codebooks), {}
     for name, branch in zip(("semantic", "acoustic"), statistics, strict=True):
         names = [f"quantizer/{name}/codebooks/{kind}" for kind in ("embed_sum", "cluster_usage")]
-        after |= dict(zip(names, updated_codebooks(*(before[n] for n in names), branch, config), strict=True))
+        embed_sum, cluster_usage = (before[n] for n in names)
+        after |= dict(zip(names, updated_codebooks(embed_sum, cluster_usage, branch, config), strict=True))
     return filled(codebooks, after)
 
 
 def discriminator_step(
-    state: CodecTrainState, made: jax.Array, real: jax.Array, config: CodecTrainStepConfig
+    state: CodecTrainState, made: jax.Array, real: AnyArray, config: CodecTrainStepConfig
 ) -> tuple[CodecTrainState, jax.Array, jax.Array]:
     """Advances the discriminator. Returns the state, the discriminator's loss and the norm of its gradient."""
     value, gradient = jax.value_and_grad(discriminator_forward)(state.discriminator, made, real, config)
@@ -220,7 +226,7 @@ def discriminator_step(
     return state._replace(discriminator=weights, discriminator_optimizer=moments), value, sums.norm(gradient)
 
 
-def discriminator_forward(weights: nnx.State, made: jax.Array, real: jax.Array, config: CodecTrainStepConfig) -> jax.Array:
+def discriminator_forward(weights: nnx.State, made: jax.Array, real: AnyArray, config: CodecTrainStepConfig) -> jax.Array:
     """The discriminator's loss [] of reconstructions and recordings, float32 [B, S] each."""
     discriminator = discriminator_of(weights, config)
     return discriminator_loss(discriminator(made), discriminator(real), config.recipe.discriminator.loss)
@@ -284,13 +290,13 @@ class CodecTrainer:
     @property
     def batch_sharding(self) -> WaveBatch:
         """Shardings of a batch."""
-        waves, mask = (NamedSharding(self.mesh, RULES.param_spec(axes)) for axes in (("batch", None), ("batch",)))
-        return WaveBatch(waves, waves, mask)
+        waves, mask = self.wave_sharding, NamedSharding(self.mesh, RULES.param_spec(("batch",)))
+        return WaveBatch._make((waves, waves, mask))
 
     @property
     def wave_sharding(self) -> NamedSharding:
         """Sharding of waves, [B, S]."""
-        return self.batch_sharding.input
+        return NamedSharding(self.mesh, RULES.param_spec(("batch", None)))
 
     def init(self, weights: Mapping[str, jax.Array] = MappingProxyType({})) -> CodecTrainState:
         """The state before the first step. Weights by path replace random ones."""

@@ -44,14 +44,14 @@ class CompileClock:
     def __exit__(self, *_) -> None:
         jax.monitoring.unregister_event_duration_listener(self.heard)
 
-    def heard(self, event: str, seconds: float, **_) -> None:
+    def heard(self, event: str, duration_secs: float, **_) -> None:
         """Called when something is over; tracing one function may lie within tracing another."""
         if not event.startswith("/jax/core/compile/"):
             return
         end = time.perf_counter()
-        while self.spans and self.spans[-1][0] >= end - seconds:
+        while self.spans and self.spans[-1][0] >= end - duration_secs:
             self.spans.pop()
-        self.spans.append((end - seconds, end))
+        self.spans.append((end - duration_secs, end))
 
     @property
     def seconds(self) -> float:
@@ -66,7 +66,7 @@ class GoodputLog:
         self.path = run / NAME if jax.process_index() == 0 else None
         self.progress, self.clock, self.step, self.first = progress, clock, step, True
         before, now = read_goodput_log(run) if self.path else [], time.time()
-        if before and not self.path.read_bytes().endswith(b"\n"):  # cut short by a crash
+        if self.path and before and not self.path.read_bytes().endswith(b"\n"):  # cut short by a crash
             with self.path.open("a") as file:
                 file.write("\n")
         began = min(progress.began, now)

@@ -4,6 +4,8 @@ import ctypes
 
 import jax
 
+from chroma_jax.parallel.sharding import Device
+
 TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
 
 
@@ -13,7 +15,7 @@ def run_by_caller() -> None:
     jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
-def keep_freed(device: jax.Device) -> None:
+def keep_freed(device: Device) -> None:
     """On processors, what one step frees is kept for the next, not given back, where the C library can be told so."""
     option = getattr(ctypes.CDLL(None), "mallopt", None)
     if device.platform == "cpu" and option is not None:

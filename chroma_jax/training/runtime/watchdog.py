@@ -42,7 +42,7 @@ class Watchdog:
                 self.progress.give_up(said)
 
     def report(self, said: str) -> None:
-        out = self.out or sys.__stderr__
+        out = self.out or sys.__stderr__ or sys.stderr
         others = self.progress.others()
         print(f"\nSTALL: {said}{others and '; '}{others}; every thread's stack:", file=out, flush=True)
         faulthandler.dump_traceback(out, all_threads=True)
