@@ -26,7 +26,7 @@ Progress = Literal["bar", "none"]
 class CodecLike(Protocol):
     """What is needed of a `chroma_jax.models.codec.Codec`; a test may pass something simpler."""
 
-    def encode(self, audio): ...
+    def encode(self, audio) -> object: ...
 
 
 def bar(items, name: str, total: int, unit: str, progress: Progress):

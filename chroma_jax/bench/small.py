@@ -102,7 +102,7 @@ def targets(batch: Batch) -> dict[str, np.ndarray]:
 
 
 @partial(jax.jit, static_argnums=(2, 3))
-def forced(model: Chroma, batch: Batch, dtype: str, small_cache: bool) -> dict[str, jax.Array]:
+def forced(model: Chroma, batch: Batch[jax.Array], dtype: str, small_cache: bool) -> dict[str, jax.Array]:
     """float32 logits of the rows' targets."""
     kind = jnp.int8 if small_cache else jnp.dtype(dtype)
     audio = model.reasoner.audio(batch.mel, batch.mel_length, jnp.dtype(dtype))

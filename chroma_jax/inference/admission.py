@@ -13,12 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from chroma_jax.inference.sampling import SamplingParams
-from chroma_jax.inference.state import Array, StreamState
+from chroma_jax.inference.state import StreamState
 from chroma_jax.layers.kv_cache import KVCache
 from chroma_jax.models.chroma import Chroma
 from chroma_jax.models.codec.codec import reset_rows
 from chroma_jax.sequence.batch import is_present
 from chroma_jax.sequence.interleave import NONE_TOKEN
+from chroma_jax.utils.arrays import Array
 
 
 class Chunk(NamedTuple, Generic[Array]):

@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 
 from chroma_jax.inference.sampling import Sampling
-from chroma_jax.inference.state import Array, Capacity, StreamState, idle
+from chroma_jax.inference.state import Capacity, StreamState, idle
 from chroma_jax.layers.attention_mask import cached_mask
 from chroma_jax.models.chroma import Chroma
 from chroma_jax.models.codec import Codec
 from chroma_jax.sequence.batch import is_present
+from chroma_jax.utils.arrays import Array
 
 
 class Prompt(NamedTuple, Generic[Array]):

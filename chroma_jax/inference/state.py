@@ -2,7 +2,7 @@
 before."""
 
 import dataclasses
-from typing import Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,6 @@ from chroma_jax.sequence.interleave import NONE_TOKEN
 
 MOST_AT_ONCE = 8  # frames that the Codec decodes in one pass, so that its weights are read once for them
 CacheDType = Literal["none", "int8"]  # in which form weights or caches lie in memory
-Array = TypeVar("Array")  # of a tuple: jax.Array on the device, np.ndarray on the host, jax.ShapeDtypeStruct without values
 
 
 @dataclasses.dataclass(frozen=True)

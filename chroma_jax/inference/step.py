@@ -14,13 +14,14 @@ import jax.numpy as jnp
 
 from chroma_jax.inference.frame import residual_codes
 from chroma_jax.inference.sampling import sample
-from chroma_jax.inference.state import Array, StreamState
+from chroma_jax.inference.state import StreamState
 from chroma_jax.layers.attention_mask import cached_mask
 from chroma_jax.models.chroma import Chroma, ChromaConfig
 from chroma_jax.models.codec import Codec
 from chroma_jax.parallel.sharding import constrain
 from chroma_jax.sequence.batch import is_present
 from chroma_jax.sequence.interleave import FRAMES_PER_PAIR, NONE_TOKEN, opens_pair
+from chroma_jax.utils.arrays import Array
 
 # Which rows need a text pair at a frame. "any": each by itself, found out as the step runs. "all", "none": known beforehand, of
 # rows that all began an even number of frames apart; no row that needs one may be left out, one that needs none takes no harm.

@@ -142,7 +142,7 @@ def batch_of(inputs: dict[str, np.ndarray]) -> Batch:
     )
 
 
-def forward(model: Chroma, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
+def forward(model: Chroma, batch: Batch[jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Teacher-forced logits of one packed sequence: text [N, vocabulary], codebook 0 [F, V], the others [F, Q−1, V]."""
     audio = model.reasoner.audio(batch.mel, batch.mel_length, jnp.float32)
     answers = model.answers(batch, audio)

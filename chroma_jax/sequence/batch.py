@@ -28,12 +28,12 @@ At a Backbone position with no token, hidden state or frame, a zero vector is fe
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from chroma_jax.utils.arrays import AnyArray
+from chroma_jax.utils.arrays import AnyArray, Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,26 +57,26 @@ class PackedShape:
     ctc_targets: int = 0
 
 
-class Batch(NamedTuple):
+class Batch(NamedTuple, Generic[Array]):
     """Rows stacked on a leading axis B (absent for a single row); see the table above."""
 
-    mel: AnyArray
-    mel_length: AnyArray
-    text: AnyArray
-    text_segment: AnyArray
-    text_position: AnyArray
-    audio_index: AnyArray
-    answer_position: AnyArray
-    answer_token: AnyArray
-    token: AnyArray
-    hidden_index: AnyArray
-    codes: AnyArray
-    segment: AnyArray
-    position: AnyArray
-    target_position: AnyArray
-    target_codes: AnyArray
-    ctc_target: AnyArray
-    hidden: AnyArray
+    mel: Array
+    mel_length: Array
+    text: Array
+    text_segment: Array
+    text_position: Array
+    audio_index: Array
+    answer_position: Array
+    answer_token: Array
+    token: Array
+    hidden_index: Array
+    codes: Array
+    segment: Array
+    position: Array
+    target_position: Array
+    target_codes: Array
+    ctc_target: Array
+    hidden: Array
 
 
 def empty_batch(

@@ -31,11 +31,11 @@ MOST_UNITS = 16
 
 
 class PendingStep(NamedTuple):
-    """A dispatched decode step: ``count`` frames for ``owners``, after ``units`` of reading, since ``began``. out: samples,
+    """A dispatched decode step: ``frames`` frames for ``owners``, after ``units`` of reading, since ``began``. out: samples,
     tokens and live flags, as of `StepOutput`."""
 
     out: tuple[jax.Array, jax.Array, jax.Array]
-    count: int
+    frames: int
     began: float
     units: int
     owners: list[tuple[Session, Reply]]
