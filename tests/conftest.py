@@ -5,6 +5,7 @@ import gc
 import os
 import tempfile
 from importlib.metadata import version
+from pathlib import Path
 
 # before jax; for children too. The older way to write loops takes a third of the time to compile; flags come and go, and one
 # that is not known ends the process
@@ -15,6 +16,7 @@ os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false" if version("ja
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"chroma_jax_tests_{os.getuid()}"))
 
 import jax
+import numpy as np
 import pytest
 from flax import nnx
 
@@ -32,13 +34,23 @@ def pytest_terminal_summary(terminalreporter):
             terminalreporter.write_line(line)
 
 
+MOST_MAPPINGS = 30_000  # of the 65,530 that Linux allows a process; the largest module makes about 10,000
+
+
+def memory_mappings() -> int:
+    """Memory mappings of this process, several per compiled program; 0 where they cannot be counted."""
+    maps = Path("/proc/self/maps")
+    return maps.read_bytes().count(b"\n") if maps.exists() else 0
+
+
 @pytest.fixture(autouse=True, scope="module")
-def compiled_programs_are_let_go():
-    """After every module: each program takes several memory mappings, of which a process may have 65 530, and dies beyond.
-    Between, Python looks for no garbage in cycles, which would take a tenth of the time."""
+def caches_within_limits():
+    """Compiled programs are kept for later modules unless their memory mappings become too many. The garbage collector runs
+    between modules only, since it would take a tenth of the time."""
     gc.disable()
     yield
-    jax.clear_caches()
+    if memory_mappings() > MOST_MAPPINGS:
+        jax.clear_caches()
     gc.collect()
 
 
@@ -60,25 +72,32 @@ def tiny_run(tiny_prepared, tmp_path_factory):
     """A run folder with one checkpoint of untrained weights, complete with tokenizer and Codec."""
     import shutil
 
+    from random_weights import drawn
     from safetensors.numpy import save_file
 
     from chroma_jax.config import dump
+    from chroma_jax.models.chroma import Chroma
     from chroma_jax.models.codec import Codec
     from chroma_jax.models.io.name_tables import codec_rows
     from chroma_jax.models.io.weight_files import all_tensors
     from chroma_jax.parallel.sharding import make_mesh
     from chroma_jax.planning.training_step import trainer_of
     from chroma_jax.training.checkpoint import Checkpoints
+    from chroma_jax.utils.tree_paths import values
 
     config, prepared = tiny_prepared
     folder = tmp_path_factory.mktemp("run") / "run"
     folder.mkdir()
     (folder / "config.txt").write_text(dump(config))
     shutil.copy(prepared / "tokenizer.json", folder)
-    codec = jax.jit(lambda: Codec(nnx.Rngs(0), config.model.codec))()
+    rng = np.random.default_rng(0)
+    model, codec = (
+        drawn(lambda: Chroma(nnx.Rngs(0), config.model), rng),
+        drawn(lambda: Codec(nnx.Rngs(0), config.model.codec), rng),
+    )
     save_file(dict(all_tensors(codec, "codec/", codec_rows(config.model))), folder / "codec.safetensors")
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh), Checkpoints(folder, config.checkpoint) as checkpoints:
         trainer = trainer_of(config, mesh)
-        checkpoints.save(0, trainer.init())
+        checkpoints.save(0, trainer.init(values(model)))
     return folder

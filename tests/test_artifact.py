@@ -15,10 +15,10 @@ import pytest
 import soundfile
 from flax import nnx
 from jax import export
+from random_weights import drawn
 from safetensors.flax import load_file
 from safetensors.numpy import save_file
 from tiny import model as tiny_model
-from tiny_speaker import drawn
 
 from chroma_jax.cli.main import main
 from chroma_jax.config import Config, GenerationConfig

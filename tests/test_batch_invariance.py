@@ -17,7 +17,8 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_speaker import CODES, CONFIG, LEVELS, Case, drawn, edited, generator_for, rescored, tokens_of
+from random_weights import drawn, edited
+from tiny_speaker import CODES, CONFIG, LEVELS, Case, generator_for, rescored, tokens_of
 
 from chroma_jax.inference import step as steps
 from chroma_jax.inference.generator import Generation

@@ -11,6 +11,7 @@ import soundfile
 import tyro
 from flax import nnx
 from safetensors.numpy import load_file, save_file
+from tiny import config_file
 
 from chroma_jax import config as configs
 from chroma_jax.cli.main import COMMANDS, main
@@ -25,9 +26,7 @@ def run(tiny_run) -> Path:
 def files(tmp_path, tiny_prepared, run):
     """Things to name on a command line; ``out`` is where nothing may appear."""
     config, prepared = tiny_prepared
-    here = Path(__file__).parent
-    source = f"import sys\nsys.path.insert(0, {str(here)!r})\nfrom tiny import config as tiny\n"
-    (tmp_path / "tiny.py").write_text(source + f"def config():\n    return tiny({config.data.corpus!r})\n")
+    config_file(tmp_path, config.data.corpus)
     (tmp_path / "broken.py").write_text("def config(:\n")
     (tmp_path / "other.py").write_text("def config():\n    return {'model': 1}\n")
     (tmp_path / "raises.py").write_text("def config():\n    return undefined_name\n")

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from hypothesis import given as drawn
+from hypothesis import given as examples
 from hypothesis import settings
 from hypothesis import strategies as st
+from random_weights import drawn
 from safetensors.numpy import load_file
 
 from chroma_jax.convert.sources import read_codec
@@ -94,7 +95,7 @@ def odd_codec() -> Codec:
         upsample_groups=4,
         sliding_window=5,
     )
-    return jit(lambda: Codec(nnx.Rngs(1), config))()
+    return drawn(lambda: Codec(nnx.Rngs(1), config), np.random.default_rng(1))
 
 
 encode_stages = jit(lambda codec, audio: (codec.encode_stages(audio), codec.encode(audio)))
@@ -115,47 +116,9 @@ def frames_first(codes: np.ndarray) -> np.ndarray:
     return np.moveaxis(codes, -1, -2)
 
 
-@pytest.mark.parametrize("window", [False, True], ids=["full", "sliding"])
-@pytest.mark.parametrize("wave", range(5))
-def test_encoding_gives_the_references_latents_and_codes(given, expected, wave, window):
-    codec, prefix, audio = golden_codec(window), "sliding_" if window else "", jnp.asarray(given[f"wave_{wave}"])
-    stages, codes = encode_stages(codec, audio)
-    np.testing.assert_allclose(stages.latents[0].T, expected[f"{prefix}latents_{wave}"], atol=HIDDEN, rtol=0)
-    assert codes.dtype == jnp.int32 and codes.shape[1] == codec.config.num_frames(audio.shape[1])
-    np.testing.assert_array_equal(codes[0].T, expected[f"{prefix}codes_{wave}"])
-
-
-def test_encoder_stages_equal_the_references(given, expected):
-    stages, _ = encode_stages(golden_codec(False), jnp.asarray(given["wave_1"]))
-    np.testing.assert_allclose(stages.features[0].T, expected["seanet_1"], atol=HIDDEN, rtol=0)
-    np.testing.assert_allclose(stages.hidden[0], expected["enc_transformer_1"], atol=HIDDEN, rtol=0)
-
-
-def test_a_padded_row_encodes_like_the_references_padded_row(given, expected):
-    long, short = given["wave_1"], given["wave_0"]
-    short = np.pad(short, ((0, 0), (0, long.shape[1] - short.shape[1])))
-    codes = encode(golden_codec(False), jnp.asarray(np.concatenate([long, short])))
-    np.testing.assert_array_equal(codes, frames_first(expected["batch_codes"]))
-
-
 def test_fewer_codebooks_are_a_prefix_of_all(given, expected):
     codes = jit(lambda codec, audio: codec.encode(audio, num_codebooks=3))(golden_codec(False), jnp.asarray(given["wave_0"]))
     np.testing.assert_array_equal(codes[0].T, expected["codes_0"][:3])
-
-
-@pytest.mark.parametrize("window", [False, True], ids=["full", "sliding"])
-def test_decoding_gives_the_references_audio(given, expected, window):
-    prefix = "sliding_" if window else ""
-    stages = decode_stages(golden_codec(window), jnp.asarray(frames_first(given["codes"])))
-    np.testing.assert_allclose(stages.quantized.mT, expected["dec_quantized"], atol=HIDDEN, rtol=0)
-    np.testing.assert_allclose(stages.upsampled.mT, expected["dec_upsampled"], atol=HIDDEN, rtol=0)
-    np.testing.assert_allclose(stages.hidden.mT, expected[f"{prefix}dec_transformer"], atol=HIDDEN, rtol=0)
-    np.testing.assert_allclose(stages.audio[:, None], expected[f"{prefix}audio"], atol=AUDIO, rtol=0)
-
-
-def test_decoding_the_first_codebooks_gives_the_references_audio(given, expected):
-    audio = decode(golden_codec(False), jnp.asarray(frames_first(given["codes"])[..., :3]))
-    np.testing.assert_allclose(audio[:, None], expected["audio_first3"], atol=AUDIO, rtol=0)
 
 
 def stream_decode(codec, codes, step, state=None):
@@ -167,16 +130,18 @@ def stream_decode(codec, codes, step, state=None):
     return state, jnp.concatenate(pieces, axis=1)
 
 
-# 1: frame by frame; 5: more than one pass of attention takes.
-@pytest.mark.parametrize("step", [1, 5])
-def test_streaming_decode_equals_the_references_sliding_window(given, expected, step):
+def test_streaming_decode_in_steps_of_several_frames_equals_the_references_sliding_window(given, expected):
     codes = jnp.asarray(frames_first(given["codes"]))  # 40 positions, a window of 16
-    _, audio = stream_decode(golden_codec(True), codes, step)
+    _, audio = stream_decode(golden_codec(True), codes, 5)  # more than one pass of attention takes
     np.testing.assert_allclose(audio, decode(golden_codec(True), codes), atol=SAME, rtol=0)
     np.testing.assert_allclose(audio[:, None], expected["sliding_audio"], atol=AUDIO, rtol=0)
 
 
-@pytest.mark.parametrize("window, step", [(True, 1), (True, 4), (False, 1)], ids=["sliding-1", "sliding-4", "full-1"])
+@pytest.mark.parametrize(
+    "window, step",
+    [(True, 1), pytest.param(True, 4, marks=pytest.mark.slow), pytest.param(False, 1, marks=pytest.mark.slow)],
+    ids=["sliding-1", "sliding-4", "full-1"],
+)
 def test_streaming_encode_gives_the_references_codes(given, expected, window, step):
     codec, prefix = golden_codec(window), "sliding_" if window else ""
     for wave in range(5):  # two end with a whole frame, two with a fraction of one, one with a single sample
@@ -249,10 +214,12 @@ def encoded_whole(window: int | None, samples: int) -> tuple[np.ndarray, np.ndar
     return np.asarray(stages.latents[0]), np.asarray(codes[0])
 
 
-@pytest.mark.parametrize("window, step", [(6, 1), (6, 4), (250, 4), (None, 1)])
+@pytest.mark.parametrize(
+    "window, step", [pytest.param(6, 1, marks=pytest.mark.slow), (6, 4), pytest.param(250, 4, marks=pytest.mark.slow), (None, 1)]
+)
 def test_a_recording_in_pieces_of_any_size_encodes_as_the_whole(window, step):
     @settings(deadline=None, max_examples=25)
-    @drawn(samples=st.sampled_from(LENGTHS), cuts=st.lists(st.integers(0, max(LENGTHS)), max_size=8))
+    @examples(samples=st.sampled_from(LENGTHS), cuts=st.lists(st.integers(0, max(LENGTHS)), max_size=8))
     def check(samples, cuts):
         encoder = ChunkedEncoder(windowed(window), frames_per_step=step, max_frames=MOST)
         pieces = np.split(recording(samples), sorted(min(cut, samples) for cut in cuts))
@@ -295,7 +262,7 @@ CODES = np.random.default_rng(2).integers(0, 11, (2, MOST, 5)).astype(np.int32)
 @pytest.mark.parametrize("window", [6, pytest.param(250, marks=pytest.mark.slow), None])
 def test_codes_in_pieces_of_any_number_of_frames_decode_as_the_whole(window):
     @settings(deadline=None, max_examples=20)
-    @drawn(long=st.sets(st.integers(0, MOST - 1)))
+    @examples(long=st.sets(st.integers(0, MOST - 1)))
     def check(long):
         codec, audio, start = windowed(window), [], 0
         state = codec.decoder_state(2, frames_per_step=2, max_frames=MOST)

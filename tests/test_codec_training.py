@@ -11,6 +11,7 @@ import pytest
 import scipy.signal
 from flax import nnx
 from jax.sharding import PartitionSpec as P
+from random_weights import drawn
 from tiny import model as tiny_model
 
 from chroma_jax.models.codec import Codec
@@ -49,7 +50,7 @@ PERIODS = DiscriminatorConfig(windows=(), filters=2, periods=(3,), loss="least_s
 
 @pytest.fixture(scope="module")
 def codec() -> Codec:
-    return jax.jit(lambda: Codec(nnx.Rngs(0), CODEC))()
+    return drawn(lambda: Codec(nnx.Rngs(0), CODEC), np.random.default_rng(1))
 
 
 def latents(rows=6, frames=5) -> jax.Array:

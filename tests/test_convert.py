@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import tiny
 from safetensors.numpy import load_file, save_file
+from tiny import config_file
 
 from chroma_jax import config as configs
 from chroma_jax.cli.main import main
@@ -96,13 +97,7 @@ def source(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def onto(tmp_path_factory) -> str:
-    """The tiny configuration as a file that a command line can name."""
-    file = tmp_path_factory.mktemp("onto") / "tiny_config.py"
-    here = str(Path(__file__).parent)
-    file.write_text(
-        f"import sys\nsys.path.insert(0, {here!r})\nfrom tiny import config as tiny\ndef config():\n    return tiny()\n"
-    )
-    return str(file)
+    return str(config_file(tmp_path_factory.mktemp("onto")))
 
 
 def imported(dest: Path, *sources: Path, config: Config = CONFIG, unused: str = "leave") -> Path:

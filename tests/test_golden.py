@@ -38,7 +38,7 @@ def test_two_swapped_codes_in_the_decode_step_fail(monkeypatch):
 
     monkeypatch.setattr(step, "residual_codes", swapped)
     jax.clear_caches()
-    (result,) = verify(SUITE / "gen_b1")
+    (result,) = verify(SUITE / "gen_codec_eos_first")
     jax.clear_caches()
     failed = {check.quantity for check in result.checks if not check.passed}
     assert "codes" in failed and any(quantity.startswith("audio_0") for quantity in failed)

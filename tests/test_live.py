@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import soundfile
 from flax import nnx
+from random_weights import drawn
 from safetensors.numpy import save_file
-from tiny_speaker import CONFIG, VOCABULARY, drawn
+from tiny_speaker import CONFIG, VOCABULARY
 
 from chroma_jax.cli.main import main
 from chroma_jax.config import Config, GenerationConfig

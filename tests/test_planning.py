@@ -567,6 +567,7 @@ def test_every_pod_has_a_mesh_of_its_devices():
         read_config("chroma_4b_full@v5e:4x5")
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_the_small_configuration_fits_on_one_chip():
     without_tpu()
@@ -576,7 +577,8 @@ def test_the_small_configuration_fits_on_one_chip():
 
 @needs_compiler
 def test_the_decode_steps_are_planned_for_one_device(tmp_path, capsys):
-    plan = ["plan", "nano", "--topology", "v5e:1x1", "--step", "stream", "--positions", "64", "--effort", "quick"]
+    plan = ["plan", str(tiny.config_file(tmp_path)), "--topology", "v5e:1x1"]
+    plan += ["--step", "stream", "--positions", "64", "--effort", "quick"]
     assert main([*plan, "--slots", "2", "--weights", "int8", "--cache", "int8", "--out", str(tmp_path / "plan.json")]) == 0
     page = capsys.readouterr().out
     assert "2 conversations, weights int8, caches int8 of 64 positions" in page and "HBM at full bandwidth" in page

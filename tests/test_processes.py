@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from tiny import replace
+from tiny import config_file, replace
 from toy import ToyConfig, run_toy
 
 from chroma_jax.parallel.sharding import MeshConfig
@@ -231,8 +231,7 @@ def test_two_processes_train_the_same_speaking_model_as_one(tiny_prepared, tmp_p
     from chroma_jax.runs.train import train
 
     config, prepared = tiny_prepared
-    source, run = tmp_path / "source.py", tmp_path / "run"
-    source.write_text(f"from tiny import config as tiny\ndef config():\n    return tiny({config.data.corpus!r})\n")
+    source, run = config_file(tmp_path, config.data.corpus), tmp_path / "run"
     with commands(source, prepared, run, free_port(), {"fsdp": 8}, 4) as processes:
         assert processes.ended(within=300) == [0, 0], processes.said(0)
     train(replace(config, "mesh", MeshConfig(fsdp=8)), tmp_path / "one", prepared)

@@ -7,11 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import soundfile
 from flax import nnx
+from tiny import config_file
 
 import chroma_jax
 from chroma_jax import config as configs
@@ -42,9 +44,7 @@ def workspace(tmp_path_factory, tiny_prepared, tiny_run):
     (base / "runs").mkdir()
     shutil.copytree(prepared, base / "data")
     shutil.copytree(tiny_run, base / "runs" / "tiny")
-    here = Path(__file__).parent
-    code = f"import sys\nsys.path.insert(0, {str(here)!r})\nfrom tiny import config as tiny\n"
-    (base / "tiny.py").write_text(code + f"def config():\n    return tiny({config.data.corpus!r})\n")
+    config_file(base, config.data.corpus)
     noise = np.random.default_rng(0).normal(0, 0.1, 24_000)
     soundfile.write(base / "question.wav", noise[:8_000], 16_000)
     soundfile.write(base / "voice.wav", noise[:12_000], 24_000)
@@ -55,14 +55,14 @@ def workspace(tmp_path_factory, tiny_prepared, tiny_run):
 @pytest.fixture(scope="module")
 def engine(workspace):
     model, codec, tokenizer = chroma_jax.load(workspace / "runs" / "tiny")
-    config = chroma_jax.EngineConfig(slots=1, text_positions=128, voice_positions=32, max_seconds=0.8)
+    config = chroma_jax.EngineConfig(slots=1, text_positions=128, voice_positions=32, max_seconds=0.8, frames_per_call=1)
     return chroma_jax.Engine(model, codec, lambda text: tokenizer.encode(text).ids, tokenizer.decode, config)
 
 
 @pytest.mark.parametrize("name", chroma_jax.__all__)
 def test_the_example_runs(name, workspace, request, monkeypatch):
     monkeypatch.chdir(workspace)
-    names = {"chroma_jax": chroma_jax, "np": np, "jnp": jnp, "nnx": nnx, "Path": Path}
+    names = {"chroma_jax": chroma_jax, "jax": jax, "np": np, "jnp": jnp, "nnx": nnx, "Path": Path}
     if name == "Session":
         names["engine"] = request.getfixturevalue("engine")
     value = getattr(chroma_jax, name)

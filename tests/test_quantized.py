@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tiny_speaker import CONFIG, case, drawn, generator_for, replies, rescored
+from random_weights import drawn
+from tiny_speaker import CONFIG, case, generator_for, replies, rescored
 
 from chroma_jax.bench.small import EXACT, Form, bench_small
 from chroma_jax.layers.attention_backends import attend_cached

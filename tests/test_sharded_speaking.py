@@ -7,7 +7,8 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from tiny_speaker import CONFIG, case, drawn, generator_for, replies
+from random_weights import drawn
+from tiny_speaker import CONFIG, case, generator_for, replies
 
 from chroma_jax.bench.stream import random_models
 from chroma_jax.config import GenerationConfig, load

@@ -18,10 +18,11 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
-from tiny import replace
+from random_weights import drawn
+from tiny import config_file, replace
 
 from chroma_jax.audio.log_mel import log_mel
-from chroma_jax.config import dump
+from chroma_jax.config import Config, dump
 from chroma_jax.models.audio_encoder import cut_blocks
 from chroma_jax.models.chroma import Chroma
 from chroma_jax.parallel.sharding import AxisRules, MeshConfig, make_mesh, state_shardings
@@ -37,6 +38,8 @@ from chroma_jax.utils.errors import InputError
 from chroma_jax.utils.tree_paths import values
 from data_pipelines.records import batches
 
+FROZEN = ("reasoner/", "backbone/model/blocks/attention")
+
 
 @pytest.fixture(scope="module")
 def batch(tiny_prepared):
@@ -51,6 +54,11 @@ def weights(tiny_prepared) -> dict[str, np.ndarray]:
     with jax.set_mesh(mesh):
         state = trainer_of(tiny_prepared[0], mesh).init()
     return jax.device_get(values(state.trained) | values(state.frozen))
+
+
+@pytest.fixture(scope="module")
+def model(tiny_prepared) -> Chroma:
+    return drawn(lambda: Chroma(nnx.Rngs(0), tiny_prepared[0].model), np.random.default_rng(0))
 
 
 def started(trainer, weights):
@@ -117,10 +125,9 @@ def test_hidden_states_are_paired_with_the_next_frame(batch):
     assert following > 50 and own < following / 2
 
 
-def test_a_target_is_scored_at_its_own_position_only(tiny_prepared, batch):
+def test_a_target_is_scored_at_its_own_position_only(tiny_prepared, model, batch):
     """Moving h at the position that predicts frame f moves the loss; moving it where frame f is fed does not."""
     config, _ = tiny_prepared
-    model = jax.jit(lambda: Chroma(nnx.Rngs(0), config.model))()
     hidden = jax.random.normal(jax.random.key(0), (1, 6, config.model.backbone.hidden_size))
     codes = np.full((1, 6, config.model.num_codebooks), -1, np.int32)
     codes[0, 2] = 5
@@ -131,9 +138,8 @@ def test_a_target_is_scored_at_its_own_position_only(tiny_prepared, batch):
     assert moved[2] > 0 and not moved[[0, 1, 3, 4, 5]].any()
 
 
-def test_the_decoder_leaves_the_backbone_alone_when_detached(tiny_prepared):
+def test_the_decoder_leaves_the_backbone_alone_when_detached(tiny_prepared, model):
     config, _ = tiny_prepared
-    model = jax.jit(lambda: Chroma(nnx.Rngs(0), config.model))()
     hidden = jax.random.normal(jax.random.key(0), (1, 3, config.model.backbone.hidden_size))
     codes = np.ones((1, 3, config.model.num_codebooks), np.int32)
 
@@ -144,10 +150,10 @@ def test_the_decoder_leaves_the_backbone_alone_when_detached(tiny_prepared):
     assert not np.any(gradient(hidden, True)) and np.any(gradient(hidden, False))
 
 
-def test_the_decoder_in_chunks_gives_the_same_loss_and_gradient(tiny_prepared, batch):
+def test_the_decoder_in_chunks_gives_the_same_loss_and_gradient(tiny_prepared, model, batch):
     """Five frames of a row at a time, which does not divide them."""
     config, _ = tiny_prepared
-    graph, weights = nnx.split(jax.jit(lambda: Chroma(nnx.Rngs(0), config.model))())
+    graph, weights = nnx.split(model)
     codes = jnp.asarray(batch.target_codes)
     hidden = jax.random.normal(jax.random.key(0), (*codes.shape[:2], config.model.backbone.hidden_size))
 
@@ -196,10 +202,9 @@ def test_cross_entropy_is_the_negative_log_likelihood():
     assert nll[1] == 0 and hit[1] == 0 and hit[2] == 1
 
 
-def test_text_logits_in_pieces_give_the_same_loss_and_gradient(tiny_prepared, batch):
+def test_text_logits_in_pieces_give_the_same_loss_and_gradient(tiny_prepared, model, batch):
     """23 answers at a time, which does not divide them."""
     config, _ = tiny_prepared
-    model = jax.jit(lambda: Chroma(nnx.Rngs(0), config.model))()
     answers = jax.random.normal(jax.random.key(0), (*batch.answer_token.shape, config.model.backbone.hidden_size))
 
     @partial(jax.jit, static_argnums=1)
@@ -214,10 +219,10 @@ def test_text_logits_in_pieces_give_the_same_loss_and_gradient(tiny_prepared, ba
     np.testing.assert_allclose(gradient, whole, atol=1e-6)
 
 
-def test_the_hearing_loss_sums_over_all_ways_to_spell(tiny_prepared, batch):
+def test_the_hearing_loss_sums_over_all_ways_to_spell(tiny_prepared, model, batch):
     """Against the sum over every sequence of outputs that reads as the tokens once repetitions and blanks are left out."""
     config, _ = tiny_prepared
-    reasoner = jax.jit(lambda: Chroma(nnx.Rngs(0), config.model))().reasoner
+    reasoner = nnx.clone(model).reasoner
     blank, spoken = config.model.tokens.pad, [7, 7, 3]
     directions = {7: 1, 3: 2, blank: 3}
     table = np.full(reasoner.embedding.table.shape, -50.0, np.float32)  # no other token has a chance
@@ -243,12 +248,15 @@ def test_the_hearing_loss_sums_over_all_ways_to_spell(tiny_prepared, batch):
     assert ctc_loss(reasoner, jnp.asarray(audio), crowded, blank) == 0
 
 
+def reasoner_alone(config: Config) -> Config:
+    config = replace(config, "loss.speech_weight", 0.0)
+    return replace(config, "optimizer.freeze", ("backbone", "decoder", "audio_embedding"))
+
+
 def test_a_reasoner_is_trained_alone_without_computing_the_rest(tiny_prepared, batch, weights):
-    config = replace(tiny_prepared[0], "loss.speech_weight", 0.0)
-    config = replace(config, "optimizer.freeze", ("backbone", "decoder", "audio_embedding"))
     mesh = make_mesh(MeshConfig())
     with jax.set_mesh(mesh):
-        trainer = trainer_of(config, mesh)
+        trainer = trainer_of(reasoner_alone(tiny_prepared[0]), mesh)
         _, metrics = trainer.train_step(started(trainer, weights), place(batch, trainer))
     assert "c0_loss" not in metrics and metrics["text_loss"] > 0 and metrics["ctc_loss"] > 0
     expected = metrics["text_loss"] + 0.5 * metrics["ctc_loss"]
@@ -258,7 +266,7 @@ def test_a_reasoner_is_trained_alone_without_computing_the_rest(tiny_prepared, b
 @pytest.mark.parametrize("pieces", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_a_step_in_pieces_is_the_step_at_once(tiny_prepared, batch, weights, pieces):
     """Rows have different numbers of targets, so that the mean of the pieces' means would be something else."""
-    config, found = tiny_prepared[0], []
+    config, found = reasoner_alone(tiny_prepared[0]), []
     for accumulate, shape in ((1, MeshConfig()), (pieces, MeshConfig(data=2))):
         mesh = make_mesh(shape)
         with jax.set_mesh(mesh):
@@ -274,8 +282,7 @@ def test_a_step_in_pieces_is_the_step_at_once(tiny_prepared, batch, weights, pie
 
 
 def test_frozen_parts_have_no_gradient_and_no_moments(tiny_prepared, batch, weights):
-    config, _ = tiny_prepared
-    config = replace(config, "optimizer.freeze", ("reasoner/", "backbone/model/blocks/attention"))
+    config = replace(tiny_prepared[0], "optimizer.freeze", FROZEN)
     mesh = make_mesh(MeshConfig())
     with jax.set_mesh(mesh):
         trainer = trainer_of(config, mesh)
@@ -288,6 +295,21 @@ def test_frozen_parts_have_no_gradient_and_no_moments(tiny_prepared, batch, weig
         jax.tree.map(np.testing.assert_array_equal, frozen, jax.device_get(after.frozen))
         changed = jax.tree.map(lambda a, b: bool(np.any(a != np.asarray(b))), trained, after.trained)
         assert any(jax.tree.leaves(changed))
+
+
+def test_a_batch_with_nan_leaves_weights_and_moments_as_they_are(tiny_prepared, batch, weights):
+    mesh = make_mesh(MeshConfig())
+    with jax.set_mesh(mesh):
+        trainer = trainer_of(tiny_prepared[0], mesh)
+        state = started(trainer, weights)
+        before = jax.device_get(state)
+        state, metrics = trainer.train_step(state, place(batch._replace(mel=batch.mel * np.nan), trainer))
+        assert int(metrics["skipped"]) == 1 and not np.isfinite(metrics["loss"])
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), before._replace(step=np.int32(1)))
+        state, metrics = trainer.train_step(state, place(batch, trainer))
+        assert int(metrics["skipped"]) == 0 and int(state.step) == 2 and np.isfinite(metrics["loss"])
+        moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), before.trained, jax.device_get(state.trained))
+        assert any(jax.tree.leaves(moved))
 
 
 def test_a_freeze_pattern_that_fits_nothing_is_an_error(tiny_prepared):
@@ -356,12 +378,10 @@ def straight(tiny_prepared, tmp_path_factory):
 def test_a_killed_run_goes_on_bit_for_bit(tiny_prepared, straight, tmp_path):
     """kill −9 after the checkpoint of step 2, with later steps already in the metrics file."""
     config, prepared = tiny_prepared
-    run, source = tmp_path / "run", tmp_path / "source.py"
-    source.write_text(f"from tiny import config as tiny\ndef config():\n    return tiny({config.data.corpus!r})\n")
+    run, source = tmp_path / "run", config_file(tmp_path, config.data.corpus)
     command = [sys.executable, "-m", "chroma_jax", "train", source, run, "--dataset_dir", prepared, "--training.steps", "4"]
     # as many devices as this process has, since the CPU's threads, and with them the order of sums, are divided among them
-    here = Path(__file__).parent
-    settings = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8", "PYTHONPATH": f"{here}{os.pathsep}{here.parent}"}
+    settings = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8", "PYTHONPATH": str(Path(__file__).parent.parent)}
     process = subprocess.Popen(command, env=os.environ | settings, stderr=subprocess.DEVNULL)
     deadline = time.time() + 300
     while not (run / "checkpoints" / "2").exists() and time.time() < deadline and process.poll() is None:
@@ -396,7 +416,7 @@ def test_a_run_goes_on_on_another_mesh(tiny_prepared, straight, tmp_path):
 
 def test_the_second_stage_starts_from_the_firsts_weights_with_more_of_them_frozen(tiny_prepared, straight, tmp_path, capsys):
     config, prepared = tiny_prepared
-    second = replace(replace(config, "optimizer.freeze", ("reasoner/", "backbone/")), "training.steps", 1)
+    second = replace(replace(config, "optimizer.freeze", FROZEN), "training.steps", 1)
     state = train(second, tmp_path / "run", prepared, init_from=straight[0])
     assert "initializing from" in capsys.readouterr().out and int(state.step) == 1
     with Checkpoints(straight[0], config.checkpoint, access="read") as checkpoints:
@@ -406,7 +426,7 @@ def test_the_second_stage_starts_from_the_firsts_weights_with_more_of_them_froze
     for path, x in values(state.frozen).items():
         np.testing.assert_array_equal(x, before[path], err_msg=path)
     trained = values(state.trained)
-    assert {path.split("/")[0] for path in trained} == {"decoder", "audio_embedding"}
+    assert {path.split("/")[0] for path in trained} == {"backbone", "decoder", "audio_embedding"}
     for path, x in trained.items():  # one step of Adam at a learning rate of 0.01, and weight decay
         assert 0 < np.abs(x - before[path]).max() < 0.02, path
 

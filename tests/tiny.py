@@ -45,7 +45,7 @@ def model() -> ChromaConfig:
         backbone=stack,
         decoder=dataclasses.replace(stack, hidden_size=24, num_hidden_layers=1, head_dim=6),
         codec=CodecConfig(
-            seanet=SeanetConfig(num_filters=4),
+            seanet=SeanetConfig(num_filters=4, ratios=(32, 30)),
             transformer=EncoderConfig(
                 num_hidden_layers=1,
                 hidden_size=16,
@@ -80,6 +80,14 @@ def config(corpus: Path | str = "embedded") -> Config:
         precision=PrecisionConfig(compute="float32"),
         checkpoint=CheckpointConfig(save_interval_steps=2, max_to_keep=3),
     )
+
+
+def config_file(folder: Path, corpus: Path | str = "embedded") -> Path:
+    """Writes ``tiny.py`` to a folder: the configuration as a file that a command line can name."""
+    path = folder / "tiny.py"
+    imports = f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom tiny import config as tiny\n"
+    path.write_text(f"{imports}def config():\n    return tiny({str(corpus)!r})\n")
+    return path
 
 
 def replace(config, name: str, value):

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from chroma_jax.audio.load import from_int16
 from chroma_jax.audio.log_mel import FeatureConfig
@@ -131,31 +130,6 @@ def replies(generator: Generator, cases: Sequence[Case], sampling: Sequence[Samp
 
 def tokens_of(reply: Generation) -> list[int]:
     return [token for _, token in reply.tokens]
-
-
-def drawn(make, rng: np.random.Generator) -> nnx.Module:
-    """A module with random weights, drawn by numpy: compiling its own initialisation takes longer than all tests."""
-    graph, state = nnx.split(nnx.eval_shape(make))
-
-    def one(path, variable):
-        if path[-1] in ("scale", "cluster_usage", "initialized"):
-            value = np.ones(variable.shape)
-        else:
-            value = rng.normal(size=variable.shape) * (0.02 if path[-1] == "bias" else variable.shape[-2] ** -0.5)
-        return variable.replace(jnp.asarray(value, jnp.float32))
-
-    return nnx.merge(graph, nnx.from_flat_state([(path, one(path, v)) for path, v in nnx.to_flat_state(state)]))
-
-
-def edited(model: nnx.Module, changes: dict) -> nnx.Module:
-    """A copy with other weights. changes: path → function of the weight."""
-    graph, state = nnx.split(model)
-
-    def one(path, variable):
-        name = "/".join(map(str, path))
-        return variable.replace(changes[name](variable.get_value())) if name in changes else variable
-
-    return nnx.merge(graph, nnx.from_flat_state([(path, one(path, v)) for path, v in nnx.to_flat_state(state)]))
 
 
 @jax.jit

@@ -152,9 +152,10 @@ class Engine:
             slots.adopt(0, voice.cache)
             slots.hear(0, Chunk(text, text, outputs, np.array(1, np.int32)))
             slots.begin(0, Admission.of(voice.length, SamplingParams()))
-            for decode_step in DECODE_STEPS:
-                jax.device_get(slots.decode_step(*decode_step))
-            for count, pairs in DECODE_STEPS:
+            decode_steps = [(count, pairs) for count, pairs in DECODE_STEPS if count <= self.config.frames_per_call]
+            for count, pairs in decode_steps:
+                jax.device_get(slots.decode_step(count, pairs))
+            for count, pairs in decode_steps:
                 taken = []
                 for _ in range(3):
                     began = time.perf_counter()

@@ -11,6 +11,8 @@ from chroma_jax.audio.log_mel import (
     num_frames,
 )
 from chroma_jax.audio.resample import resample_sinc, resample_soxr
+from chroma_jax.models.codec import Codec
+from chroma_jax.models.codec.codec import EncodeStages
 from chroma_jax.verify.case import AUDIO, EXACT, HIDDEN, MEL, RESAMPLED, Case, Checks
 from chroma_jax.verify.reference import with_window
 
@@ -20,7 +22,6 @@ def codec(case: Case) -> Checks:
     codec = case.codec()
     variants = {"": None, "sliding_": case.config.codec.sliding_window}
     codecs = {prefix: with_window(codec, window) for prefix, window in variants.items()}
-    encode = jax.jit(lambda c, x: (c.encode_stages(x), c.encode(x)))
     for prefix, variant in codecs.items():
         for name in sorted(n for n in case.inputs if n.startswith("wave_")):
             i = name.removeprefix("wave_")
@@ -52,6 +53,13 @@ def codec(case: Case) -> Checks:
         yield case.check("sliding_audio", streamed, AUDIO)._replace(quantity="sliding_audio, frame by frame")
 
 
+@jax.jit
+def encode(codec: Codec, wave: jax.Array) -> tuple[EncodeStages, jax.Array]:
+    """Every intermediate, and the codes."""
+    stages = codec.encode_stages(wave)
+    return stages, codec.quantizer.encode(stages.latents, codec.config.num_codebooks)
+
+
 def _batch(case: Case, codec) -> Checks:
     """A short recording padded with zeros beside a long one: the suite says which two its ``batch_codes`` are."""
     if "batch_codes" not in case.outputs:
@@ -59,7 +67,7 @@ def _batch(case: Case, codec) -> Checks:
     waves = [case.inputs["wave_1"], case.inputs["wave_0"]]
     longest = max(w.shape[1] for w in waves)
     batch = np.concatenate([np.pad(w, ((0, 0), (0, longest - w.shape[1]))) for w in waves])
-    yield case.check("batch_codes", np.swapaxes(jax.jit(lambda c, x: c.encode(x))(codec, batch), 1, 2), EXACT)
+    yield case.check("batch_codes", np.swapaxes(encode(codec, batch)[1], 1, 2), EXACT)
 
 
 def features(case: Case) -> Checks:

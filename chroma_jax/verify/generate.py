@@ -118,8 +118,10 @@ def reasoner_positions(case: Case, calls: int) -> Checks:
 def sounds(case: Case, codec: Codec, codes: np.ndarray, prefix: str) -> Checks:
     """Each row's audio, up to its first frame of zeros."""
     for row, said in enumerate(codes):
-        said = said[: replied(said, case.config.codebook_eos_token_id)]
-        yield case.check(f"{prefix}audio_{row}", decode(codec, said[None]), AUDIO)
+        count = replied(said, case.config.codebook_eos_token_id)
+        bucket = np.pad(said[:count], ((0, rounded_up(count, FRAMES_BUCKET) - count), (0, 0)))  # the Codec is causal
+        wave = decode(codec, bucket[None])[:, : count * codec.config.samples_per_frame]
+        yield case.check(f"{prefix}audio_{row}", wave, AUDIO)
 
 
 def replied(codes: np.ndarray, eos: int) -> int:

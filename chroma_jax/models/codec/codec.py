@@ -174,10 +174,10 @@ class Codec(nnx.Module):
     (decoding) is the compute dtype; codebooks are searched in float32.
 
     Example:
-        >>> _, codec, _ = chroma_jax.load("nano")
-        >>> codes = codec.encode(jnp.zeros((1, 2 * codec.config.samples_per_frame)))
-        >>> codes.shape
-        (1, 2, 8)
+        >>> _, codec, _ = chroma_jax.load("runs/tiny")
+        >>> encode = jax.jit(chroma_jax.Codec.encode)
+        >>> encode(codec, jnp.zeros((1, 2 * codec.config.samples_per_frame))).shape
+        (1, 2, 4)
     """
 
     def __init__(self, rngs: nnx.Rngs, config: CodecConfig):
