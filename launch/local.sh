@@ -12,7 +12,7 @@ usage: launch/local.sh COMMAND …
 
   demo [OUT]       lets a small trained Chroma answer a spoken question, trains it further, and exports it
   train CONFIG …   trains, with --processes N in several processes as on several hosts
-  test [ARGS …]    runs the fast tests on the CPU
+  test [ARGS …]    runs the tests on the CPU
 
 COMMAND --help tells more. Each first installs this package into a virtual environment, unless that is done already.
 
@@ -60,12 +60,15 @@ TEXT
 
 usage_test() {
     cat <<'TEXT'
-usage: launch/local.sh test [ARGS …]
+usage: launch/local.sh test [--tier TIER] [ARGS …]
 
-Installs the package with its "test" extra, then runs pytest in the repository: two processes, JAX on the CPU, without the
-tests marked slow. Takes some minutes, plus one or two for the installation. ARGS go to pytest, paths among them relative to
-the repository: -k NAME for some tests; -m slow for the slow ones, which also installs the "dev" extra (PyTorch, transformers)
-and runs them one at a time, as they need much memory. Results are printed; nothing is kept.
+Installs the package with its "test" extra, then runs pytest in the repository, with JAX on the CPU. The installation takes one or
+two minutes. Results are printed; nothing is kept.
+
+  --tier unit      tests of single parts, with types, shapes and promotions checked strictly; at most two minutes
+  --tier default   all tests but the slow ones (the default); at most nine minutes on two cores
+  --tier slow      the slow ones, one at a time because they need much memory; also installs the "dev" extra (PyTorch, transformers)
+  ARGS             for pytest, such as -k NAME or paths relative to the repository
 TEXT
 }
 
@@ -326,17 +329,22 @@ run_tests() {
         return
     fi
     cd -- "$ROOT"
-    local extra=test processes=2 argument
-    for argument in "$@"; do
-        if [[ $argument == slow || $argument == -mslow ]]; then
-            extra=dev processes=0
-        fi
-    done
+    local extra=test processes=2 tier=default chosen=(-m "not slow")
+    if [[ ${1-} == --tier ]]; then
+        tier=${2-}
+        shift $(($# > 1 ? 2 : 1))
+    fi
+    case $tier in
+    unit) chosen+=(tests/unit) ;;
+    default) ;;
+    slow) extra=dev processes=0 chosen=(-m slow) ;;
+    *) die "test: --tier must be unit, default or slow, got '$tier'" ;;
+    esac
     environment "$extra"
     settings
     begin "testing"
     export JAX_PLATFORMS=cpu HF_HUB_OFFLINE=1
-    exec "$VENV/bin/python" -m pytest -n "$processes" --dist loadscope -m "not slow" "$@" # in place of the shell: whoever stops this stops the tests
+    exec "$VENV/bin/python" -m pytest -n "$processes" --dist loadscope "${chosen[@]}" "$@" # in place of the shell: whoever stops this stops the tests
 }
 
 [[ $VENV == /* ]] || VENV=$PWD/$VENV

@@ -26,6 +26,7 @@ from chroma_jax.training.codec.discriminator import (
 )
 from chroma_jax.training.codec.losses import (
     BalancerState,
+    CodecLossConfig,
     MelLossConfig,
     adversarial_loss,
     balanced,
@@ -44,7 +45,7 @@ from data_pipelines.waves import WaveBatch
 CODEC = tiny_model().codec
 LEVELS, SIZE = CODEC.num_codebooks, CODEC.quantizer.codebook_size
 RNG = np.random.default_rng(0)
-SMALL = DiscriminatorConfig(windows=(256, 64), filters=4, dilations=(1, 2))
+SMALL = DiscriminatorConfig(windows=(64,), filters=4, dilations=(1, 2))
 PERIODS = DiscriminatorConfig(windows=(), filters=2, periods=(3,), loss="least_squares")
 
 
@@ -281,7 +282,8 @@ def test_the_balancer_gives_every_loss_its_share_whatever_its_scale():
 
 
 TRAINING = CodecRecipe(
-    discriminator=SMALL,
+    loss=CodecLossConfig(resolutions=MelLossConfig((64, 256), (5, 20))),
+    discriminator=DiscriminatorConfig(windows=(64,), filters=4, dilations=(1,)),
     optimizer=OptimizerConfig(learning_rate=3e-3, b1=0.5, b2=0.9),
     quantizer=q.QuantizerTraining(decay=0.9),
 )

@@ -22,7 +22,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from chroma_jax.utils.chips import CHIPS  # noqa: E402
@@ -32,7 +32,7 @@ from launch.cloud import COMMANDS, main  # noqa: E402
 from launch.description import Description, Slurm, read  # noqa: E402
 from launch.tpu import NAMES, slice_of  # noqa: E402
 
-GOLDEN = Path(__file__).parent / "golden" / "launch"
+GOLDEN = Path(__file__).parents[1] / "golden" / "launch"
 EXAMPLE = ROOT / "launch" / "example.toml"
 TOOLS = ("gcloud", "kubectl", "xpk", "sbatch", "docker")
 

@@ -100,4 +100,4 @@ def test_devices_are_found_by_the_longest_name():
 
 def test_launching_needs_no_jax():
     code = "import sys, launch.cloud, launch.background; sys.exit(bool({'jax', 'numpy', 'flax'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1]).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0

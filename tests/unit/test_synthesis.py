@@ -82,7 +82,7 @@ def test_a_killed_command_resumes_and_ends_with_the_same_bytes(tmp_path):
     code = "import sys; sys.path[:0] = sys.argv[3].split(':'); from pathlib import Path; "
     code += "from data_pipelines.synthesis.synthesize import SynthesisConfig, synthesize; "
     code += f"synthesize(Path(sys.argv[1]), Path(sys.argv[2]), {config!r}, progress=False)"
-    path = f"{Path(__file__).parent}:{Path(__file__).parents[1]}"
+    path = f"{Path(__file__).parents[1]}:{Path(__file__).parents[2]}"
     command = [sys.executable, "-c", code, str(tmp_path / "texts.jsonl"), str(tmp_path / "killed"), path]
     process = subprocess.Popen(command, env=os.environ | {"JAX_PLATFORMS": "cpu"})
     while process.poll() is None and len(list((tmp_path / "killed").rglob("*.flac"))) < 3:

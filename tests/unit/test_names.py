@@ -9,7 +9,7 @@ from chroma_jax.config import read_config
 from chroma_jax.models.io.name_tables import chroma_rows, codec_rows
 from chroma_jax.models.io.weight_files import abstract_weights, foreign_shape, layer_shape
 
-MANIFEST = Path(__file__).parent / "golden" / "manifest.json"
+MANIFEST = Path(__file__).parents[1] / "golden" / "manifest.json"
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import grimp
 import pytest
 from importlinter.cli import lint_imports
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PACKAGES = ("chroma_jax", "configs", "data_pipelines")
 LONGEST = 450  # lines of a module
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())

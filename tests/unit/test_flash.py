@@ -97,8 +97,11 @@ def test_segments_do_not_see_each_other():
 
 @pytest.mark.parametrize(
     "mesh",
-    [None, MeshConfig(data=2, fsdp=1, tensor=2), MeshConfig(fsdp=2, context=2)],
-    ids=["one device", "rows and heads divided", "positions divided, which another kernel computes"],
+    [
+        pytest.param(None, marks=pytest.mark.slow, id="one device"),
+        pytest.param(MeshConfig(data=2, fsdp=1, tensor=2), id="rows and heads divided"),
+        pytest.param(MeshConfig(fsdp=2, context=2), id="positions divided, which another kernel computes"),
+    ],
 )
 def test_a_layer_computes_the_same_on_tpu(mesh, monkeypatch):
     layer = Attention(nnx.Rngs(0), hidden_size=64, num_attention_heads=8, num_key_value_heads=4, head_dim=64, bias="qkv")

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import toy
 from jax.sharding import PartitionSpec as P
 from tiny import replace
 from toy import ToyConfig, ToyState, run_toy
@@ -193,9 +194,8 @@ def test_sigterm_saves_after_the_running_step_and_the_run_goes_on_bit_for_bit(at
 
 
 def test_a_process_that_hangs_shows_its_stacks_and_the_second_sigterm_ends_it_at_once(tmp_path):
-    here = Path(__file__).parent
-    settings = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{here}{os.pathsep}{here.parent}"}
-    command = [sys.executable, here / "toy.py", tmp_path / "run", "--fault", "hang", "3", "--stall-seconds", "1"]
+    settings = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, toy.__file__, tmp_path / "run", "--fault", "hang", "3", "--stall-seconds", "1"]
     process = subprocess.Popen(command, env=os.environ | settings, stderr=subprocess.PIPE, text=True)
     said = []
     for line in process.stderr:

@@ -22,7 +22,7 @@ from chroma_jax.audio.log_mel import (
 from chroma_jax.audio.resample import resample_sinc, resample_soxr
 from chroma_jax.utils.errors import InputError
 
-CASE = Path(__file__).parent / "golden" / "features"
+CASE = Path(__file__).parents[1] / "golden" / "features"
 CONFIG = FeatureConfig.from_preprocessor(CASE / "preprocessor_config.json")
 # The reference computes the STFT in single precision, this code in double: they differ by about 1e-5 after the logarithm.
 MEL = {"rtol": 0, "atol": 1e-4}

@@ -10,8 +10,8 @@ from chroma_jax.config import GenerationConfig
 from chroma_jax.training.flops import part_sizes
 from chroma_jax.utils.errors import InputError
 
-DUMPS = Path(__file__).parent / "golden" / "configs"
-SHIPPED = sorted(p.stem for p in (Path(__file__).parents[1] / "configs").glob("*.py") if p.stem != "__init__")
+DUMPS = Path(__file__).parents[1] / "golden" / "configs"
+SHIPPED = sorted(p.stem for p in (Path(__file__).parents[2] / "configs").glob("*.py") if p.stem != "__init__")
 
 
 @pytest.mark.parametrize("name", SHIPPED)
