@@ -2,6 +2,9 @@
 
 Features are cut into blocks of ``block_frames`` mel frames (2 s). Nothing in one block depends on another, so speech can
 be encoded exactly, block by block, while it is still being spoken.
+
+Axes besides the usual letters: ``blocks``, ``frames`` (mel frames of a block or of a recording), ``bins`` (mel bins), C
+(channels that enter a layer), E (width of what leaves it).
 """
 
 import dataclasses
@@ -13,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Bool, Float, Float32, Int, Int32
 
 from chroma_jax.layers.attention_mask import AttentionMask
 from chroma_jax.layers.gelu import gelu
@@ -21,7 +25,7 @@ from chroma_jax.layers.transformer import Encoder, EncoderConfig, Remat
 from chroma_jax.parallel.sharding import RULES, AxisRules, active, leading_spec, reshape_rows
 from chroma_jax.utils.arrays import AnyArray
 
-Count = TypeVar("Count", int, jax.Array)
+Count = TypeVar("Count", int, Int[jax.Array, "*B"], Int[np.ndarray, "*B"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,11 +81,13 @@ class AudioEncoderConfig:
 class PoolCarry(NamedTuple):
     """What a block leaves for the next one where blocks have an odd number of positions, so that a pair straddles two.
 
-    last: [B, D], the position without a partner; waiting: bool [B], whether there is one.
+    Attributes:
+        last: The position without a partner.
+        waiting: Whether there is one.
     """
 
-    last: jax.Array
-    waiting: jax.Array
+    last: Float[jax.Array, "B D"]
+    waiting: Bool[jax.Array, "B"]
 
 
 def num_blocks(mel_frames: int, block_frames: int) -> int:
@@ -89,7 +95,7 @@ def num_blocks(mel_frames: int, block_frames: int) -> int:
     return -(-mel_frames // block_frames)
 
 
-def num_outputs(mel_frames):
+def num_outputs(mel_frames: Count) -> Count:
     """Encoder outputs of a recording: the strided convolution halves the frames, rounding up, the pooling again, down."""
     return num_positions(mel_frames) // 2
 
@@ -99,11 +105,10 @@ def num_positions(mel_frames: Count) -> Count:
     return (mel_frames - 1) // 2 + 1
 
 
-def cut_blocks(mel: np.ndarray, block_frames: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cuts one recording into encoder blocks.
-
-    mel: float32 [A, bins]. Returns ([blocks, block_frames, bins], the last one padded with zeros; int32 [blocks] lengths).
-    """
+def cut_blocks(
+    mel: Float[np.ndarray, "frames bins"], block_frames: int
+) -> tuple[Float32[np.ndarray, "blocks {block_frames} bins"], Int32[np.ndarray, "blocks"]]:
+    """Cuts one recording into encoder blocks. Returns the blocks, the last one padded with zeros, and their lengths."""
     blocks = num_blocks(len(mel), block_frames)
     padded = np.zeros((blocks * block_frames, mel.shape[1]), np.float32)
     padded[: len(mel)] = mel
@@ -111,8 +116,8 @@ def cut_blocks(mel: np.ndarray, block_frames: int) -> tuple[np.ndarray, np.ndarr
     return padded.reshape(blocks, block_frames, -1), lengths.astype(np.int32)
 
 
-def sinusoids(length: int, channels: int) -> np.ndarray:
-    """Fixed positions of Whisper (arXiv 2212.04356): float32 [length, channels], sines then cosines."""
+def sinusoids(length: int, channels: int) -> Float32[np.ndarray, "{length} {channels}"]:
+    """Fixed positions of Whisper (arXiv 2212.04356): sines, then cosines."""
     scale = math.log(10_000) / (channels // 2 - 1)
     angle = np.arange(length)[:, None] * np.exp(-scale * np.arange(channels // 2))
     return np.concatenate([np.sin(angle), np.cos(angle)], axis=1).astype(np.float32)
@@ -127,10 +132,12 @@ class Convolution(nnx.Module):
         self.kernel = weight(rngs, dims, normal((3 * inputs) ** -0.5))
         self.bias = weight(rngs, {"channels": outputs}, zeros)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """x: [B, A, C]. Returns [B, (A − 1) // stride + 1, outputs]. ``stride`` positions are taken as one, their channels beside
-        each other, and the convolution as a sum of products, which keeps the matrix units busy and lets the rows stay where they
-        are. Taps that are picked out of the positions instead end the compiler for Ironwood (libtpu 0.0.42)."""
+    def __call__(self, x: Float[jax.Array, "B frames C"]) -> Float[jax.Array, "B (frames-1)//{self.stride}+1 E"]:
+        """Computes the convolution as a sum of matmuls over groups of ``stride`` frames.
+
+        The channels of a group form one axis. This keeps the matrix units busy and the rows on their devices. Picking single taps
+        out of the frames instead crashes the compiler for Ironwood (libtpu 0.0.42).
+        """
         (b, a, c), s = x.shape, self.stride
         groups, out = -(-3 // s), (a - 1) // s + 1
         kernel = jnp.pad(for_compute(self.kernel, x.dtype), ((0, groups * s - 3), (0, 0), (0, 0))).reshape(groups, s * c, -1)
@@ -155,32 +162,43 @@ class AudioEncoder(nnx.Module):
         # two embeddings that the released checkpoint carries; nothing reads them
         self.unused_markers = weight(rngs, (("codebook", 2), ("embed", c.output_dim)), normal(0.02))
 
-    def front(self, mel: jax.Array, lengths: jax.Array, dtype) -> jax.Array:
-        """Convolutions and positions of blocks. mel: [R, block_frames, bins]; lengths: int32 [R]. Returns [R, A, D], with
-        A = block_frames / 2; frames at or past a block's length count as zeros, as they would if they were not there."""
+    def front(
+        self, mel: Float[AnyArray, "blocks frames bins"], lengths: Int32[AnyArray, "blocks"], dtype
+    ) -> Float[jax.Array, "blocks A D"]:
+        """Convolutions and positions of blocks, with A = frames / 2. Frames at or past a block's length count as zeros, as they
+        would if they were not there."""
         valid = jnp.arange(mel.shape[1])[None, :] < lengths[:, None]
         x = jnp.where(valid[..., None], mel.astype(dtype), 0)
         x = jnp.where(valid[..., None], gelu(self.conv1(x)), 0)
         x = gelu(self.conv2(x))
         return x + sinusoids(x.shape[1], x.shape[2]).astype(dtype)
 
-    def attend(self, x: jax.Array, lengths: jax.Array) -> jax.Array:
-        """The encoder stack on blocks. x: [R, A, D]; lengths: int32 [R] in mel frames. Returns [R, A, D]."""
-        return self.encoder(x, jnp.zeros(x.shape[:2], jnp.int32), AttentionMask(lengths=num_positions(lengths)))
+    def attend(self, x: Float[jax.Array, "blocks A D"], lengths: Int32[AnyArray, "blocks"]) -> Float[jax.Array, "blocks A D"]:
+        """The encoder stack on blocks, whose lengths are in mel frames."""
+        mask = AttentionMask(lengths=num_positions(jnp.asarray(lengths)))
+        return self.encoder(x, jnp.zeros(x.shape[:2], jnp.int32), mask)
 
-    def pool(self, x: jax.Array) -> jax.Array:
-        """Averages pairs over a recording's whole sequence. x: [B, blocks · A, D]. Returns [B, blocks · A / 2, output]."""
+    def pool(self, x: Float[jax.Array, "B A D"]) -> Float[jax.Array, "B (A+1)//2 E"]:
+        """Averages pairs over a recording's whole sequence."""
         b, a, d = x.shape
         x = jnp.pad(x, ((0, 0), (0, a % 2), (0, 0)))
         x = jnp.mean(x.reshape(b, -1, 2, d), axis=2)
         return self.projection(self.norm(x))
 
-    def __call__(self, mel: AnyArray, lengths: AnyArray, dtype=jnp.float32) -> jax.Array:
-        """mel: [B, blocks, block_frames, bins]; lengths: int32 [B, blocks] valid frames of each block (0: none).
+    def __call__(
+        self, mel: Float[AnyArray, "B blocks frames bins"], lengths: Int32[AnyArray, "B blocks"], dtype=jnp.float32
+    ) -> Float[jax.Array, "B A E"]:
+        """Encodes packed recordings.
 
-        Returns [B, blocks · block_frames / 4, output_dim]. The outputs of a recording that begins at block r begin at
-        r · block_frames / 4, and the first ``num_outputs(mel_frames)`` of them are valid; recordings may be packed into one
-        row when block_frames is a multiple of 4.
+        Args:
+            mel: Blocks of ``block_frames`` frames.
+            lengths: Valid frames of each block; 0 for none.
+            dtype: Compute dtype.
+
+        Returns:
+            A = blocks · block_frames / 4 outputs. Those of a recording that begins at block r begin at r · block_frames / 4, and
+            the first ``num_outputs(mel_frames)`` of them are valid. One row may hold several recordings when block_frames is a
+            multiple of 4.
         """
         b, r, f, bins = mel.shape
         flat = reshape_rows(lengths, b * r)
@@ -191,12 +209,19 @@ class AudioEncoder(nnx.Module):
         """Before the first block."""
         return PoolCarry(jnp.zeros((batch, self.config.hidden_size), dtype), jnp.zeros(batch, bool))
 
-    def step(self, carry: PoolCarry, mel: jax.Array, lengths: jax.Array) -> tuple[PoolCarry, jax.Array]:
+    def step(
+        self, carry: PoolCarry, mel: Float[jax.Array, "B frames bins"], lengths: Int32[jax.Array, "B"]
+    ) -> tuple[PoolCarry, Float[jax.Array, "B A E"]]:
         """One block of each row; all of a recording's, one after the other, give what ``__call__`` gives at once.
 
-        mel: [B, block_frames, bins]; lengths: int32 [B] valid frames, fewer than block_frames in a recording's last block only.
-        Returns (carry, [B, ⌈A / 2⌉, output_dim]) with A = block_frames / 2, computed in the carry's type. Of p valid
-        positions and w = 1 for a row that has one waiting, the first ⌊(w + p) / 2⌋ outputs are valid.
+        Args:
+            carry: What the block before left; its dtype is the compute dtype.
+            mel: A block of ``block_frames`` frames.
+            lengths: Valid frames, fewer than block_frames in a recording's last block only.
+
+        Returns:
+            The new carry, and A = ⌈block_frames / 4⌉ outputs. Of p valid positions and w = 1 for a row that has one waiting, the
+            first ⌊(w + p) / 2⌋ outputs are valid.
         """
         x = self.attend(self.front(mel, lengths, carry.last.dtype), lengths)
         if x.shape[1] % 2 == 0:

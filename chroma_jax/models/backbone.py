@@ -3,12 +3,14 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Bool, Float, Int
 
 from chroma_jax.layers.attention_mask import AttentionMask
 from chroma_jax.layers.kv_cache import KVCache
 from chroma_jax.layers.linear import Embedding, Linear
 from chroma_jax.layers.transformer import Llama, LlamaConfig
 from chroma_jax.sequence.batch import is_present
+from chroma_jax.utils.arrays import AnyArray
 
 
 class AudioEmbedding(nnx.Module):
@@ -18,14 +20,12 @@ class AudioEmbedding(nnx.Module):
         self.codebooks, self.audio_vocab_size = codebooks, audio_vocab_size
         self.rows = Embedding(rngs, {"codes": codebooks * audio_vocab_size}, width)
 
-    def __call__(self, codes: jax.Array, levels: jax.Array, dtype) -> jax.Array:
-        """codes, levels: int32, of one shape up to broadcasting. Returns [… , D]; an absent code (−1) counts as 0, as in the
-        reference."""
+    def __call__(self, codes: Int[AnyArray, "*#B"], levels: Int[AnyArray, "*#B"] | int, dtype) -> Float[jax.Array, "*B D"]:
+        """Embeds codes of the codebooks ``levels``. An absent code (−1) counts as 0, as in the reference."""
         return self.rows(jnp.maximum(codes, 0) + self.audio_vocab_size * levels, dtype)
 
-    def frames(self, codes: jax.Array, dtype) -> jax.Array:
-        """A frame's embedding is the sum over its codes. codes: int32 [… , Q]. Returns [… , D]; an absent frame (its first
-        code −1) is a zero vector."""
+    def frames(self, codes: Int[jax.Array, "*B Q"], dtype) -> Float[jax.Array, "*B D"]:
+        """A frame's embedding is the sum over its codes; an absent frame (its first code −1) is a zero vector."""
         rows = self(codes, jnp.arange(codes.shape[-1]), dtype)
         return jnp.where(is_present(codes[..., :1]), jnp.sum(rows, axis=-2), 0)
 
@@ -38,14 +38,22 @@ class Backbone(nnx.Module):
         self.model = Llama(rngs, config)
         self.head = Linear(rngs, {"embed": config.hidden_size}, {"codes": audio_vocab_size}, rules=config.rules)
 
-    def __call__(self, inputs: jax.Array, positions: jax.Array, segments: jax.Array) -> jax.Array:
-        """inputs: [B, T, D]; positions, segments: int32 [B, T]. Returns h after the final norm, [B, T, D]."""
+    def __call__(
+        self, inputs: Float[jax.Array, "B T D"], positions: Int[jax.Array, "B T"], segments: Int[jax.Array, "B T"]
+    ) -> Float[jax.Array, "B T D"]:
+        """Returns h after the final norm."""
         return self.model(inputs, positions, AttentionMask(segments=segments))
 
-    def cached(self, inputs: jax.Array, positions: jax.Array, cache: KVCache, mask=None) -> tuple[jax.Array, KVCache]:
-        """Continues sequences; see `Llama.cached`."""
+    def cached(
+        self,
+        inputs: Float[jax.Array, "B T D"],
+        positions: Int[jax.Array, "B T"],
+        cache: KVCache,
+        mask: Bool[jax.Array, "B T S"] | None = None,
+    ) -> tuple[Float[jax.Array, "B T D"], KVCache]:
+        """Continues sequences, with S cache entries; see `Llama.cached`."""
         return self.model.cached(inputs, positions, cache, mask)
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        """[…, D] → codebook-0 logits [… , audio_vocab_size]."""
+    def logits(self, hidden: Float[jax.Array, "*B D"]) -> Float[jax.Array, "*B V"]:
+        """Logits of codebook 0."""
         return self.head(hidden)

@@ -1,10 +1,11 @@
-"""Chroma: the four parts and how a packed row flows through them."""
+"""Chroma: the four parts and how a packed row flows through them. The axis ``answers`` counts the reply tokens of a row."""
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Float, Int
 
 from chroma_jax.layers.rope import RopeConfig
 from chroma_jax.layers.transformer import LlamaConfig
@@ -114,14 +115,13 @@ class Chroma(nnx.Module):
             rngs, c.decoder, input_width=c.backbone.hidden_size, codebooks=c.num_codebooks, audio_vocab_size=c.audio_vocab_size
         )
 
-    def answers(self, batch: Batch, audio: jax.Array) -> jax.Array:
-        """The Reasoner's hidden states that predict the reply tokens of packed rows: [B, answers, D]. audio: [B, A, D], what the
-        audio encoder makes of the rows' speech."""
+    def answers(self, batch: Batch, audio: Float[jax.Array, "B A D"]) -> Float[jax.Array, "B answers D"]:
+        """The Reasoner's hidden states that predict the reply tokens of packed rows, from the audio encoder's outputs."""
         hidden = self.reasoner.read(audio, batch.text, batch.text_position, batch.text_segment, batch.audio_index)
         return take_rows(hidden, jnp.maximum(batch.answer_position, 0))
 
-    def interleaved(self, batch: Batch, answers: jax.Array) -> jax.Array:
-        """The Backbone's input sequence of packed rows: [B, T, D]. answers: [B, answers, D] from `answers`."""
+    def interleaved(self, batch: Batch, answers: Float[jax.Array, "B answers D"]) -> Float[jax.Array, "B T D"]:
+        """The Backbone's input sequence of packed rows, from the result of `answers`."""
         dtype = answers.dtype
         token = constrain(jnp.asarray(batch.token), "batch", "sequence", rules=self.config.backbone.rules)
         text = self.reasoner.embedding(jnp.maximum(token, 0), dtype)
@@ -132,16 +132,19 @@ class Chroma(nnx.Module):
         x = x + jnp.where(is_present(hidden_index)[..., None], hidden, 0)
         return x + self.audio_embedding.frames(codes, dtype)
 
-    def frame_logits(self, hidden: jax.Array, codes: jax.Array) -> jax.Array:
+    def frame_logits(self, hidden: Float[jax.Array, "F D"], codes: Int[jax.Array, "F Q"]) -> Float[jax.Array, "F Q-1 V"]:
         """Teacher-forced logits of the residual codebooks.
 
-        hidden: [N, D], the Backbone's h at the position that predicts each frame; codes: int32 [N, Q] of that frame.
-        Returns [N, Q−1, audio_vocab_size].
+        Args:
+            hidden: The Backbone's h at the position that predicts each frame.
+            codes: Codes of that frame.
         """
         return frame_logits(self.decoder, self.audio_embedding, hidden, codes)
 
 
-def frame_logits(decoder: Decoder, embedding: AudioEmbedding, hidden: jax.Array, codes: jax.Array) -> jax.Array:
+def frame_logits(
+    decoder: Decoder, embedding: AudioEmbedding, hidden: Float[jax.Array, "F D"], codes: Int[jax.Array, "F Q"]
+) -> Float[jax.Array, "F Q-1 V"]:
     """`Chroma.frame_logits` of the two parts that compute them."""
     levels = jnp.arange(decoder.codebooks - 1)
     return decoder(hidden, embedding(codes[:, :-1], levels, hidden.dtype))

@@ -9,6 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Float, Float32, Int8
 
 from chroma_jax.layers.linear import linears
 from chroma_jax.models.chroma import Chroma
@@ -40,8 +41,8 @@ def small(kernel: nnx.Param) -> tuple[nnx.Param, nnx.Param]:
 
 
 @functools.partial(jax.jit, static_argnums=1, donate_argnums=0)
-def rounded(x: jax.Array, over: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-    """int8 and float32 scale, so that x ≈ int8 · scale and the largest of ``over`` is 127 or −127. x: float […]."""
+def rounded(x: Float[jax.Array, "*shape"], over: tuple[int, ...]) -> tuple[Int8[jax.Array, "*shape"], Float32[jax.Array, "..."]]:
+    """Values and their scale, without the axes ``over``, so that x ≈ values · scale and the largest of ``over`` is ±127."""
     x = x.astype(jnp.float32)
     largest = jnp.max(jnp.abs(x), axis=over, keepdims=True)
     scale = jnp.where(largest > 0, largest, 1) / LARGEST

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Float, Int
 
 from chroma_jax.layers.attention_mask import AttentionMask
 from chroma_jax.layers.kv_cache import KVCache
@@ -14,6 +15,7 @@ from chroma_jax.layers.transformer import Llama, LlamaConfig
 from chroma_jax.models.audio_encoder import AudioEncoder, AudioEncoderConfig
 from chroma_jax.parallel.sharding import constrain, take_rows
 from chroma_jax.sequence.batch import is_present
+from chroma_jax.utils.arrays import AnyArray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,30 +57,41 @@ class Reasoner(nnx.Module):
         self.text = Llama(rngs, config.text)
         self.head = Linear(rngs, {"embed": config.text.hidden_size}, {"vocab": config.vocab_size}, rules=config.text.rules)
 
-    def embed(self, tokens: jax.Array, audio_index: jax.Array, audio: jax.Array) -> jax.Array:
-        """Token embeddings with encoder outputs in the places that are audio.
+    def embed(
+        self, tokens: Int[AnyArray, "B L"], audio_index: Int[AnyArray, "B L"], audio: Float[AnyArray, "B A D"]
+    ) -> Float[jax.Array, "B L D"]:
+        """Token embeddings with encoder outputs in the places that are audio."""
+        heard = take_rows(jnp.asarray(audio), jnp.maximum(audio_index, 0))
+        return jnp.where(is_present(audio_index)[..., None], heard, self.embedding(jnp.asarray(tokens), audio.dtype))
 
-        tokens, audio_index: int32 [B, L]; audio: [B, A, D]. Returns [B, L, D].
-        """
-        heard = take_rows(audio, jnp.maximum(audio_index, 0))
-        return jnp.where(is_present(audio_index)[..., None], heard, self.embedding(tokens, audio.dtype))
+    def __call__(
+        self, embeddings: Float[jax.Array, "B L D"], positions: Int[AnyArray, "B L"], segments: Int[AnyArray, "B L"]
+    ) -> Float[jax.Array, "B L D"]:
+        """Returns hidden states after the final norm."""
+        return self.text(embeddings, jnp.asarray(positions), AttentionMask(segments=jnp.asarray(segments)))
 
-    def __call__(self, embeddings: jax.Array, positions: jax.Array, segments: jax.Array) -> jax.Array:
-        """embeddings: [B, L, D]; positions, segments: int32 [B, L]. Returns hidden states after the final norm, [B, L, D]."""
-        return self.text(embeddings, positions, AttentionMask(segments=segments))
-
-    def read(self, audio, tokens, positions, segments, audio_index) -> jax.Array:
-        """Hidden states of packed rows from encoded speech [B, A, D] and tokens (shapes as in `chroma_jax.sequence.batch`).
-        Returns [B, L, D]."""
+    def read(
+        self,
+        audio: Float[AnyArray, "B A D"],
+        tokens: Int[AnyArray, "B L"],
+        positions: Int[AnyArray, "B L"],
+        segments: Int[AnyArray, "B L"],
+        audio_index: Int[AnyArray, "B L"],
+    ) -> Float[jax.Array, "B L D"]:
+        """Hidden states of packed sequences from encoded speech and tokens (see `chroma_jax.sequence.batch`)."""
         embeddings = constrain(self.embed(tokens, audio_index, audio), "batch", "sequence", None, rules=self.config.text.rules)
         return self(embeddings, positions, segments)
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        """[…, D] → [… , V], in the compute type."""
+    def logits(self, hidden: Float[jax.Array, "*B D"]) -> Float[jax.Array, "*B V"]:
+        """Logits of the tokens, in the compute dtype."""
         return self.head(hidden)
 
     def cached(
-        self, embeddings: jax.Array, positions: jax.Array, cache: KVCache, row: jax.Array | None = None
-    ) -> tuple[jax.Array, KVCache]:
+        self,
+        embeddings: Float[jax.Array, "B L D"],
+        positions: Int[AnyArray, "B L"],
+        cache: KVCache,
+        row: Int[jax.Array, ""] | None = None,
+    ) -> tuple[Float[jax.Array, "B L D"], KVCache]:
         """Continues conversations, or the one of a row; see `Llama.cached`."""
-        return self.text.cached(embeddings, positions, cache, row=row)
+        return self.text.cached(embeddings, jnp.asarray(positions), cache, row=row)

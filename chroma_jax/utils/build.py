@@ -10,8 +10,10 @@ from chroma_jax.utils.errors import InputError, near
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
+else:
+    DataclassInstance = object  # only type checkers have _typeshed; run-time checks need a class
 
-T = TypeVar("T", bound="DataclassInstance")
+T = TypeVar("T", bound=DataclassInstance)
 EXPECTED = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 
 

@@ -6,6 +6,8 @@
 Every stage is causal. Streaming runs the same stages over pieces of whole frames, with the convolutions' memories and the
 last keys and values of the attention window in a `CodecState`, and gives what the whole utterance gives. A recording whose
 last frame is partial ends inside of a piece; `chroma_jax.models.codec.voice_encoder` cuts a recording of any length.
+
+Axes: T positions of the transformers, ``stride`` of them to a frame; in `visible`, S keys.
 """
 
 import dataclasses
@@ -15,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Bool, Float, Int, Int32, Shaped
 
 from chroma_jax.layers.attention_mask import AttentionMask
 from chroma_jax.layers.kv_cache import KVCache
@@ -111,33 +114,48 @@ class CodecConfig:
 class CodecState(NamedTuple):
     """What streaming remembers, of the encoder or of the decoder; the rows are independent of each other.
 
-    position: int32 [B], frames done in each row; a row at 0 begins anew, whatever else is in its state.
-    memories: of the convolutions, [B, M, C] each, in the order of the calls. cache: ring of keys and values.
+    Attributes:
+        position: Frames done in each row; a row at 0 begins anew, whatever else is in its state.
+        memories: Of the convolutions, last inputs and channels of each, in the order of the calls.
+        cache: Ring of keys and values.
     """
 
-    position: jax.Array
-    memories: tuple[jax.Array, ...]
+    position: Int32[jax.Array, "B"]
+    memories: tuple[Float[jax.Array, "B _ _"], ...]
     cache: KVCache
 
 
 class EncodeStages(NamedTuple):
-    """features: SEANet's output, [B, T, D]; hidden: the transformer's, [B, T, D]; latents: [B, F, D]."""
+    """Outputs of the encoder's stages.
 
-    features: jax.Array
-    hidden: jax.Array
-    latents: jax.Array
+    Attributes:
+        features: SEANet's output.
+        hidden: The transformer's output.
+        latents: The quantizer's input.
+    """
+
+    features: Float[jax.Array, "B T D"]
+    hidden: Float[jax.Array, "B T D"]
+    latents: Float[jax.Array, "B F D"]
 
 
 class DecodeStages(NamedTuple):
-    """quantized: [B, F, D]; upsampled: [B, T, D]; hidden: the transformer's output, [B, T, D]; audio: [B, S]."""
+    """Outputs of the decoder's stages.
 
-    quantized: jax.Array
-    upsampled: jax.Array
-    hidden: jax.Array
-    audio: jax.Array
+    Attributes:
+        quantized: The quantizer's output.
+        upsampled: The transformer's input.
+        hidden: The transformer's output.
+        audio: The waveform.
+    """
+
+    quantized: Float[jax.Array, "B F D"]
+    upsampled: Float[jax.Array, "B T D"]
+    hidden: Float[jax.Array, "B T D"]
+    audio: Float[jax.Array, "B S"]
 
 
-def check_codes(codes: np.ndarray, config: CodecConfig) -> None:
+def check_codes(codes: Shaped[np.ndarray, "..."], config: CodecConfig) -> None:
     """Checks codes on the host before they are decoded, where a bad one would be clamped silently.
 
     codes: integers [B, F, Q] or [F, Q]. Raises: InputError for a wrong shape or type, or a code outside the codebook.
@@ -156,13 +174,15 @@ def check_codes(codes: np.ndarray, config: CodecConfig) -> None:
         raise InputError(f"code {code} at {where} is outside 0 … {last} ({len(bad)} such codes)")
 
 
-def reset_rows(state: CodecState, mask: jax.Array) -> CodecState:
-    """mask: bool [B], the rows that begin a new utterance with the next step."""
+def reset_rows(state: CodecState, mask: Bool[jax.Array, "B"]) -> CodecState:
+    """Marks the rows that begin a new utterance with the next step."""
     return state._replace(position=jnp.where(mask, 0, state.position))
 
 
-def visible(queries: jax.Array, keys: jax.Array, window: int | None) -> jax.Array:
-    """Causal attention over a window. queries: positions [B, T]; keys: positions [S] or [B, 1, S]. Returns bool [B, T, S]."""
+def visible(
+    queries: Int[jax.Array, "B T"], keys: Int[jax.Array, "S"] | Int[jax.Array, "B 1 S"], window: int | None
+) -> Bool[jax.Array, "B T S"]:
+    """Causal attention over a window, by the positions of queries and keys."""
     age = queries[:, :, None] - keys
     return age >= 0 if window is None else (age >= 0) & (age < window)
 
@@ -194,35 +214,46 @@ class Codec(nnx.Module):
         self.decoder_transformer = Encoder(rngs, c.transformer)
         self.decoder = SeanetDecoder(rngs, c.seanet, width)
 
-    def encode(self, audio: jax.Array, num_codebooks: int | None = None) -> jax.Array:
-        """audio: [B, S], S ≥ 1. Returns int32 [B, F, Q], F = ⌈S / samples_per_frame⌉, Q = num_codebooks (default: all).
+    def encode(self, audio: Float[AnyArray, "B S"], num_codebooks: int | None = None) -> Int32[jax.Array, "B F Q"]:
+        """Encodes whole recordings.
 
-        A row padded with silence differs from the row alone only in frames that reach into the padding.
+        Args:
+            audio: At least one sample of each.
+            num_codebooks: Q; None for all.
+
+        Returns:
+            Codes of F = ⌈S / samples_per_frame⌉ frames. A row padded with silence differs from the row alone only in frames that
+            reach into the padding.
         """
         return self._quantize(self.latents(audio), num_codebooks)
 
-    def latents(self, audio: AnyArray) -> jax.Array:
-        """audio: [B, S]. Returns what is quantized, [B, F, D]."""
+    def latents(self, audio: Float[AnyArray, "B S"]) -> Float[jax.Array, "B F D"]:
+        """The quantizer's input."""
         return self.encode_stages(audio).latents
 
-    def encode_stages(self, audio: AnyArray) -> EncodeStages:
+    def encode_stages(self, audio: Float[AnyArray, "B S"]) -> EncodeStages:
         if audio.ndim != 2 or audio.shape[1] < 1:
             raise ValueError(f"audio must be [batch, samples] with at least one sample, got {audio.shape}")
-        return self._encode(audio, ConvState(), self._attend_whole)
+        return self._encode(jnp.asarray(audio), ConvState(), self._attend_whole)
 
-    def decode(self, codes: jax.Array, dtype=jnp.float32) -> jax.Array:
-        """codes: int32 [B, F, Q], Q ≤ num_codebooks; a code outside the codebook is clamped into it (see `check_codes`).
+    def decode(self, codes: Int[AnyArray, "B F Q"], dtype=jnp.float32) -> Float[jax.Array, "B S"]:
+        """Decodes whole recordings.
 
-        Returns audio [B, F · samples_per_frame].
+        Args:
+            codes: Of the first Q ≤ num_codebooks codebooks. A code outside its codebook is clamped (see `check_codes`).
+            dtype: Compute dtype.
+
+        Returns:
+            S = F · samples_per_frame samples.
         """
         return self.decode_stages(codes, dtype).audio
 
-    def decode_stages(self, codes: jax.Array, dtype=jnp.float32) -> DecodeStages:
+    def decode_stages(self, codes: Int[AnyArray, "B F Q"], dtype=jnp.float32) -> DecodeStages:
         self._check_levels(codes)
         return self._decode(codes, dtype, ConvState(), self._attend_whole)
 
-    def decode_latents(self, quantized: jax.Array) -> jax.Array:
-        """`decode` from what the quantizer gives, [B, F, D], or from latents. Returns audio [B, F · samples_per_frame]."""
+    def decode_latents(self, quantized: Float[jax.Array, "B F D"]) -> Float[jax.Array, "B S"]:
+        """`decode` from the quantizer's output, or from latents."""
         return self._sound(quantized, ConvState(), self._attend_whole).audio
 
     def encoder_state(
@@ -239,20 +270,32 @@ class Codec(nnx.Module):
         return self._state(batch, dtype, frames_per_step, max_frames, run, audio)
 
     def encode_step(
-        self, state: CodecState, audio: jax.Array, num_codebooks: int | None = None, *, length: jax.Array | None = None
-    ) -> tuple[CodecState, jax.Array]:
-        """audio: [B, n · samples_per_frame], n ≥ 1. Returns (state, codes int32 [B, n, Q]).
+        self,
+        state: CodecState,
+        audio: Float[jax.Array, "B S"],
+        num_codebooks: int | None = None,
+        *,
+        length: Int32[jax.Array, "B"] | None = None,
+    ) -> tuple[CodecState, Int32[jax.Array, "B F Q"]]:
+        """Encodes the next F ≥ 1 frames.
 
-        length: int32 [B], samples of each row that belong to its recording. A row with fewer than ``audio`` has ends there:
-        its first ⌈length / samples_per_frame⌉ codes are those of ``encode``, and it must be reset before it is used again.
+        Args:
+            state: From `encoder_state` or the step before.
+            audio: S = F · samples_per_frame samples.
+            num_codebooks: Q; None for all.
+            length: Samples of each row that belong to its recording; None for all. A row with fewer ends there: its first
+                ⌈length / samples_per_frame⌉ codes are those of `encode`, and it must be reset before it is used again.
+
+        Returns:
+            (the new state, the codes).
         """
         state, latents = self.latents_step(state, audio, length=length)
         return state, self._quantize(latents, num_codebooks)
 
     def latents_step(
-        self, state: CodecState, audio: jax.Array, *, length: jax.Array | None = None
-    ) -> tuple[CodecState, jax.Array]:
-        """As `encode_step`, before quantization: (state, latents [B, n, D])."""
+        self, state: CodecState, audio: Float[jax.Array, "B S"], *, length: Int32[jax.Array, "B"] | None = None
+    ) -> tuple[CodecState, Float[jax.Array, "B F D"]]:
+        """`encode_step` before quantization. Returns (the new state, the latents)."""
         if audio.shape[1] < 1 or audio.shape[1] % self.config.samples_per_frame:
             raise ValueError(f"audio must be whole frames of {self.config.samples_per_frame} samples, got {audio.shape[1]}")
         carry, attend, cache = self._resume(state, length)
@@ -267,8 +310,8 @@ class Codec(nnx.Module):
         run = lambda carry, x: self._decode(x, dtype, carry, self._attend_whole)
         return self._state(batch, dtype, frames_per_step, max_frames, run, codes)
 
-    def decode_step(self, state: CodecState, codes: jax.Array) -> tuple[CodecState, jax.Array]:
-        """codes: int32 [B, n, Q], n ≥ 1. Returns (state, audio [B, n · samples_per_frame]), computed in the state's type."""
+    def decode_step(self, state: CodecState, codes: Int[jax.Array, "B F Q"]) -> tuple[CodecState, Float[jax.Array, "B S"]]:
+        """Decodes the next F ≥ 1 frames in the state's dtype. Returns (the new state, S = F · samples_per_frame samples)."""
         self._check_levels(codes)
         carry, attend, cache = self._resume(state)
         audio = self._decode(codes, state.memories[0].dtype, carry, attend).audio

@@ -2,8 +2,9 @@
 
 Each layer is written once, for a piece of a signal and what the layer remembers of the pieces before it. A whole
 utterance is a single piece with nothing before it, so streaming and whole-utterance results cannot drift apart.
-Signals are [B, S, C]. On TPU, one with fewer channels than a register has lanes goes folded, [B, S / fold, fold · C]: as it is,
-most of its memory and of every transfer would be filling.
+Signals are [B, S, C], with C the channels that enter a layer and E those that leave it; the axis ``context`` counts the samples
+that a layer remembers. On TPU, one with fewer channels than a
+register has lanes goes folded, [B, S / fold, fold · C]: as it is, most of its memory and of every transfer would be filling.
 """
 
 from typing import Literal
@@ -11,6 +12,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Bool, Float, Int32
 
 from chroma_jax.kernels.splash import LANES
 from chroma_jax.layers.linear import as_matmul_dtype, for_compute, normal, product, weight, zeros
@@ -22,17 +24,20 @@ Padding = Literal["zeros", "replicate"]
 class ConvState:
     """Hands every layer its memory in the order of the calls, and collects the new memories in the same order.
 
-    With no memories, every row begins here. Otherwise the rows in ``fresh`` (bool [B]) begin here and the others go on.
+    With no memories, every row begins here. Otherwise the rows in ``fresh`` begin here and the others go on.
 
-    length: int32 [B], where in this piece each row ends; the strided layers, which look beyond the end, put their padding
-    there, whatever the piece holds. None: the rows end with the piece, or go on.
+    Args:
+        memories: The memories that the piece before left.
+        fresh: Rows that begin with this piece.
+        length: Where in this piece each row ends. The strided layers, which look beyond the end, put their padding there. None:
+            the rows end with the piece, or go on.
     """
 
     def __init__(
         self,
-        memories: tuple[jax.Array, ...] | None = None,
-        fresh: jax.Array | None = None,
-        length: jax.Array | None = None,
+        memories: tuple[Float[jax.Array, "B _ _"], ...] | None = None,
+        fresh: Bool[jax.Array, "B"] | None = None,
+        length: Int32[jax.Array, "B"] | None = None,
     ):
         self._old = None if memories is None else iter(memories)
         self._fresh = fresh
@@ -45,18 +50,18 @@ class ConvState:
         return self._old is not None
 
     @property
-    def memories(self) -> tuple[jax.Array, ...]:
+    def memories(self) -> tuple[Float[jax.Array, "B _ _"], ...]:
         """What to begin the next piece with."""
         return tuple(self._new)
 
-    def take(self, start: jax.Array) -> jax.Array:
-        """start: [B, M, C], the memory of a row that begins here. Returns the memory of each row."""
+    def take(self, start: Float[jax.Array, "B context C"]) -> Float[jax.Array, "B context C"]:
+        """Returns the memory of each row, ``start`` for rows that begin here."""
         if self._old is None:
             return start
         assert self._fresh is not None  # it comes with memories
         return jnp.where(self._fresh[:, None, None], start, next(self._old))
 
-    def put(self, memory: jax.Array) -> None:
+    def put(self, memory: Float[jax.Array, "B context C"]) -> None:
         self._new.append(memory)
 
 
@@ -89,9 +94,11 @@ class Conv(nnx.Module):
         self.kernel = weight(rngs, dims, normal(gain * (kernel * inputs) ** -0.5))
         self.bias = weight(rngs, {"channels": outputs}, zeros) if bias else None
 
-    def __call__(self, x: jax.Array, carry: ConvState, fold: int = 1) -> jax.Array:
-        """x: [B, S, in]. Returns [B, ⌈S / stride⌉, out]; a piece that another one follows must be whole strides long. With fold,
-        at stride 1, both are folded."""
+    def __call__(
+        self, x: Float[jax.Array, "B S C"], carry: ConvState, fold: int = 1
+    ) -> Float[jax.Array, "B -(-S//{self.stride}) E"]:
+        """Convolves a piece; one that another piece follows must be whole strides long. With ``fold`` > 1, at stride 1, input and
+        output are folded."""
         if fold > 1:
             return self._folded(x, carry, fold)
         if carry.length is not None and self.stride > 1:  # stride 1: causal, so that what is behind the end is not seen
@@ -221,8 +228,8 @@ class ConvTranspose(nnx.Module):
     def _in_halves(self) -> bool:
         return on_tpu() and self.groups == 1 and self.taps == 2 * self.stride
 
-    def __call__(self, x: jax.Array, carry: ConvState) -> jax.Array:
-        """x: [B, S, in]. Returns [B, S · stride, out], or that folded by ``fold``."""
+    def __call__(self, x: Float[jax.Array, "B S C"], carry: ConvState) -> Float[jax.Array, "B S*{self.stride//self.fold} E"]:
+        """Convolves a piece. The output is folded by the property ``fold``."""
         if self._in_halves:
             return self._of_halves(x, carry)
         batch, length, inputs = x.shape

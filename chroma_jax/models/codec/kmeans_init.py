@@ -1,5 +1,8 @@
 """A quantizer that fits a Codec's latents without training: principal components, and k-means level by level over what is left
-over."""
+over.
+
+Axes: F latents, of one frame each; V codes of a codebook; C width of a code.
+"""
 
 import dataclasses
 from functools import partial
@@ -9,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Float, Float32, Int32, Key
 
 from chroma_jax.models.codec.codec import Codec
 from chroma_jax.models.codec.quantizer import Codebooks, nearest
@@ -30,16 +34,19 @@ ROWS_AT_A_TIME = 4096  # of the distance matrix, which has codebook_size columns
 RIDGE = 1e-4  # of the mean power of what the branches make: both see the same, so that their outputs are much alike
 
 
-def assign(x: jax.Array, centroids: jax.Array) -> jax.Array:
-    """x: [N, C]; centroids: [K, C]. Returns the nearest centroid of each row, int32 [N]."""
+def assign(x: Float32[jax.Array, "F C"], centroids: Float32[jax.Array, "V C"]) -> Int32[jax.Array, "F"]:
+    """The nearest centroid of each row."""
     return jax.lax.map(lambda row: nearest(row, centroids), x, batch_size=ROWS_AT_A_TIME)
 
 
 @partial(jax.jit, static_argnames=("size", "iterations"))
-def kmeans(x: jax.Array, key: jax.Array, *, size: int, iterations: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Lloyd's algorithm. x: float32 [N, C]. Returns centroids [size, C], rows per centroid [size], residuals [N, C].
+def kmeans(
+    x: Float32[jax.Array, "F C"], key: Key[jax.Array, ""], *, size: int, iterations: int
+) -> tuple[Float32[jax.Array, "{size} C"], Float32[jax.Array, "{size}"], Float32[jax.Array, "F C"]]:
+    """Lloyd's algorithm. A centroid that wins no row is moved onto a random one.
 
-    A centroid that wins no row is moved onto a random one.
+    Returns:
+        Centroids, rows per centroid, residuals.
     """
     first, *others = jax.random.split(key, iterations + 1)
     count = x.shape[0]
@@ -59,9 +66,10 @@ def kmeans(x: jax.Array, key: jax.Array, *, size: int, iterations: int) -> tuple
     return centroids, sums(codes)[1], x - centroids[codes]
 
 
-def fit_levels(books: Codebooks, z: np.ndarray, key: jax.Array, config: FitConfig) -> np.ndarray:
-    """Sets every codebook of a branch; the levels share one compiled function. z: what it sees, [N, C]. Returns what it makes of
-    that, [N, C]."""
+def fit_levels(
+    books: Codebooks, z: Float32[np.ndarray, "F C"], key: Key[jax.Array, ""], config: FitConfig
+) -> Float32[np.ndarray, "F C"]:
+    """Sets every codebook of a branch; the levels share one compiled function. Returns z, the branch's input, quantized."""
     count, size, _ = books.embed_sum.shape
     residual = jnp.asarray(z)
     embed_sum, cluster_usage = [], []
@@ -77,15 +85,21 @@ def fit_levels(books: Codebooks, z: np.ndarray, key: jax.Array, config: FitConfi
     return z - np.asarray(residual)
 
 
-def fit_quantizer(codec: Codec, latents: np.ndarray, seed: int, config: FitConfig = FitConfig()) -> Codec:
+def fit_quantizer(codec: Codec, latents: Float[np.ndarray, "F D"], seed: int, config: FitConfig = FitConfig()) -> Codec:
     """A copy of ``codec`` whose quantizer fits ``latents``; the same arguments give the same one.
 
     Each branch sees the latents' principal components, as many as its codes have channels (the semantic one perhaps its own view,
     see `FitConfig`); k-means makes its codebooks; and the projections out are those by which both branches together come closest
     to the latents (least squares).
 
-    latents: float32 [N, D], from `Codec.latents`, frames of silence and padding left out. Raises: InputError for a wrong
-    shape or values that are not finite.
+    Args:
+        codec: The Codec; it stays as it is.
+        latents: From `Codec.latents`, without frames of silence and padding.
+        seed: Of the random choices.
+        config: How the quantizer is fitted.
+
+    Raises:
+        InputError: The latents have a wrong shape or values that are not finite.
     """
     latents = np.asarray(latents, np.float32)
     if latents.ndim != 2 or latents.shape[1] != codec.config.hidden_size or not len(latents):

@@ -1,4 +1,7 @@
-"""Residual vector quantization, split into a semantic and an acoustic branch (Défossez et al., arXiv 2410.00037)."""
+"""Residual vector quantization, split into a semantic and an acoustic branch (Défossez et al., arXiv 2410.00037).
+
+Axes: V codes of a codebook, C width of a code.
+"""
 
 import dataclasses
 
@@ -6,9 +9,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Float, Float32, Int, Int32
 
 from chroma_jax.layers.linear import Linear, for_compute, normal, ones, weight
 from chroma_jax.parallel.sharding import active, leading_spec
+from chroma_jax.utils.arrays import AnyArray
 
 MIN_USAGE = 1e-5  # a code is never divided by less
 
@@ -46,12 +51,12 @@ class Codebooks(nnx.Module):
         self.cluster_usage = weight(rngs, {"codebook": count, "codes": size}, ones)
         self.initialized = weight(rngs, {"codebook": count, "codes": 1}, ones)
 
-    def stacked(self, count: int) -> tuple[jax.Array, jax.Array]:
-        """embed_sum and cluster_usage of the first ``count`` codebooks, float32."""
+    def stacked(self, count: int) -> tuple[Float32[jax.Array, "{count} V C"], Float32[jax.Array, "{count} V"]]:
+        """embed_sum and cluster_usage of the first ``count`` codebooks."""
         return for_compute(self.embed_sum, jnp.float32)[:count], for_compute(self.cluster_usage, jnp.float32)[:count]
 
-    def rows(self, codes: jax.Array) -> jax.Array:
-        """codes: int32 [B, F, Q], level q from codebook q. Returns the codes' vectors, float32 [B, F, Q, C]."""
+    def rows(self, codes: Int[AnyArray, "B F Q"]) -> Float32[jax.Array, "B F Q C"]:
+        """The codes' vectors, those of level q from codebook q."""
         count, (size, dim) = codes.shape[-1], self.embed_sum.shape[1:]
         embed_sum, usage = self.stacked(count)
         # Two look-ups and a division by row: the table of all codes is never formed.
@@ -63,10 +68,10 @@ class Codebooks(nnx.Module):
         return vectors / jnp.maximum(counts, MIN_USAGE)[..., None]
 
 
-def nearest(x: jax.Array, codebook: jax.Array) -> jax.Array:
-    """The row of ``codebook`` [N, C] with the smallest Euclidean distance to each x [..., C]; the first one of a tie."""
+def nearest(x: Float[jax.Array, "*B C"], codebook: Float[jax.Array, "V C"]) -> Int32[jax.Array, "*B"]:
+    """The row of ``codebook`` with the smallest Euclidean distance to each x; the first one of a tie."""
     # |x|² is the same for every row. Full precision, for a rounded product would change codes.
-    product = jnp.einsum("...C,NC->...N", x, codebook, precision=jax.lax.Precision.HIGHEST)
+    product = jnp.einsum("...C,VC->...V", x, codebook, precision=jax.lax.Precision.HIGHEST)
     return jnp.argmin(jnp.sum(jnp.square(codebook), axis=-1) - 2 * product, axis=-1).astype(jnp.int32)
 
 
@@ -80,13 +85,13 @@ class ResidualQuantizer(nnx.Module):
         self.input = Linear(rngs, outer, inner) if projected else None
         self.output = Linear(rngs, inner, outer) if projected else None
 
-    def project(self, x: jax.Array) -> jax.Array:
-        """x: [..., D]. Returns what the codebooks see, float32 [..., C]."""
+    def project(self, x: Float[jax.Array, "*B D"]) -> Float32[jax.Array, "*B C"]:
+        """The codebooks' input."""
         x = x.astype(jnp.float32)
         return x if self.input is None else self.input(x)
 
-    def encode(self, x: jax.Array, count: int) -> jax.Array:
-        """x: [B, F, D]. Returns the codes of the first ``count`` codebooks, int32 [B, F, count]."""
+    def encode(self, x: Float[AnyArray, "B F D"], count: int) -> Int32[jax.Array, "B F {count}"]:
+        """The codes of the first ``count`` codebooks."""
 
         def level(residual, codebook):
             embed_sum, usage = codebook
@@ -95,11 +100,11 @@ class ResidualQuantizer(nnx.Module):
             chosen = table.at[codes].get(out_sharding=P(*leading_spec(codes, 2), None)) if active() else table[codes]
             return residual - chosen, codes
 
-        _, codes = jax.lax.scan(level, self.project(x), self.codebooks.stacked(count))
+        _, codes = jax.lax.scan(level, self.project(jnp.asarray(x)), self.codebooks.stacked(count))
         return jnp.moveaxis(codes, 0, -1)
 
-    def decode(self, codes: jax.Array, dtype) -> jax.Array:
-        """codes: int32 [B, F, Q]. Returns [B, F, D] in ``dtype``."""
+    def decode(self, codes: Int[AnyArray, "B F Q"], dtype) -> Float[jax.Array, "B F D"]:
+        """The sum of the codes' vectors, in ``dtype``."""
         x = jnp.sum(self.codebooks.rows(codes), axis=2).astype(dtype)
         return x if self.output is None else self.output(x)
 
@@ -112,16 +117,16 @@ class SplitQuantizer(nnx.Module):
         self.semantic = ResidualQuantizer(rngs, config.num_semantic, config, width)
         self.acoustic = ResidualQuantizer(rngs, config.num_codebooks - config.num_semantic, config, width)
 
-    def encode(self, x: jax.Array, num_codebooks: int) -> jax.Array:
-        """x: [B, F, D]. Returns int32 [B, F, num_codebooks]."""
+    def encode(self, x: Float[AnyArray, "B F D"], num_codebooks: int) -> Int32[jax.Array, "B F {num_codebooks}"]:
+        """The codes of the first ``num_codebooks`` codebooks, semantic ones first."""
         split = self.config.num_semantic
         codes = self.semantic.encode(x, min(num_codebooks, split))
         if num_codebooks <= split:
             return codes
         return jnp.concatenate([codes, self.acoustic.encode(x, num_codebooks - split)], axis=-1)
 
-    def decode(self, codes: jax.Array, dtype) -> jax.Array:
-        """codes: int32 [B, F, Q], Q at most num_codebooks. Returns [B, F, D] in ``dtype``."""
+    def decode(self, codes: Int[AnyArray, "B F Q"], dtype) -> Float[jax.Array, "B F D"]:
+        """The sum of the codes' vectors, in ``dtype``, of the first Q ≤ num_codebooks codebooks."""
         split = self.config.num_semantic
         x = self.semantic.decode(codes[..., :split], dtype)
         return x if codes.shape[-1] <= split else x + self.acoustic.decode(codes[..., split:], dtype)

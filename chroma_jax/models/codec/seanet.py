@@ -1,4 +1,7 @@
-"""SEANet: the convolutional encoder and decoder of the Codec (Défossez et al., arXiv 2210.13438, section 3.1)."""
+"""SEANet: the convolutional encoder and decoder of the Codec (Défossez et al., arXiv 2210.13438, section 3.1).
+
+Axes: C channels that enter a layer, E those that leave it, T outputs of the encoder.
+"""
 
 import dataclasses
 import math
@@ -6,6 +9,7 @@ from typing import Literal
 
 import jax
 from flax import nnx
+from jaxtyping import Float
 
 from chroma_jax.models.codec.conv import Conv, ConvState, ConvTranspose
 from chroma_jax.parallel.sharding import reshape_rows
@@ -65,7 +69,7 @@ class ResidualLayer(nnx.Module):
         self.conv2 = Conv(rngs, inner, width, 1)
         self.shortcut = Conv(rngs, width, width, 1) if config.shortcut == "conv" else None
 
-    def __call__(self, x: jax.Array, carry: ConvState, fold: int = 1) -> jax.Array:
+    def __call__(self, x: Float[jax.Array, "B S C"], carry: ConvState, fold: int = 1) -> Float[jax.Array, "B S C"]:
         y = self.conv1(jax.nn.elu(x), carry, fold)
         y = self.conv2(jax.nn.elu(y), carry, fold)
         return y + (x if self.shortcut is None else self.shortcut(x, carry, fold))
@@ -83,7 +87,7 @@ class EncoderStage(nnx.Module):
         self.residuals = residual_layers(rngs, config, width)
         self.down = Conv(rngs, width, 2 * width, 2 * ratio, stride=ratio)
 
-    def __call__(self, x: jax.Array, carry: ConvState) -> jax.Array:
+    def __call__(self, x: Float[jax.Array, "B S C"], carry: ConvState) -> Float[jax.Array, "B -(-S//{self.down.stride}) E"]:
         for layer in self.residuals:
             x = layer(x, carry)
         return self.down(jax.nn.elu(x), carry)
@@ -100,7 +104,7 @@ class DecoderStage(nnx.Module):
     def fold(self) -> int:
         return self.up.fold
 
-    def __call__(self, x: jax.Array, carry: ConvState) -> jax.Array:
+    def __call__(self, x: Float[jax.Array, "B S C"], carry: ConvState) -> Float[jax.Array, "B S*{self.up.stride//self.fold} E"]:
         x = self.up(jax.nn.elu(x), carry)
         for layer in self.residuals:
             x = layer(x, carry, self.fold)
@@ -108,7 +112,7 @@ class DecoderStage(nnx.Module):
 
 
 class SeanetEncoder(nnx.Module):
-    """Waveform [B, S, 1] → features [B, ⌈S / hop⌉, D]."""
+    """Waveform → features, T = ⌈S / hop⌉."""
 
     def __init__(self, rngs: nnx.Rngs, config: SeanetConfig, width: int):
         filters = config.num_filters
@@ -120,7 +124,7 @@ class SeanetEncoder(nnx.Module):
         self.stages = nnx.List(stages)
         self.last = Conv(rngs, filters << len(config.ratios), width, config.last_kernel_size)
 
-    def __call__(self, x: jax.Array, carry: ConvState) -> jax.Array:
+    def __call__(self, x: Float[jax.Array, "B S 1"], carry: ConvState) -> Float[jax.Array, "B T D"]:
         x = self.first(x, carry)
         for i, stage in enumerate(self.stages):
             with jax.named_scope(f"stage{i}"):
@@ -129,7 +133,7 @@ class SeanetEncoder(nnx.Module):
 
 
 class SeanetDecoder(nnx.Module):
-    """Features [B, T, D] → waveform [B, T · hop, 1]."""
+    """Features → waveform, S = T · hop."""
 
     def __init__(self, rngs: nnx.Rngs, config: SeanetConfig, width: int):
         filters, count = config.num_filters, len(config.ratios)
@@ -140,7 +144,7 @@ class SeanetDecoder(nnx.Module):
         self.stages = nnx.List(stages)
         self.last = Conv(rngs, filters, 1, config.last_kernel_size, gain=0.1)  # about the level of speech at the start
 
-    def __call__(self, x: jax.Array, carry: ConvState) -> jax.Array:
+    def __call__(self, x: Float[jax.Array, "B T D"], carry: ConvState) -> Float[jax.Array, "B S 1"]:
         x, fold = self.first(x, carry), 1
         for i, stage in enumerate(self.stages):
             with jax.named_scope(f"stage{i}"):
@@ -148,6 +152,6 @@ class SeanetDecoder(nnx.Module):
         return unfolded(self.last(jax.nn.elu(x), carry, fold), fold)
 
 
-def unfolded(x: jax.Array, fold: int) -> jax.Array:
-    """[B, S / fold, fold · C] → [B, S, C]."""
+def unfolded(x: Float[jax.Array, "B S C"], fold: int) -> Float[jax.Array, "B S*{fold} C//{fold}"]:
+    """Undoes the folding of a signal, see `chroma_jax.models.codec.conv`."""
     return reshape_rows(x, len(x), x.shape[1] * fold, x.shape[2] // fold)

@@ -5,19 +5,27 @@ from functools import partial
 import jax
 import numpy as np
 from flax import nnx
+from jaxtyping import Float32, Int32, Shaped
 
 from chroma_jax.audio.sample_buffer import SampleBuffer
-from chroma_jax.models.codec.codec import Codec
+from chroma_jax.models.codec.codec import Codec, CodecState
 from chroma_jax.utils.errors import InputError
 
 
 @partial(jax.jit, static_argnames=("graph", "num_codebooks"), donate_argnames="state")
-def encode_step(graph, weights, state, audio, length, num_codebooks):
+def encode_step(
+    graph,
+    weights,
+    state: CodecState,
+    audio: Float32[jax.Array, "B S"],
+    length: Int32[jax.Array, "B"],
+    num_codebooks: int,
+) -> tuple[CodecState, Int32[jax.Array, "B F {num_codebooks}"]]:
     return nnx.merge(graph, weights).encode_step(state, audio, num_codebooks, length=length)
 
 
 @partial(jax.jit, static_argnames=("graph", "frames_per_step", "max_frames"))
-def first_state(graph, weights, frames_per_step, max_frames):
+def first_state(graph, weights, frames_per_step: int, max_frames: int | None) -> CodecState:
     return nnx.merge(graph, weights).encoder_state(1, frames_per_step=frames_per_step, max_frames=max_frames)
 
 
@@ -42,8 +50,8 @@ class ChunkedEncoder:
         """Another recording, whatever became of the one before."""
         self._state, self._pieces, self._ended = self._first(), SampleBuffer(), False
 
-    def feed(self, samples: np.ndarray) -> np.ndarray:
-        """samples: float [S] at the Codec's rate, S ≥ 0. Returns int32 [n, Q], the codes of the steps that are now complete.
+    def feed(self, samples: Shaped[np.ndarray, "..."]) -> Int32[np.ndarray, "F Q"]:
+        """samples: float [S] at the Codec's rate, S ≥ 0. Returns the codes of the steps that are now complete.
 
         Raises: InputError for another type or shape, values that are not finite, or a recording that is finished.
         """
@@ -57,8 +65,8 @@ class ChunkedEncoder:
         self._pieces.drop(steps * self._step)
         return np.concatenate(jax.device_get([self._encode(x, self._step) for x in audio]), axis=1)[0]
 
-    def finish(self) -> np.ndarray:
-        """The codes of what has not been encoded yet, the last frame ending as ``Codec.encode`` ends it: int32 [n, Q]."""
+    def finish(self) -> Int32[np.ndarray, "F Q"]:
+        """The codes of what has not been encoded yet, the last frame ending as ``Codec.encode`` ends it."""
         length, self._ended = len(self._pieces), True
         if not length:
             return np.zeros((0, self._codebooks), np.int32)

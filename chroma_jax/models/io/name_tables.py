@@ -10,9 +10,8 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
-
 from chroma_jax.models.chroma import ChromaConfig
+from chroma_jax.utils.arrays import AnyArray
 
 
 class Transform(NamedTuple):
@@ -31,17 +30,17 @@ CONV = Transform(lambda x, shape: x.transpose(2, 1, 0), lambda x: x.transpose(2,
 def linear(inputs: int = 1) -> Transform:
     """[out, in] ↔ [in…, out…] with ``inputs`` leading in-axes."""
 
-    def to_foreign(x: np.ndarray) -> np.ndarray:
+    def to_foreign(x: AnyArray) -> AnyArray:
         return x.reshape(math.prod(x.shape[:inputs]), -1).T
 
     return Transform(lambda x, shape: x.T.reshape(shape), to_foreign)
 
 
-def _halves(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+def _halves(x: AnyArray, shape: tuple[int, ...]) -> AnyArray:
     return x.T.reshape(*shape[:-1], shape[-1] // 2, 2).swapaxes(-1, -2).reshape(shape)
 
 
-def _pairs(x: np.ndarray) -> np.ndarray:
+def _pairs(x: AnyArray) -> AnyArray:
     split = x.reshape(*x.shape[:-1], 2, x.shape[-1] // 2).swapaxes(-1, -2)
     return split.reshape(x.shape[0], -1).T
 

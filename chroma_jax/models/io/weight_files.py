@@ -19,6 +19,7 @@ import orbax.checkpoint.experimental.v1 as ocp
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Shaped, UInt
 from safetensors import SafetensorError, safe_open
 
 from chroma_jax.models.chroma import Chroma, ChromaConfig
@@ -254,7 +255,8 @@ def _placer(transform: Transform, shape: tuple[int, ...], stacked: bool, shardin
 
 
 @jax.jit
-def bits(x: jax.Array) -> jax.Array:
+def bits(x: Shaped[jax.Array, "*shape"]) -> UInt[jax.Array, "*shape"]:
+    """The same bits as unsigned integers."""
     return jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
 
 
@@ -279,8 +281,10 @@ class Output(NamedTuple):
         return Tensor(self.shape, self.dtype).nbytes
 
 
-def outputs(weights: Mapping[str, jax.Array], rows: Iterable[NameRow], dtype: str | None = None) -> Iterator[Output]:
-    """Foreign tensors of a table. weights: by path, arrays or (where nothing will be read) ShapeDtypeStructs.
+def outputs(
+    weights: Mapping[str, jax.Array | jax.ShapeDtypeStruct], rows: Iterable[NameRow], dtype: str | None = None
+) -> Iterator[Output]:
+    """Foreign tensors of a table. weights: by path; abstract where nothing will be read.
 
     dtype: that all are written in; None keeps each weight's own.
     """
@@ -289,7 +293,7 @@ def outputs(weights: Mapping[str, jax.Array], rows: Iterable[NameRow], dtype: st
         kind = dtype or str(value.dtype)
         shape = foreign_shape(row.transform, layer_shape(row, value.shape))
         for layer, name in enumerate(row.foreign_names()):
-            yield Output(name, shape, kind, functools.partial(_foreign, value, row, layer, kind))
+            yield Output(name, shape, kind, functools.partial(_foreign, cast(jax.Array, value), row, layer, kind))
 
 
 def _foreign(value: jax.Array, row: NameRow, layer: int, dtype: str) -> np.ndarray:
