@@ -15,6 +15,7 @@ from chroma_jax.kernels import sums
 from chroma_jax.kernels.attention_call import AttentionCall
 from chroma_jax.kernels.splash import SAVED
 from chroma_jax.parallel.sharding import on_rows_and_heads
+from chroma_jax.utils.arrays import with_rank
 
 BLOCK, PIECE = 256, 128  # queries with the same keys, and of those how many at a time
 
@@ -141,5 +142,6 @@ def _scores(x: jax.Array, y: jax.Array, dtype=jnp.float32) -> jax.Array:
 def _masked(scores: jax.Array, queries: tuple[jax.Array, jax.Array], seen: jax.Array) -> jax.Array:
     """queries: see `_queries`; seen: int32 [B, S], the keys' segments."""
     segment, place = queries
-    mask = (segment[..., None] == seen[:, None, None, None]) & (place[..., None] >= jnp.arange(seen.shape[1]))
+    place = place[..., None]
+    mask = (segment[..., None] == seen[:, None, None, None]) & (place >= with_rank(jnp.arange(seen.shape[1]), place.ndim))
     return jnp.where(mask, scores, jnp.finfo(jnp.float32).min)

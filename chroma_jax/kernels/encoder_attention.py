@@ -41,7 +41,7 @@ def unsupported(call: AttentionCall) -> str | None:
 
 def mask(lengths: jax.Array, positions: int) -> jax.Array:
     """The first ``lengths`` positions of each sequence, as bool [B, T, T]."""
-    seen = jnp.arange(positions) < lengths[:, None]
+    seen = jnp.arange(positions)[None] < lengths[:, None]
     return jnp.broadcast_to(seen[:, None], (len(lengths), positions, positions))
 
 

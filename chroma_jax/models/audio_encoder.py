@@ -145,7 +145,7 @@ class Convolution(nnx.Module):
         x = jnp.pad(x, ((0, 0), (1, (out + groups - 1) * s - a - 1), (0, 0)))
         x = jax.lax.reshape(x, (b, out + groups - 1, s * c), out_sharding=spec)
         products = (jnp.einsum("BAC,CE->BAE", x[:, g : g + out], kernel[g], out_sharding=spec) for g in range(groups))
-        return sum(products) + for_compute(self.bias, x.dtype)
+        return sum(products) + for_compute(self.bias, x.dtype)[None, None]
 
 
 class AudioEncoder(nnx.Module):
@@ -171,7 +171,7 @@ class AudioEncoder(nnx.Module):
         x = jnp.where(valid[..., None], mel.astype(dtype), 0)
         x = jnp.where(valid[..., None], gelu(self.conv1(x)), 0)
         x = gelu(self.conv2(x))
-        return x + sinusoids(x.shape[1], x.shape[2]).astype(dtype)
+        return x + sinusoids(x.shape[1], x.shape[2]).astype(dtype)[None]
 
     def attend(self, x: Float[jax.Array, "blocks A D"], lengths: Int32[AnyArray, "blocks"]) -> Float[jax.Array, "blocks A D"]:
         """The encoder stack on blocks, whose lengths are in mel frames."""

@@ -118,7 +118,7 @@ class Conv(nnx.Module):
             y = self._as_matmul(x, dtype)
         else:
             y = self._as_convolution(*self._without_stride(x), dtype)
-        return y if self.bias is None else y + for_compute(self.bias, dtype)
+        return y if self.bias is None else y + for_compute(self.bias, dtype)[None, None]
 
     def _as_convolution(self, x: jax.Array, kernel: jax.Array, stride: int, dtype) -> jax.Array:
         return jax.lax.conv_general_dilated(

@@ -17,7 +17,7 @@ from flax import nnx
 from chroma_jax.layers.linear import for_compute, normal, ones, weight, zeros
 from chroma_jax.parallel.sharding import reshape_rows
 from chroma_jax.training.codec.spectra import stft
-from chroma_jax.utils.arrays import AnyArray
+from chroma_jax.utils.arrays import AnyArray, with_rank
 
 DiscriminatorLoss = Literal["hinge", "least_squares"]
 
@@ -119,7 +119,7 @@ class Conv2d(nnx.Module):
             rhs_dilation=(self.dilation, 1),
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
-        return y + for_compute(self.bias, x.dtype)
+        return y + with_rank(for_compute(self.bias, x.dtype), y.ndim)
 
 
 class StftDiscriminator(nnx.Module):
