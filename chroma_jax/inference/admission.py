@@ -3,6 +3,8 @@
 hear         a chunk of conversation goes through the Reasoner      read_voice   a piece of a voice prompt → its cache
 adopt        a voice's cache → the row                              begin        a reply starts
 stop         it ends, and the conversation goes back to a position
+
+Axis C: positions of a chunk.
 """
 
 from collections.abc import Iterator
@@ -11,6 +13,7 @@ from typing import Generic, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Float32, Int32, Shaped, UInt32
 
 from chroma_jax.inference.sampling import SamplingParams
 from chroma_jax.inference.state import StreamState
@@ -23,38 +26,55 @@ from chroma_jax.utils.arrays import Array
 
 
 class Chunk(NamedTuple, Generic[Array]):
-    """A piece of a conversation, as the Reasoner reads it.
+    """A chunk of a conversation for the Reasoner.
 
-    text: int32 [C] token ids. audio_index: int32 [C], row of ``audio`` that replaces the token's embedding (NONE_TOKEN: none).
-    audio: [K, D] on the device, what the encoder made of a block of speech. length: int32 [], valid positions.
+    Attributes:
+        text: Token ids.
+        audio_index: Row of ``audio`` that replaces the token's embedding; NONE_TOKEN for none.
+        audio: Encoder outputs of a block of speech, on the device.
+        length: Number of valid positions.
     """
 
-    text: Array
-    audio_index: Array
-    audio: jax.Array
-    length: Array
+    text: Int32[Array, "C"]
+    audio_index: Int32[Array, "C"]
+    audio: Float[jax.Array, "A D"]
+    length: Int32[Array, ""]
 
 
 class VoiceChunk(NamedTuple, Generic[Array]):
-    """A piece of a voice prompt, as the Backbone reads it: token int32 [C] (NONE_TOKEN where there is none), codes int32 [C, Q]
-    (likewise), start and length int32 [], its first position and how many of them are valid."""
+    """A chunk of a voice prompt for the Backbone.
 
-    token: Array
-    codes: Array
-    start: Array
-    length: Array
+    Attributes:
+        token: Token ids; NONE_TOKEN for none.
+        codes: Codes of a frame; NONE_TOKEN for none.
+        start: The first position.
+        length: Number of valid positions.
+    """
+
+    token: Int32[Array, "C"]
+    codes: Int32[Array, "C Q"]
+    start: Int32[Array, ""]
+    length: Int32[Array, ""]
 
 
 class Admission(NamedTuple, Generic[Array]):
-    """How a reply starts: voice_length int32 [], positions of the voice prompt; seed uint32 [] and turn int32 [], which give its
-    random key; the rest as of `Sampling`, scalars."""
+    """How a reply starts.
 
-    voice_length: Array
-    seed: Array
-    turn: Array
-    temperature: Array
-    top_k: Array
-    top_p: Array
+    Attributes:
+        voice_length: Positions of the voice prompt.
+        seed: Seed of the sampling.
+        turn: Number of the reply. ``seed`` and ``turn`` determine the reply's random key.
+        temperature: As in `Sampling`.
+        top_k: As in `Sampling`.
+        top_p: As in `Sampling`.
+    """
+
+    voice_length: Int32[Array, ""]
+    seed: UInt32[Array, ""]
+    turn: Int32[Array, ""]
+    temperature: Float32[Array, ""]
+    top_k: Int32[Array, ""]
+    top_p: Float32[Array, ""]
 
     @staticmethod
     def of(voice_length: int, sampling: SamplingParams, turn: int = 0) -> "Admission[np.ndarray]":
@@ -69,7 +89,7 @@ class Admission(NamedTuple, Generic[Array]):
         )
 
 
-def hear(model: Chroma, state: StreamState, slot: jax.Array, chunk: Chunk[jax.Array]) -> StreamState:
+def hear(model: Chroma, state: StreamState, slot: Int32[jax.Array, ""], chunk: Chunk[jax.Array]) -> StreamState:
     """The Reasoner of one slot reads on."""
     nowhere, order = state.reasoner_cache.capacity, jnp.arange(len(chunk.text))
     positions = jnp.where(order < chunk.length, state.reasoner_position[slot] + order, nowhere)
@@ -92,13 +112,13 @@ def read_voice(model: Chroma, cache: KVCache, chunk: VoiceChunk[jax.Array], dtyp
     return model.backbone.cached(inputs[None], positions[None], cache)[1]
 
 
-def adopt(state: StreamState, slot: jax.Array, voice: KVCache) -> StreamState:
+def adopt(state: StreamState, slot: Int32[jax.Array, ""], voice: KVCache) -> StreamState:
     """Copies a voice prompt's cache into a slot. voice: of one row, with no more positions than the slots have."""
     put = lambda of_slots, of_voice: jax.lax.dynamic_update_slice(of_slots, of_voice, (0, slot, *(0,) * (of_voice.ndim - 2)))
     return state._replace(backbone_cache=jax.tree.map(put, state.backbone_cache, voice))
 
 
-def begin(state: StreamState, slot: jax.Array, beginning: Admission[jax.Array]) -> StreamState:
+def begin(state: StreamState, slot: Int32[jax.Array, ""], beginning: Admission[jax.Array]) -> StreamState:
     """A reply starts in a slot, right after what its Reasoner has heard and its Backbone's voice prompt."""
     b, at = beginning, lambda x, value: x.at[slot].set(value)
     chosen = zip(state.sampling, (b.temperature, b.top_k, b.top_p), strict=True)
@@ -114,7 +134,7 @@ def begin(state: StreamState, slot: jax.Array, beginning: Admission[jax.Array]) 
     )
 
 
-def stop(state: StreamState, slot: jax.Array, position: jax.Array) -> StreamState:
+def stop(state: StreamState, slot: Int32[jax.Array, ""], position: Int32[jax.Array, ""]) -> StreamState:
     """Ends the reply of a slot, and sets its Reasoner back to ``position``."""
     at = lambda x, value: x.at[slot].set(value)
     return state._replace(
@@ -125,13 +145,15 @@ def stop(state: StreamState, slot: jax.Array, position: jax.Array) -> StreamStat
     )
 
 
-def chunks(text: np.ndarray, audio_index: np.ndarray, audio: jax.Array, size: int) -> Iterator[Chunk[np.ndarray]]:
-    """Cuts a piece of conversation that hears at most one block of speech.
+def chunks(
+    text: Int32[np.ndarray, "L"], audio_index: Int32[np.ndarray, "L"], audio: Float[jax.Array, "A D"], size: int
+) -> Iterator[Chunk[np.ndarray]]:
+    """Cuts a part of a conversation that contains at most one block of speech.
 
     Args:
-        text: int32 [L], token ids.
-        audio_index: int32 [L], row of ``audio`` that replaces the token's embedding (NONE_TOKEN: none).
-        audio: [K, D], on the device.
+        text: Token ids.
+        audio_index: Row of ``audio`` that replaces the token's embedding; NONE_TOKEN for none.
+        audio: Encoder outputs, on the device.
         size: Positions of a chunk.
 
     Yields:
@@ -143,14 +165,14 @@ def chunks(text: np.ndarray, audio_index: np.ndarray, audio: jax.Array, size: in
         yield Chunk(padded(text[part], size, 0), padded(audio_index[part], size, NONE_TOKEN), audio, length)
 
 
-def voice_chunks(token: np.ndarray, codes: np.ndarray, size: int) -> Iterator[VoiceChunk[np.ndarray]]:
-    """Cuts a voice prompt, token int32 [T] and codes int32 [T, Q], into pieces of ``size`` positions."""
+def voice_chunks(token: Int32[np.ndarray, "T"], codes: Int32[np.ndarray, "T Q"], size: int) -> Iterator[VoiceChunk[np.ndarray]]:
+    """Cuts a voice prompt into chunks of ``size`` positions."""
     for start in range(0, len(token), size):
         length = min(size, len(token) - start)
         piece_token, piece_codes = (padded(x[start : start + length], size, NONE_TOKEN) for x in (token, codes))
         yield VoiceChunk(piece_token, piece_codes, np.array(start, np.int32), np.array(length, np.int32))
 
 
-def padded(x: np.ndarray, length: int, value) -> np.ndarray:
-    """x: [n, …]. Returns [length, …]."""
+def padded(x: Shaped[np.ndarray, "n *rest"], length: int, value) -> Shaped[np.ndarray, "{length} *rest"]:
+    """Appends ``value`` up to ``length`` entries."""
     return np.pad(x, ((0, length - len(x)), *((0, 0),) * (x.ndim - 1)), constant_values=value)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import SingleDeviceSharding
+from jaxtyping import Float, Float32
 
 from chroma_jax.inference.admission import Admission, Chunk, VoiceChunk, adopt, begin, hear, read_voice, stop
 from chroma_jax.inference.placement import (
@@ -126,8 +127,10 @@ class BatchState:
         width = self.config.reasoner.audio.hidden_size
         return PoolCarry(*self.put((np.zeros((1, width), self.dtype), np.zeros(1, bool))))
 
-    def encode(self, carry: PoolCarry, mel: np.ndarray, length: int) -> tuple[PoolCarry, jax.Array]:
-        """A block of a turn, mel float32 [block frames, bins]. Returns (carry, [K, D]); see `AudioEncoder.step`."""
+    def encode(
+        self, carry: PoolCarry, mel: Float32[np.ndarray, "mel_frames mel_bins"], length: int
+    ) -> tuple[PoolCarry, Float[jax.Array, "A D"]]:
+        """Encodes a block of a turn. Returns (carry, outputs); see `AudioEncoder.step`."""
         mel, length = self.put((mel[None], np.array([length], np.int32)))
         return self._run("encode", self._weights, carry, mel, length)
 

@@ -4,27 +4,33 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Int32
 
 from chroma_jax.layers.transformer import scan_layers
 from chroma_jax.models.chroma import Chroma
 
-Choose = Callable[[jax.Array, jax.Array], jax.Array]  # logits [B, V], level → codes int32 [B]
+# (logits, codebook index) → codes
+Choose = Callable[[Float[jax.Array, "B V"], Int32[jax.Array, ""]], Int32[jax.Array, "B"]]
 
 
 def residual_codes(
-    model: Chroma, hidden: jax.Array, c0: jax.Array, choose: Choose, positions: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array]:
+    model: Chroma,
+    hidden: Float[jax.Array, "B D"],
+    c0: Int32[jax.Array, "B"],
+    choose: Choose,
+    positions: Int32[jax.Array, "Q"] | None = None,
+) -> tuple[Int32[jax.Array, "B Q"], Float[jax.Array, "B Q-1 V"]]:
     """The codes of one frame.
 
     Args:
         model: The model.
-        hidden: [B, D], the Backbone's h.
-        c0: int32 [B].
-        choose: Logits and level → codes.
-        positions: int32 [Q], positions of h and of c0 … c(Q−2); None for 0, 1, 2 …, as in training.
+        hidden: The Backbone's h.
+        c0: Codes of codebook 0.
+        choose: Chooses the codes of the other codebooks.
+        positions: Positions of h and of c0 … c(Q−2); None for 0, 1, 2 …, as in training.
 
     Returns:
-        (int32 [B, Q], the logits of c1 … c(Q−1), [B, Q−1, audio_vocab_size]).
+        (the codes, the logits of c1 … c(Q−1)).
     """
     b, q = len(c0), model.config.num_codebooks
     decoder, embed = model.decoder, lambda code, level: model.audio_embedding(code, level, hidden.dtype)
@@ -51,6 +57,11 @@ def residual_codes(
     return codes, jnp.moveaxis(jnp.concatenate([logits1[None], logits]), 0, 1)
 
 
-def greedy_residual_codes(model: Chroma, hidden: jax.Array, c0: jax.Array, positions: jax.Array | None = None):
+def greedy_residual_codes(
+    model: Chroma,
+    hidden: Float[jax.Array, "B D"],
+    c0: Int32[jax.Array, "B"],
+    positions: Int32[jax.Array, "Q"] | None = None,
+) -> tuple[Int32[jax.Array, "B Q"], Float[jax.Array, "B Q-1 V"]]:
     """`residual_codes` with the most likely code at every level."""
     return residual_codes(model, hidden, c0, lambda logits, level: jnp.argmax(logits, -1).astype(jnp.int32), positions)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
+from jaxtyping import Float, Float32, Int32
 
 from chroma_jax.inference.admission import Admission, chunks
 from chroma_jax.inference.batch_state import BatchState
@@ -44,8 +45,8 @@ class Generation:
         self.ended = ""
 
     @property
-    def wave(self) -> np.ndarray:
-        """float32 [S], all samples."""
+    def wave(self) -> Float32[np.ndarray, "S"]:
+        """All samples."""
         return np.concatenate(self.samples) if self.samples else np.zeros(0, np.float32)
 
     def add(self, output: StepOutput[np.ndarray], frame: int, slot: int) -> None:
@@ -213,8 +214,8 @@ class Generator:
             start = end
 
 
-def encode_reference(codec: Codec, wave: np.ndarray, num_codebooks: int) -> np.ndarray:
-    """Codes of a reference recording, int32 [F, Q]. wave: float [S] at the Codec's rate; the last frame is filled up."""
+def encode_reference(codec: Codec, wave: Float[np.ndarray, "S"], num_codebooks: int) -> Int32[np.ndarray, "F {num_codebooks}"]:
+    """Codes of a reference recording at the Codec's sample rate. The last frame is padded."""
     frames = None if codec.config.sliding_window is not None else codec.config.num_frames(len(wave))
     encoder = ChunkedEncoder(on_first(codec), frames_per_step=FRAMES_PER_PIECE, num_codebooks=num_codebooks, max_frames=frames)
     return np.concatenate([encoder.feed(wave), encoder.finish()])

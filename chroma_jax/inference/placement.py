@@ -16,6 +16,7 @@ from flax import nnx
 from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Shaped
 
 from chroma_jax.layers.linear import as_matmul_dtype, linears, turned
 from chroma_jax.layers.transformer import unrolled
@@ -169,7 +170,7 @@ def on_mesh(model: Chroma, codec: Codec, mesh: Mesh) -> tuple[Chroma, Codec]:
     return nnx.merge(graph, placed), codec_on(codec, NamedSharding(mesh, P()))
 
 
-def place_of(weight: jax.Array) -> Place:
+def place_of(weight: Shaped[jax.Array, "..."]) -> Place:
     """Where what goes with a model's weights is to be put."""
     where = weight.sharding
     return NamedSharding(where.mesh, P()) if isinstance(where, NamedSharding) else next(iter(weight.devices()))
@@ -196,7 +197,7 @@ def with_place(place: Place) -> Iterator[None]:
         yield
 
 
-def send_to_host(arrays: Iterable[jax.Array]) -> None:
+def send_to_host(arrays: Iterable[Shaped[jax.Array, "..."]]) -> None:
     """Begins to copy arrays, and waits for none. A guard of transfers would take that for an accident."""
     with jax.transfer_guard_device_to_host("allow"):
         for x in arrays:

@@ -4,6 +4,7 @@ from typing import Generic, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float, Float32, Int32, Key
 
 from chroma_jax.inference.sampling import Sampling
 from chroma_jax.inference.state import Capacity, StreamState, idle
@@ -15,21 +16,27 @@ from chroma_jax.utils.arrays import Array
 
 
 class Prompt(NamedTuple, Generic[Array]):
-    """What a reply starts from, rows padded on the right to common lengths.
+    """A question and a voice prompt: one, or a batch padded on the right to common lengths.
 
-    The question: mel [B, blocks, block frames, bins], mel_length [B, blocks], text [B, L], audio_index [B, L],
-    text_length [B]. The voice prompt, in the Backbone's order: voice_token [B, T] (NONE_TOKEN where there is none),
-    voice_codes [B, T, Q] (likewise), voice_length [B].
+    Attributes:
+        mel: Features of the question's speech in encoder blocks.
+        mel_length: Valid mel frames of each block; 0 for none.
+        text: Token ids of the question.
+        audio_index: Encoder output that replaces the token's embedding; NONE_TOKEN for none.
+        text_length: Number of valid tokens.
+        voice_token: Token ids of the voice prompt, in the Backbone's order; NONE_TOKEN for none.
+        voice_codes: Codes of the voice prompt, likewise; NONE_TOKEN for none.
+        voice_length: Number of valid positions of the voice prompt.
     """
 
-    mel: Array
-    mel_length: Array
-    text: Array
-    audio_index: Array
-    text_length: Array
-    voice_token: Array
-    voice_codes: Array
-    voice_length: Array
+    mel: Float32[Array, "*B blocks mel_frames mel_bins"]
+    mel_length: Int32[Array, "*B blocks"]
+    text: Int32[Array, "*B L"]
+    audio_index: Int32[Array, "*B L"]
+    text_length: Int32[Array, "*B"]
+    voice_token: Int32[Array, "*B T"]
+    voice_codes: Int32[Array, "*B T Q"]
+    voice_length: Int32[Array, "*B"]
 
 
 def prefill(
@@ -37,13 +44,23 @@ def prefill(
     codec: Codec,
     prompt: Prompt[jax.Array],
     sampling: Sampling,
-    keys: jax.Array,
+    keys: Key[jax.Array, "B"],
     capacity: Capacity,
     dtype,
-    hidden_entries: jax.Array | None = None,
+    hidden_entries: Bool[jax.Array, "B S"] | None = None,
 ) -> StreamState:
-    """The state before the first frame. hidden_entries: bool [B, S], entries of the Backbone's cache that no position attends
-    to; None for none."""
+    """The state before the first frame.
+
+    Args:
+        model: The speaking model.
+        codec: Its Codec.
+        prompt: A batch of prompts.
+        sampling: How codes are sampled.
+        keys: Random keys.
+        capacity: Sizes of the caches.
+        dtype: Compute dtype.
+        hidden_entries: Entries of the Backbone's cache (S of them) that no position attends to; None for none.
+    """
     rows, length = prompt.text.shape
     state = idle(model.config, codec, rows, capacity, dtype)
     with jax.named_scope("reasoner_prefill"):
@@ -68,8 +85,8 @@ def prefill(
     )
 
 
-def voice(model: Chroma, prompt: Prompt[jax.Array], dtype) -> jax.Array:
-    """The voice prompt as the Backbone is fed it: [B, T, D], a zero vector where there is neither token nor frame."""
+def voice(model: Chroma, prompt: Prompt[jax.Array], dtype) -> Float[jax.Array, "B T D"]:
+    """The Backbone's inputs of the voice prompt: a zero vector where there is neither token nor frame."""
     return jnp.where(
         is_present(prompt.voice_token)[..., None],
         model.reasoner.embedding(jnp.maximum(prompt.voice_token, 0), dtype),

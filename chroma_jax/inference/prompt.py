@@ -6,6 +6,7 @@ Lengths are rounded up to buckets, so that recordings of about the same length s
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Float, Int, Int32
 
 from chroma_jax.audio.log_mel import FeatureConfig, log_mel
 from chroma_jax.inference.prefill import Prompt
@@ -35,9 +36,9 @@ def make_prompt(
     config: ChromaConfig,
     encode: Encode,
     *,
-    question: np.ndarray | None = None,
+    question: Float[np.ndarray, "S"] | None = None,
     said: str = "",
-    reference_codes: np.ndarray,
+    reference_codes: Int[np.ndarray, "F Q"],
     transcript: str,
     system: str = "",
 ) -> Prompt[np.ndarray]:
@@ -46,9 +47,9 @@ def make_prompt(
     Args:
         config: Model configuration.
         encode: Text to token ids.
-        question: The user's speech, float [S] at 16 kHz; None for a question in text alone.
+        question: The user's speech at 16 kHz; None for a question in text alone.
         said: Text that the user writes, after the speech if there is any.
-        reference_codes: int [R, Q] of the voice prompt, Q ≥ ``config.num_codebooks``; R may be 0.
+        reference_codes: Codes of the voice prompt, Q ≥ ``config.num_codebooks``; F may be 0.
         transcript: Words of the voice prompt.
         system: System text.
 
@@ -81,10 +82,13 @@ def make_prompt(
 
 
 def voice_sequence(
-    encode: Encode, config: ChromaConfig, reference_codes: np.ndarray, transcript: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """A voice prompt in the Backbone's order: token int32 [T] and codes int32 [T, Q], NONE_TOKEN where there is none; the last
-    position has neither. Arguments as of `make_prompt`."""
+    encode: Encode, config: ChromaConfig, reference_codes: Int[np.ndarray, "F Q"], transcript: str
+) -> tuple[Int32[np.ndarray, "T"], Int32[np.ndarray, "T {config.num_codebooks}"]]:
+    """A voice prompt in the Backbone's order. Arguments as of `make_prompt`.
+
+    Returns:
+        (token ids, codes), NONE_TOKEN where there is none. The last position has neither.
+    """
     spoken = np.array(voice_tokens(encode, config.tokens, transcript), np.int32)
     frames = np.asarray(reference_codes, np.int32)[:, : config.num_codebooks]
     length = len(spoken) + len(frames) + 1

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float, Float32
 
 from chroma_jax.audio.log_mel import FeatureConfig, log_power_padded
 from chroma_jax.inference.streaming_audio_encoder import EncodedBlock, Loudest, StreamingAudioEncoder
@@ -17,7 +18,7 @@ class Difference(NamedTuple):
     relative: float
 
     @classmethod
-    def of(cls, got: np.ndarray, expected: np.ndarray) -> "Difference":
+    def of(cls, got: Float[np.ndarray, "*shape"], expected: Float[np.ndarray, "*shape"]) -> "Difference":
         apart = np.abs(got.astype(np.float64) - expected)
         level = np.linalg.norm(expected.astype(np.float64))
         relative = np.linalg.norm(apart) / level if level else 0.0
@@ -43,10 +44,16 @@ class Deviation(NamedTuple):
     blocks: tuple[BlockDeviation, ...]
 
 
-def deviation(wave: np.ndarray, encoder: AudioEncoder, features: FeatureConfig = FeatureConfig()) -> Deviation:
-    """The running maximum against the whole turn's. wave: float [S], S ≥ 1, at ``features.sample_rate``.
+def deviation(wave: Float[np.ndarray, "S"], encoder: AudioEncoder, features: FeatureConfig = FeatureConfig()) -> Deviation:
+    """The running maximum against the whole turn's.
 
-    Raises: InputError as `StreamingAudioEncoder` does.
+    Args:
+        wave: S ≥ 1 samples at ``features.sample_rate``.
+        encoder: The audio encoder.
+        features: Log-mel features.
+
+    Raises:
+        InputError: As in `StreamingAudioEncoder`.
     """
     loudest = float(log_power_padded(wave, features).max())
     causal, offline = heard(wave, encoder, features, "running"), heard(wave, encoder, features, loudest)
@@ -60,17 +67,17 @@ def deviation(wave: np.ndarray, encoder: AudioEncoder, features: FeatureConfig =
     return Deviation(loudest, mel, outputs, tuple(blocks))
 
 
-def heard(wave: np.ndarray, encoder: AudioEncoder, features: FeatureConfig, loudest: Loudest) -> list[EncodedBlock]:
+def heard(wave: Float[np.ndarray, "S"], encoder: AudioEncoder, features: FeatureConfig, loudest: Loudest) -> list[EncodedBlock]:
     listener = StreamingAudioEncoder(encoder, features, loudest=loudest)
     return listener.feed(wave) + listener.finish()
 
 
-def parts(x: EncodedBlock) -> tuple[np.ndarray, np.ndarray]:
+def parts(x: EncodedBlock) -> tuple[Float32[np.ndarray, "mel_frames mel_bins"], Float[np.ndarray, "A D"]]:
     """The valid features and outputs of a block."""
     return x.block.mel[: x.block.length], np.asarray(x.outputs)[: x.length]
 
 
-def describe(wave: np.ndarray, encoder: AudioEncoder, features: FeatureConfig = FeatureConfig()) -> list[str]:
+def describe(wave: Float[np.ndarray, "S"], encoder: AudioEncoder, features: FeatureConfig = FeatureConfig()) -> list[str]:
     """`deviation` as lines of text, one for each block and one for the turn."""
     found = deviation(wave, encoder, features)
     title = f"{'seconds':>8} {'loudest':>8}   {'features: max':>13} {'mean':>9} {'relative':>9}   "

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Float32, Int32, Key
 
 from chroma_jax.utils.arrays import AnyArray
 
@@ -31,13 +32,18 @@ class SamplingParams:
 
 
 class Sampling(NamedTuple):
-    """temperature: float32 [B], 0 = greedy. top_k: int32 [B], 0 = all entries. top_p: float32 [B], 1 = all entries, else the
-    likeliest ones that have this probability together, after temperature and top-k (Holtzman et al., arXiv 1904.09751). Scalars
-    stand for every row."""
+    """How each sequence of a batch samples its codes. Scalars are for all sequences.
 
-    temperature: AnyArray
-    top_k: AnyArray
-    top_p: AnyArray
+    Attributes:
+        temperature: Sampling temperature; 0 is greedy.
+        top_k: Number of most probable entries that are sampled from; 0 for all.
+        top_p: Probability mass of the entries that are sampled from, after temperature and top-k (Holtzman et al., arXiv
+            1904.09751); 1 for all.
+    """
+
+    temperature: Float32[AnyArray, "*B"]
+    top_k: Int32[AnyArray, "*B"]
+    top_p: Float32[AnyArray, "*B"]
 
     @classmethod
     def of(cls, temperature: float, top_k: int, rows: int | None = None, *, top_p: float = 1.0) -> "Sampling":
@@ -46,8 +52,8 @@ class Sampling(NamedTuple):
         return cls(fill(temperature, jnp.float32), fill(top_k, jnp.int32), fill(top_p, jnp.float32))
 
 
-def filtered(logits: jax.Array, sampling: Sampling) -> jax.Array:
-    """logits / temperature with all but the top k and the top p at −∞ (entries equal to the last one stay). float32 [B, V]."""
+def filtered(logits: Float[jax.Array, "B V"], sampling: Sampling) -> Float32[jax.Array, "B V"]:
+    """logits / temperature with all but the top k and the top p at −∞ (entries equal to the last one stay)."""
     temperature, k, p = (jnp.broadcast_to(x, logits.shape[:1])[:, None] for x in sampling)
     logits = logits.astype(jnp.float32) / jnp.where(temperature > 0, temperature, 1)
     rank = _ordered(logits)
@@ -78,13 +84,13 @@ def _threshold(rank: jax.Array, weight: jax.Array, wanted: jax.Array) -> jax.Arr
     return jax.lax.fori_loop(0, 32, bit, jnp.zeros_like(rank[:, :1]))
 
 
-def probabilities(logits: jax.Array, sampling: Sampling) -> jax.Array:
-    """The distribution that `sample` draws from, for temperature > 0: float32 [B, V]."""
+def probabilities(logits: Float[jax.Array, "B V"], sampling: Sampling) -> Float32[jax.Array, "B V"]:
+    """The distribution that `sample` draws from, for temperature > 0."""
     return jax.nn.softmax(filtered(logits, sampling), axis=-1)
 
 
-def sample(logits: jax.Array, sampling: Sampling, keys: jax.Array) -> jax.Array:
-    """logits: [B, V]; keys: random keys [B]. Returns int32 [B]; the greedy choice where the temperature is 0.
+def sample(logits: Float[jax.Array, "B V"], sampling: Sampling, keys: Key[jax.Array, "B"]) -> Int32[jax.Array, "B"]:
+    """Samples an entry of each row of logits; the greedy choice where the temperature is 0.
 
     Gumbel's trick, so that a row's draw depends on its own key and logits alone. Nothing is drawn while all rows are greedy.
     """

@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int32, Key
 
 from chroma_jax.inference.sampling import Sampling
 from chroma_jax.layers.kv_cache import KVCache
@@ -42,25 +43,35 @@ class Capacity:
 
 
 class StreamState(NamedTuple):
-    """One pytree, donated to the step.
+    """The state of all slots: one pytree, donated to the decode step.
 
-    frames: frames since the row's prefill; it gives the parity of text pairs and the random key. text_hidden: the Reasoner's
-    h that predicts the next token. codes: the last frame, not yet fed to the Backbone (−1: none). text_open: the reply's text
-    has not ended; speaking: its audio has not.
+    Attributes:
+        frames: Frames since the slot's prefill; determines the parity of text pairs and the random key.
+        reasoner_cache: KV cache of the Reasoner.
+        reasoner_position: The Reasoner's next position.
+        text_hidden: The Reasoner's hidden state that predicts the next token.
+        text_open: Whether the reply's text continues.
+        backbone_cache: KV cache of the Backbone.
+        backbone_position: The Backbone's next position.
+        codes: The last frame, which is not fed to the Backbone yet; NONE_TOKEN for none.
+        speaking: Whether the reply's audio continues.
+        codec: State of the Codec's decoder.
+        sampling: How codes are sampled.
+        keys: Random keys of the replies.
     """
 
-    frames: jax.Array  # int32 [B]
+    frames: Int32[jax.Array, "B"]
     reasoner_cache: KVCache
-    reasoner_position: jax.Array  # int32 [B]
-    text_hidden: jax.Array  # [B, D]
-    text_open: jax.Array  # bool [B]
+    reasoner_position: Int32[jax.Array, "B"]
+    text_hidden: Float[jax.Array, "B D"]
+    text_open: Bool[jax.Array, "B"]
     backbone_cache: KVCache
-    backbone_position: jax.Array  # int32 [B]
-    codes: jax.Array  # int32 [B, Q]
-    speaking: jax.Array  # bool [B]
+    backbone_position: Int32[jax.Array, "B"]
+    codes: Int32[jax.Array, "B Q"]
+    speaking: Bool[jax.Array, "B"]
     codec: CodecState
     sampling: Sampling
-    keys: jax.Array  # random keys [B]
+    keys: Key[jax.Array, "B"]
 
 
 def idle(config: ChromaConfig, codec: Codec, rows: int, capacity: Capacity, dtype) -> StreamState:

@@ -5,12 +5,15 @@
 
 Rows are independent: each has its own position, phase, sampling settings and random key. Rows that started together, or an
 even number of frames apart, need a Reasoner token in the same steps, so that it is never computed for half of them.
+
+Axis n: frames of one decode step.
 """
 
 from typing import Generic, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float, Float32, Int32
 
 from chroma_jax.inference.frame import residual_codes
 from chroma_jax.inference.sampling import sample
@@ -32,63 +35,74 @@ class StepOutput(NamedTuple, Generic[Array]):
     """The output of n frames for all rows.
 
     Attributes:
-        samples: float32 [n, B, samples per frame]; meaningless where the row is not live.
-        codes: int32 [n, B, Q]; likewise.
-        token: int32 [n, B], NONE_TOKEN where no token was chosen.
-        live: bool [n, B], False from the EOS frame on.
+        samples: Samples of each frame; meaningless where the row is not live.
+        codes: Codes of each frame; likewise.
+        token: The chosen token; NONE_TOKEN for none.
+        live: False from the EOS frame on.
     """
 
-    samples: Array
-    codes: Array
-    token: Array
-    live: Array
+    samples: Float32[Array, "n B S"]
+    codes: Int32[Array, "n B Q"]
+    token: Int32[Array, "n B"]
+    live: Bool[Array, "n B"]
 
 
 class Overrides(NamedTuple):
     """Rules of a step that the caller replaces; None keeps a rule. `chroma_jax.verify` passes the reference implementation's.
 
     Attributes:
-        decoder_positions: int32 [Q], positions of h and of c0 … c(Q−2) in the Decoder; the rule is 0, 1, 2 …
-        feeds: bool [B], rows that are fed a text pair in this step; the rule is those whose text has not ended.
-        hidden_entries: bool [B, S], entries of the Backbone's cache that no position attends to; the rule is none.
-        choosable: bool [audio_vocab_size], codes that may be sampled; the rule is those of the Codec.
+        decoder_positions: Positions of h and of c0 … c(Q−2) in the Decoder; the rule is 0, 1, 2 …
+        feeds: Rows that are fed a text pair in this step; the rule is those whose text has not ended.
+        hidden_entries: Entries of the Backbone's cache (S of them) that no position attends to; the rule is none.
+        choosable: Codes that may be sampled; the rule is those of the Codec.
     """
 
-    decoder_positions: jax.Array | None = None
-    feeds: jax.Array | None = None
-    hidden_entries: jax.Array | None = None
-    choosable: jax.Array | None = None
+    decoder_positions: Int32[jax.Array, "Q"] | None = None
+    feeds: Bool[jax.Array, "B"] | None = None
+    hidden_entries: Bool[jax.Array, "B S"] | None = None
+    choosable: Bool[jax.Array, "V"] | None = None
 
 
 class TextPair(NamedTuple):
-    """What the Reasoner says in a step.
+    """The text step of a frame.
 
-    fed: the rows that are fed the pair; wanted: those whose text goes on, the others are fed it as padding. token: NONE_TOKEN
-    where none is fed; logits: what chose it; vectors: the hidden state behind them and the token's embedding.
+    Attributes:
+        fed: Rows that are fed the hidden state and the token.
+        wanted: Rows whose text continues; the others are fed padding.
+        token: The chosen token; NONE_TOKEN where none is fed.
+        logits: Logits of the token.
+        vectors: The hidden state that predicts the token, and the token's embedding.
     """
 
-    fed: jax.Array  # bool [B]
-    wanted: jax.Array  # bool [B]
-    token: jax.Array  # int32 [B]
-    logits: jax.Array  # [B, V]
-    vectors: jax.Array  # [B, 2, D]
+    fed: Bool[jax.Array, "B"]
+    wanted: Bool[jax.Array, "B"]
+    token: Int32[jax.Array, "B"]
+    logits: Float[jax.Array, "B V"]
+    vectors: Float[jax.Array, "B 2 D"]
 
 
 class StepTrace(NamedTuple):
     """Everything that a step computes, for tests and for comparing with the reference.
 
-    inputs: last frame, hidden state and token, as the Backbone is fed them; fed: which of them are. hidden, logits: the
-    Backbone's, at the position that predicts the frame. decoder_logits: of c1 … c(Q−1).
+    Attributes:
+        text: The text step.
+        inputs: The Backbone's inputs: the last frame, and in a step with text pairs the hidden state and the token.
+        fed: Which of the inputs are fed.
+        hidden: The Backbone's hidden state at the position that predicts the frame.
+        logits: Logits of c0.
+        decoder_logits: Logits of c1 … c(Q−1).
+        codes: Codes of the frame.
+        live: Whether the frame belongs to the reply.
     """
 
     text: TextPair
-    inputs: jax.Array  # [B, 3, D]
-    fed: jax.Array  # bool [B, 3]
-    hidden: jax.Array  # [B, D]
-    logits: jax.Array  # [B, audio_vocab_size]
-    decoder_logits: jax.Array  # [B, Q−1, audio_vocab_size]
-    codes: jax.Array  # int32 [B, Q]
-    live: jax.Array  # bool [B]
+    inputs: Float[jax.Array, "B T D"]
+    fed: Bool[jax.Array, "B T"]
+    hidden: Float[jax.Array, "B D"]
+    logits: Float[jax.Array, "B V"]
+    decoder_logits: Float[jax.Array, "B Q-1 V"]
+    codes: Int32[jax.Array, "B Q"]
+    live: Bool[jax.Array, "B"]
 
 
 def decode_step(

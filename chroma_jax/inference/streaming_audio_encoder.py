@@ -13,19 +13,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Float, Float32, Int32, Shaped
 
 from chroma_jax.audio.log_mel import FeatureConfig, LogPower, compress, num_frames
-from chroma_jax.models.audio_encoder import AudioEncoder, cut_blocks, num_positions
+from chroma_jax.models.audio_encoder import AudioEncoder, PoolCarry, cut_blocks, num_positions
 from chroma_jax.utils.errors import InputError
 
 Loudest = float | Literal["running"]
 
 
 class MelBlock(NamedTuple):
-    """mel: float32 [block_frames, bins], zeros from ``length`` on; length: frames that belong to the turn; loudest: log10 of the
-    mel power that the features' range lies below."""
+    """Features of one encoder block.
 
-    mel: np.ndarray
+    Attributes:
+        mel: Log-mel features, zeros from ``length`` on.
+        length: Mel frames that belong to the turn.
+        loudest: log10 of the mel power that is the upper end of the features' range.
+    """
+
+    mel: Float32[np.ndarray, "mel_frames mel_bins"]
     length: int
     loudest: float
 
@@ -37,7 +43,7 @@ class StreamingLogMel:
     loudest up to the end of each block, which for the blocks from ``finish`` is the whole turn's.
     """
 
-    def __init__(self, features: FeatureConfig, block_frames: int, loudest: Loudest = "running"):
+    def __init__(self, features: FeatureConfig, block_frames: int, loudest: float | str = "running"):
         if isinstance(loudest, str) and loudest != "running":
             raise InputError(f'loudest is {loudest!r}, expected a number or "running"')
         self._features, self._block_frames, self._given = features, block_frames, loudest
@@ -48,10 +54,11 @@ class StreamingLogMel:
         self._loudest = -np.inf  # so far
         self._over = False
 
-    def feed(self, samples: np.ndarray) -> list[MelBlock]:
-        """samples: float [S], S ≥ 0, at ``features.sample_rate``. Returns the blocks that are now finished.
+    def feed(self, samples: Shaped[np.ndarray, "..."]) -> list[MelBlock]:
+        """Appends samples at ``features.sample_rate``, float [S]. Returns the blocks that are now complete.
 
-        Raises: InputError when the turn is over, and as `LogPower` does.
+        Raises:
+            InputError: The turn is over, or as in `LogPower`, also for another dtype or rank.
         """
         self._check_open()
         blocks, size = [], self._block_frames
@@ -90,15 +97,23 @@ class StreamingLogMel:
 
 
 class EncodedBlock(NamedTuple):
-    """One block, encoded. outputs: [K, D] on the device; the first ``length`` of them are what the Reasoner hears."""
+    """One encoded block.
+
+    Attributes:
+        block: Its features.
+        outputs: Encoder outputs, on the device.
+        length: Number of valid outputs.
+    """
 
     block: MelBlock
-    outputs: jax.Array
+    outputs: Float[jax.Array, "A D"]
     length: int
 
 
 @partial(jax.jit, static_argnames="graph")
-def encode_block(graph, weights, carry, mel, length):
+def encode_block(
+    graph, weights, carry: PoolCarry, mel: Float32[jax.Array, "1 mel_frames mel_bins"], length: Int32[jax.Array, "1"]
+) -> tuple[PoolCarry, Float[jax.Array, "A D"]]:
     carry, outputs = nnx.merge(graph, weights).step(carry, mel, length)
     return carry, outputs[0]
 
@@ -121,7 +136,7 @@ class StreamingAudioEncoder:
         self._carry = encoder.empty_carry(1, dtype)
         self._positions = 0
 
-    def feed(self, samples: np.ndarray) -> list[EncodedBlock]:
+    def feed(self, samples: Shaped[np.ndarray, "..."]) -> list[EncodedBlock]:
         """samples, errors: as of `StreamingLogMel.feed`. Returns what the blocks that are now finished give."""
         return [self._encode(block) for block in self._mel.feed(samples)]
 
@@ -136,6 +151,6 @@ class StreamingAudioEncoder:
         return EncodedBlock(block, outputs, self._positions // 2 - before // 2)
 
 
-def joined(heard: list[EncodedBlock]) -> np.ndarray:
-    """The valid outputs of a turn, on the host: [A, D]."""
+def joined(heard: list[EncodedBlock]) -> Float[np.ndarray, "A D"]:
+    """The valid outputs of a turn, on the host."""
     return np.concatenate([jax.device_get(x.outputs)[: x.length] for x in heard])

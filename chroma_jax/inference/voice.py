@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float, Int32
 
 from chroma_jax.inference.admission import voice_chunks
 from chroma_jax.inference.batch_state import BatchState
@@ -25,13 +26,13 @@ class Voice(NamedTuple):
     length: int
 
 
-def read_in_pieces(batch: BatchState, token: np.ndarray, codes: np.ndarray) -> Iterator[Voice | None]:
+def read_in_pieces(batch: BatchState, token: Int32[np.ndarray, "T"], codes: Int32[np.ndarray, "T Q"]) -> Iterator[Voice | None]:
     """The Backbone reads a voice prompt. Yields None after each piece, and the voice at last.
 
     Args:
         batch: Holds the model.
-        token: int32 [T], as of `chroma_jax.inference.prompt.voice_sequence`.
-        codes: int32 [T, Q], likewise.
+        token: Token ids of `chroma_jax.inference.prompt.voice_sequence`.
+        codes: Its codes.
 
     Raises:
         InputError: The prompt is longer than ``batch.voice_positions``.
@@ -61,10 +62,15 @@ class VoiceEncoder:
             max_frames=slots.voice_positions,
         )
 
-    def make(self, samples: np.ndarray, transcript: str) -> Iterator[Voice | None]:
-        """samples: float [S] at the Codec's rate. Yields None after each piece of the work, and the voice at last. One at a time.
+    def make(self, samples: Float[np.ndarray, "S"], transcript: str) -> Iterator[Voice | None]:
+        """Makes a voice. Yields None after each step, and the voice at last. One at a time.
 
-        Raises: InputError for an empty recording, or one that with its transcript is longer than ``voice_positions``.
+        Args:
+            samples: The reference recording at the Codec's sample rate.
+            transcript: Its words.
+
+        Raises:
+            InputError: The recording is empty, or with its transcript longer than ``voice_positions``.
         """
         config = self._slots.config
         step = FRAMES_PER_PIECE * config.codec.samples_per_frame

@@ -1,10 +1,14 @@
-"""Attention of one layer: projections with grouped query heads, over a whole sequence or after a KV cache."""
+"""Attention of one layer: projections with grouped query heads, over a whole sequence or after a KV cache.
+
+Axis G: query heads per key/value head.
+"""
 
 from typing import NamedTuple
 
 import jax
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Float, Float32
 
 from chroma_jax.layers import rope
 from chroma_jax.layers.attention_backends import attend_cached, call_of, choose
@@ -15,10 +19,10 @@ from chroma_jax.parallel.sharding import RULES, AxisRules, parts
 
 
 class Rotation(NamedTuple):
-    """cos and sin of the rotary angles, float32 [B, T, H]."""
+    """cos and sin of the rotary angles. B may be 1, for all sequences."""
 
-    cos: jax.Array
-    sin: jax.Array
+    cos: Float32[jax.Array, "B T H"]
+    sin: Float32[jax.Array, "B T H"]
 
 
 class Attention(nnx.Module):
@@ -48,24 +52,25 @@ class Attention(nnx.Module):
         self.v = linear("v", model, kv)
         self.o = linear("o", query, model)
 
-    def project(self, x: jax.Array, rotation: Rotation | None) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """x: [B, T, D]. Returns q [B, T, K, G, H], k and v [B, T, K, H], q and k rotated."""
+    def project(
+        self, x: Float[jax.Array, "B T D"], rotation: Rotation | None
+    ) -> tuple[Float[jax.Array, "B T K G H"], Float[jax.Array, "B T K H"], Float[jax.Array, "B T K H"]]:
+        """Returns queries, keys and values; queries and keys are rotated."""
         q, k, v = self.q(x), self.k(x), self.v(x)
         if rotation is not None:
             q, k = rope.rotate(q, *rotation), rope.rotate(k, *rotation)
         return q, k, v
 
-    def __call__(self, x: jax.Array, rotation: Rotation | None, mask: AttentionMask, backend: str) -> jax.Array:
+    def __call__(
+        self, x: Float[jax.Array, "B T D"], rotation: Rotation | None, mask: AttentionMask, backend: str
+    ) -> Float[jax.Array, "B T D"]:
         """Attention over the whole sequence.
 
         Args:
-            x: [B, T, D].
+            x: Residual stream, normalized.
             rotation: Rotary angles; None for no rotary position embeddings.
             mask: Which keys each query attends to.
             backend: A key of `chroma_jax.layers.attention_backends.CHOICES`.
-
-        Returns:
-            [B, T, D].
 
         Raises:
             InputError: The backend cannot compute this.
@@ -83,7 +88,9 @@ class Attention(nnx.Module):
         size = dict(zip(kernel.get_metadata()["axes"][-kernel.ndim :], kernel.shape, strict=True))
         return {"kv_heads": size["heads"] // parts(self.q.rules.heads), "q_per_kv": size["group"], "head_dim": size["head"]}
 
-    def cached(self, x: jax.Array, rotation: Rotation | None, mask: AttentionMask, view: CacheView):
-        """As ``__call__``, after the cached entries of this layer. Returns (y [B, T, D], (new keys, values [B, T, K, H]))."""
+    def cached(
+        self, x: Float[jax.Array, "B T D"], rotation: Rotation | None, mask: AttentionMask, view: CacheView
+    ) -> tuple[Float[jax.Array, "B T D"], tuple[Float[jax.Array, "B T K H"], Float[jax.Array, "B T K H"]]]:
+        """As ``__call__``, after the cached entries of this layer. Returns (y, (new keys, new values))."""
         q, k, v = self.project(x, rotation)
         return self.o(attend_cached(q, k, v, view, mask)), (k, v)

@@ -3,6 +3,8 @@
 A configuration names a backend (`AttentionBackend`); a stack of encoder blocks asks for "encoder", a step over a KV cache for
 "cached". `choose` goes through `CHOICES` of that name from top to bottom and takes the first backend whose condition holds. A
 backend that is taken and cannot compute the call is an `InputError`; there is no other fallback than those in the table.
+
+Axes: G, query heads per key/value head; S, keys.
 """
 
 from collections.abc import Callable
@@ -10,6 +12,7 @@ from typing import Literal, NamedTuple, get_args
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Float
 
 from chroma_jax.kernels import chunked_attention, cudnn, decode_attention, encoder_attention, flash, splash
 from chroma_jax.kernels.attention_call import AttentionCall, MaskKind
@@ -37,7 +40,7 @@ class Backend(NamedTuple):
         devices: Beginning of the kinds of device that it is written for; "" for any.
     """
 
-    compute: Callable[..., jax.Array]
+    compute: Callable[..., Float[jax.Array, "B T ..."]]
     masks: tuple[MaskKind, ...]
     unsupported: Callable[[AttentionCall], str | None]
     layout: Literal["heads", "flattened", "cached"] = "heads"
@@ -152,8 +155,10 @@ def intended(backend: str, call: AttentionCall) -> bool:
     return call.device.startswith(BACKENDS[backend].devices)
 
 
-def call_of(x: jax.Array, mask: AttentionMask, *, kv_heads: int, q_per_kv: int, head_dim: int, **rest) -> AttentionCall:
-    """The call of attention over ``x``, [B, T, …], on the devices that are traced for.
+def call_of(
+    x: Float[jax.Array, "B T ..."], mask: AttentionMask, *, kv_heads: int, q_per_kv: int, head_dim: int, **rest
+) -> AttentionCall:
+    """The call of attention over ``x`` on the devices that are traced for.
 
     Args:
         x: Queries, or what they are projected from.
@@ -183,18 +188,21 @@ def shared_by_layers(mask: AttentionMask, requested: AttentionBackend) -> Attent
     return mask
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask, requested: str = "xla") -> jax.Array:
+def attend(
+    q: Float[jax.Array, "B T K G H"],
+    k: Float[jax.Array, "B S K H"],
+    v: Float[jax.Array, "B S K H"],
+    mask: AttentionMask,
+    requested: str = "xla",
+) -> Float[jax.Array, "B T K G H"]:
     """softmax(q kᵀ / √H) v, with the softmax in float32.
 
     Args:
-        q: [B, T, K, G, H].
-        k: [B, S, K, H].
-        v: [B, S, K, H].
+        q: Queries.
+        k: Keys.
+        v: Values.
         mask: What the queries attend to.
         requested: A name that a configuration may have, see `AttentionBackend`.
-
-    Returns:
-        [B, T, K, G, H].
 
     Raises:
         InputError: The backend cannot compute this.
@@ -203,19 +211,22 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask, reques
     return choose(requested, call).compute(q, k, v, mask)
 
 
-def attend_cached(q: jax.Array, k: jax.Array, v: jax.Array, view: CacheView, mask: AttentionMask) -> jax.Array:
+def attend_cached(
+    q: Float[jax.Array, "B T K G H"],
+    k: Float[jax.Array, "B T K H"],
+    v: Float[jax.Array, "B T K H"],
+    view: CacheView,
+    mask: AttentionMask,
+) -> Float[jax.Array, "B T K G H"]:
     """`attend` over the cached entries of a layer and over new keys and values, which are not written yet. A cache that layers
     only read is never copied.
 
     Args:
-        q: [B, T, K, G, H].
-        k: [B, T, K, H], new keys.
-        v: [B, T, K, H], new values.
+        q: Queries.
+        k: New keys.
+        v: New values.
         view: The cached entries.
         mask: Of kind "cached".
-
-    Returns:
-        [B, T, K, G, H].
     """
     keys = view.cache.keys
     sizes = {"kv_heads": q.shape[2] // num_shards(q, 2), "q_per_kv": q.shape[3], "head_dim": q.shape[4]}

@@ -3,6 +3,7 @@
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from chroma_jax.kernels.barriers import force_layout, fusion_barrier
 from chroma_jax.parallel.sharding import on_tpu
@@ -11,7 +12,7 @@ from chroma_jax.parallel.sharding import on_tpu
 TANH = (7.97505275e-01, 3.70080200e-02, -3.51902392e-04)
 
 
-def gelu(x: jax.Array) -> jax.Array:
+def gelu(x: Float[jax.Array, "*shape"]) -> Float[jax.Array, "*shape"]:
     """Exact; of bfloat16 on TPU within a fraction of its rounding, by tanh: the error function takes v6e's vector unit four times
     as long as its matrix units take for the product before it."""
     if not on_tpu() and x.dtype == jnp.float32:
@@ -37,7 +38,7 @@ def _exact_backward(x, gradient):
 _exact.defvjp(lambda x: (_exact(x), x), _exact_backward)
 
 
-def fast(x: jax.Array) -> jax.Array:
+def fast(x: Float[jax.Array, "*shape"]) -> Float[jax.Array, "*shape"]:
     """With Φ by `TANH`, in float32 for once."""
     a, b, c = TANH
     x, dtype = x.astype(jnp.float32), x.dtype
@@ -46,8 +47,8 @@ def fast(x: jax.Array) -> jax.Array:
     return (half + half * jnp.tanh(x * (a + square * (b + square * c)))).astype(dtype)
 
 
-def gated(gate: jax.Array, up: jax.Array) -> jax.Array:
-    """silu(gate) · up, all […, M], with silu(x) = x / (1 + exp(−x)). Of bfloat16 on TPU by tanh, in float32 for once, with a
+def gated(gate: Float[jax.Array, "*shape"], up: Float[jax.Array, "*shape"]) -> Float[jax.Array, "*shape"]:
+    """silu(gate) · up, with silu(x) = x / (1 + exp(−x)). Of bfloat16 on TPU by tanh, in float32 for once, with a
     gradient that the product before it makes as it goes, so that nothing between them is written."""
     return _gated(gate, up) if on_tpu() and gate.dtype == jnp.bfloat16 else jax.nn.silu(gate) * up
 

@@ -1,4 +1,7 @@
-"""The KV cache: keys and values of earlier positions, in floats or int8, and how entries are written to it."""
+"""The KV cache: keys and values of earlier positions, in floats or int8, and how entries are written to it.
+
+Axes: S, the capacity in positions; C = K/P, rows of lanes; E = P · H, the width of one. P heads share a row of lanes.
+"""
 
 import math
 from typing import NamedTuple
@@ -6,10 +9,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
+from jaxtyping import Float, Float32, Int, Int8, Int32
 
 from chroma_jax.kernels.splash import LANES
 from chroma_jax.layers.linear import multiplied_type
 from chroma_jax.parallel.sharding import RULES, AxisRules, active, constrain, on_tpu, parts
+from chroma_jax.utils.arrays import AnyArray
 
 
 class KVCache(NamedTuple):
@@ -18,16 +23,16 @@ class KVCache(NamedTuple):
     On TPU, P heads narrower than its 128 lanes share one row of lanes; padding would cost memory and bandwidth. Elsewhere P = 1.
 
     Attributes:
-        keys: [layers, B, K/P, S, P · H], with S the capacity in positions.
-        values: Likewise.
-        key_scale: float32 [layers, B, K, S], factors of int8 keys; None for floats.
-        value_scale: Likewise, of int8 values.
+        keys: Keys.
+        values: Values.
+        key_scale: Factors of int8 keys; None for floats.
+        value_scale: Factors of int8 values; None for floats.
     """
 
-    keys: jax.Array
-    values: jax.Array
-    key_scale: jax.Array | None = None
-    value_scale: jax.Array | None = None
+    keys: Float[jax.Array, "layers B C S E"] | Int8[jax.Array, "layers B C S E"]
+    values: Float[jax.Array, "layers B C S E"] | Int8[jax.Array, "layers B C S E"]
+    key_scale: Float32[jax.Array, "layers B K S"] | None = None
+    value_scale: Float32[jax.Array, "layers B K S"] | None = None
 
     @classmethod
     def zeros(
@@ -52,26 +57,32 @@ class KVCache(NamedTuple):
         """S, in positions."""
         return self.keys.shape[3]
 
-    def of_layer(self, layer: jax.Array, row: jax.Array | None) -> "CacheView":
+    def of_layer(self, layer: Int32[jax.Array, ""] | int, row: Int32[jax.Array, ""] | None) -> "CacheView":
         """One layer, or one sequence of it, to be read."""
         return CacheView(self, jnp.int32(layer), row)
 
-    def written(self, keys: jax.Array, values: jax.Array, slots: jax.Array, row: jax.Array | None) -> "KVCache":
+    def written(
+        self,
+        keys: Float[jax.Array, "layers B T K H"],
+        values: Float[jax.Array, "layers B T K H"],
+        slots: Int[AnyArray, "B T"],
+        row: Int32[jax.Array, ""] | None,
+    ) -> "KVCache":
         """Returns the cache with new entries.
 
         Args:
-            keys: [layers, B, T, K, H].
-            values: Likewise.
-            slots: int32 [B, T], where each entry goes. Slots at or past the capacity are dropped.
-            row: int32 [], with B = 1, the sequence that is written; None for all.
+            keys: New keys.
+            values: New values.
+            slots: Where each entry goes. Slots at or past the capacity are dropped.
+            row: With B = 1, the sequence that is written; None for all.
         """
         write = _write_one_by_one if on_tpu() else _scatter
         if active():
             write = jax.shard_map(write, out_specs=jax.tree.map(lambda x: jax.typeof(x).sharding.spec, self))
         return write(self, keys, values, slots, row)
 
-    def entries(self, keys: jax.Array, values: jax.Array) -> "KVCache":
-        """New keys and values, [layers, B, T, K, H], in this cache's dtype and layout, [layers, B, K/P, T, P · H]."""
+    def entries(self, keys: Float[jax.Array, "layers B T K H"], values: Float[jax.Array, "layers B T K H"]) -> "KVCache":
+        """New keys and values in this cache's dtype and layout. The capacity of the result is T."""
         scales = (None, None)
         if self.key_scale is not None:
             (keys, key_scale), (values, value_scale) = quantized(keys), quantized(values)
@@ -80,22 +91,22 @@ class KVCache(NamedTuple):
         return KVCache(laid_out(keys), laid_out(values), *scales)
 
 
-def quantized(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """[…, H] → int8 […, H] and its scale, float32 […]."""
+def quantized(x: Float[jax.Array, "*B H"]) -> tuple[Int8[jax.Array, "*B H"], Float32[jax.Array, "*B"]]:
+    """Returns (x in int8, its scale)."""
     x = x.astype(jnp.float32)
     largest = jnp.max(jnp.abs(x), axis=-1)
     scale = jnp.where(largest > 0, largest, 1) / 127
     return jnp.round(x / scale[..., None]).astype(jnp.int8), scale
 
 
-def _scatter(cache: KVCache, keys, values, slots: jax.Array, row: jax.Array | None) -> KVCache:
+def _scatter(cache: KVCache, keys, values, slots: AnyArray, row: jax.Array | None) -> KVCache:
     rows = jnp.arange(len(slots))[:, None] if row is None else row
     return jax.tree.map(
         lambda x, y: x.at[:, rows, :, slots].set(jnp.moveaxis(y, (1, 3), (0, 1))), cache, cache.entries(keys, values)
     )
 
 
-def _write_one_by_one(cache: KVCache, keys, values, slots: jax.Array, row: jax.Array | None) -> KVCache:
+def _write_one_by_one(cache: KVCache, keys, values, slots: AnyArray, row: jax.Array | None) -> KVCache:
     """For TPU, where a scatter would give the cache another layout than the matmuls that read it."""
     new = cache.entries(keys, values)
 
@@ -121,16 +132,16 @@ class CacheView(NamedTuple):
 
     Attributes:
         cache: Of all layers.
-        layer: int32 [].
-        row: int32 [], the only sequence that is read; None for all.
+        layer: The layer that is read.
+        row: The only sequence that is read; None for all.
     """
 
     cache: KVCache
-    layer: jax.Array
-    row: jax.Array | None
+    layer: Int32[jax.Array, ""]
+    row: Int32[jax.Array, ""] | None
 
     def rows(self, first: int, count: int) -> KVCache:
-        """``count`` sequences of the layer, [count, K/P, S, P · H]."""
+        """``count`` sequences of the layer, without the axis ``layers``."""
         row = first if self.row is None else self.row
 
         def of(x):

@@ -1,4 +1,7 @@
-"""Weights, each declared once with shape, logical axes and initializer; and the products with them."""
+"""Weights, each declared once with shape, logical axes and initializer; and the products with them.
+
+Axes: I and O, all inputs and all outputs of a linear map, on one axis each.
+"""
 
 import math
 from collections.abc import Callable
@@ -7,9 +10,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Float, Int, Key
 
 from chroma_jax.kernels import sums
 from chroma_jax.parallel.sharding import RULES, AxisRules, active, divided, leading_spec, look_up, on_tpu, reshape_rows, reshard
+from chroma_jax.utils.arrays import AnyArray
 
 Dims = dict[str, int]  # logical axis → size, in order
 
@@ -18,11 +23,11 @@ def normal(stddev: float) -> Callable:
     return lambda key, shape, dtype: stddev * jax.random.normal(key, shape, dtype)
 
 
-def zeros(key, shape, dtype):
+def zeros(key: Key[jax.Array, ""], shape: tuple[int, ...], dtype) -> Float[jax.Array, "..."]:
     return jnp.zeros(shape, dtype)
 
 
-def ones(key, shape, dtype):
+def ones(key: Key[jax.Array, ""], shape: tuple[int, ...], dtype) -> Float[jax.Array, "..."]:
     return jnp.ones(shape, dtype)
 
 
@@ -41,7 +46,7 @@ def weight(
     return nnx.Param(init(rngs.params(), shape, dtype), axes=axes, inputs=inputs)
 
 
-def for_compute(param: nnx.Param, dtype, rules: AxisRules = RULES) -> jax.Array:
+def for_compute(param: nnx.Param, dtype, rules: AxisRules = RULES) -> Float[jax.Array, "..."]:
     """The weight as it is multiplied: in the compute type, gathered over the axes that divide it for storage only.
 
     Inside a scan over layers the stacked axis is already gone; the last ``ndim`` declared axes are then the right ones.
@@ -59,8 +64,8 @@ def multiplied_type(dtype) -> jnp.dtype:
     return jnp.dtype(jnp.bfloat16 if rounds else dtype)
 
 
-def as_matmul_dtype(x: jax.Array) -> jax.Array:
-    """An array of any shape in its `multiplied_type`; what is written so takes half the memory."""
+def as_matmul_dtype(x: Float[jax.Array, "*shape"]) -> Float[jax.Array, "*shape"]:
+    """An array in its `multiplied_type`; what is written so takes half the memory."""
     return x.astype(multiplied_type(x.dtype))
 
 
@@ -87,12 +92,12 @@ class Linear(nnx.Module):
         self.scale: nnx.Param | None = None  # of an int8 kernel, see `chroma_jax.models.quantization`
         self.lora: Lora | None = None  # see `chroma_jax.training.lora`
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[jax.Array, "..."]) -> Float[jax.Array, "..."]:
         y = scaled(product(x, self.kernel, self.num_inputs, self.rules), self.scale, self.rules)
         y = y if self.bias is None else y + for_compute(self.bias, x.dtype, self.rules)
         return y if self.lora is None else y + self.lora(x, self.num_inputs, self.rules)
 
-    def flattened_heads(self, x: jax.Array) -> jax.Array:
+    def flattened_heads(self, x: Float[jax.Array, "*B I"]) -> Float[jax.Array, "*B O"]:
         """The same, with all inputs on x's last axis and all outputs on the result's. Heads are then no axis of their own, which
         TPU would turn around, and fill up if they are narrower than its lanes."""
         y = product(x, one_axis(self.kernel, self.num_inputs), 1, self.rules)
@@ -110,7 +115,7 @@ def one_axis(param: nnx.Param, num_inputs: int = 0) -> nnx.Param:
     return nnx.Param(value, axes=tuple(axes[group][0] for group in groups))
 
 
-def product(x: jax.Array, weight: nnx.Param, num_inputs: int, rules: AxisRules) -> jax.Array:
+def product(x: Float[jax.Array, "..."], weight: nnx.Param, num_inputs: int, rules: AxisRules) -> Float[jax.Array, "..."]:
     """x's last axes times a weight's first ones, or the last ones of a weight that is `turned`."""
     kernel = for_compute(weight, x.dtype, rules)
     if weight.get_metadata().get("turned"):
@@ -136,9 +141,11 @@ def _matrix_product(x: jax.Array, kernel: jax.Array, num_inputs: int, out: P | N
     return y if out is None else reshard(y, out)
 
 
-def by_rows(compute: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
-    """``compute``, [rows, D] → [rows, D], of x with the axes before its last one merged, where not divided: in arrays with
-    an axis of one, as in a batch of one row, processors compute sums ten to forty times slower."""
+def by_rows(
+    compute: Callable[[Float[jax.Array, "*B D"]], Float[jax.Array, "*B D"]], x: Float[jax.Array, "*B D"]
+) -> Float[jax.Array, "*B D"]:
+    """``compute`` of x with the axes before its last one merged, where they are not sharded. In arrays with an axis of size
+    one, as in a batch of one sequence, CPUs compute sums ten to forty times slower."""
     if x.ndim < 3 or on_tpu() or any(divided(x, axis) for axis in range(1, x.ndim)):
         return compute(x)
     spec = leading_spec(x, x.ndim)
@@ -166,7 +173,7 @@ def _column_product(x: jax.Array, kernel: jax.Array, num_inputs: int) -> jax.Arr
     return y.reshape(*lead, *outputs)
 
 
-def scaled(y: jax.Array, scale: nnx.Param | None, rules: AxisRules = RULES) -> jax.Array:
+def scaled(y: Float[jax.Array, "*shape"], scale: nnx.Param | None, rules: AxisRules = RULES) -> Float[jax.Array, "*shape"]:
     """The result of a product with a kernel that stands for kernel · scale, in float32 for once: one factor per output."""
     return y if scale is None else (y.astype(jnp.float32) * for_compute(scale, jnp.float32, rules)).astype(y.dtype)
 
@@ -194,10 +201,10 @@ class Lora(nnx.Module):
         self.down = weight(rngs, (*inner, ("rank", rank)), normal(fan_in**-0.5), layers=layers, inputs=inputs)
         self.up = weight(rngs, (("rank", rank), *outer), zeros, layers=layers, inputs=1)
 
-    def __call__(self, x: jax.Array, num_inputs: int, rules: AxisRules) -> jax.Array:
+    def __call__(self, x: Float[jax.Array, "..."], num_inputs: int, rules: AxisRules) -> Float[jax.Array, "..."]:
         return product(product(x, self.down, num_inputs, rules), self.up, 1, rules) * self.scale
 
-    def flattened_heads(self, x: jax.Array, num_inputs: int, rules: AxisRules) -> jax.Array:
+    def flattened_heads(self, x: Float[jax.Array, "*B I"], num_inputs: int, rules: AxisRules) -> Float[jax.Array, "*B O"]:
         """For `Linear.flattened_heads`."""
         return product(product(x, one_axis(self.down, num_inputs), 1, rules), one_axis(self.up, 1), 1, rules) * self.scale
 
@@ -209,9 +216,8 @@ class Embedding(nnx.Module):
         self.rules = rules
         self.table = weight(rngs, {**rows, "embed": width}, normal(width**-0.5))
 
-    def __call__(self, ids: jax.Array, dtype) -> jax.Array:
-        """ids: int32 […]. Returns [… , D]."""
-        return look_up(for_compute(self.table, dtype, self.rules), ids)
+    def __call__(self, ids: Int[AnyArray, "*B"], dtype) -> Float[jax.Array, "*B D"]:
+        return look_up(for_compute(self.table, dtype, self.rules), jnp.asarray(ids))
 
 
 class RMSNorm(nnx.Module):
@@ -221,7 +227,7 @@ class RMSNorm(nnx.Module):
         self.eps = eps
         self.scale = weight(rngs, {"norm": width}, ones, layers=layers)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[jax.Array, "*B D"]) -> Float[jax.Array, "*B D"]:
         return by_rows(self._of_rows, x)
 
     def _of_rows(self, x: jax.Array) -> jax.Array:
@@ -238,7 +244,7 @@ class LayerNorm(nnx.Module):
         self.scale = weight(rngs, {"norm": width}, ones, layers=layers)
         self.bias = weight(rngs, {"norm": width}, zeros, layers=layers)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[jax.Array, "*B D"]) -> Float[jax.Array, "*B D"]:
         return by_rows(self._of_rows, x)
 
     def _of_rows(self, x: jax.Array) -> jax.Array:

@@ -7,8 +7,10 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Float32, Int
 
 from chroma_jax.parallel.sharding import active, on_tpu
+from chroma_jax.utils.arrays import AnyArray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +34,8 @@ class RopeConfig:
     original_max_position_embeddings: int = 1024
 
 
-def inverse_frequencies(config: RopeConfig, head_dim: int) -> np.ndarray:
-    """float32 [H/2], radians per position."""
+def inverse_frequencies(config: RopeConfig, head_dim: int) -> Float32[np.ndarray, "{head_dim//2}"]:
+    """Radians per position."""
     inverse = 1.0 / config.theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     if config.scaling == "llama3":
         wavelength = 2 * math.pi / inverse
@@ -43,26 +45,30 @@ def inverse_frequencies(config: RopeConfig, head_dim: int) -> np.ndarray:
     return inverse.astype(np.float32)
 
 
-def rotation(config: RopeConfig, head_dim: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """positions: int32 [B, T]. Returns (cos, sin), float32 [B, T, H], the second half as the first."""
+def rotation(
+    config: RopeConfig, head_dim: int, positions: Int[AnyArray, "B T"]
+) -> tuple[Float32[jax.Array, "B T {head_dim}"], Float32[jax.Array, "B T {head_dim}"]]:
+    """Returns (cos, sin). Their second half equals the first."""
     angle = positions.astype(jnp.float32)[..., None] * np.tile(inverse_frequencies(config, head_dim), 2)
     return jnp.cos(angle), jnp.sin(angle)
 
 
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """x: [B, T, heads…, H]; cos, sin: [B, T, H]. Rotates in float32 and returns x's type."""
+def rotate(
+    x: Float[jax.Array, "B T *heads H"], cos: Float32[jax.Array, "#B T H"], sin: Float32[jax.Array, "#B T H"]
+) -> Float[jax.Array, "B T *heads H"]:
+    """Rotates in float32 and returns x's type."""
     heads = tuple(range(2, x.ndim - 1))
     cos, sin = jnp.expand_dims(cos, heads), jnp.expand_dims(sin, heads)
     return (x.astype(jnp.float32) * cos + turned(x).astype(jnp.float32) * sin).astype(x.dtype)
 
 
-def turned(x: jax.Array) -> jax.Array:
-    """[…, H], halves (a, b) → (−b, a). On TPU its gradient is a product with a matrix of 0 and ±1, which is exact: attention's
+def turned(x: Float[jax.Array, "*B H"]) -> Float[jax.Array, "*B H"]:
+    """Halves (a, b) → (−b, a). On TPU its gradient is a product with a matrix of 0 and ±1, which is exact: attention's
     kernel returns gradients with heads in the lanes, where to cut heads of 64 in two would leave three quarters of them idle."""
     return _turned(x) if on_tpu() else halves_turned(x)
 
 
-def halves_turned(x: jax.Array) -> jax.Array:
+def halves_turned(x: Float[jax.Array, "*B H"]) -> Float[jax.Array, "*B H"]:
     first, second = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([-second, first], axis=-1)
 

@@ -2,6 +2,8 @@
 
 `Llama`: RMSNorm, grouped heads, SwiGLU (Reasoner text model, Backbone, Decoder).
 `Encoder`: LayerNorm, plain heads, GELU (audio encoder, Codec).
+
+Axes: T, positions of any of these; S, cache entries.
 """
 
 import dataclasses
@@ -11,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Bool, Float, Int, Int32
 
 from chroma_jax.kernels.barriers import force_layout, fusion_barrier, grad_barrier
 from chroma_jax.kernels.splash import SAVED
@@ -19,10 +22,11 @@ from chroma_jax.layers.attention import Attention, Rotation
 from chroma_jax.layers.attention_backends import AttentionBackend, shared_by_layers
 from chroma_jax.layers.attention_mask import AttentionMask, CacheMask, cached_mask
 from chroma_jax.layers.gelu import gated, gelu
-from chroma_jax.layers.kv_cache import KVCache
+from chroma_jax.layers.kv_cache import CacheView, KVCache
 from chroma_jax.layers.linear import LayerNorm, Linear, RMSNorm, for_compute, weight, zeros
 from chroma_jax.layers.rope import RopeConfig
 from chroma_jax.parallel.sharding import RULES, AxisRules
+from chroma_jax.utils.arrays import AnyArray
 
 Remat = Literal["none", "dots", "attention", "full"]
 DOTS = ("dots", SAVED)  # named where they are computed: here, in `attention`, `xla_attention` and the kernels
@@ -64,14 +68,22 @@ def unrolled(blocks: nnx.Module | nnx.Param) -> nnx.List:
     return nnx.List([nnx.merge(graph, jax.tree.unflatten(tree, layer)) for layer in layers])
 
 
-def through_cached(blocks, x, rotation, mask, cache: KVCache, slots, row=None) -> tuple[jax.Array, KVCache]:
+def through_cached(
+    blocks,
+    x: Float[jax.Array, "B T D"],
+    rotation: Rotation | None,
+    mask: Bool[jax.Array, "B T S"],
+    cache: KVCache,
+    slots: Int[AnyArray, "B T"],
+    row: Int32[jax.Array, ""] | None = None,
+) -> tuple[Float[jax.Array, "B T D"], KVCache]:
     """``x`` through stacked blocks, after what is cached; arguments as of `Llama.cached`. The new keys and values of all layers
     are written to the cache together, behind the last one."""
-    mask = AttentionMask(cached=CacheMask.of(mask, slots))
+    attention_mask = AttentionMask(cached=CacheMask.of(mask, slots))
 
     def body(x, block_and_layer):
         block, layer = block_and_layer
-        return block.cached(x, rotation, mask, cache.of_layer(layer, row))
+        return block.cached(x, rotation, attention_mask, cache.of_layer(layer, row))
 
     x, (keys, values) = scan_layers(body, x, (blocks, jnp.arange(len(cache.keys))))
     return x, cache.written(keys, values, slots, row)
@@ -142,16 +154,20 @@ class LlamaBlock(nnx.Module):
         self.up = Linear(rngs, model, mlp, layers=layers, rules=c.rules)
         self.down = Linear(rngs, mlp, model, layers=layers, rules=c.rules)
 
-    def mlp(self, x: jax.Array) -> jax.Array:
+    def mlp(self, x: Float[jax.Array, "B T D"]) -> Float[jax.Array, "B T D"]:
         y = grad_barrier(self.mlp_norm(x))
         gate, up = (checkpoint_name(part(y), "dots") for part in (self.gate, self.up))
         return x + self.down(gated(gate, up))
 
-    def __call__(self, x: jax.Array, rotation: Rotation, mask: AttentionMask, backend: str) -> jax.Array:
+    def __call__(
+        self, x: Float[jax.Array, "B T D"], rotation: Rotation, mask: AttentionMask, backend: str
+    ) -> Float[jax.Array, "B T D"]:
         x = checkpoint_name(x + self.attention(grad_barrier(self.attention_norm(x)), rotation, mask, backend), "dots")
         return force_layout(self.mlp(force_layout(x)))
 
-    def cached(self, x, rotation, mask, view):
+    def cached(
+        self, x: Float[jax.Array, "B T D"], rotation: Rotation, mask: AttentionMask, view: CacheView
+    ) -> tuple[Float[jax.Array, "B T D"], tuple[Float[jax.Array, "B T K H"], Float[jax.Array, "B T K H"]]]:
         y, new = self.attention.cached(self.attention_norm(x), rotation, mask, view)
         return self.mlp(x + y), new
 
@@ -164,8 +180,10 @@ class Llama(nnx.Module):
         self.blocks = LlamaBlock(rngs, config)
         self.norm = RMSNorm(rngs, config.hidden_size, config.rms_norm_eps)
 
-    def __call__(self, x: jax.Array, positions: jax.Array, mask: AttentionMask) -> jax.Array:
-        """x: [B, T, D]; positions: int32 [B, T]. Returns [B, T, D] after the final norm."""
+    def __call__(
+        self, x: Float[jax.Array, "B T D"], positions: Int[AnyArray, "#B T"], mask: AttentionMask
+    ) -> Float[jax.Array, "B T D"]:
+        """Returns the hidden states after the final norm."""
         backend = self.config.attention
         mask = shared_by_layers(mask, backend)
         rotation = self._rotation(positions)
@@ -175,25 +193,32 @@ class Llama(nnx.Module):
 
     def cached(
         self,
-        x: jax.Array,
-        positions: jax.Array,
+        x: Float[jax.Array, "B T D"],
+        positions: Int[AnyArray, "B T"],
         cache: KVCache,
-        mask: jax.Array | None = None,
-        slots: jax.Array | None = None,
-        row: jax.Array | None = None,
-    ) -> tuple[jax.Array, KVCache]:
-        """Continues a sequence: new keys and values go to the cache entries ``slots``, by default the positions.
+        mask: Bool[jax.Array, "B T S"] | None = None,
+        slots: Int[AnyArray, "B T"] | None = None,
+        row: Int32[jax.Array, ""] | None = None,
+    ) -> tuple[Float[jax.Array, "B T D"], KVCache]:
+        """Continues a sequence after its cached entries.
 
-        x: [B, T, D]; positions: int32 [B, T]; mask: bool [B, T, S], by default everything at or before each position;
-        slots: int32 [B, T]; an entry at or past the capacity is not written. row: int32 [], with B = 1, the row of a cache of
-        several that this sequence has; the others stay as they are. Returns ([B, T, D] after the final norm, cache).
+        Args:
+            x: Inputs at the new positions.
+            positions: The new positions.
+            cache: Keys and values of earlier positions.
+            mask: Over the cache as it is once the new positions are written; None for all entries at or before each position.
+            slots: Cache entries to write; None for the positions. Slots at or past the capacity are dropped.
+            row: With B = 1, the sequence of the cache that this is; the others stay as they are. None for all.
+
+        Returns:
+            (the hidden states after the final norm, the cache).
         """
         slots = positions if slots is None else slots
         mask = cached_mask(slots, cache.capacity) if mask is None else mask
         x, cache = through_cached(self.blocks, x, self._rotation(positions), mask, cache, slots, row)
         return self.norm(x), cache
 
-    def _rotation(self, positions: jax.Array) -> Rotation:
+    def _rotation(self, positions: AnyArray) -> Rotation:
         return Rotation(*rope.rotation(self.config.rope, self.config.head_dim, positions))
 
 
@@ -241,7 +266,7 @@ class LayerScale(nnx.Module):
     def __init__(self, rngs: nnx.Rngs, width: int, initial: float, layers: int):
         self.scale = weight(rngs, {"norm": width}, lambda key, shape, dtype: jnp.full(shape, initial, dtype), layers=layers)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[jax.Array, "B T D"]) -> Float[jax.Array, "B T D"]:
         return x * for_compute(self.scale, x.dtype)
 
 
@@ -273,13 +298,15 @@ class EncoderBlock(nnx.Module):
     def _add(self, x, y, scale):
         return x + (y if scale is None else scale(y))
 
-    def mlp(self, x: jax.Array) -> jax.Array:
+    def mlp(self, x: Float[jax.Array, "B T D"]) -> Float[jax.Array, "B T D"]:
         return self._add(x, self.fc2(fusion_barrier(gelu(self.fc1(self.mlp_norm(x))))), self.mlp_scale)
 
-    def __call__(self, x: jax.Array, rotation: Rotation | None, mask: AttentionMask) -> jax.Array:
+    def __call__(self, x: Float[jax.Array, "B T D"], rotation: Rotation | None, mask: AttentionMask) -> Float[jax.Array, "B T D"]:
         return self.mlp(self._add(x, self.attention(self.attention_norm(x), rotation, mask, "encoder"), self.attention_scale))
 
-    def cached(self, x, rotation, mask, view):
+    def cached(
+        self, x: Float[jax.Array, "B T D"], rotation: Rotation | None, mask: AttentionMask, view: CacheView
+    ) -> tuple[Float[jax.Array, "B T D"], tuple[Float[jax.Array, "B T K H"], Float[jax.Array, "B T K H"]]]:
         y, new = self.attention.cached(self.attention_norm(x), rotation, mask, view)
         return self.mlp(self._add(x, y, self.attention_scale)), new
 
@@ -291,17 +318,33 @@ class Encoder(nnx.Module):
         self.config = config
         self.blocks = EncoderBlock(rngs, config)
 
-    def __call__(self, x: jax.Array, positions: jax.Array, mask: AttentionMask) -> jax.Array:
-        """x: [B, T, D]; positions: int32 [B, T]. Returns [B, T, D]."""
+    def __call__(
+        self, x: Float[jax.Array, "B T D"], positions: Int32[jax.Array, "#B T"], mask: AttentionMask
+    ) -> Float[jax.Array, "B T D"]:
         rotation = self._rotation(positions)
         body = rematerialise(lambda x, block: (block(x, rotation, mask), None), self.config.remat)
         return scan_layers(body, x, self.blocks)[0]
 
     def cached(
-        self, x: jax.Array, positions: jax.Array, cache: KVCache, slots: jax.Array, mask: jax.Array
-    ) -> tuple[jax.Array, KVCache]:
-        """Continues a sequence. slots: int32 [B, T], cache entries to write (a ring, for a sliding window);
-        mask: bool [B, T, S] over the cache after writing."""
+        self,
+        x: Float[jax.Array, "B T D"],
+        positions: Int32[jax.Array, "B T"],
+        cache: KVCache,
+        slots: Int32[jax.Array, "B T"],
+        mask: Bool[jax.Array, "B T S"],
+    ) -> tuple[Float[jax.Array, "B T D"], KVCache]:
+        """Continues a sequence after its cached entries.
+
+        Args:
+            x: Inputs at the new positions.
+            positions: The new positions.
+            cache: Keys and values of earlier positions.
+            slots: Cache entries to write (a ring, for a sliding window).
+            mask: Over the cache as it is once the new positions are written.
+
+        Returns:
+            (the hidden states, the cache).
+        """
         return through_cached(self.blocks, x, self._rotation(positions), mask, cache, slots)
 
     def _rotation(self, positions: jax.Array) -> Rotation | None:

@@ -1,4 +1,8 @@
-"""Attention by matmuls that XLA compiles, for every mask and every device; the kernels compute the same."""
+"""Attention by matmuls that XLA compiles, for every mask and every device; the kernels compute the same.
+
+Axes: G, query heads per key/value head; S, keys or cache entries. In a cache with P heads per row of lanes: C = K/P, such rows;
+E = P · H, the width of one; R = P · G · T, the queries that share one.
+"""
 
 import functools
 
@@ -6,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Float
 
 from chroma_jax.kernels.splash import SAVED
 from chroma_jax.layers.attention_mask import AttentionMask, CacheMask
@@ -15,8 +20,13 @@ from chroma_jax.parallel.sharding import active, leading_spec, on_tpu, reshard
 SCORE_BYTES = 2**25  # scores that a TPU stores between two matmuls; it recomputes larger ones
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask) -> jax.Array:
-    """Every query with every key. Shapes as of `chroma_jax.layers.attention_backends.attend`."""
+def attend(
+    q: Float[jax.Array, "B T K G H"],
+    k: Float[jax.Array, "B S K H"],
+    v: Float[jax.Array, "B S K H"],
+    mask: AttentionMask,
+) -> Float[jax.Array, "B T K G H"]:
+    """Every query with every key."""
     visible = mask.to_array(q.shape[1])
     if active():  # with the sequence sharded, every device needs all keys
         k, v = (reshard(x, P(leading_spec(x, 1)[0], None, leading_spec(x, 3)[2])) for x in (k, v))
@@ -27,11 +37,14 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask) -> jax
     return checkpoint_name(jnp.einsum("BKGTS,BSKH->BTKGH", probabilities, v), SAVED)
 
 
-def attend_cached(q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask, view: CacheView) -> jax.Array:
-    """Every new query with every cached and every new key. TPU takes a few sequences at a time, see `SCORE_BYTES`.
-
-    Shapes as of `chroma_jax.layers.attention_backends.attend_cached`.
-    """
+def attend_cached(
+    q: Float[jax.Array, "B T K G H"],
+    k: Float[jax.Array, "B T K H"],
+    v: Float[jax.Array, "B T K H"],
+    mask: AttentionMask,
+    view: CacheView,
+) -> Float[jax.Array, "B T K G H"]:
+    """Every new query with every cached and every new key. TPU takes a few sequences at a time, see `SCORE_BYTES`."""
     assert mask.cached is not None
     _, t, k_here, g_here, _ = jax.typeof(q).sharding.shard_shape(q.shape) if active() else q.shape
     row = 4 * t * k_here * g_here * view.cache.capacity  # bytes of scores
@@ -53,7 +66,7 @@ def _by_groups(q: jax.Array, k: jax.Array, v: jax.Array, view: CacheView, mask: 
 
 def _group(q: jax.Array, k: jax.Array, v: jax.Array, cached: KVCache, mask: CacheMask) -> jax.Array:
     per_row = k.shape[2] // cached.keys.shape[1]
-    rows = spread_heads(q, per_row)  # [B, C, R, E]: C = K/P, R = P·G·T, E = P·H
+    rows = spread_heads(q, per_row)
     k, v = (jnp.moveaxis(x.reshape(*x.shape[:2], *cached.keys.shape[1::2]), 1, 2) for x in (k, v))
 
     def of_rows(scale):  # [B, K, S] → [B, C, R, S], by selection: TPU would store a repeated array
@@ -84,9 +97,9 @@ def _group(q: jax.Array, k: jax.Array, v: jax.Array, cached: KVCache, mask: Cach
     return gather_heads(y.astype(q.dtype), q.shape)
 
 
-def spread_heads(q: jax.Array, per_row: int) -> jax.Array:
-    """Queries for a cache with P heads per row of lanes: each query is zero where the other heads are, so that one matmul serves
-    all queries that share a row of keys. q: [B, T, K, G, H]. Returns [B, K/P, P·G·T, P·H]."""
+def spread_heads(q: Float[jax.Array, "B T K G H"], per_row: int) -> Float[jax.Array, "B C R E"]:
+    """Queries for a cache with P = ``per_row`` heads per row of lanes. Each query is zero where the other heads are, so that one
+    matmul serves all queries that share a row of keys."""
     b, t, k, g, h = q.shape
     q = jnp.moveaxis(q, 1, 3).reshape(b, k // per_row, per_row, g * t, 1, h)
     if per_row > 1:
@@ -94,8 +107,8 @@ def spread_heads(q: jax.Array, per_row: int) -> jax.Array:
     return q.reshape(b, k // per_row, per_row * g * t, per_row * h)
 
 
-def gather_heads(y: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """The inverse of `spread_heads`: each head's own part. y: [B, K/P, P·G·T, P·H]. Returns [B, T, K, G, H], ``shape``."""
+def gather_heads(y: Float[jax.Array, "B C R E"], shape: tuple[int, ...]) -> Float[jax.Array, "B T K G H"]:
+    """The inverse of `spread_heads`: each head's own part. The result has this ``shape``."""
     b, t, k, g, h = shape
     per_row = k // y.shape[1]
     y = y.reshape(b, k // per_row, per_row, g * t, per_row, h)
