@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from test_pitch import RATE, voice
+from pulses import RATE, voice
 from tiny import model as tiny_model
 
 from chroma_jax.parallel.sharding import MeshConfig, make_mesh

@@ -27,7 +27,6 @@ from chroma_jax.models.chroma import Chroma
 from chroma_jax.models.codec import Codec
 from chroma_jax.models.quantization import quantized
 from chroma_jax.serving.engine import Engine, EngineConfig
-from chroma_jax.serving.scheduler import CallCosts
 from chroma_jax.utils.compilations import counted_compilations
 from chroma_jax.utils.errors import EngineError, InputError
 
@@ -236,24 +235,6 @@ def test_a_model_taken_apart_says_the_same(modules, weights, slots, monkeypatch)
     np.testing.assert_array_equal(one.token, two.token)
     np.testing.assert_array_equal(one.codes, two.codes)
     np.testing.assert_allclose(one.samples, two.samples, atol=2e-5 * float(jnp.abs(one.samples).max()))
-
-
-@pytest.mark.parametrize(
-    ("costs", "seconds", "most", "count"),
-    [
-        ({1: 0.02, 2: 0.03, 4: 0.04, 8: 0.06}, 0.05, 8, 4),
-        ({1: 0.02, 2: 0.03, 4: 0.04, 8: 0.06}, 0.08, 8, 8),
-        ({1: 0.02, 2: 0.03, 4: 0.04, 8: 0.06}, 0.08, 3, 2),
-        ({1: 0.02, 2: 0.03, 4: 0.09, 8: 0.2}, 0.08, 8, 4),  # as two of two would take 0.06
-        ({1: 0.1}, 0.08, 8, 1),
-        ({}, 0.1, 8, 1),
-    ],
-)
-def test_so_many_frames_are_asked_for_as_come_in_time(costs, seconds, most, count):
-    found = CallCosts(0.08)
-    for number, taken in costs.items():
-        found.took(number, taken)
-    assert found.most_frames(most, seconds) == count
 
 
 # Interrupting, and going on

@@ -21,7 +21,7 @@ from chroma_jax.inference import step as steps
 from chroma_jax.inference.generator import Generation, Generator
 from chroma_jax.inference.prefill import prefill
 from chroma_jax.inference.prompt import stack
-from chroma_jax.inference.sampling import Sampling, SamplingParams, probabilities, sample
+from chroma_jax.inference.sampling import Sampling, SamplingParams
 from chroma_jax.inference.state import Capacity, StreamState
 from chroma_jax.models.chroma import Chroma, ChromaConfig
 from chroma_jax.models.codec import Codec
@@ -193,41 +193,6 @@ def mute(modules) -> Chroma:
 def test_a_first_frame_of_zeros_is_an_empty_reply(mute, modules):
     for reply in replies(generator_for(mute, modules[1], slots=4), CASES):
         assert reply.ended == "eos" and not reply.codes and not reply.tokens and len(reply.wave) == 0
-
-
-# Sampling
-
-
-DRAWS = 4000
-draw = jax.jit(sample)
-
-
-def test_temperature_zero_is_the_argmax_row_by_row():
-    logits = jnp.asarray(np.random.default_rng(0).normal(size=(DRAWS, 20)), jnp.float32)
-    greedy_rows = np.arange(DRAWS) % 2 == 0
-    mixed = Sampling(jnp.where(greedy_rows, 0.0, 3.0), jnp.zeros(DRAWS, jnp.int32), jnp.ones(DRAWS))
-    chosen, best = np.asarray(draw(logits, mixed, jax.random.split(jax.random.key(0), DRAWS))), np.argmax(logits, -1)
-    np.testing.assert_array_equal(chosen[greedy_rows], best[greedy_rows])
-    assert (chosen[~greedy_rows] != best[~greedy_rows]).any()
-
-
-def test_top_k_never_leaves_the_top_k_and_reaches_all_of_it():
-    logits = np.tile(np.random.default_rng(1).normal(size=20).astype(np.float32), (DRAWS, 1))
-    chosen = np.asarray(draw(logits, Sampling.of(2.0, 4, DRAWS), jax.random.split(jax.random.key(0), DRAWS)))
-    assert set(chosen.tolist()) == set(np.argsort(-logits[0])[:4].tolist())
-    expected = probabilities(jnp.asarray(logits[:1]), Sampling.of(2.0, 4))[0]
-    np.testing.assert_allclose(np.bincount(chosen, minlength=20) / DRAWS, expected, atol=0.04)
-
-
-def test_top_p_keeps_the_fewest_entries_that_have_its_probability_after_top_k():
-    logits = np.log(np.array([[0.05, 0.4, 0.1, 0.25, 0.2]], np.float32))
-    kept = lambda **s: np.flatnonzero(np.asarray(probabilities(jnp.asarray(logits), Sampling.of(**s))[0])).tolist()
-    assert kept(temperature=1.0, top_k=0, top_p=0.3) == [1]
-    assert kept(temperature=1.0, top_k=0, top_p=0.6) == [1, 3]
-    assert kept(temperature=1.0, top_k=0, top_p=0.7) == [1, 3, 4]
-    assert kept(temperature=1.0, top_k=2, top_p=0.6) == [1]  # of the two, the first alone has 0.4 / 0.65
-    assert kept(temperature=0.1, top_k=0, top_p=0.9) == [1]  # a low temperature comes before
-    assert kept(temperature=1.0, top_k=0, top_p=1.0) == [0, 1, 2, 3, 4]
 
 
 def test_codes_that_the_codec_does_not_have_are_never_spoken(generator, greedy):

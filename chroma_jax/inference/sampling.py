@@ -57,7 +57,7 @@ def filtered(logits: Float[jax.Array, "B V"], sampling: Sampling) -> Float32[jax
     temperature, k, p = (jnp.broadcast_to(x, logits.shape[:1])[:, None] for x in sampling)
     logits = logits.astype(jnp.float32) / jnp.where(temperature > 0, temperature, 1)
     rank = _ordered(logits)
-    kept = rank >= _threshold(rank, jnp.ones_like(logits), jnp.where(k > 0, k, logits.shape[-1]))
+    kept = rank >= _threshold(rank, jnp.ones_like(logits), jnp.where(k > 0, k, logits.shape[-1]).astype(logits.dtype))
     probability = jax.nn.softmax(jnp.where(kept, logits, -jnp.inf), axis=-1)
     kept &= (rank >= _threshold(rank, probability, p)) | (p >= 1)
     return jnp.where(kept, logits, -jnp.inf)
@@ -66,7 +66,7 @@ def filtered(logits: Float[jax.Array, "B V"], sampling: Sampling) -> Float32[jax
 def _ordered(x: jax.Array) -> jax.Array:
     """float32 → uint32 in the same order."""
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    return jnp.where(bits >> 31, ~bits, bits | jnp.uint32(1 << 31))
+    return jnp.where(bits >> 31 != 0, ~bits, bits | jnp.uint32(1 << 31))
 
 
 def _threshold(rank: jax.Array, weight: jax.Array, wanted: jax.Array) -> jax.Array:

@@ -57,7 +57,7 @@ def _forward(q, k, v, segments):
             likely = jnp.exp(scores - highest[..., None])
             total = sums.over_last(jnp.add, likely)
             out = jnp.einsum("BKRS,BKSH->BKRH", _rows(likely.astype(values.dtype)), values).reshape(q.shape)
-            return None, ((out / total[..., None]).astype(q.dtype), highest + jnp.log(total))
+            return None, ((out.astype(jnp.float32) / total[..., None]).astype(q.dtype), highest + jnp.log(total))
 
         return piece
 
@@ -84,7 +84,7 @@ def _backward(kept, gradient):
         def piece(_, of):
             q, gradient, log_sums, common, mask = of
             likely = jnp.exp(_masked(_scores(q, keys), mask, seen) - log_sums[..., None])
-            towards = likely * (_scores(gradient, values, q.dtype) - common[..., None])
+            towards = likely * (_scores(gradient, values, q.dtype).astype(jnp.float32) - common[..., None])
             likely, towards = (_rows(x.astype(q.dtype)) for x in (likely, towards))
             to_query = jnp.einsum("BKRS,BKSH->BKRH", towards, keys).reshape(q.shape)
             to_keys, to_values = (jnp.einsum("BKRH,BKRS->BKHS", _rows(x), y) for x, y in ((q, towards), (gradient, likely)))

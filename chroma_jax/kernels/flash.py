@@ -70,7 +70,7 @@ def rotated(x: jax.Array, cos: jax.Array, sin: jax.Array, scale: float = 1.0) ->
     rotated heads times ``scale``, rounded once."""
     head = cos.shape[-1]
     sign = jnp.where(jnp.arange(head) < head // 2, -scale, scale)
-    cos, sin = (jnp.tile(y, LANES // head) for y in (cos * scale, sin * sign))
+    cos, sin = (jnp.tile(y, LANES // head) for y in (cos * scale, sin * sign[None, None]))
     return _over_devices(functools.partial(_rotated, head=head, interpret=not on_tpu()), x, cos, sin)
 
 

@@ -39,10 +39,10 @@ class CacheMask(NamedTuple):
             slots: Entries to which the new positions are written.
         """
         entry = jnp.arange(mask.shape[2])
-        cache_mask = mask & ~any_query(slots[:, :, None] == entry)[:, None]
-        rows, queries = jnp.arange(len(slots))[:, None, None], jnp.arange(slots.shape[1])[:, None]
+        cache_mask = mask & ~any_query(slots[:, :, None] == entry[None, None])[:, None]
+        rows, queries = jnp.arange(len(slots))[:, None, None], jnp.arange(slots.shape[1])[None, :, None]
         self_mask = mask.at[rows, queries, slots[:, None]].get(mode="fill", fill_value=False)
-        return cls(cache_mask, self_mask, jnp.max(jnp.where(any_query(cache_mask), entry + 1, 0), axis=1))
+        return cls(cache_mask, self_mask, jnp.max(jnp.where(any_query(cache_mask), entry[None] + 1, 0), axis=1))
 
 
 class AttentionMask(NamedTuple):
@@ -97,7 +97,7 @@ def causal_mask(segments: Int[AnyArray, "B S"]) -> Bool[jax.Array, "B S S"]:
     keys = reshard(segments, P(*leading_spec(segments, 1), None))
     order = jax.lax.broadcasted_iota(jnp.int32, segments.shape, 1)
     order = reshard(order, P(*leading_spec(segments, 2)))
-    return (segments[:, :, None] == keys[:, None, :]) & (order[:, :, None] >= jnp.arange(segments.shape[1]))
+    return (segments[:, :, None] == keys[:, None, :]) & (order[:, :, None] >= jnp.arange(segments.shape[1])[None, None])
 
 
 def cached_mask(positions: Int[AnyArray, "B T"], capacity: int) -> Bool[jax.Array, "B T {capacity}"]:
@@ -107,7 +107,7 @@ def cached_mask(positions: Int[AnyArray, "B T"], capacity: int) -> Bool[jax.Arra
         positions: Of the queries.
         capacity: S, entries of the cache.
     """
-    return jnp.arange(capacity) <= positions[:, :, None]
+    return jnp.arange(capacity)[None, None] <= positions[:, :, None]
 
 
 def any_query(visible: Bool[jax.Array, "B T S"]) -> Bool[jax.Array, "B S"]:

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int, Key
 
 from chroma_jax.kernels import sums
 from chroma_jax.parallel.sharding import RULES, AxisRules, active, divided, leading_spec, look_up, on_tpu, reshape_rows, reshard
-from chroma_jax.utils.arrays import AnyArray
+from chroma_jax.utils.arrays import AnyArray, with_rank
 
 Dims = dict[str, int]  # logical axis → size, in order
 
@@ -94,7 +94,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[jax.Array, "..."]) -> Float[jax.Array, "..."]:
         y = scaled(product(x, self.kernel, self.num_inputs, self.rules), self.scale, self.rules)
-        y = y if self.bias is None else y + for_compute(self.bias, x.dtype, self.rules)
+        y = y if self.bias is None else y + with_rank(for_compute(self.bias, x.dtype, self.rules), y.ndim)
         return y if self.lora is None else y + self.lora(x, self.num_inputs, self.rules)
 
     def flattened_heads(self, x: Float[jax.Array, "*B I"]) -> Float[jax.Array, "*B O"]:
@@ -102,7 +102,7 @@ class Linear(nnx.Module):
         TPU would turn around, and fill up if they are narrower than its lanes."""
         y = product(x, one_axis(self.kernel, self.num_inputs), 1, self.rules)
         y = scaled(y, None if self.scale is None else one_axis(self.scale), self.rules)
-        y = y if self.bias is None else y + for_compute(one_axis(self.bias), x.dtype, self.rules)
+        y = y if self.bias is None else y + with_rank(for_compute(one_axis(self.bias), x.dtype, self.rules), y.ndim)
         return y if self.lora is None else y + self.lora.flattened_heads(x, self.num_inputs, self.rules)
 
 
@@ -175,7 +175,9 @@ def _column_product(x: jax.Array, kernel: jax.Array, num_inputs: int) -> jax.Arr
 
 def scaled(y: Float[jax.Array, "*shape"], scale: nnx.Param | None, rules: AxisRules = RULES) -> Float[jax.Array, "*shape"]:
     """The result of a product with a kernel that stands for kernel · scale, in float32 for once: one factor per output."""
-    return y if scale is None else (y.astype(jnp.float32) * for_compute(scale, jnp.float32, rules)).astype(y.dtype)
+    if scale is None:
+        return y
+    return (y.astype(jnp.float32) * with_rank(for_compute(scale, jnp.float32, rules), y.ndim)).astype(y.dtype)
 
 
 def linears(module: nnx.Module, path: str = "") -> list[tuple[str, Linear]]:
@@ -233,7 +235,7 @@ class RMSNorm(nnx.Module):
     def _of_rows(self, x: jax.Array) -> jax.Array:
         y = x.astype(jnp.float32)
         y = y * sums.spread(jax.lax.rsqrt(sums.mean(jnp.square(y)) + self.eps), y)
-        return for_compute(self.scale, x.dtype) * y.astype(x.dtype)
+        return with_rank(for_compute(self.scale, x.dtype), y.ndim) * y.astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):
@@ -255,5 +257,5 @@ class LayerNorm(nnx.Module):
         else:
             variance = sums.mean(jnp.square(y - average))
         y = (y - average) * sums.spread(jax.lax.rsqrt(variance + self.eps), y)
-        y = y * for_compute(self.scale, jnp.float32) + for_compute(self.bias, jnp.float32)
-        return y.astype(x.dtype)
+        scale, bias = (with_rank(for_compute(w, jnp.float32), y.ndim) for w in (self.scale, self.bias))
+        return (y * scale + bias).astype(x.dtype)

@@ -49,7 +49,7 @@ def rotation(
     config: RopeConfig, head_dim: int, positions: Int[AnyArray, "B T"]
 ) -> tuple[Float32[jax.Array, "B T {head_dim}"], Float32[jax.Array, "B T {head_dim}"]]:
     """Returns (cos, sin). Their second half equals the first."""
-    angle = positions.astype(jnp.float32)[..., None] * np.tile(inverse_frequencies(config, head_dim), 2)
+    angle = positions.astype(jnp.float32)[..., None] * np.tile(inverse_frequencies(config, head_dim), 2)[None, None]
     return jnp.cos(angle), jnp.sin(angle)
 
 

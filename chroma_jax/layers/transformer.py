@@ -267,7 +267,7 @@ class LayerScale(nnx.Module):
         self.scale = weight(rngs, {"norm": width}, lambda key, shape, dtype: jnp.full(shape, initial, dtype), layers=layers)
 
     def __call__(self, x: Float[jax.Array, "B T D"]) -> Float[jax.Array, "B T D"]:
-        return x * for_compute(self.scale, x.dtype)
+        return x * for_compute(self.scale, x.dtype)[None, None]
 
 
 class EncoderBlock(nnx.Module):

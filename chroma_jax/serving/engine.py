@@ -152,7 +152,7 @@ class Engine:
             slots.adopt(0, voice.cache)
             slots.hear(0, Chunk(text, text, outputs, np.array(1, np.int32)))
             slots.begin(0, Admission.of(voice.length, SamplingParams()))
-            decode_steps = [(count, pairs) for count, pairs in DECODE_STEPS if count <= self.config.frames_per_call]
+            decode_steps = [step for step in DECODE_STEPS if step[0] <= self.config.frames_per_call]
             for count, pairs in decode_steps:
                 jax.device_get(slots.decode_step(count, pairs))
             for count, pairs in decode_steps:

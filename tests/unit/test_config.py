@@ -4,9 +4,11 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+from flax import nnx
 
 from chroma_jax import config as configs
 from chroma_jax.config import GenerationConfig
+from chroma_jax.models.codec import Codec, CodecConfig, QuantizerConfig
 from chroma_jax.training.flops import part_sizes
 from chroma_jax.utils.errors import InputError
 
@@ -71,3 +73,11 @@ def test_every_field_is_plain_data():
     for name, value in configs.fields(configs.read_config("nano")).items():
         assert isinstance(value, (int, float, str, tuple, type(None))), name
         assert not dataclasses.is_dataclass(value)
+
+
+def test_the_default_is_mimi():
+    config = CodecConfig()
+    assert (config.samples_per_frame, config.frame_rate, config.num_codebooks) == (1920, 12.5, 32)
+    shapes = nnx.state(nnx.eval_shape(lambda: Codec(nnx.Rngs(0), dataclasses.replace(config, quantizer=QuantizerConfig()))))
+    count = sum(v.size for path, v in nnx.to_flat_state(shapes) if path[-1] not in ("embed_sum", "cluster_usage", "initialized"))
+    assert count == 79_308_609  # the released checkpoint's parameters, buffers not counted

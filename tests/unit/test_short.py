@@ -26,7 +26,9 @@ def drawn(seed: int, *shape: int) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.bfloat16)
 
 
-@pytest.mark.parametrize("positions, heads, width", [(100, 4, 64), (13, 8, 32), (128, 2, 128)])
+@pytest.mark.parametrize(
+    "positions, heads, width", [(100, 4, 64), pytest.param(13, 8, 32, marks=pytest.mark.slow), (128, 2, 128)]
+)
 def test_the_kernel_computes_what_the_plain_way_does(positions, heads, width):
     q, k, v, towards = (drawn(i, 4, positions, heads * width) for i in range(4))
     lengths = jnp.array([positions, positions // 2, 1, positions - 1], jnp.int32)
@@ -43,7 +45,13 @@ def test_the_kernel_computes_what_the_plain_way_does(positions, heads, width):
     np.testing.assert_array_equal(again, found)
 
 
-@pytest.mark.parametrize("mesh", [None, MeshConfig(data=2, fsdp=2, tensor=2)], ids=["one device", "divided"])
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        pytest.param(None, marks=pytest.mark.slow, id="one device"),
+        pytest.param(MeshConfig(data=2, fsdp=2, tensor=2), id="divided"),
+    ],
+)
 def test_an_encoder_computes_the_same_on_tpu(mesh, monkeypatch):
     config = AudioEncoderConfig(
         num_hidden_layers=2,

@@ -27,7 +27,7 @@ from chroma_jax.models.codec.conv import Conv, ConvState, ConvTranspose
 from chroma_jax.models.codec.quantizer import QuantizerConfig, SplitQuantizer
 from chroma_jax.models.codec.seanet import SeanetConfig, SeanetDecoder, SeanetEncoder
 from chroma_jax.parallel.sharding import RULES, AxisRules
-from chroma_jax.utils.arrays import AnyArray
+from chroma_jax.utils.arrays import AnyArray, with_rank
 from chroma_jax.utils.errors import InputError
 
 MIMI_TRANSFORMER = EncoderConfig(
@@ -183,7 +183,7 @@ def visible(
     queries: Int[jax.Array, "B T"], keys: Int[jax.Array, "S"] | Int[jax.Array, "B 1 S"], window: int | None
 ) -> Bool[jax.Array, "B T S"]:
     """Causal attention over a window, by the positions of queries and keys."""
-    age = queries[:, :, None] - keys
+    age = queries[:, :, None] - with_rank(keys, 3)
     return age >= 0 if window is None else (age >= 0) & (age < window)
 
 

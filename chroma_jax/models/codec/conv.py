@@ -177,7 +177,7 @@ class Conv(nnx.Module):
         y = jax.lax.conv_general_dilated(
             x, kernel, (1,), "VALID", dimension_numbers=("NWC", "WIO", "NWC"), preferred_element_type=dtype
         )
-        return y if self.bias is None else y + jnp.tile(for_compute(self.bias, dtype), fold)
+        return y if self.bias is None else y + jnp.tile(for_compute(self.bias, dtype), fold)[None, None]
 
     def _cut(self, x: jax.Array, length: jax.Array) -> jax.Array:
         """The padding from each row's end on. length: int32 [B]."""
@@ -259,7 +259,7 @@ class ConvTranspose(nnx.Module):
             y = y + jnp.pad(memory, ((0, 0), (0, length * self.stride), (0, 0)))
             carry.put(y[:, length * self.stride :])
         y = y[:, : length * self.stride]
-        return y if self.bias is None else y + for_compute(self.bias, x.dtype)
+        return y if self.bias is None else y + for_compute(self.bias, x.dtype)[None, None]
 
     def _of_halves(self, x: jax.Array, carry: ConvState) -> jax.Array:
         """What each input makes of its own outputs, and the input before of them: nothing is laid over each other, which TPU
@@ -282,5 +282,5 @@ class ConvTranspose(nnx.Module):
         memory = reshape_rows(memory, batch, 1, *y.shape[2:])
         y = y + jnp.pad(memory, ((0, 0), (0, length - 1), (0, 0), (0, 0)))
         if self.bias is not None:
-            y = y + jnp.tile(for_compute(self.bias, dtype), self.fold)
+            y = y + jnp.tile(for_compute(self.bias, dtype), self.fold)[None, None]
         return reshape_rows(y, batch, length * y.shape[2], y.shape[3])

@@ -13,7 +13,7 @@ from jaxtyping import Float, Float32, Int, Int32
 
 from chroma_jax.layers.linear import Linear, for_compute, normal, ones, weight
 from chroma_jax.parallel.sharding import active, leading_spec
-from chroma_jax.utils.arrays import AnyArray
+from chroma_jax.utils.arrays import AnyArray, with_rank
 
 MIN_USAGE = 1e-5  # a code is never divided by less
 
@@ -60,7 +60,7 @@ class Codebooks(nnx.Module):
         count, (size, dim) = codes.shape[-1], self.embed_sum.shape[1:]
         embed_sum, usage = self.stacked(count)
         # Two look-ups and a division by row: the table of all codes is never formed.
-        index = jnp.clip(codes, 0, size - 1) + size * jnp.arange(count)
+        index = jnp.clip(codes, 0, size - 1) + size * jnp.arange(count)[None, None]
         embed_sum, usage = embed_sum.reshape(-1, dim), usage.reshape(-1)
         lead = leading_spec(index, 2) if active() else None
         vectors = embed_sum[index] if lead is None else embed_sum.at[index].get(out_sharding=P(*lead, None, None))
@@ -72,7 +72,8 @@ def nearest(x: Float[jax.Array, "*B C"], codebook: Float[jax.Array, "V C"]) -> I
     """The row of ``codebook`` with the smallest Euclidean distance to each x; the first one of a tie."""
     # |x|² is the same for every row. Full precision, for a rounded product would change codes.
     product = jnp.einsum("...C,VC->...V", x, codebook, precision=jax.lax.Precision.HIGHEST)
-    return jnp.argmin(jnp.sum(jnp.square(codebook), axis=-1) - 2 * product, axis=-1).astype(jnp.int32)
+    lengths = with_rank(jnp.sum(jnp.square(codebook), axis=-1), x.ndim)
+    return jnp.argmin(lengths - 2 * product, axis=-1).astype(jnp.int32)
 
 
 class ResidualQuantizer(nnx.Module):

@@ -199,7 +199,7 @@ def balanced(
     seen = count > 0
     norms = jnp.sum(norms * mask, axis=1) / jnp.maximum(count, 1)
     norms = jnp.where(seen, decay * state.norms + (1 - decay) * norms, state.norms)
-    state = BalancerState(norms, state.steps + seen)
+    state = BalancerState(norms, state.steps + seen.astype(state.steps.dtype))
     means = state.norms / jnp.maximum(1 - decay ** state.steps.astype(jnp.float32), 1e-12)
     scale = weights / jnp.sum(weights) / jnp.maximum(means, 1e-12)
     return jnp.einsum("L,LBS->BS", scale, gradients), state

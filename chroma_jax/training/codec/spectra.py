@@ -19,7 +19,7 @@ def stft(wave: AnyArray, window: int, hop: int) -> jax.Array:
     padded = jnp.pad(wave, ((0, 0), (half, half)), mode="reflect")
     count = 1 + wave.shape[1] // hop
     index = np.arange(count)[:, None] * hop + np.arange(window)
-    return jnp.fft.rfft(padded[:, index] * hann(window))
+    return jnp.fft.rfft(padded[:, index] * hann(window)[None, None])
 
 
 @functools.cache

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from flax import nnx
 from safetensors.numpy import load_file
-from test_codec import jit
 from tiny import model as tiny_model
 
 from chroma_jax import config as configs
@@ -57,10 +56,10 @@ def test_dilations_are_powers_of_the_growth(codec):
 @pytest.mark.slow
 def test_streaming_equals_the_whole(codec):
     wave = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3 * FRAME)) * 0.1, jnp.float32)
-    codes = jit(lambda codec, wave: codec.encode(wave))(codec, wave)
-    audio = jit(lambda codec, codes: codec.decode(codes))(codec, codes)
-    encode = jit(lambda codec, state, wave: codec.encode_step(state, wave))
-    decode = jit(lambda codec, state, codes: codec.decode_step(state, codes))
+    codes = jax.jit(lambda codec, wave: codec.encode(wave))(codec, wave)
+    audio = jax.jit(lambda codec, codes: codec.decode(codes))(codec, codes)
+    encode = jax.jit(lambda codec, state, wave: codec.encode_step(state, wave))
+    decode = jax.jit(lambda codec, state, codes: codec.decode_step(state, codes))
     there, back = codec.encoder_state(2), codec.decoder_state(2)
     for i in range(3):
         there, found = encode(codec, there, wave[:, i * FRAME : (i + 1) * FRAME])

@@ -122,7 +122,7 @@ def offline(wave: np.ndarray, block_frames: int) -> np.ndarray:
 
 
 # 8: four positions to a block; 10: five, so that pairs straddle blocks
-@pytest.mark.parametrize("block_frames", [8, 10])
+@pytest.mark.parametrize("block_frames", [pytest.param(8, marks=pytest.mark.slow), 10])
 def test_outputs_in_pieces_are_those_of_the_whole_turn(block_frames):
     @settings(deadline=None, max_examples=60)
     @given(samples=lengths.map(lambda n: min(n, BLOCKS * block_frames * FEATURES.hop)), cuts=pieces)
