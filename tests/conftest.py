@@ -54,6 +54,23 @@ def caches_within_limits():
     gc.collect()
 
 
+MOST_COMPILATIONS = 150  # programs per test, those of its fixtures not counted
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem):
+    """Fails a test that compiles more programs than its budget, such as one that compiles the same step again and again."""
+    from chroma_jax.utils.compilations import counted_compilations
+
+    marker = pyfuncitem.get_closest_marker("compilations")
+    most = marker.args[0] if marker else MOST_COMPILATIONS
+    with counted_compilations() as compiled:
+        result = yield
+    if compiled.count > most:
+        pytest.fail(f"{compiled.count} programs were compiled, at most {most} are expected; see pytest.mark.compilations")
+    return result
+
+
 @pytest.fixture(scope="session")
 def tiny_prepared(tmp_path_factory):
     """A prepared dataset of a dozen dialogues for `tiny.config`, with a tokenizer and stand-in codes."""

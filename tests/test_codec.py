@@ -9,10 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from hypothesis import given as examples
+from hypothesis import given as drawn
 from hypothesis import settings
 from hypothesis import strategies as st
-from random_weights import drawn
 from safetensors.numpy import load_file
 
 from chroma_jax.convert.sources import read_codec
@@ -94,7 +93,7 @@ def odd_codec() -> Codec:
         upsample_groups=4,
         sliding_window=5,
     )
-    return drawn(lambda: Codec(nnx.Rngs(1), config), np.random.default_rng(1))
+    return jit(lambda: Codec(nnx.Rngs(1), config))()
 
 
 encode_stages = jit(lambda codec, audio: (codec.encode_stages(audio), codec.encode(audio)))
@@ -218,7 +217,7 @@ def encoded_whole(window: int | None, samples: int) -> tuple[np.ndarray, np.ndar
 )
 def test_a_recording_in_pieces_of_any_size_encodes_as_the_whole(window, step):
     @settings(deadline=None, max_examples=25)
-    @examples(samples=st.sampled_from(LENGTHS), cuts=st.lists(st.integers(0, max(LENGTHS)), max_size=8))
+    @drawn(samples=st.sampled_from(LENGTHS), cuts=st.lists(st.integers(0, max(LENGTHS)), max_size=8))
     def check(samples, cuts):
         encoder = ChunkedEncoder(windowed(window), frames_per_step=step, max_frames=MOST)
         pieces = np.split(recording(samples), sorted(min(cut, samples) for cut in cuts))
@@ -261,7 +260,7 @@ CODES = np.random.default_rng(2).integers(0, 11, (2, MOST, 5)).astype(np.int32)
 @pytest.mark.parametrize("window", [6, pytest.param(250, marks=pytest.mark.slow), None])
 def test_codes_in_pieces_of_any_number_of_frames_decode_as_the_whole(window):
     @settings(deadline=None, max_examples=20)
-    @examples(long=st.sets(st.integers(0, MOST - 1)))
+    @drawn(long=st.sets(st.integers(0, MOST - 1)))
     def check(long):
         codec, audio, start = windowed(window), [], 0
         state = codec.decoder_state(2, frames_per_step=2, max_frames=MOST)

@@ -148,7 +148,7 @@ class CodecTask:
             reconstruction = jax.device_get(self.trainer.reconstruct(state, self.place(batch), phase))
             real, lengths = self.everywhere(batch.input), self.everywhere(samples)
             for row in np.flatnonzero(lengths):
-                n = lengths[row]
+                n = int(lengths[row])
                 distances.append(reconstruction.mel_distance[row])
                 if importlib.util.find_spec("pystoi") is not None:
                     scores.append(stoi(real[row, :n], reconstruction.wave[row, :n], model.sampling_rate))
