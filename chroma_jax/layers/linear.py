@@ -51,7 +51,7 @@ def for_compute(param: nnx.Param, dtype, rules: AxisRules = RULES) -> Float[jax.
 
     Inside a scan over layers the stacked axis is already gone; the last ``ndim`` declared axes are then the right ones.
     """
-    value = param[...].astype(dtype)
+    value = jnp.asarray(param[...], dtype)
     if not active():
         return value
     axes = param.get_metadata()["axes"][-value.ndim :]
