@@ -246,6 +246,7 @@ def test_it_does_not_tell_where_it_was_made(artifact):
         assert str(ROOT).encode() not in path.read_bytes(), path
 
 
+@pytest.mark.compilations(300)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_weights_are_those_of_the_run_in_the_replys_type(run, artifact, tmp_path, dtype):
     config = Config(generation=GenerationConfig(dtype=dtype))

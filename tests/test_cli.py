@@ -189,6 +189,7 @@ def test_a_field_is_overridden(capsys):
     assert one != capsys.readouterr().out
 
 
+@pytest.mark.compilations(300)
 def test_export_reads_back_bit_for_bit(files):
     import jax
 

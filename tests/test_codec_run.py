@@ -125,6 +125,7 @@ def test_a_mesh_trains_the_same_codec(corpus, prepared, finished, tmp_path):
     assert len(ours) == len(theirs) and ours[-1]["train/mel_loss"] == pytest.approx(theirs[-1]["train/mel_loss"], rel=0.1)
 
 
+@pytest.mark.compilations(300)
 def test_the_quantizer_joins_with_little_harm(corpus, prepared):
     """What is decoded from codes right after the fit is close to what is decoded from the latents themselves."""
     config, mesh = config_for(corpus), make_mesh(MeshConfig())

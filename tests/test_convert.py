@@ -179,6 +179,7 @@ def as_compiled_by_default(*command) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.compilations(400)
 def test_without_keep_unused_only_vision_is_missing_and_it_is_said(source, tmp_path):
     run = imported(tmp_path / "run", source)
     export_checkpoint(run, tmp_path / "back")
@@ -202,6 +203,7 @@ def test_a_whole_chroma_brings_its_own_sizes(source, tmp_path):
     assert plan.config.model == MODEL
 
 
+@pytest.mark.compilations(300)
 def test_weights_are_read_straight_to_where_training_keeps_them(source):
     config = dataclasses.replace(CONFIG, mesh=MeshConfig(fsdp=2, tensor=2))
     plan = plan_import([source], config, Config)

@@ -19,6 +19,7 @@ OTHERS = ["other_a/codec", *(pytest.param(case, marks=pytest.mark.slow) for case
 CASES = COMPONENTS + [f"gen_{name}" for name in GENERATIONS] + OTHERS
 
 
+@pytest.mark.compilations(300)
 @pytest.mark.parametrize("case", CASES)
 def test_case(case, record_property):
     (result,) = verify(SUITE / case)
@@ -28,6 +29,7 @@ def test_case(case, record_property):
     assert not [check for check in result.checks if not check.passed]
 
 
+@pytest.mark.compilations(400)
 def test_two_swapped_codes_in_the_decode_step_fail(monkeypatch):
     """verify runs the step that users run: a fault in it is found."""
     residual_codes = step.residual_codes

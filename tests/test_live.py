@@ -48,6 +48,7 @@ def recordings(tmp_path_factory):
     return folder
 
 
+@pytest.mark.compilations(300)
 def test_recordings_are_answered_and_the_replies_kept(speaker, recordings, tmp_path, capsys):
     questions = [str(recordings / "one.wav"), str(recordings / "two.wav")]
     common = ["chat", str(speaker), "--questions", *questions, "--pace", "at once", "--generation.max_seconds", str(SECONDS)]

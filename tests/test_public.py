@@ -40,6 +40,7 @@ def engine(workspace):
     return chroma_jax.Engine(model, codec, lambda text: tokenizer.encode(text).ids, tokenizer.decode, config)
 
 
+@pytest.mark.compilations(300)
 @pytest.mark.parametrize("name", chroma_jax.__all__)
 def test_the_example_runs(name, workspace, request, monkeypatch):
     monkeypatch.chdir(workspace)

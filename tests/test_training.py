@@ -402,6 +402,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tiny_prepared, straight, tmp_path):
         np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.compilations(400)
 def test_a_run_goes_on_on_another_mesh(tiny_prepared, straight, tmp_path):
     config, prepared = tiny_prepared
     run = tmp_path / "run"
