@@ -54,7 +54,7 @@ def caches_within_limits():
     gc.collect()
 
 
-MOST_COMPILATIONS = 150  # programs per test, those of its fixtures not counted
+MOST_COMPILATIONS = 200  # programs per test, those of its fixtures not counted
 
 
 @pytest.hookimpl(wrapper=True)

@@ -241,6 +241,7 @@ def spoken(folders: Path) -> dict:
     return {"question": folders / "question.wav", "reference": folders / "reference.wav", "transcript": "it is"}
 
 
+@pytest.mark.compilations(300)
 def test_a_run_and_its_export_give_the_same_reply(folders):
     summaries = []
     for name in ("run", "exported"):
