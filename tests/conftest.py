@@ -64,6 +64,7 @@ def pytest_pyfunc_call(pyfuncitem):
 
     marker = pyfuncitem.get_closest_marker("compilations")
     most = marker.args[0] if marker else MOST_COMPILATIONS
+    most *= 1 if jax.__version_info__ >= (0, 11) else 2  # older versions compile more of what runs outside of jit
     with counted_compilations() as compiled:
         result = yield
     if compiled.count > most:
