@@ -34,7 +34,7 @@ def pytest_terminal_summary(terminalreporter):
             terminalreporter.write_line(line)
 
 
-MOST_MAPPINGS = 30_000  # of the 65,530 that Linux allows a process; the largest module makes about 10,000
+MOST_MAPPINGS = 30_000  # of the 65,530 that Linux allows a process; a module adds up to 15,000
 
 
 def memory_mappings() -> int:

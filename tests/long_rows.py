@@ -22,7 +22,7 @@ def drawn(seed: int, *shape: int, dtype=jnp.bfloat16) -> jax.Array:
 
 
 def segments() -> jax.Array:
-    """One segment that fills its row; several, of which one ends within a block and two share one, and padding."""
+    """One row is a single segment. The other has several segments and padding: one ends within a block, two share one."""
     found = np.ones((ROWS, POSITIONS), np.int32)
     for segment, first in ((2, 50), (3, 256), (4, 450), (0, 480)):
         found[1, first:] = segment

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import long_rows
 import numpy as np
 import pytest
-from attention_inputs import CLOSE, POSITIONS, ROWS, packed_inputs, value_and_gradients
+from attention_inputs import CLOSE, POSITIONS, ROWS, computed_by_xla, packed_inputs, value_and_gradients
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -27,8 +27,8 @@ def given():
 
 
 @pytest.fixture(scope="module")
-def plain(given):
-    return [np.asarray(x) for x in jax.jit(value_and_gradients, static_argnums=0)("xla", *given)]
+def plain():
+    return computed_by_xla()
 
 
 @pytest.mark.parametrize("kernel", ["xla", "chunked", "splash"])

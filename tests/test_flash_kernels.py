@@ -38,7 +38,7 @@ def assert_close(found, exact, rounded):
     ],
 )
 def test_the_kernels_compute_what_the_plain_way_does(block, kv, group, head, monkeypatch):
-    """Also the rotation of heads that lie beside each other."""
+    """Includes the rotation of heads that are stored next to each other."""
     monkeypatch.setattr(flash, "BLOCK", block)
     q, k, v = drawn(0, ROWS, POSITIONS, kv, group, head), drawn(1, ROWS, POSITIONS, kv, head), drawn(2, ROWS, POSITIONS, kv, head)
     towards = drawn(3, *q.shape)

@@ -4,13 +4,13 @@ import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-import jax
 import numpy as np
 
+from chroma_jax.parallel.sharding import Device
 from chroma_jax.utils.chips import device_rates
 
 
-def bandwidth(device: jax.Device) -> float | None:  # pyright: ignore[reportInvalidTypeForm]: JAX assigns the class to a variable
+def bandwidth(device: Device) -> float | None:
     """Bytes per second that a device reads from its memory: of a processor measured here, of others what is said of them; None
     of one that is not known."""
     if device.platform == "cpu":

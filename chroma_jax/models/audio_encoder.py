@@ -3,7 +3,7 @@
 Features are cut into blocks of ``block_frames`` mel frames (2 s). Nothing in one block depends on another, so speech can
 be encoded exactly, block by block, while it is still being spoken.
 
-Axes besides the usual letters: ``blocks``, ``frames`` (mel frames of a block or of a recording), ``bins`` (mel bins), C
+Axes in addition to the usual letters: ``blocks``, ``frames`` (mel frames of a block or of a recording), ``bins`` (mel bins), C
 (channels that enter a layer), E (width of what leaves it).
 """
 

@@ -62,13 +62,13 @@ class Reasoner(nnx.Module):
     ) -> Float[jax.Array, "B L D"]:
         """Token embeddings with encoder outputs in the places that are audio."""
         heard = take_rows(jnp.asarray(audio), jnp.maximum(audio_index, 0))
-        return jnp.where(is_present(audio_index)[..., None], heard, self.embedding(jnp.asarray(tokens), audio.dtype))
+        return jnp.where(is_present(audio_index)[..., None], heard, self.embedding(tokens, audio.dtype))
 
     def __call__(
         self, embeddings: Float[jax.Array, "B L D"], positions: Int[AnyArray, "B L"], segments: Int[AnyArray, "B L"]
     ) -> Float[jax.Array, "B L D"]:
         """Returns hidden states after the final norm."""
-        return self.text(embeddings, jnp.asarray(positions), AttentionMask(segments=jnp.asarray(segments)))
+        return self.text(embeddings, positions, AttentionMask(segments=jnp.asarray(segments)))
 
     def read(
         self,
@@ -94,4 +94,4 @@ class Reasoner(nnx.Module):
         row: Int[jax.Array, ""] | None = None,
     ) -> tuple[Float[jax.Array, "B L D"], KVCache]:
         """Continues conversations, or the one of a row; see `Llama.cached`."""
-        return self.text.cached(embeddings, jnp.asarray(positions), cache, row=row)
+        return self.text.cached(embeddings, positions, cache, row=row)

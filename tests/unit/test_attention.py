@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_inputs import CLOSE, POSITIONS, attend, packed_inputs, value_and_gradients
+from attention_inputs import CLOSE, POSITIONS, attend, computed_by_xla, packed_inputs, value_and_gradients
 
 from chroma_jax.kernels import barriers, chunked_attention, cudnn
 from chroma_jax.layers import attention_backends, rope
@@ -19,8 +19,8 @@ def given():
 
 
 @pytest.fixture(scope="module")
-def plain(given):
-    return [np.asarray(x) for x in jax.jit(value_and_gradients, static_argnums=0)("xla", *given)]
+def plain():
+    return computed_by_xla()
 
 
 @pytest.mark.parametrize("kernel", ["chunked", "splash"])

@@ -1,4 +1,4 @@
-"""TPU's kernels for long rows, heads beside each other, compute what the plain way does, values and gradients."""
+"""What TPU's kernels for long rows share: segments, adapted products, gated units and norms."""
 
 import jax
 import jax.numpy as jnp

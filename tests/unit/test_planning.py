@@ -1,7 +1,5 @@
 """Plans: what a compiled TPU program says is read right, topologies and meshes fit together, and real programs are planned."""
 
-import importlib.util
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,8 +15,6 @@ from chroma_jax.planning.search import candidates
 from chroma_jax.training.flops import counted
 from chroma_jax.utils.chips import CHIPS, parse_topology
 from chroma_jax.utils.errors import InputError
-
-needs_compiler = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler (extra 'tpu')")
 
 CYCLES = 'backend_config={"window_config":{"estimated_cycles":"%d"}}'
 SOURCE = 'dimensions={0}, metadata={op_name="jit(step)/transpose(jvp(backbone))/x"}'
