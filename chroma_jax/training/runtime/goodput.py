@@ -1,6 +1,6 @@
 """Where a run's wall time goes: RUN/goodput.jsonl, over all the processes that ever worked on it.
 
-One JSON object per line: ``time`` (when it was written, UTC), ``kind``, ``from_step``, ``to_step``, ``seconds``. Lines are added
+One JSON object per line: ``time`` (UTC, up to which it accounts), ``kind``, ``from_step``, ``to_step``, ``seconds``. Lines are added
 when metrics are, so that all time between two log lines is accounted for, by kind:
 
     start, restart   from the start of the process to its first step: imports, weights, the checkpoint; ``restart`` on a later one
@@ -65,7 +65,9 @@ class GoodputLog:
         """Work begins at ``step``; all since ``progress.began`` was done for that."""
         self.path = run / NAME if jax.process_index() == 0 else None
         self.progress, self.clock, self.step, self.first = progress, clock, step, True
-        before, now = read_goodput_log(run) if self.path else [], time.time()
+        before = read_goodput_log(run) if self.path else []
+        now, self.mark = time.time(), time.perf_counter()
+        self.epoch = now - self.mark  # of the clock that measures
         if self.path and before and not self.path.read_bytes().endswith(b"\n"):  # cut short by a crash
             with self.path.open("a") as file:
                 file.write("\n")
@@ -76,12 +78,9 @@ class GoodputLog:
             began = max(began, last)
         self.add("restart" if before else "start", step, now - began - clock.seconds, always=True)
         self.add("compile", step, clock.seconds)
-        self.begin()
+        self.compiled, self.spent = clock.seconds, {}
         progress.now("starting", step)
         progress.last_words = self.stop
-
-    def begin(self) -> None:
-        self.mark, self.compiled, self.spent = time.perf_counter(), self.clock.seconds, {}
 
     @contextlib.contextmanager
     def time(self, kind: str, step: int) -> Iterator[None]:
@@ -104,14 +103,15 @@ class GoodputLog:
 
     def write(self, step: int, skipped: Sequence[int] = ()) -> None:
         """What happened since the last call, by which ``step`` was reached."""
+        before, self.mark = self.mark, time.perf_counter()  # the next call counts from here
         spent = self.spent | {"compile": self.clock.seconds - self.compiled}
-        spent["step"] = time.perf_counter() - self.mark - sum(spent.values())
+        spent["step"] = self.mark - before - sum(spent.values())
+        self.compiled, self.spent = self.clock.seconds, {}
         for kind, seconds in spent.items():
             self.add(kind, step, seconds)
         if skipped:
             self.line("skipped", step, 0.0, steps=list(skipped))
         self.step = step
-        self.begin()
 
     @contextlib.contextmanager
     def closing(self) -> Iterator[None]:
@@ -131,17 +131,18 @@ class GoodputLog:
             self.stop(why)
 
     def stop(self, why: str) -> None:
-        self.line("stop", self.progress.step, 0.0, why=why)
+        self.line("stop", self.progress.step, 0.0, at=time.perf_counter(), why=why)
 
     def add(self, kind: str, step: int, seconds: float, *, always: bool = False) -> None:
         if always or seconds > 5e-4:
             self.line(kind, step, max(0.0, seconds))
 
-    def line(self, kind: str, step: int, seconds: float, **more) -> None:
+    def line(self, kind: str, step: int, seconds: float, *, at: float | None = None, **more) -> None:
+        """Of the moment up to which time is accounted for, or of ``at``."""
         if self.path is None:
             return
-        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
-        line = {"time": now, "process": 0, "kind": kind, "from_step": min(self.step, step), "to_step": step}
+        moment = datetime.datetime.fromtimestamp(self.epoch + (self.mark if at is None else at), datetime.UTC)
+        line = {"time": moment.isoformat(timespec="milliseconds"), "process": 0, "kind": kind, "from_step": min(self.step, step), "to_step": step}
         with self.path.open("a") as file:
             file.write(json.dumps(line | {"seconds": round(seconds, 3)} | more) + "\n")
 
