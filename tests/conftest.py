@@ -16,11 +16,13 @@ os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false" if version("ja
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"chroma_jax_tests_{os.getuid()}"))
 
 import jax
+import jaxtyping
 import numpy as np
 import pytest
 from flax import nnx
 
 jax.config.update("jax_num_cpu_devices", 8)
+jaxtyping.config.update("jaxtyping_disable", True)  # checking shapes takes a third of the time of tracing; tests/unit does it
 nnx.set_graph_mode(False)
 
 

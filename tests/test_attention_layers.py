@@ -83,7 +83,9 @@ def test_a_stack_computes_the_same_and_keeps_what_it_should(given):
     [
         pytest.param(None, marks=pytest.mark.slow, id="one device"),
         pytest.param(MeshConfig(data=2, fsdp=1, tensor=2), id="rows and heads divided"),
-        pytest.param(MeshConfig(fsdp=2, context=2), id="positions divided, which another kernel computes"),
+        pytest.param(
+            MeshConfig(fsdp=2, context=2), marks=pytest.mark.slow, id="positions divided, which another kernel computes"
+        ),
     ],
 )
 def test_a_layer_computes_the_same_on_tpu(mesh, monkeypatch):

@@ -22,34 +22,34 @@ from chroma_jax.utils.tree_paths import values
 
 @pytest.fixture(scope="module")
 def config():
-    return tiny.replace(tiny.config(), "training.global_batch_size", 2)
+    return tiny.config()
 
 
 def test_rows_are_those_of_training_and_full(config):
-    batch, row, mesh = full_rows(config, 2), config.data.row, make_mesh(config.mesh)
+    batch, row, mesh = full_rows(config, 8), config.data.row, make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         wanted = abstract_batch(config, trainer_of(config, mesh))
     for name, x in batch._asdict().items():
         assert x.shape == getattr(wanted, name).shape, name
     counts = count(jax.tree.map(jax.numpy.asarray, batch), config.loss)
-    assert counts.tokens == 2 * row.answers
-    assert counts.frames == 2 * min(row.frames, row.positions - row.positions // 3 - (row.positions % 3 > 0))
+    assert counts.tokens == 8 * row.answers
+    assert counts.frames == 8 * min(row.frames, row.positions - row.positions // 3 - (row.positions % 3 > 0))
     places = batch.target_position[0][batch.target_position[0] >= 0]
     np.testing.assert_array_equal(places, np.unique(places))
     assert (batch.segment == 1).all() and (batch.text_segment == 1).all()
 
 
 def test_a_report_has_both_times_and_what_was_computed(config):
-    found = bench_train(config, rows=2, rounds=2, peer="none")
+    found = bench_train(config, rows=8, rounds=2, peer="none")
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         trained = values(trainer_of(config, mesh).abstract.trained)
-    work = sum(step_flops(config.model, config.data.row, config.loss, 2, trained))
+    work = sum(step_flops(config.model, config.data.row, config.loss, 8, trained))
     assert found["gflop_per_step"] == pytest.approx(work / 1e9) and found["ratio"] is None
     assert len(found["seconds"]["chroma_jax"]) == 2 and found["median_seconds"]["chroma_jax"] > 0
     assert found["losses"]["chroma_jax"][-1] < found["losses"]["chroma_jax"][0]
     c = config.model.backbone
-    assert found["product"] == [2 * config.data.row.positions, c.hidden_size, c.intermediate_size]
+    assert found["product"] == [8 * config.data.row.positions, c.hidden_size, c.intermediate_size]
     assert found["product_gflops"]["chroma_jax"] > 0
 
 

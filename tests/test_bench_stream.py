@@ -6,12 +6,16 @@ import json
 import numpy as np
 import pytest
 import tiny
+from flax import nnx
+from random_weights import drawn
 
 from chroma_jax.audio.log_mel import FeatureConfig, log_mel
 from chroma_jax.bench.stream import EngineSizes, bench_stream, random_models
 from chroma_jax.bench.talk import Talk
 from chroma_jax.config import GenerationConfig
 from chroma_jax.models.audio_encoder import num_outputs
+from chroma_jax.models.chroma import Chroma
+from chroma_jax.models.codec import Codec
 from chroma_jax.sequence.chat_template import voice_prompt
 from chroma_jax.training.flops import part_sizes
 from chroma_jax.utils.errors import InputError
@@ -45,7 +49,9 @@ def test_conversations_at_once_are_measured_with_all_that_a_figure_depends_on():
 
 def test_what_is_said_has_the_lengths_that_were_asked_for():
     config = model()
-    sizes = EngineSizes(*random_models(config, GenerationConfig()), GenerationConfig(), TALK, 128, 64)
+    rng = np.random.default_rng(0)
+    modules = drawn(lambda: Chroma(nnx.Rngs(0), config), rng), drawn(lambda: Codec(nnx.Rngs(0), config.codec), rng)
+    sizes = EngineSizes(*modules, GenerationConfig(), TALK, 128, 64)
     heard = num_outputs(len(log_mel(TALK.question(), FeatureConfig(mel_bins=config.reasoner.audio.mel_bins))))
     text = sizes.text()
     assert text.count(config.tokens.audio) == heard and len(text) - heard == TALK.question_tokens

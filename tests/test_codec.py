@@ -114,11 +114,6 @@ def frames_first(codes: np.ndarray) -> np.ndarray:
     return np.moveaxis(codes, -1, -2)
 
 
-def test_fewer_codebooks_are_a_prefix_of_all(given, expected):
-    codes = jit(lambda codec, audio: codec.encode(audio, num_codebooks=3))(golden_codec(False), jnp.asarray(given["wave_0"]))
-    np.testing.assert_array_equal(codes[0].T, expected["codes_0"][:3])
-
-
 def stream_decode(codec, codes, step, state=None):
     state = codec.decoder_state(codes.shape[0], frames_per_step=2) if state is None else state
     pieces = []
@@ -128,6 +123,7 @@ def stream_decode(codec, codes, step, state=None):
     return state, jnp.concatenate(pieces, axis=1)
 
 
+@pytest.mark.slow  # by default, verify streams these codes frame by frame
 def test_streaming_decode_in_steps_of_several_frames_equals_the_references_sliding_window(given, expected):
     codes = jnp.asarray(frames_first(given["codes"]))  # 40 positions, a window of 16
     _, audio = stream_decode(golden_codec(True), codes, 5)  # more than one pass of attention takes
@@ -137,9 +133,10 @@ def test_streaming_decode_in_steps_of_several_frames_equals_the_references_slidi
 
 @pytest.mark.parametrize(
     "window, step",
-    [(True, 1), pytest.param(True, 4, marks=pytest.mark.slow), pytest.param(False, 1, marks=pytest.mark.slow)],
+    [(True, 1), (True, 4), (False, 1)],
     ids=["sliding-1", "sliding-4", "full-1"],
 )
+@pytest.mark.slow  # by default, verify encodes these recordings whole, and others are encoded in pieces
 def test_streaming_encode_gives_the_references_codes(given, expected, window, step):
     codec, prefix = golden_codec(window), "sliding_" if window else ""
     for wave in range(5):  # two end with a whole frame, two with a fraction of one, one with a single sample
@@ -149,26 +146,27 @@ def test_streaming_encode_gives_the_references_codes(given, expected, window, st
         np.testing.assert_array_equal(codes.T, expected[f"{prefix}codes_{wave}"])
 
 
-def test_a_reset_row_begins_anew_and_the_others_go_on(given):
-    codec, codes = golden_codec(True), jnp.asarray(frames_first(given["codes"]))
-    state, _ = stream_decode(codec, codes[:, :11], 1)
+def test_a_reset_row_begins_anew_and_the_others_go_on():
+    codec, codes = windowed(6), CODES
+    state = codec.decoder_state(2, frames_per_step=2, max_frames=MOST)
+    state, _ = stream_decode(codec, codes[:, :8], 1, state)
     state = reset_rows(state, jnp.array([True, False]))
-    next_codes = jnp.concatenate([codes[1:, :9], codes[1:, 11:]])
-    state, audio = stream_decode(codec, next_codes, 1, state)
-    np.testing.assert_array_equal(state.position, [9, 20])
+    state, audio = stream_decode(codec, np.concatenate([codes[1:, :5], codes[1:, 8:]]), 1, state)
+    np.testing.assert_array_equal(state.position, [5, 13])
     samples = codec.config.samples_per_frame
-    whole = decode(codec, codes)[1]  # causal: its first 9 frames are also those of a shorter utterance
-    np.testing.assert_allclose(audio[0], whole[: 9 * samples], atol=SAME, rtol=0)
-    np.testing.assert_allclose(audio[1], whole[11 * samples :], atol=SAME, rtol=0)
+    whole = decode(codec, codes)[1]  # causal: its first 5 frames are also those of a shorter utterance
+    np.testing.assert_allclose(audio[0], whole[: 5 * samples], atol=SAME, rtol=0)
+    np.testing.assert_allclose(audio[1], whole[8 * samples :], atol=SAME, rtol=0)
 
 
 def test_a_reset_row_encodes_anew(given):
-    codec, audio = odd_codec(), jnp.asarray(given["wave_4"])
-    length = 7 * codec.config.samples_per_frame
-    first, second = audio[:, :length], audio[:, 5_000 : 5_000 + length]
+    codec, audio = odd_codec(), given["wave_4"]
+    length = 14 * codec.config.samples_per_frame
+    first, second = audio[:, : length // 2], audio[:, 5_000 : 5_000 + length]
     state, _ = encode_step(codec, codec.encoder_state(1), first)
-    _, codes = encode_step(codec, reset_rows(state, jnp.array([True])), second)
-    np.testing.assert_array_equal(codes, encode(codec, second))
+    state, codes = encode_step(codec, reset_rows(state, jnp.array([True])), second[:, : length // 2])
+    _, more = encode_step(codec, state, second[:, length // 2 :])
+    np.testing.assert_array_equal(jnp.concatenate([codes, more], axis=1), encode(codec, second))
 
 
 def test_other_sizes_stream_and_decode_alike(given):
@@ -181,7 +179,10 @@ def test_other_sizes_stream_and_decode_alike(given):
     wave = jnp.asarray(given["wave_0"][:, : 45 * 14])
     state, streamed = encode_step(codec, codec.encoder_state(1), wave[:, : 45 * 7])
     _, more = encode_step(codec, state, wave[:, 45 * 7 :])
-    np.testing.assert_array_equal(jnp.concatenate([streamed, more], axis=1), encode(codec, wave))
+    codes = encode(codec, wave)
+    np.testing.assert_array_equal(jnp.concatenate([streamed, more], axis=1), codes)
+    fewer = jit(lambda codec, audio: codec.encode(audio, num_codebooks=3))(codec, wave)
+    np.testing.assert_array_equal(fewer, codes[..., :3])
 
 
 # Attention windows in positions, three of which make a frame. 6: shorter than the recordings; 250: longer; None: no window.
@@ -213,7 +214,7 @@ def encoded_whole(window: int | None, samples: int) -> tuple[np.ndarray, np.ndar
 
 
 @pytest.mark.parametrize(
-    "window, step", [pytest.param(6, 1, marks=pytest.mark.slow), (6, 4), pytest.param(250, 4, marks=pytest.mark.slow), (None, 1)]
+    "window, step", [(6, 4), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((6, 1), (250, 4), (None, 1)))]
 )
 def test_a_recording_in_pieces_of_any_size_encodes_as_the_whole(window, step):
     @settings(deadline=None, max_examples=25)
@@ -257,7 +258,7 @@ def test_rows_of_a_stream_end_where_their_recordings_end_and_have_the_latents_of
 CODES = np.random.default_rng(2).integers(0, 11, (2, MOST, 5)).astype(np.int32)
 
 
-@pytest.mark.parametrize("window", [6, pytest.param(250, marks=pytest.mark.slow), None])
+@pytest.mark.parametrize("window", [6, *(pytest.param(window, marks=pytest.mark.slow) for window in (250, None))])
 def test_codes_in_pieces_of_any_number_of_frames_decode_as_the_whole(window):
     @settings(deadline=None, max_examples=20)
     @drawn(long=st.sets(st.integers(0, MOST - 1)))
@@ -293,7 +294,7 @@ def test_decoding_in_bfloat16_stays_near_float32(given):
     assert jnp.std(audio.astype(jnp.float32) - reference) < 0.05 * jnp.std(reference)
 
 
-@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("window", [6, *(pytest.param(window, marks=pytest.mark.slow) for window in (250, None))])
 def test_on_tpu_narrow_signals_go_folded_and_sound_the_same(monkeypatch, window):
     codec = windowed(window)
     filters = codec.config.seanet.num_filters

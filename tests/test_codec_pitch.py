@@ -141,6 +141,7 @@ def test_the_encoder_learns_before_the_decoder_joins():
         decoder_start_step=100,
         pitch_weight=1.0,
         loss=CodecLossConfig(spectrum=1.0),
+        discriminator=DiscriminatorConfig(windows=(64,), filters=2, dilations=(1,)),
         optimizer=OptimizerConfig(learning_rate=1e-2, b1=0.5, b2=0.9, weight_decay=0.0),
     )
     waves = np.stack([voice(f, 4 * CODEC.samples_per_frame / RATE) for f in (90.0, 120.0, 200.0, 300.0)]).astype(np.float32)

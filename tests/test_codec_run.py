@@ -47,7 +47,7 @@ def config_for(corpus, **changes) -> CodecRun:
         recipe=CodecRecipe(
             quantizer_start_step=2,
             discriminator_start_step=4,
-            loss=CodecLossConfig(resolutions=MelLossConfig((64, 256, 1024), (5, 20, 40))),
+            loss=CodecLossConfig(resolutions=MelLossConfig((256,), (20,))),
             discriminator=DiscriminatorConfig(windows=(256,), filters=2, dilations=(1,)),
             optimizer=OptimizerConfig(learning_rate=3e-3, b1=0.5, b2=0.9),
         ),

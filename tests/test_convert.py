@@ -154,8 +154,8 @@ def test_the_command_accounts_for_a_manifest_without_writing(tmp_path, capsys):
 ALONE, DIVIDED = ["--mesh.fsdp", "1"], ["--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2"]
 
 
-@pytest.mark.parametrize("mesh", [ALONE, DIVIDED], ids=["alone", "divided"])
 @pytest.mark.slow
+@pytest.mark.parametrize("mesh", [ALONE, DIVIDED], ids=["alone", "divided"])
 def test_import_and_export_give_every_bit_back(source, onto, tmp_path, mesh):
     run, back = tmp_path / "run", tmp_path / "back"
     as_compiled_by_default("convert", "import", source, run, "--onto", onto, "--keep-unused", *mesh)
@@ -389,7 +389,7 @@ def expected(trainer) -> dict[str, jax.ShapeDtypeStruct]:
 def test_training_starts_from_what_was_imported_and_draws_the_rest(checkpoints, tmp_path, capsys):
     source, ours = checkpoints["Qwen2.5-Omni"]
     run = imported(tmp_path / "run", source)
-    mesh = make_mesh(MeshConfig(fsdp=2))
+    mesh = make_mesh(MeshConfig())
     with jax.set_mesh(mesh):
         trainer = trainer_of(CONFIG, mesh)
         state = trainer.init(starting_weights(CONFIG, run, expected(trainer)))
@@ -414,12 +414,12 @@ def test_a_run_starts_from_an_import_and_leaves_it_alone(source, tiny_prepared, 
     finite = write(tmp_path / "finite", {name: np.full_like(x, 0.01) for name, x in all_in(source).items()})
     start = imported(tmp_path / "imported", finite, config=config, unused="keep")
     before = {p: p.read_bytes() for p in start.rglob("*") if p.is_file()}
-    flags = ["--dataset_dir", str(prepared), "--data.corpus", config.data.corpus, "--training.steps", "1"]
+    flags = ["--dataset_dir", str(prepared), "--data.corpus", config.data.corpus]
     assert main(["train", onto, str(tmp_path / "run"), *flags, "--init-from", str(start)]) == 0
     assert "initializing from" in capsys.readouterr().out
     assert {p: p.read_bytes() for p in start.rglob("*") if p.is_file()} == before
     embedding = weights_of(tmp_path / "run")["reasoner/embedding/table"]
-    assert np.abs(embedding - 0.01).max() < 0.02  # one step of Adam at a learning rate of 0.01 away
+    assert np.abs(embedding - 0.01).max() < 0.05  # four steps of Adam at a learning rate of 0.01 away
     (tmp_path / "run" / "codec.safetensors").write_bytes((start / "codec.safetensors").read_bytes())  # the data has none
     export_checkpoint(tmp_path / "run", tmp_path / "back")
     back, given = all_in(tmp_path / "back"), all_in(finite)

@@ -15,15 +15,29 @@ from chroma_jax.layers.attention_mask import AttentionMask, CacheMask, cached_ma
 from chroma_jax.layers.kv_cache import KVCache
 from chroma_jax.parallel.sharding import MeshConfig, make_mesh
 
+attend_by_kernel = jax.jit(functools.partial(decode_attention.attend, interpret=True))
+attend_plainly = jax.jit(attend_cached)
+
 
 def random_cache(rng, layers, rows, heads, beside, capacity, width, dtype) -> KVCache:
-    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
     shape = (layers, rows, heads // beside, capacity, beside * width)
-    keys, values = draw(*shape), draw(*shape)
+    keys, values = rng.normal(size=shape), rng.normal(size=shape)
     if dtype != jnp.int8:
-        return KVCache(keys.astype(dtype), values.astype(dtype))
-    scale = lambda: jnp.abs(draw(layers, rows, heads, capacity)) / 50
-    return KVCache(jnp.round(keys * 40).astype(jnp.int8), jnp.round(values * 40).astype(jnp.int8), scale(), scale())
+        return KVCache(jnp.asarray(keys, dtype), jnp.asarray(values, dtype))
+    scale = lambda: jnp.asarray(np.abs(rng.normal(size=(layers, rows, heads, capacity))) / 50, jnp.float32)
+    small = lambda x: jnp.asarray(np.round(x * 40).astype(np.int8))
+    return KVCache(small(keys), small(values), scale(), scale())
+
+
+@jax.jit
+def single(*arrays: jax.Array) -> list[jax.Array]:
+    """In single precision."""
+    return [x.astype(jnp.float32) for x in arrays]
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def seen_by(slots: jax.Array, capacity: int) -> AttentionMask:
+    return AttentionMask(cached=CacheMask.of(cached_mask(slots, capacity), slots))
 
 
 SHAPES = {"reasoner": (1, 2, 1, 8, 2048), "backbone": (3, 8, 2, 4, 1024), "codec": (2, 8, 2, 1, 272), "others": (8, 2, 1, 3, 384)}
@@ -46,15 +60,15 @@ def test_it_computes_what_the_plain_way_does(positions, heads, beside, group, ca
     q = draw(rows, positions, heads, group, width)
     k, v = draw(rows, positions, heads, width), draw(rows, positions, heads, width)
     # one row that has just begun, one in the midst, one that is full: its last positions are not kept
-    slots = jnp.array([0, capacity // 2, capacity - 1])[:, None] + jnp.arange(positions)
-    mask = AttentionMask(cached=CacheMask.of(cached_mask(slots, capacity), slots))
+    slots = jnp.asarray(np.array([0, capacity // 2, capacity - 1])[:, None] + np.arange(positions))
+    mask = seen_by(slots, capacity)
     assert mask.cached.end.tolist() == [0, capacity // 2, capacity - 1]
     view = cache.of_layer(1, None)
-    found = decode_attention.attend(q, k, v, view, mask.cached, interpret=True)
-    expected = attend_cached(*(x.astype(jnp.float32) for x in (q, k, v)), view, mask)
+    found = attend_by_kernel(q, k, v, view, mask.cached)
+    expected = attend_plainly(*single(q, k, v), view, mask)
     assert found.dtype == jnp.bfloat16
     # weights and results are rounded to bfloat16, a 256th of up to 4
-    np.testing.assert_allclose(found.astype(jnp.float32), expected, atol=3e-2)
+    np.testing.assert_allclose(np.asarray(found, np.float32), expected, atol=3e-2)
 
 
 def test_a_ring_is_read_wherever_its_entries_are():
@@ -62,12 +76,13 @@ def test_a_ring_is_read_wherever_its_entries_are():
     capacity = 256
     cache = random_cache(rng, 1, 2, 2, 2, capacity, 64, jnp.bfloat16)
     q, k, v = (jnp.asarray(rng.normal(size=(2, 1, 2, *shape, 64)), jnp.bfloat16) for shape in ((1,), (), ()))
-    visible = jnp.asarray(rng.random((2, 1, capacity)) < 0.3).at[:, :, [0, 1]].set(True)
+    visible = rng.random((2, 1, capacity)) < 0.3
+    visible[:, :, [0, 1]] = True
     slots = jnp.array([[0], [1]])
-    mask = AttentionMask(cached=CacheMask.of(visible, slots))
-    found = decode_attention.attend(q, k, v, cache.of_layer(0, None), mask.cached, interpret=True)
-    expected = attend_cached(*(x.astype(jnp.float32) for x in (q, k, v)), cache.of_layer(0, None), mask)
-    np.testing.assert_allclose(found.astype(jnp.float32), expected, atol=3e-2)  # as above
+    mask = jax.jit(lambda *x: AttentionMask(cached=CacheMask.of(*x)))(visible, slots)
+    found = attend_by_kernel(q, k, v, cache.of_layer(0, None), mask.cached)
+    expected = attend_plainly(*single(q, k, v), cache.of_layer(0, None), mask)
+    np.testing.assert_allclose(np.asarray(found, np.float32), expected, atol=3e-2)  # as above
 
 
 def test_one_row_of_several_is_read():
@@ -75,11 +90,11 @@ def test_one_row_of_several_is_read():
     cache = random_cache(rng, 2, 4, 2, 1, 128, 128, jnp.bfloat16)
     q, k, v = (jnp.asarray(rng.normal(size=(1, 2, 2, *shape, 128)), jnp.bfloat16) for shape in ((2,), (), ()))
     at = jnp.array([[60, 61]])
-    mask = AttentionMask(cached=CacheMask.of(cached_mask(at, 128), at))
+    mask = seen_by(at, 128)
     there = cache.of_layer(1, jnp.int32(2))
-    alone = jax.tree.map(lambda x: x[:, 2:3], cache).of_layer(1, None)
-    found = [decode_attention.attend(q, k, v, view, mask.cached, interpret=True) for view in (there, alone)]
-    np.testing.assert_array_equal(*(x.astype(jnp.float32) for x in found))
+    alone = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)[:, 2:3]), cache).of_layer(1, None)
+    found = [attend_by_kernel(q, k, v, view, mask.cached) for view in (there, alone)]
+    np.testing.assert_array_equal(*(np.asarray(x, np.float32) for x in found))
 
 
 def test_what_lies_behind_the_last_entry_seen_is_not_read():
@@ -90,10 +105,12 @@ def test_what_lies_behind_the_last_entry_seen_is_not_read():
     assert size < 2048
     q, k, v = (jnp.asarray(rng.normal(size=(1, 1, 4, *shape, 128)), jnp.bfloat16) for shape in ((2,), (), ()))
     at = jnp.array([[size - 5]])
-    mask = AttentionMask(cached=CacheMask.of(cached_mask(at, 2048), at))
-    spoilt = cache._replace(values=cache.values.at[:, :, :, size:].set(jnp.nan))
-    found = [decode_attention.attend(q, k, v, c.of_layer(0, None), mask.cached, interpret=True) for c in (cache, spoilt)]
-    np.testing.assert_array_equal(*(x.astype(jnp.float32) for x in found))
+    mask = seen_by(at, 2048)
+    values = np.array(cache.values)
+    values[:, :, :, size:] = np.nan
+    spoilt = cache._replace(values=jnp.asarray(values))
+    found = [attend_by_kernel(q, k, v, c.of_layer(0, None), mask.cached) for c in (cache, spoilt)]
+    np.testing.assert_array_equal(*(np.asarray(x, np.float32) for x in found))
 
 
 def test_heads_may_lie_on_several_devices(monkeypatch):
@@ -101,8 +118,8 @@ def test_heads_may_lie_on_several_devices(monkeypatch):
     cache = random_cache(rng, 1, 2, 8, 2, 256, 64, jnp.bfloat16)
     q, k, v = (jnp.asarray(rng.normal(size=(2, 1, 8, *shape, 64)), jnp.bfloat16) for shape in ((2,), (), ()))
     at = jnp.array([[7], [200]])
-    mask = AttentionMask(cached=CacheMask.of(cached_mask(at, 256), at))
-    alone = decode_attention.attend(q, k, v, cache.of_layer(0, None), mask.cached, interpret=True)
+    mask = seen_by(at, 256)
+    alone = attend_by_kernel(q, k, v, cache.of_layer(0, None), mask.cached)
     monkeypatch.setattr(attention_backends, "device_kind", lambda: "TPU v5 lite")
     monkeypatch.setattr(decode_attention, "attend", functools.partial(decode_attention.attend, interpret=True))
     with jax.set_mesh(make_mesh(MeshConfig(tensor=2), jax.devices()[:2])):

@@ -30,7 +30,7 @@ def assert_close(found, exact, rounded):
     "block, kv, group, head",
     [
         pytest.param(256, 2, 4, 64, id="heads of 64-block 256"),
-        pytest.param(512, 1, 2, 128, id="heads of 128-one block"),
+        pytest.param(512, 1, 2, 128, marks=pytest.mark.slow, id="heads of 128-one block"),
         pytest.param(128, 2, 4, 64, marks=pytest.mark.slow, id="heads of 64-block 128"),
         pytest.param(512, 2, 4, 64, marks=pytest.mark.slow, id="heads of 64-one block"),
         pytest.param(128, 1, 2, 128, marks=pytest.mark.slow, id="heads of 128-block 128"),

@@ -63,7 +63,7 @@ def test_uniform_weights_are_lambda_of_the_share_of_residual_codebooks(parts):
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 
-@pytest.mark.parametrize("chunk", [0, 3])
+@pytest.mark.parametrize("chunk", [pytest.param(0, marks=pytest.mark.slow), 3])
 def test_weights_select_codebooks_in_loss_and_gradient(parts, chunk):
     """The loss is Σ w·CE / Σ w. A codebook of weight zero gives its head no gradient."""
     weights = (1.0, 0.0, 3.0, 0.5)

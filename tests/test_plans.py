@@ -161,6 +161,7 @@ def test_the_small_configuration_fits_on_one_chip():
     assert plan.memory.free >= ENOUGH
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_the_decode_steps_are_planned_for_one_device(tmp_path, capsys):
     plan = ["plan", str(tiny.config_file(tmp_path)), "--topology", "v5e:1x1"]

@@ -5,14 +5,18 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from flax import nnx
+from random_weights import drawn
 from tiny import replace
 
 from chroma_jax.cli.main import main
+from chroma_jax.models.chroma import Chroma
 from chroma_jax.parallel.sharding import MeshConfig, make_mesh
 from chroma_jax.planning.devices import compiling_afresh
 from chroma_jax.planning.training_step import abstract_batch, compiled_from, trainer_of
 from chroma_jax.training.runtime.aot_executable import load_executable, save_executable
 from chroma_jax.utils.errors import InputError
+from chroma_jax.utils.tree_paths import values
 from data_pipelines.records import batches
 
 
@@ -34,22 +38,25 @@ def test_it_computes_what_the_configuration_says(saved):
     config, data, compiled, path = saved
     mesh, found = make_mesh(config.mesh), {}
     t = config.training
+    weights = jax.device_get(values(drawn(lambda: Chroma(nnx.Rngs(0), config.model), np.random.default_rng(0))))
     with jax.set_mesh(mesh):
         trainer = trainer_of(config, mesh)
+        wanted = values(trainer.abstract.trained) | values(trainer.abstract.frozen)
         loaded = load_executable(trainer, compiled_from(config), abstract_batch(config, trainer), path)
         for name, train_step in (("compiled", compiled), ("loaded", loaded)):
-            state, reader = (
-                trainer.init(),
-                batches(data, "train", config.model, global_batch_size=t.global_batch_size, seed=t.seed),
-            )
+            state = trainer.init({path: jax.device_put(x, wanted[path].sharding) for path, x in weights.items()})
+            reader = batches(data, "train", config.model, global_batch_size=t.global_batch_size, seed=t.seed)
             losses = []
-            for _ in range(3):
+            for _ in range(2):
                 batch = jax.device_put(next(reader), trainer.batch_sharding)
                 state, metrics = train_step(state, batch)
                 losses.append(float(metrics["loss"]))
             found[name] = losses
+            # what is restored must fit what is trained: abstract and real states agree in shape, type and place
+            same = lambda a, x: (a.shape, a.dtype, a.sharding) == (x.shape, x.dtype, x.sharding)
+            assert all(jax.tree.leaves(jax.tree.map(same, trainer.abstract, state)))
     np.testing.assert_array_equal(found["loaded"], found["compiled"])
-    assert found["loaded"][2] != found["loaded"][0]
+    assert found["loaded"][1] != found["loaded"][0]
 
 
 def test_another_configuration_is_refused_and_what_differs_is_named(saved):

@@ -12,6 +12,8 @@ from random_weights import drawn
 from tiny_speaker import CONFIG, case, generator_for, replies, rescored
 
 from chroma_jax.bench.small import EXACT, Form, bench_small
+from chroma_jax.inference.state import Capacity, idle
+from chroma_jax.inference.step import decode_step
 from chroma_jax.layers.attention_backends import attend_cached
 from chroma_jax.layers.attention_mask import AttentionMask, CacheMask, cached_mask
 from chroma_jax.layers.kv_cache import KVCache
@@ -86,7 +88,29 @@ def test_small_weights_say_what_float_weights_of_the_same_values_say(models):
         )  # float32 rounding, which these models amplify
 
 
-@pytest.mark.parametrize("cache", [pytest.param("none", marks=pytest.mark.slow), "int8"])
+def test_a_step_with_small_weights_and_caches_says_the_same_of_a_row_alone(models):
+    """Frames of rows that nothing was said to, in a batch of two and alone; the slow test also reads prompts."""
+    _, model, codec = models
+    draw = np.random.default_rng(5)
+    hidden = jnp.asarray(draw.normal(size=(2, CONFIG.reasoner.text.hidden_size)), jnp.float32)
+    step = jax.jit(partial(decode_step, pairs="all"))
+    said = {}
+    for rows in (slice(0, 2), slice(1, 2)):
+        count = rows.stop - rows.start
+        state = idle(CONFIG, codec, count, Capacity(64, 64, FRAMES, "int8"), jnp.float32)
+        state = state._replace(text_hidden=hidden[rows], **{name: jnp.ones(count, bool) for name in ("text_open", "speaking")})
+        frames = []
+        for _ in range(FRAMES):
+            state, output = step(model, codec, state)
+            frames.append(jax.device_get((output.codes[:, -1], output.token[:, -1], output.live[:, -1])))
+        said[count] = [np.concatenate(x) for x in zip(*frames, strict=True)]
+    assert said[2][2].all() and len(np.unique(said[2][0])) > 3  # else this tested little
+    for one, other in zip(said[1], said[2], strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", ["none", "int8"])
 def test_with_small_weights_a_row_in_a_batch_says_what_it_says_alone(models, cache):
     together = replies(generator_for(*models[1:], slots=2, frames=FRAMES, cache=cache), CASES)[1]
     (alone,) = replies(generator_for(*models[1:], frames=FRAMES, cache=cache), CASES[1:])
@@ -94,19 +118,28 @@ def test_with_small_weights_a_row_in_a_batch_says_what_it_says_alone(models, cac
     np.testing.assert_array_equal(alone.codes, together.codes)
 
 
+written = jax.jit(lambda cache, keys, values, slots: cache.written(keys, values, slots, None))
+
+
+@jax.jit
+def attended(q, k, v, cache: KVCache, at: jax.Array) -> jax.Array:
+    """New positions over the first layer of a cache."""
+    mask = AttentionMask(cached=CacheMask.of(cached_mask(at, cache.capacity), at))
+    return attend_cached(q, k, v, cache.of_layer(0, None), mask)
+
+
 def test_a_cache_of_int8_attends_nearly_as_one_of_floats():
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
     heads, width, length = 2, 16, 24
-    slots = jnp.arange(length)[None]
+    slots = np.arange(length)[None]
     new, q = (draw(1, 1, length, heads, width), draw(1, 1, length, heads, width)), draw(1, 1, heads, 3, width)
     k, v = draw(1, 1, heads, width), draw(1, 1, heads, width)
     found = []
     for dtype in (jnp.float32, jnp.int8):
-        cache = KVCache.zeros(1, 1, 32, heads, width, dtype).written(*new, slots, None)
-        at = jnp.array([[length]])
-        mask = AttentionMask(cached=CacheMask.of(cached_mask(at, 32), at))
-        found.append(attend_cached(q, k, v, cache.of_layer(0, None), mask))
+        cache = written(KVCache.zeros(1, 1, 32, heads, width, dtype), *new, slots)
+        at = jnp.array([[length]], jnp.int32)
+        found.append(attended(q, k, v, cache, at))
     # keys are off by 1/254 of their largest, 1 % of a score's spread, values by as much of themselves
     assert 0 < float(jnp.abs(found[0] - found[1]).max()) < 0.05
 
@@ -115,13 +148,12 @@ def test_heads_beside_each_other_attend_as_heads_apart():
     rng = np.random.default_rng(1)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
     heads, width, length, capacity = 4, 8, 5, 16
-    new, slots = (draw(1, 2, length, heads, width), draw(1, 2, length, heads, width)), jnp.tile(jnp.arange(length), (2, 1))
+    new, slots = (draw(1, 2, length, heads, width), draw(1, 2, length, heads, width)), np.tile(np.arange(length), (2, 1))
     apart = KVCache.zeros(1, 2, capacity, heads, width, jnp.float32)
     beside = KVCache(*(jnp.zeros((1, 2, heads // 2, capacity, 2 * width)) for _ in range(2)))
     q, k, v = draw(2, 3, heads, 2, width), draw(2, 3, heads, width), draw(2, 3, heads, width)
-    at = length + jnp.arange(3)[None] + jnp.zeros((2, 1), jnp.int32)
-    mask = AttentionMask(cached=CacheMask.of(cached_mask(at, capacity), at))
-    found = [attend_cached(q, k, v, cache.written(*new, slots, None).of_layer(0, None), mask) for cache in (apart, beside)]
+    at = jnp.asarray(np.tile(length + np.arange(3), (2, 1)), jnp.int32)
+    found = [attended(q, k, v, written(cache, *new, slots), at) for cache in (apart, beside)]
     np.testing.assert_allclose(*found, atol=1e-6)  # float32; zeros are added in other places
 
 

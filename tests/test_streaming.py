@@ -90,11 +90,19 @@ def test_stepwise_codes_equal_the_teacher_forced_argmax(modules, greedy, row):
     np.testing.assert_array_equal(frames[:MAX_FRAMES, :, :CODES].argmax(-1), codes)
 
 
-def test_streaming_and_training_agree_on_logits(modules, greedy):
-    state, frame, streamed = prefilled(modules), jax.jit(steps.traced_frame), []
+@pytest.fixture(scope="session")
+def whole_prompts(modules) -> list[tuple[steps.StepOutput, steps.StepTrace]]:
+    """Frames of all cases in one batch whose prompts are read at once, as an artifact does: its programs find out for themselves
+    where text pairs fall due."""
+    state, step, found = prefilled(modules), jax.jit(steps.traced_step), []
     for _ in range(MAX_FRAMES):
-        state, trace = frame(modules[0], state)
-        streamed.append(np.concatenate([trace.logits[:, None], trace.decoder_logits], axis=1))
+        state, *of_frame = step(*modules, state)
+        found.append(jax.device_get(of_frame))
+    return found
+
+
+def test_streaming_and_training_agree_on_logits(modules, greedy, whole_prompts):
+    streamed = [np.concatenate([trace.logits[:, None], trace.decoder_logits], axis=1) for _, trace in whole_prompts]
     for row, c in enumerate(CASES):
         _, frames = rescored(modules[0], c.packed(tokens_of(greedy[row]), np.stack(greedy[row].codes)))
         # float32 through two stacks; the cached and the whole pass add up in different orders
@@ -109,17 +117,15 @@ def test_streamed_audio_equals_decoding_the_whole_reply(modules, greedy):
         np.testing.assert_allclose(reply.wave / loudest, whole / loudest, atol=1e-5)
 
 
-def test_whole_prompts_read_at_once_are_answered_as_those_read_in_chunks(modules, greedy):
-    """An artifact's programs, which find out for themselves where text pairs fall due."""
-    state, step = prefilled(modules), jax.jit(steps.decode_step)
-    for i in range(MAX_FRAMES):
-        state, output = step(*modules, state)
+def test_whole_prompts_read_at_once_are_answered_as_those_read_in_chunks(greedy, whole_prompts):
+    for i, (output, _) in enumerate(whole_prompts):
         np.testing.assert_array_equal(output.codes[0], [reply.codes[i] for reply in greedy])
         given = [dict(reply.tokens).get(i, NONE_TOKEN) for reply in greedy]
         np.testing.assert_array_equal(output.token[0], given)
 
 
-@pytest.mark.parametrize("frames_per_call", [2, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.slow  # by default the engine's are compared
+@pytest.mark.parametrize("frames_per_call", [2, 8])
 def test_frames_asked_for_together_are_those_asked_for_one_by_one(modules, greedy, frames_per_call):
     generator = generator_for(*modules, slots=4, frames_per_call=frames_per_call)
     for ours, theirs in zip(replies(generator, CASES), greedy, strict=True):
@@ -228,13 +234,14 @@ def folders(modules, tmp_path_factory):
     unigram = {"valid": {"c0": 3.3, "codes": [3.3, 3.1, 3.2, 3.3], "text": 4.0}}
     (run_folder / "dataset.json").write_text(json.dumps({"unigram": unigram}))
     rng = np.random.default_rng(0)
-    soundfile.write(base / "question.wav", rng.normal(0, 0.1, 8000), 16_000)
-    soundfile.write(base / "reference.wav", rng.normal(0, 0.1, 150), RATE)
+    # so long that the generator gets the capacities of `generator_for`, whose programs are compiled already
+    soundfile.write(base / "question.wav", rng.normal(0, 0.1, 32_000), 16_000)
+    soundfile.write(base / "reference.wav", rng.normal(0, 0.1, 80 * CONFIG.codec.samples_per_frame), RATE)
     return base
 
 
 def settings_of() -> Config:
-    return Config(model=CONFIG, generation=GenerationConfig(max_seconds=(MAX_FRAMES + 0.5) / CONFIG.codec.frame_rate))
+    return Config(model=CONFIG, generation=GenerationConfig(max_seconds=16.5 / CONFIG.codec.frame_rate))
 
 
 def spoken(folders: Path) -> dict:

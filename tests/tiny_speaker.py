@@ -119,8 +119,10 @@ def case(seed: int, samples: int, frames: int, transcript: str) -> Case:
 
 
 def generator_for(model: Chroma, codec: Codec, *, slots: int = 1, frames: int = 12, **options) -> Generator:
-    """One that all conversations here fit into, so that few programs are compiled."""
-    return Generator(model, codec, text_positions=128, voice_positions=128, max_frames=frames, slots=slots, **options)
+    """One that all conversations here fit into, so that few programs are compiled. frames: of a reply, at most 16."""
+    generator = Generator(model, codec, text_positions=128, voice_positions=128, max_frames=16, slots=slots, **options)
+    generator.max_frames = frames
+    return generator
 
 
 def replies(generator: Generator, cases: Sequence[Case], sampling: Sequence[SamplingParams] | None = None) -> list[Generation]:

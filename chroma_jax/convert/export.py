@@ -96,7 +96,7 @@ def tensors_of(config: Config, weights: dict[str, jax.Array], unused: Path, dtyp
     tensors = list(outputs(weights, chroma_rows(config.model), None if dtype == "stored" else dtype))
     tensors += outputs(weights, codec_rows(config.model))
     if unused.is_file():
-        tensors += [copied(tensor, name, name) for name, tensor in read_header(unused).items()]
+        tensors += [copied(tensor, name) for name, tensor in read_header(unused).items()]
     return tensors
 
 

@@ -34,7 +34,6 @@ from chroma_jax.models.io.weight_files import (
     abstract_weights,
     outputs,
     read_header,
-    read_tensors,
     read_weights,
     write_safetensors,
 )
@@ -164,7 +163,7 @@ def import_sources(plan: ImportPlan, dest: Path, unused: str = "leave") -> str:
         del weights
         _write_codec(plan, folder / CODEC, bar.update)
         if carried:
-            kept = [copied(a.header[name], name, released) for released, (a, name) in carried.items()]
+            kept = [copied(a.header[name], released) for released, (a, name) in carried.items()]
             write_safetensors(folder / UNUSED, kept, bar.update)
         for name in BESIDE:
             found = [path for a in plan.accounts if (path := a.source / name).is_file()]
@@ -206,13 +205,6 @@ def _tensors(a: Coverage) -> Iterator[Tensor]:
             yield tensor_of(row, name, a.header)
 
 
-def copied(tensor: Tensor, stored: str, name: str) -> Output:
+def copied(tensor: Tensor, name: str) -> Output:
     """A tensor of a file, as it is, under another name."""
-
-    def read() -> np.ndarray:
-        assert tensor.file is not None
-        first = SingleDeviceSharding(jax.devices()[0])
-        struct = jax.ShapeDtypeStruct(tensor.shape, np.dtype(tensor.dtype), sharding=first)
-        return np.asarray(read_tensors(tensor.file, {stored: struct})[stored])
-
-    return Output(name, tensor.shape, tensor.dtype, read)
+    return Output(name, tensor.shape, tensor.dtype, tensor.mapped)

@@ -1,10 +1,16 @@
-"""Tests of single parts run under JAX's strict modes: no implicit promotion of dtypes or ranks, and no tracer leaks."""
+"""Tests of single parts run under JAX's strict modes, no implicit promotion of dtypes or ranks and no tracer leaks, and with the
+shapes in signatures checked."""
 
 import jax
+import jaxtyping
 import pytest
 
 
 @pytest.fixture(autouse=True)
 def strict():
-    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"), jax.checking_leaks():
-        yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+    try:
+        with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"), jax.checking_leaks():
+            yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", True)

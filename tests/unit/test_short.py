@@ -32,7 +32,7 @@ def drawn(seed: int, *shape: int) -> jax.Array:
 def test_the_kernel_computes_what_the_plain_way_does(positions, heads, width):
     q, k, v, towards = (drawn(i, 4, positions, heads * width) for i in range(4))
     lengths = jnp.array([positions, positions // 2, 1, positions - 1], jnp.int32)
-    exact = encoder_attention.plain(*(x.astype(jnp.float32) for x in (q, k, v)), lengths, width)
+    exact = jax.jit(encoder_attention.plain, static_argnums=4)(*(jnp.asarray(x, jnp.float32) for x in (q, k, v)), lengths, width)
     found, gradients = jax.vjp(lambda *x: encoder_attention.attend(*x, lengths, width), q, k, v)
     assert found.dtype == jnp.bfloat16
     np.testing.assert_allclose(found.astype(jnp.float32), exact, atol=ROUNDED)
@@ -62,11 +62,11 @@ def test_an_encoder_computes_the_same_on_tpu(mesh, monkeypatch):
         block_frames=28,
         output_dim=16,
     )
-    encoder = AudioEncoder(nnx.Rngs(0), config)
-    graph, state = nnx.split(jax.tree.map(lambda x: x.astype(jnp.bfloat16), encoder))
+    encoder = jax.jit(lambda: AudioEncoder(nnx.Rngs(0), config))()
+    graph, state = nnx.split(jax.tree.map(lambda x: jnp.asarray(np.asarray(x), jnp.bfloat16), encoder))
     mel, lengths = drawn(1, 4, 3, 28, 8), jnp.array([[28, 28, 28], [28, 28, 9], [28, 3, 0], [5, 0, 0]], jnp.int32)
     run = lambda state, mel, lengths: nnx.merge(graph, state)(mel, lengths, jnp.bfloat16)
-    plain = run(state, mel, lengths)
+    plain = jax.jit(run)(state, mel, lengths)
     monkeypatch.setattr(attention_backends, "device_kind", lambda: "TPU v5 lite")
     calls = []
     monkeypatch.setattr(encoder_attention, "_kernel", functools.partial(counted, calls, encoder_attention._kernel))

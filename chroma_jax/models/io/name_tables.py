@@ -26,7 +26,7 @@ VECTOR = Transform(lambda x, shape: x.reshape(shape), lambda x: x.reshape(-1))
 CONV = Transform(lambda x, shape: x.transpose(2, 1, 0), lambda x: x.transpose(2, 1, 0))  # [out, in, k] ↔ [k, in, out]
 
 
-@functools.cache  # one object per meaning, so that equal rows share a compiled program
+@functools.cache  # one object per meaning, so that shapes are computed once for equal rows
 def linear(inputs: int = 1) -> Transform:
     """[out, in] ↔ [in…, out…] with ``inputs`` leading in-axes."""
 

@@ -1,24 +1,22 @@
 """Weights in and out of safetensors by the name tables, tensor by tensor.
 
-Reading goes straight from the files into arrays that lie as they are asked for (Orbax: every process reads the bytes that its
-devices need); writing goes straight from the arrays to the file. Neither holds more than a few tensors beside the arrays.
+Reading maps the files into memory and copies what each device needs into its part of an array; nothing is compiled, and every
+process reads the bytes of its own devices alone. Writing goes straight from the arrays to the file. Neither holds more than a few
+tensors beside the arrays.
 """
 
 import functools
 import json
-import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint.experimental.v1 as ocp
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Shaped, UInt
 from safetensors import SafetensorError, safe_open
 
@@ -31,19 +29,28 @@ from chroma_jax.utils.tree_paths import filled, values
 # safetensors' names of the types that a weight may have; a tensor of another type keeps safetensors' name.
 TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 DTYPES = tuple(TYPES.values())
-AT_ONCE = 2**27  # bytes of foreign tensors that are read together
 
 
 class Tensor(NamedTuple):
-    """What a header says of a tensor. dtype: numpy's name for a type of weights. file: where it is; None in a manifest."""
+    """What a header says of a tensor. dtype: numpy's name for a type of weights. file, offset: where it is, from which byte on;
+    None in a manifest."""
 
     shape: tuple[int, ...]
     dtype: str
     file: Path | None = None
+    offset: int = 0
 
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * jnp.dtype(self.dtype).itemsize
+
+    def mapped(self) -> np.ndarray:
+        """The tensor in its file, of which only what is used is read."""
+        assert self.file is not None  # tensors of a manifest are not read
+        if not self.nbytes:
+            return np.zeros(self.shape, jnp.dtype(self.dtype))
+        found = np.memmap(self.file, np.uint8, "r", self.offset, self.nbytes)
+        return found.view(jnp.dtype(self.dtype)).reshape(self.shape)
 
 
 Header = Mapping[str, Tensor]  # by name
@@ -91,13 +98,15 @@ def read_header(source: Path) -> dict[str, Tensor]:
     header: dict[str, Tensor] = {}
     for file in tensor_files(source):
         try:
-            with safe_open(file, framework="numpy") as handle:
-                for name in handle.keys():
-                    if name in header and (other := header[name].file):
-                        raise InputError(f"{source}: {name} is both in {other.name} and in {file.name}")
-                    tensor = handle.get_slice(name)
-                    dtype = str(tensor.get_dtype())
-                    header[name] = Tensor(tuple(tensor.get_shape()), TYPES.get(dtype, dtype), file)
+            with safe_open(file, framework="numpy"), file.open("rb") as opened:  # the library checks the file
+                size = int.from_bytes(opened.read(8), "little")
+                entries = json.loads(opened.read(size))
+            entries.pop("__metadata__", None)
+            for name, entry in entries.items():
+                if name in header and (other := header[name].file):
+                    raise InputError(f"{source}: {name} is both in {other.name} and in {file.name}")
+                begins = 8 + size + entry["data_offsets"][0]
+                header[name] = Tensor(tuple(entry["shape"]), TYPES.get(entry["dtype"], entry["dtype"]), file, begins)
         except (SafetensorError, OSError) as e:
             raise InputError(f"{file}: not a readable safetensors file ({e})") from e
     return header
@@ -151,103 +160,35 @@ def read_weights(
 
     abstract: shape, dtype and sharding of each weight by path. progress: is told how many bytes of the files are done.
     """
-    weights: dict[str, jax.Array] = {}
-    asked, abstract = abstract, {path: automatic(x) for path, x in abstract.items()}
-    for batch in _batches(rows, header):
-        tensors = _read(batch, header, abstract)
-        for row, layer, name in batch:
-            target = abstract[row.path]
-            place = _placer(row.transform, target.shape, row.layers is not None, target.sharding)
-            if row.layers is None:
-                weights[row.path] = place(tensors[name])
-            else:
-                if row.path not in weights:
-                    weights[row.path] = _zeros(target.shape, tensors[name].dtype, target.sharding)()
-                weights[row.path] = place(weights[row.path], tensors[name], layer)
-            if row.layers is None or layer == row.layers - 1:
-                weights[row.path] = jax.device_put(_numbers(weights[row.path], target.dtype), asked[row.path].sharding)
-            # one after the other: virtual CPU devices have no threads for the collectives of two programs at once
-            jax.block_until_ready(weights[row.path])
-            progress(header[name].nbytes)
-    return weights
+    return {row.path: _read(row, header, abstract[row.path], progress) for row in rows}
 
 
-def automatic(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """The same on a mesh whose axes are automatic, as turning a foreign tensor moves its axes."""
-    if not isinstance(x.sharding, NamedSharding):
-        return x
-    mesh = x.sharding.mesh
-    assert isinstance(mesh, Mesh)
-    mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * mesh.devices.ndim)
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec))
+def _read(row: NameRow, header: Header, target: jax.ShapeDtypeStruct, progress: Callable[[int], object]) -> jax.Array:
+    tensors = []
+    for foreign in row.foreign_names():
+        name = stored_name(row, foreign, header)
+        assert name is not None  # see `problems`
+        tensors.append(header[name])
+    shape = layer_shape(row, target.shape)
+    expected = foreign_shape(row.transform, shape)
+    layers = [row.transform.to_ours(x.mapped()[: expected[0]] if expected else x.mapped(), shape) for x in tensors]
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        """What a device holds, copied: an array that lies in a file could not be donated."""
+        out = np.empty([len(range(*s.indices(n))) for s, n in zip(index, target.shape, strict=True)], target.dtype)
+        if row.layers is None:
+            out[...] = layers[0][index]
+        else:
+            for i, layer in enumerate(layers[index[0]]):
+                out[i] = layer[index[1:]]
+        return out
+
+    weight = jax.make_array_from_callback(target.shape, target.sharding, part, dtype=target.dtype)
+    progress(sum(x.nbytes for x in tensors))
+    return weight
 
 
-def _batches(rows: Iterable[NameRow], header: Header) -> Iterator[list[tuple[NameRow, int, str]]]:
-    """(row, layer, stored name) of every foreign tensor, so many at a time as may be read together."""
-    batch, size = [], 0
-    for row in rows:
-        for layer, foreign in enumerate(row.foreign_names()):
-            name = stored_name(row, foreign, header)
-            assert name is not None  # see `problems`
-            if batch and size + header[name].nbytes > AT_ONCE:
-                yield batch
-                batch, size = [], 0
-            batch.append((row, layer, name))
-            size += header[name].nbytes
-    if batch:
-        yield batch
-
-
-def _read(batch, header: Header, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-    """Foreign tensors by stored name, as `bits` of their weights' type."""
-    wanted: dict[Path, dict[str, jax.ShapeDtypeStruct]] = {}
-    for row, _, name in batch:
-        tensor, target = header[name], abstract[row.path]
-        assert tensor.file is not None  # tensors of a manifest are not read
-        sharding = _reading_sharding(target.sharding, tensor.shape)
-        wanted.setdefault(tensor.file, {})[name] = jax.ShapeDtypeStruct(tensor.shape, target.dtype, sharding=sharding)
-    return {name: bits(x) for file, structs in wanted.items() for name, x in read_tensors(file, structs).items()}
-
-
-def read_tensors(file: Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-    """Some tensors of one file by name, each in the type and the sharding that is asked for."""
-    logging.getLogger("absl").setLevel(logging.ERROR)
-    context = ocp.Context()
-    context.checkpoint_layout = ocp.options.CheckpointLayout.SAFETENSORS
-    try:
-        with context:
-            return ocp.load(str(Path(file).absolute()), wanted)
-    except (ValueError, OSError) as e:
-        raise InputError(f"{file}: cannot be read ({e})") from e
-
-
-def _reading_sharding(target: Sharding, shape: tuple[int, ...]) -> Sharding:
-    """A foreign tensor is read in equal parts along its first axis that the devices divide, and then brought to its place."""
-    if not isinstance(target, NamedSharding):
-        return target
-    axis = next((i for i, size in enumerate(shape) if size % target.mesh.size == 0), None)
-    return NamedSharding(target.mesh, P() if axis is None else P(*[None] * axis, target.mesh.axis_names))
-
-
-@functools.cache
-def _zeros(shape: tuple[int, ...], dtype, sharding: Sharding) -> Callable[[], jax.Array]:
-    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
-
-
-@functools.cache
-def _placer(transform: Transform, shape: tuple[int, ...], stacked: bool, sharding: Sharding) -> Callable[..., jax.Array]:
-    """The program that turns a foreign tensor into ours, or into one layer of ours, which is then updated in place."""
-
-    def turned(tensor: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        expected = foreign_shape(transform, shape)
-        return transform.to_ours(tensor[: expected[0]] if expected else tensor, shape)
-
-    def place(weights: jax.Array, tensor: jax.Array, layer: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_index_in_dim(weights, turned(tensor, shape[1:]), layer, 0)
-
-    if stacked:
-        return jax.jit(place, out_shardings=sharding, donate_argnums=0)
-    return jax.jit(lambda tensor: turned(tensor, shape), out_shardings=sharding)
+# Writing
 
 
 # Numbers travel as unsigned integers, which every device moves as they are; as floats, some are computed with on the way, which
@@ -258,14 +199,6 @@ def _placer(transform: Transform, shape: tuple[int, ...], stacked: bool, shardin
 def bits(x: Shaped[jax.Array, "*shape"]) -> UInt[jax.Array, "*shape"]:
     """The same bits as unsigned integers."""
     return jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
-
-
-@functools.partial(jax.jit, static_argnums=1, donate_argnums=0)
-def _numbers(x: jax.Array, dtype) -> jax.Array:
-    return jax.lax.bitcast_convert_type(x, dtype)
-
-
-# Writing
 
 
 class Output(NamedTuple):
@@ -332,10 +265,12 @@ def write_safetensors(file: Path, tensors: list[Output], progress: Callable[[int
 # Modules
 
 
-def abstract_weights(config: ChromaConfig) -> dict[str, jax.ShapeDtypeStruct]:
+@functools.lru_cache(maxsize=8)
+def abstract_weights(config: ChromaConfig) -> Mapping[str, jax.ShapeDtypeStruct]:
     """Every weight of the model and of the Codec (``codec/…``) by path."""
     speaking = nnx.eval_shape(lambda: Chroma(nnx.Rngs(0), config))
-    return cast(dict[str, jax.ShapeDtypeStruct], values(speaking) | values(abstract_codec(config), "codec/"))
+    found = values(speaking) | values(abstract_codec(config), "codec/")
+    return MappingProxyType(cast(dict[str, jax.ShapeDtypeStruct], found))
 
 
 def abstract_codec(config: ChromaConfig) -> Codec:

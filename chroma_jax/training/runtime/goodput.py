@@ -1,7 +1,7 @@
 """Where a run's wall time goes: RUN/goodput.jsonl, over all the processes that ever worked on it.
 
-One JSON object per line: ``time`` (UTC, up to which it accounts), ``kind``, ``from_step``, ``to_step``, ``seconds``. Lines are added
-when metrics are, so that all time between two log lines is accounted for, by kind:
+One JSON object per line: ``time`` (UTC, up to which it accounts), ``kind``, ``from_step``, ``to_step``, ``seconds``. Lines are
+added when metrics are, so that all time between two log lines is accounted for, by kind:
 
     start, restart   from the start of the process to its first step: imports, weights, the checkpoint; ``restart`` on a later one
     idle             nobody worked on the run, before a restart
@@ -142,7 +142,13 @@ class GoodputLog:
         if self.path is None:
             return
         moment = datetime.datetime.fromtimestamp(self.epoch + (self.mark if at is None else at), datetime.UTC)
-        line = {"time": moment.isoformat(timespec="milliseconds"), "process": 0, "kind": kind, "from_step": min(self.step, step), "to_step": step}
+        line = {
+            "time": moment.isoformat(timespec="milliseconds"),
+            "process": 0,
+            "kind": kind,
+            "from_step": min(self.step, step),
+            "to_step": step,
+        }
         with self.path.open("a") as file:
             file.write(json.dumps(line | {"seconds": round(seconds, 3)} | more) + "\n")
 
