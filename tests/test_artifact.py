@@ -175,15 +175,15 @@ def test_the_commands_make_the_artifact_and_its_prompt(run, tmp_path, capsys):
     soundfile.write(tmp_path / "reference.wav", rng.normal(0, 0.1, 5000), CONFIG.codec.sampling_rate)
     recordings = ["--question", str(tmp_path / "question.wav"), "--reference", str(tmp_path / "reference.wav")]
     recordings += ["--transcript", "it is a test"]
-    sizes = ["--question-seconds", "1.5", "--text", "96", "--voice", "80", "--max-frames", "7", "--platforms", "cpu"]
+    sizes = ["--question-seconds", "1.5", "--text", "96", "--voice", "80", "--max-frames", "16", "--platforms", "cpu"]
     assert main(["export", str(run), str(artifact), "--format", "stablehlo", *sizes]) == 0
     assert main(["prompt", str(run), str(artifact), *recordings, "--out", str(prompt)]) == 0
     assert "a question of 0.8 s for 1 row" in capsys.readouterr().out
     subprocess.run([sys.executable, EXAMPLE, artifact, prompt, out], check=True, timeout=300)
-    seconds = str(7.5 / CONFIG.codec.frame_rate)
+    seconds = str(16.5 / CONFIG.codec.frame_rate)
     assert main(["reply", str(run), *recordings, "--out", str(tmp_path / "reply"), "--generation.max_seconds", seconds]) == 0
     ours, theirs = (soundfile.read(file)[0] for file in (tmp_path / "reply" / "reply.wav", out / "0.wav"))
-    assert len(ours) == len(theirs) == 7 * CONFIG.codec.samples_per_frame
+    assert len(ours) == len(theirs) == 16 * CONFIG.codec.samples_per_frame
     np.testing.assert_allclose(ours, theirs, atol=1e-4)  # 16 bit
     assert main(["prompt", str(run), str(artifact), *recordings, "--out", str(prompt)]) == 2
     assert main(["prompt", str(run), str(tmp_path), *recordings, "--out", str(tmp_path / "other.safetensors")]) == 2

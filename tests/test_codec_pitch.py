@@ -136,6 +136,7 @@ def test_the_spectrum_loss_is_zero_for_the_spectra_themselves():
     np.testing.assert_allclose(spectrum_loss(spectra + 0.5, wave, RATE), 0.5, rtol=1e-5)  # float32
 
 
+@pytest.mark.slow
 def test_the_encoder_learns_before_the_decoder_joins():
     recipe = CodecRecipe(
         decoder_start_step=100,

@@ -409,6 +409,7 @@ def test_training_refuses_weights_of_another_model_and_says_the_flags(checkpoint
             starting_weights(CONFIG, run, expected(trainer))
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_an_import_and_leaves_it_alone(source, tiny_prepared, onto, tmp_path, capsys):
     config, prepared = tiny_prepared
     finite = write(tmp_path / "finite", {name: np.full_like(x, 0.01) for name, x in all_in(source).items()})

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from random_weights import drawn, edited
-from tiny_speaker import CONFIG, encode, generator_for, tokens_of, written
+from tiny_speaker import CONFIG, MAX_FRAMES, SIZES, encode, generator_for, tokens_of, written
 
 from chroma_jax.inference import placement as placing
 from chroma_jax.inference.admission import Admission
@@ -30,19 +30,11 @@ from chroma_jax.serving.engine import Engine, EngineConfig
 from chroma_jax.utils.compilations import counted_compilations
 from chroma_jax.utils.errors import EngineError, InputError
 
-MAX_FRAMES, SLOTS = 16, 4
+SLOTS = SIZES.slots
 VOICE = 12 * CONFIG.codec.samples_per_frame
 # im_end has a stronger opinion than other tokens and EOS than other codes, so that now and then they are chosen
 TOKEN_SCALE = np.where(np.arange(CONFIG.reasoner.vocab_size) == CONFIG.tokens.im_end, 3.5, 1.0).astype(np.float32)
 CODE_SCALE = np.where(np.arange(CONFIG.audio_vocab_size) == CONFIG.codebook_eos_token_id, 2.5, 1.0).astype(np.float32)
-SIZES = EngineConfig(
-    slots=SLOTS,
-    text_positions=160,
-    voice_positions=48,
-    max_seconds=MAX_FRAMES / CONFIG.codec.frame_rate,
-    chunk=16,
-    frames_per_call=2,  # a step of more frames is a program more
-)
 
 
 @pytest.fixture(scope="module")

@@ -130,6 +130,7 @@ def test_the_report_is_complete(evaluated):
     assert len(files) == 2 * (8 + 2 * 7) and all((out / file).is_file() for file in files)
 
 
+@pytest.mark.slow
 def test_utterances_of_the_corpus_are_read_aloud(tiny_run, corpus, tmp_path):
     config = replace(configs.load(tiny_run), "generation.max_seconds", 0.4)
     with pytest.raises(InputError, match="no utterance in the test split, which --parts reading reads aloud"):

@@ -47,7 +47,8 @@ def test_only_the_pairs_are_trained_and_they_start_from_the_model_itself(config,
         assert values(state.trained) and all(MARK in path for path in values(state.trained))
         assert len(values(state.trained)) == 2 * 5
         before = float(trainer.eval_step(state, rows)["loss"])
-        own = {path: jnp.copy(x) for path, x in values(state.frozen).items() if MARK not in path}
+        own = {path: np.array(x) for path, x in values(state.frozen).items() if MARK not in path}
+        own = {path: jax.device_put(x, values(plain.abstract.trained)[path].sharding) for path, x in own.items()}
         assert before == pytest.approx(float(plain.eval_step(plain.init(own), rows)["loss"]), rel=1e-6)
         for _ in range(3):
             state, metrics = trainer.train_step(state, rows)

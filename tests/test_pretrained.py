@@ -20,7 +20,7 @@ from chroma_jax.utils.errors import InputError
 
 FOLDER = pretrained.found("codec_nano")
 SPEAKING = pretrained.found("nano")
-QUESTIONS = 6  # of the valid split
+QUESTIONS = 11  # of the valid split
 
 
 @pytest.fixture(scope="module")
@@ -94,8 +94,9 @@ def test_its_codec_makes_codes_for_training():
     assert codes.shape == (1, 13, 8) and codes.max() < 256
 
 
+@pytest.mark.slow
 def test_the_speaking_model_answers_in_words_that_fit_and_at_a_length_that_does():
-    """Six questions of the valid split, in voices that it never heard."""
+    """Eleven questions of the valid split, in voices that it never heard."""
     config = run_config(SPEAKING)
     model, codec, tokenizer = load_run(SPEAKING, config)
     suite = read_suite("parley", "valid", limit=QUESTIONS)

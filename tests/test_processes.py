@@ -144,6 +144,7 @@ def test_the_time_limit_stops_two_processes_at_the_same_step(tmp_path):
     assert steps[0] == steps[1] and has_saved(run, steps[0])()
 
 
+@pytest.mark.slow
 def test_without_the_coordinator_the_other_process_ends_with_a_message(tmp_path):
     run = tmp_path / "run"
     with toys(run, "--fault", "slow", 0) as processes:
@@ -153,7 +154,8 @@ def test_without_the_coordinator_the_other_process_ends_with_a_message(tmp_path)
         assert re.search(r"error: process 0 is gone.*after step \d+.*exit code 76", processes.said(1))
 
 
-@pytest.mark.parametrize("frozen", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("frozen", [0, 1])
 def test_a_process_that_is_stopped_but_not_dead_is_noticed_by_its_silence(frozen, tmp_path):
     run = tmp_path / "run"
     with toys(run, "--fault", "slow", 0, seconds=3) as processes:

@@ -11,10 +11,14 @@ import numpy as np
 import pytest
 import soundfile
 from flax import nnx
+from random_weights import drawn
 from tiny import config_file
+from tiny_speaker import CONFIG, SIZES, encode, written
 
 import chroma_jax
 from chroma_jax import config as configs
+from chroma_jax.models.chroma import Chroma
+from chroma_jax.models.codec import Codec
 
 
 @pytest.fixture(scope="module")
@@ -28,16 +32,17 @@ def workspace(tmp_path_factory, tiny_prepared, tiny_run):
     config_file(base, config.data.corpus)
     noise = np.random.default_rng(0).normal(0, 0.1, 24_000)
     soundfile.write(base / "question.wav", noise[:8_000], 16_000)
-    soundfile.write(base / "voice.wav", noise[:12_000], 24_000)
+    soundfile.write(base / "voice.wav", noise[:400], 24_000)  # the engine's voices are short
     chroma_jax.export_checkpoint(tiny_run, base / "exported")
     return base
 
 
 @pytest.fixture(scope="module")
-def engine(workspace):
-    model, codec, tokenizer = chroma_jax.load(workspace / "runs" / "tiny")
-    config = chroma_jax.EngineConfig(slots=1, text_positions=128, voice_positions=32, max_seconds=0.8, frames_per_call=1)
-    return chroma_jax.Engine(model, codec, lambda text: tokenizer.encode(text).ids, tokenizer.decode, config)
+def engine():
+    """One whose programs other tests compile too."""
+    rng = np.random.default_rng(0)
+    model, codec = drawn(lambda: Chroma(nnx.Rngs(0), CONFIG), rng), drawn(lambda: Codec(nnx.Rngs(0), CONFIG.codec), rng)
+    return chroma_jax.Engine(model, codec, encode, written, SIZES)
 
 
 @pytest.mark.compilations(300)

@@ -25,27 +25,26 @@ def config(tiny_prepared):
 
 
 @pytest.fixture(scope="module")
-def run(config, tiny_prepared, tmp_path_factory):
-    """Two steps; the Reasoner is that of its checkpoint, as it is frozen."""
-    run = tmp_path_factory.mktemp("stored") / "run"
-    train(replace(config, "training.steps", 2), run, tiny_prepared[1])
-    return run
-
-
-@pytest.fixture(scope="module")
-def states(tiny_prepared, run):
-    assert "were there" in cache_hidden_states(tiny_prepared[1], run, rows_at_once=1)
-    return tiny_prepared[1]
+def states(tiny_prepared, tiny_run, tmp_path_factory):
+    """A dataset with the states of an untrained Reasoner."""
+    data = shutil.copytree(tiny_prepared[1], tmp_path_factory.mktemp("states") / "data")
+    assert "were there" in cache_hidden_states(data, tiny_run, rows_at_once=1)
+    return data
 
 
 def losses(run):
     return [line["train/c0_loss"] for line in read_lines(run / "metrics.jsonl") if "train/c0_loss" in line]
 
 
-def test_training_behind_stored_states_is_training_behind_the_reasoner(config, states, run, tmp_path):
-    train(replace(replace(config, "loss.reasoner", "stored"), "training.steps", 2), tmp_path / "run", states)
+@pytest.mark.slow
+def test_training_behind_stored_states_is_training_behind_the_reasoner(config, tiny_prepared, tmp_path):
+    """Two steps; the Reasoner is that of the first run's checkpoint, as it is frozen."""
+    data = shutil.copytree(tiny_prepared[1], tmp_path / "data")
+    train(replace(config, "training.steps", 2), tmp_path / "run", data)
+    cache_hidden_states(data, tmp_path / "run", rows_at_once=1)
+    train(replace(replace(config, "loss.reasoner", "stored"), "training.steps", 2), tmp_path / "behind", data)
     # states are kept in bfloat16
-    np.testing.assert_allclose(losses(tmp_path / "run"), losses(run), rtol=1e-3)
+    np.testing.assert_allclose(losses(tmp_path / "behind"), losses(tmp_path / "run"), rtol=1e-3)
 
 
 def test_no_speech_is_read(config, states):
@@ -55,7 +54,7 @@ def test_no_speech_is_read(config, states):
     np.testing.assert_array_equal(there, batch.answer_position >= 0)
 
 
-def test_an_interrupted_computation_goes_on(states, run, monkeypatch):
+def test_an_interrupted_computation_goes_on(states, tiny_run, monkeypatch):
     dataset = open_dataset(states)
     monkeypatch.setattr(hidden, "ROWS_PER_FILE", 2)
     files = hidden.files(dataset, "train")
@@ -72,10 +71,10 @@ def test_an_interrupted_computation_goes_on(states, run, monkeypatch):
     for path, _ in files:
         path.unlink(missing_ok=True)
     with pytest.raises(KeyboardInterrupt):
-        cache_hidden_states(states, run, rows_at_once=1)
+        cache_hidden_states(states, tiny_run, rows_at_once=1)
     monkeypatch.setattr(stored.hidden, "write_file", write)
     kept = files[0][0].stat().st_mtime_ns
-    cache_hidden_states(states, run, rows_at_once=1)
+    cache_hidden_states(states, tiny_run, rows_at_once=1)
     assert files[0][0].stat().st_mtime_ns == kept
     reader = hidden.HiddenReader(dataset, "train", 32)
     for row in range(dataset.rows("train")):
@@ -94,14 +93,14 @@ def with_other_weights(run, config, folder):
     return folder
 
 
-def test_misuse_is_an_error(config, states, run, tmp_path):
+def test_misuse_is_an_error(config, states, tiny_run, tmp_path):
     with pytest.raises(ValueError, match="set text_weight and ctc_weight to 0"):
         replace(replace(config, "loss.text_weight", 1.0), "loss.reasoner", "stored")
     trained = replace(replace(config, "loss.reasoner", "stored"), "optimizer.freeze", ())
     with pytest.raises(InputError, match="the Reasoner is trained; freeze it"):
         train(trained, tmp_path / "a", states)
     with pytest.raises(InputError, match="the states of another Reasoner"):
-        cache_hidden_states(states, with_other_weights(run, config, tmp_path / "other"), rows_at_once=1)
+        cache_hidden_states(states, with_other_weights(tiny_run, config, tmp_path / "other"), rows_at_once=1)
     (states / hidden.FOLDER / "valid-00000.array_record").unlink()
     with pytest.raises(InputError, match="cache_reasoner RUN"):
         hidden.HiddenReader(open_dataset(states), "valid", 32)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import soundfile
+import tiny_speaker
 from flax import nnx
 from random_weights import drawn, edited
 from safetensors.numpy import save_file
@@ -241,7 +242,9 @@ def folders(modules, tmp_path_factory):
 
 
 def settings_of() -> Config:
-    return Config(model=CONFIG, generation=GenerationConfig(max_seconds=16.5 / CONFIG.codec.frame_rate))
+    return Config(
+        model=CONFIG, generation=GenerationConfig(max_seconds=(tiny_speaker.MAX_FRAMES + 0.5) / CONFIG.codec.frame_rate)
+    )
 
 
 def spoken(folders: Path) -> dict:

@@ -429,9 +429,9 @@ def test_a_run_goes_on_on_another_mesh(tiny_prepared, straight, tmp_path):
 
 def test_the_second_stage_starts_from_the_firsts_weights_with_more_of_them_frozen(tiny_prepared, straight, tmp_path, capsys):
     config, prepared = tiny_prepared
-    second = replace(replace(config, "optimizer.freeze", FROZEN), "training.steps", 1)
+    second = replace(config, "optimizer.freeze", FROZEN)
     state = train(second, tmp_path / "run", prepared, init_from=straight[0])
-    assert "initializing from" in capsys.readouterr().out and int(state.step) == 1
+    assert "initializing from" in capsys.readouterr().out and int(state.step) == 4
     with Checkpoints(straight[0], config.checkpoint, access="read") as checkpoints:
         first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         held = {p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=first) for p, x in checkpoints.held().items()}
@@ -440,8 +440,8 @@ def test_the_second_stage_starts_from_the_firsts_weights_with_more_of_them_froze
         np.testing.assert_array_equal(x, before[path], err_msg=path)
     trained = values(state.trained)
     assert {path.split("/")[0] for path in trained} == {"backbone", "decoder", "audio_embedding"}
-    for path, x in trained.items():  # one step of Adam at a learning rate of 0.01, and weight decay
-        assert 0 < np.abs(x - before[path]).max() < 0.02, path
+    for path, x in trained.items():  # four steps of Adam at a learning rate of 0.01, and weight decay
+        assert 0 < np.abs(x - before[path]).max() < 0.08, path
 
 
 def test_weights_that_know_other_tokens_than_the_data_are_refused(tiny_prepared, straight, tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from tiny_corpus import StandInCodec
 
-from chroma_jax.config import Config, TrainingConfig
+from chroma_jax.config import Config, GenerationConfig, TrainingConfig
 from chroma_jax.layers.rope import RopeConfig
 from chroma_jax.layers.transformer import EncoderConfig, LlamaConfig
 from chroma_jax.models.audio_encoder import AudioEncoderConfig
@@ -79,6 +79,7 @@ def config(corpus: Path | str = "embedded") -> Config:
         optimizer=OptimizerConfig(learning_rate=1e-2),
         precision=PrecisionConfig(compute="float32"),
         checkpoint=CheckpointConfig(save_interval_steps=2, max_to_keep=3),
+        generation=GenerationConfig(max_seconds=1.3),  # sixteen frames
     )
 
 

@@ -21,6 +21,7 @@ from chroma_jax.models.codec import Codec, CodecConfig, QuantizerConfig, SeanetC
 from chroma_jax.models.reasoner import ReasonerConfig
 from chroma_jax.sequence.batch import Batch, PackedShape
 from chroma_jax.sequence.chat_template import SpecialTokens
+from chroma_jax.serving.engine import EngineConfig
 from data_pipelines.pack import conversation, pack_config, place
 from data_pipelines.records import to_example
 
@@ -71,6 +72,15 @@ def tiny() -> ChromaConfig:
 
 CONFIG = tiny()
 RATE = CONFIG.codec.sampling_rate
+MAX_FRAMES = 16  # of a reply; one size for all tests, so that they share their compiled programs
+SIZES = EngineConfig(
+    slots=4,
+    text_positions=160,
+    voice_positions=48,
+    max_seconds=MAX_FRAMES / CONFIG.codec.frame_rate,
+    chunk=16,
+    frames_per_call=2,  # a step of more frames is a program more
+)
 
 
 def encode(text: str) -> list[int]:
@@ -119,8 +129,8 @@ def case(seed: int, samples: int, frames: int, transcript: str) -> Case:
 
 
 def generator_for(model: Chroma, codec: Codec, *, slots: int = 1, frames: int = 12, **options) -> Generator:
-    """One that all conversations here fit into, so that few programs are compiled. frames: of a reply, at most 16."""
-    generator = Generator(model, codec, text_positions=128, voice_positions=128, max_frames=16, slots=slots, **options)
+    """One that all conversations here fit into, so that few programs are compiled. frames: of a reply, at most MAX_FRAMES."""
+    generator = Generator(model, codec, text_positions=128, voice_positions=128, max_frames=MAX_FRAMES, slots=slots, **options)
     generator.max_frames = frames
     return generator
 

@@ -49,8 +49,13 @@ def test_norms_and_clipping_are_those_of_optax(mesh):
         np.testing.assert_array_equal(same[name], tree[name], err_msg=name)
 
 
-@pytest.mark.parametrize("mesh", [None, MeshConfig(fsdp=2, tensor=2)], ids=["none", "divided"])
-@pytest.mark.parametrize("width", [131, 192, *(pytest.param(width, marks=pytest.mark.slow) for width in (48, 448, 1152))])
+DIVIDED = MeshConfig(fsdp=2, tensor=2)
+MORE = [(width, mesh) for width in (48, 131, 192, 448, 1152) for mesh in (None, DIVIDED)]
+
+
+@pytest.mark.parametrize(
+    ("width", "mesh"), [(131, None), (192, DIVIDED), *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE)]
+)
 def test_norms_and_their_gradients(width, mesh):
     draw = np.random.default_rng(width)
     x, towards = draw.standard_normal((2, 4, 6, width))
