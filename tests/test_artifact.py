@@ -171,14 +171,14 @@ def test_the_commands_make_the_artifact_and_its_prompt(run, tmp_path, capsys):
     """From recordings to sound, as the README says it, and the same as `reply` says."""
     artifact, prompt, out = tmp_path / "artifact", tmp_path / "prompt.safetensors", tmp_path / "out"
     rng = np.random.default_rng(1)
-    soundfile.write(tmp_path / "question.wav", rng.normal(0, 0.1, 12_000), 16_000)
+    soundfile.write(tmp_path / "question.wav", rng.normal(0, 0.1, 32_000), 16_000)
     soundfile.write(tmp_path / "reference.wav", rng.normal(0, 0.1, 5000), CONFIG.codec.sampling_rate)
     recordings = ["--question", str(tmp_path / "question.wav"), "--reference", str(tmp_path / "reference.wav")]
     recordings += ["--transcript", "it is a test"]
-    sizes = ["--question-seconds", "1.5", "--text", "96", "--voice", "80", "--max-frames", "16", "--platforms", "cpu"]
+    sizes = ["--question-seconds", "2.5", "--text", "128", "--voice", "80", "--max-frames", "16", "--platforms", "cpu"]
     assert main(["export", str(run), str(artifact), "--format", "stablehlo", *sizes]) == 0
     assert main(["prompt", str(run), str(artifact), *recordings, "--out", str(prompt)]) == 0
-    assert "a question of 0.8 s for 1 row" in capsys.readouterr().out
+    assert "a question of 2.0 s for 1 row" in capsys.readouterr().out
     subprocess.run([sys.executable, EXAMPLE, artifact, prompt, out], check=True, timeout=300)
     seconds = str(16.5 / CONFIG.codec.frame_rate)
     assert main(["reply", str(run), *recordings, "--out", str(tmp_path / "reply"), "--generation.max_seconds", seconds]) == 0

@@ -78,14 +78,13 @@ def test_a_stack_computes_the_same_and_keeps_what_it_should(given):
             np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3 * float(jnp.max(jnp.abs(b))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mesh",
     [
-        pytest.param(None, marks=pytest.mark.slow, id="one device"),
+        pytest.param(None, id="one device"),
         pytest.param(MeshConfig(data=2, fsdp=1, tensor=2), id="rows and heads divided"),
-        pytest.param(
-            MeshConfig(fsdp=2, context=2), marks=pytest.mark.slow, id="positions divided, which another kernel computes"
-        ),
+        pytest.param(MeshConfig(fsdp=2, context=2), id="positions divided, which another kernel computes"),
     ],
 )
 def test_a_layer_computes_the_same_on_tpu(mesh, monkeypatch):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from tiny import model as tiny_model
 from tiny import replace
+from tiny_codec import FRAMES, RECIPE, ROWS
 from tiny_corpus import write_corpus
 
 from chroma_jax import config as configs
@@ -18,9 +19,6 @@ from chroma_jax.parallel.sharding import MeshConfig, make_mesh
 from chroma_jax.planning.training_step import codec_trainer_of
 from chroma_jax.runs.codec_train import CodecTask, train_codec
 from chroma_jax.training.checkpoint import CheckpointConfig
-from chroma_jax.training.codec.discriminator import DiscriminatorConfig
-from chroma_jax.training.codec.losses import CodecLossConfig, MelLossConfig
-from chroma_jax.training.codec.recipe import CodecRecipe
 from chroma_jax.training.loop import TrainingConfig
 from chroma_jax.training.metrics import read_lines
 from chroma_jax.training.optimizer import OptimizerConfig
@@ -42,15 +40,9 @@ def loudness_teacher(wave: jax.Array) -> jax.Array:
 def config_for(corpus, **changes) -> CodecRun:
     config = CodecRun(
         model=CODEC,
-        data=CodecDataConfig(corpora=(str(corpus),), crop_frames=6, valid_seconds=1.2),
-        training=TrainingConfig(steps=6, global_batch_size=8, eval_interval_steps=3, log_interval_steps=1),
-        recipe=CodecRecipe(
-            quantizer_start_step=2,
-            discriminator_start_step=2,
-            loss=CodecLossConfig(resolutions=MelLossConfig((256,), (20,))),
-            discriminator=DiscriminatorConfig(windows=(256,), filters=2, dilations=(1,)),
-            optimizer=OptimizerConfig(learning_rate=3e-3, b1=0.5, b2=0.9),
-        ),
+        data=CodecDataConfig(corpora=(str(corpus),), crop_frames=FRAMES, valid_seconds=1.2),
+        training=TrainingConfig(steps=6, global_batch_size=ROWS, eval_interval_steps=3, log_interval_steps=1),
+        recipe=RECIPE,
         checkpoint=CheckpointConfig(save_interval_steps=3, max_to_keep=3),
     )
     for name, value in changes.items():
@@ -201,7 +193,7 @@ def test_a_collapsed_codebook_is_an_alarm(corpus, prepared, finished, capsys):
 
 def test_a_run_of_something_else_is_refused(corpus, prepared, finished, tmp_path):
     with pytest.raises(InputError, match="holds another run.*crop_frames"):
-        train_codec(config_for(corpus, data__crop_frames=4), finished[0], prepared)
+        train_codec(config_for(corpus, data__crop_frames=3), finished[0], prepared)
     with pytest.raises(InputError, match="not a multiple"):
         train_codec(config_for(corpus, training__global_batch_size=3, mesh=MeshConfig(data=2)), tmp_path / "run", prepared)
 

@@ -12,6 +12,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from random_weights import drawn
 from tiny import model as tiny_model
+from tiny_codec import FRAMES, RECIPE, ROWS
 
 from chroma_jax.models.codec import Codec
 from chroma_jax.parallel.sharding import AxisRules, MeshConfig, make_mesh
@@ -23,7 +24,6 @@ from chroma_jax.training.codec.discriminator import (
     PeriodDiscriminator,
 )
 from chroma_jax.training.codec.losses import (
-    CodecLossConfig,
     MelLossConfig,
     adversarial_loss,
     discriminator_loss,
@@ -32,7 +32,6 @@ from chroma_jax.training.codec.losses import (
 )
 from chroma_jax.training.codec.recipe import CodecRecipe, CodecTrainStepConfig
 from chroma_jax.training.codec.step import make_codec_trainer
-from chroma_jax.training.optimizer import OptimizerConfig
 from chroma_jax.utils.compilations import counted_compilations
 from chroma_jax.utils.tree_paths import values
 from data_pipelines.waves import WaveBatch
@@ -241,13 +240,7 @@ def test_the_discriminator_learns_to_tell_and_the_losses_say_so(config):
 # The step
 
 
-TRAINING = CodecRecipe(
-    loss=CodecLossConfig(resolutions=MelLossConfig((64, 256), (5, 20))),
-    discriminator=DiscriminatorConfig(windows=(64,), filters=4, dilations=(1,)),
-    optimizer=OptimizerConfig(learning_rate=3e-3, b1=0.5, b2=0.9),
-    quantizer=q.QuantizerTraining(decay=0.9),
-)
-STEP = CodecTrainStepConfig(CODEC, TRAINING, seed=0)
+STEP = CodecTrainStepConfig(CODEC, RECIPE, seed=0)
 
 
 def test_a_codecs_transformers_may_lie_by_rules_of_their_own():
@@ -262,7 +255,7 @@ def test_a_codecs_transformers_may_lie_by_rules_of_their_own():
     assert all(ours == theirs for path, (ours, theirs) in lie.items() if "transformer" not in path)
 
 
-def speechlike(rows: int, frames: int = 2) -> np.ndarray:
+def speechlike(rows: int, frames: int) -> np.ndarray:
     time = np.arange(frames * CODEC.samples_per_frame) / CODEC.sampling_rate
     pitch = RNG.uniform(100, 400, (rows, 1))
     return (0.2 * sum(np.sin(2 * np.pi * k * pitch * time) / k for k in range(1, 6))).astype(np.float32)
@@ -281,7 +274,7 @@ def trained(mesh_config: MeshConfig, waves: np.ndarray, steps: int):
 
 @pytest.fixture(scope="module")
 def waves() -> np.ndarray:
-    return speechlike(8)
+    return speechlike(ROWS, FRAMES)
 
 
 @pytest.fixture(scope="module")

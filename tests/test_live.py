@@ -1,5 +1,6 @@
 """Promises of a conversation from the command line: recordings or a microphone in, replies heard and kept, Enter interrupts."""
 
+import dataclasses
 import json
 import sys
 import types
@@ -10,7 +11,7 @@ import soundfile
 from flax import nnx
 from random_weights import drawn
 from safetensors.numpy import save_file
-from tiny_speaker import CONFIG, VOCABULARY
+from tiny_speaker import CONFIG, MAX_FRAMES, SIZES, VOCABULARY
 
 from chroma_jax.cli.main import main
 from chroma_jax.config import Config, GenerationConfig
@@ -23,7 +24,14 @@ from chroma_jax.serving.live import Lines, chat
 from chroma_jax.utils.errors import InputError
 from data_pipelines.tokenizer import train_tokenizer
 
-SECONDS = 30 / CONFIG.codec.frame_rate  # of a reply
+SECONDS = MAX_FRAMES / CONFIG.codec.frame_rate  # of a reply
+
+
+@pytest.fixture(autouse=True)
+def small_engines(monkeypatch):
+    """Engines of the sizes of other tests, whose programs are compiled already."""
+    sizes = lambda **given: dataclasses.replace(SIZES, **given | {"slots": SIZES.slots})
+    monkeypatch.setattr("chroma_jax.serving.live.EngineConfig", sizes)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +51,7 @@ def recordings(tmp_path_factory):
     """A voice and two questions."""
     folder = tmp_path_factory.mktemp("recordings")
     rng = np.random.default_rng(0)
-    for name, rate, seconds in (("voice", 24_000, 0.05), ("one", 16_000, 0.5), ("two", 16_000, 0.7)):
+    for name, rate, seconds in (("voice", 24_000, 0.015), ("one", 16_000, 0.5), ("two", 16_000, 0.7)):
         soundfile.write(folder / f"{name}.wav", rng.uniform(-0.2, 0.2, int(rate * seconds)), rate)
     return folder
 
@@ -57,7 +65,7 @@ def test_recordings_are_answered_and_the_replies_kept(speaker, recordings, tmp_p
     assert main([*common, *first]) == 0
     assert "you: " in (said := capsys.readouterr().out) and said.count("reply: ") == 2
     replies = [soundfile.read(tmp_path / "first" / f"reply-{i}.wav")[0] for i in (1, 2)]
-    assert all(0 < len(wave) <= 30 * CONFIG.codec.samples_per_frame for wave in replies)
+    assert all(0 < len(wave) <= MAX_FRAMES * CONFIG.codec.samples_per_frame for wave in replies)
     measured = json.loads((tmp_path / "first" / "measures.json").read_text())
     assert measured["compilations_after_warm_up"] == 0 and measured["ttft_ms"]["count"] == 2
     assert len((tmp_path / "first" / "conversation.txt").read_text().splitlines()) >= 2

@@ -35,9 +35,8 @@ def batch(tiny_prepared):
     return next(batches(prepared, "train", config.model, global_batch_size=8, seed=0))
 
 
-@pytest.mark.parametrize(
-    "mesh", [MeshConfig(), pytest.param(MeshConfig(fsdp=2, tensor=2, context=2), marks=pytest.mark.slow)], ids=["one", "divided"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [MeshConfig(), MeshConfig(fsdp=2, tensor=2, context=2)], ids=["one", "divided"])
 def test_only_the_pairs_are_trained_and_they_start_from_the_model_itself(config, batch, mesh):
     mesh = make_mesh(mesh)
     with jax.set_mesh(mesh):

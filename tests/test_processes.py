@@ -111,6 +111,7 @@ def test_two_processes_of_four_devices_have_the_losses_of_one_of_eight(straight,
             assert a[name] == pytest.approx(b[name], rel=1e-6, abs=1e-6), a["step"]
 
 
+@pytest.mark.slow  # by default one process is killed, and stopped, in test_training and test_alive
 def test_killed_and_asked_to_stop_two_processes_go_on_bit_for_bit(straight, tmp_path):
     """kill −9 of one: the other is gone within 60 seconds, says who was lost, and the restart goes on from the checkpoint.
     SIGTERM to one: both save at the same step, and the restart goes on from there."""

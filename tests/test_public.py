@@ -30,8 +30,8 @@ def workspace(tmp_path_factory, tiny_prepared, tiny_run):
     shutil.copytree(prepared, base / "data")
     shutil.copytree(tiny_run, base / "runs" / "tiny")
     config_file(base, config.data.corpus)
-    noise = np.random.default_rng(0).normal(0, 0.1, 24_000)
-    soundfile.write(base / "question.wav", noise[:8_000], 16_000)
+    noise = np.random.default_rng(0).normal(0, 0.1, 32_000)
+    soundfile.write(base / "question.wav", noise, 16_000)  # two seconds, for which other tests compile programs too
     soundfile.write(base / "voice.wav", noise[:400], 24_000)  # the engine's voices are short
     chroma_jax.export_checkpoint(tiny_run, base / "exported")
     return base

@@ -69,6 +69,7 @@ def in_slots(model: Chroma, codec: Codec, folder) -> StepOutput:
     return jax.tree.map(lambda *x: np.concatenate(x)[:, 1], *map(jax.device_get, frames))
 
 
+@pytest.mark.slow
 def test_slots_of_a_divided_model_say_what_they_say_on_one_device(modules, tmp_path, monkeypatch):
     # from jaxlib 0.11 on, float32 matmuls are rounded by their shape on CPUs with AVX-512; without it, Eigen's are by their rows
     with_avx512 = CPUINFO.is_file() and "avx512f" in CPUINFO.read_text()
