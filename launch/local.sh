@@ -344,7 +344,7 @@ run_tests() {
     settings
     begin "testing"
     export JAX_PLATFORMS=cpu HF_HUB_OFFLINE=1
-    exec "$VENV/bin/python" -m pytest -n "$processes" --dist loadscope "${chosen[@]}" "$@" # in place of the shell: whoever stops this stops the tests
+    exec "$VENV/bin/python" -m pytest -n "$processes" --dist loadscope --no-loadscope-reorder "${chosen[@]}" "$@" # in place of the shell: whoever stops this stops the tests
 }
 
 [[ $VENV == /* ]] || VENV=$PWD/$VENV

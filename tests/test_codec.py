@@ -238,7 +238,7 @@ def test_a_finished_recording_takes_no_more():
 latents_step = jit(lambda codec, state, audio, length: codec.latents_step(state, audio, length=length), donate_argnums=1)
 
 
-@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("window", [6, *(pytest.param(window, marks=pytest.mark.slow) for window in (250, None))])
 def test_rows_of_a_stream_end_where_their_recordings_end_and_have_the_latents_of_the_whole(window):
     codec, rows, size = windowed(window), len(LENGTHS), 90
     # What is behind a recording's end counts for nothing, so let it be loud.

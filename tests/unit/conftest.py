@@ -1,8 +1,6 @@
 """Tests of single parts run under JAX's strict modes, no implicit promotion of dtypes or ranks and no tracer leaks, and with the
 shapes in signatures checked."""
 
-import gc
-
 import jax
 import jaxtyping
 import pytest
@@ -10,11 +8,9 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def strict():
-    gc.freeze()  # the search for leaked tracers goes through all objects but frozen ones
     jaxtyping.config.update("jaxtyping_disable", False)
     try:
         with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"), jax.checking_leaks():
             yield
     finally:
         jaxtyping.config.update("jaxtyping_disable", True)
-        gc.unfreeze()
