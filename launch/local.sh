@@ -66,7 +66,7 @@ Installs the package with its "test" extra, then runs pytest in the repository, 
 two minutes. Results are printed; nothing is kept.
 
   --tier unit      tests of single parts, with types, shapes and promotions checked strictly; about two minutes on two cores
-  --tier default   all tests but the slow ones (the default); 20 to 25 minutes on two cores
+  --tier default   all tests but the slow ones (the default); about nine minutes on two cores
   --tier slow      the slow ones, one at a time because they need much memory; also installs the "dev" extra (PyTorch, transformers)
   ARGS             for pytest, such as -k NAME or paths relative to the repository
 TEXT

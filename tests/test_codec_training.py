@@ -206,8 +206,8 @@ def test_a_period_discriminator_sees_every_pth_sample_in_a_row():
     output = run(discriminator, wave)
     assert output.logits.shape == (2, 5, 3) and [f.shape[3] for f in output.features] == [2, 8, 32, 64, 64]
     assert [f.shape[2] for f in output.features] == [67, 23, 8, 3, 3]  # strides of 3, then of 1
-    wave[:, 7::5] += 0.1
-    changed = np.asarray(run(discriminator, wave).logits) - np.asarray(output.logits)
+    louder = np.where(np.arange(998) % 5 == 2, wave + np.float32(0.1), wave)
+    changed = np.asarray(run(discriminator, louder).logits) - np.asarray(output.logits)
     assert not changed[:, [0, 1, 3, 4]].any() and changed[:, 2].any()
 
 

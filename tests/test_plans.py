@@ -38,6 +38,7 @@ def planned(topology: str, mesh: MeshConfig, slices: int = 1, **changes):
     return plan_training(config, parse_topology(topology, slices), effort="quick")
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_a_training_step_is_planned_for_chips_that_are_not_here():
     """Eight of them, as two slices, which divide the data axis and are joined by the network."""

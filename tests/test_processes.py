@@ -102,6 +102,7 @@ def straight(tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 def test_two_processes_of_four_devices_have_the_losses_of_one_of_eight(straight, tmp_path):
     run_toy(replace(ToyConfig(), "training.steps", STEPS), tmp_path / "run")
     ours, theirs = lines_of(straight), lines_of(tmp_path / "run")
@@ -246,7 +247,7 @@ def test_two_processes_train_the_same_codec_as_one(tmp_path, monkeypatch):
     """Through all phases: every process fits the quantizer for itself. Adam's first steps are as long where a gradient is nothing
     but rounding as anywhere; they are short here, so that rounding stays rounding. From jaxlib 0.11 on a library (YNN) rounds
     products of float32 by how they are shared among threads; what is compared does without it."""
-    from test_codec_run import CODEC, config_for
+    from test_codec_run import CODEC, PHASES, config_for
     from tiny_corpus import write_corpus
 
     from data_pipelines.waves import prepare_waves
@@ -255,7 +256,7 @@ def test_two_processes_train_the_same_codec_as_one(tmp_path, monkeypatch):
         monkeypatch.setenv("XLA_FLAGS", f"{os.environ['XLA_FLAGS']} --xla_cpu_experimental_ynn_fusion_type=")
 
     corpus = write_corpus(tmp_path / "corpus")
-    short = {"recipe__optimizer__learning_rate": 3e-4}
+    short = {"recipe__optimizer__learning_rate": 3e-4, **PHASES}
     called = f"config_for({str(corpus)!r}, **{short})"
     config = config_for(corpus, **short)
     prepare_waves(config.data, CODEC, tmp_path / "waves", progress="none")

@@ -88,6 +88,7 @@ def test_small_weights_say_what_float_weights_of_the_same_values_say(models):
         )  # float32 rounding, which these models amplify
 
 
+@pytest.mark.slow
 def test_a_step_with_small_weights_and_caches_says_the_same_of_a_row_alone(models):
     """Frames of rows that nothing was said to, in a batch of two and alone; the slow test also reads prompts."""
     _, model, codec = models

@@ -101,7 +101,7 @@ def test_a_divided_model_holds_its_part_of_every_kernel(modules):
         assert scale.addressable_shards[0].data.shape[-1] * 2 == scale.shape[-1]
 
 
-@pytest.mark.parametrize("weights", ["none", "int8"])
+@pytest.mark.parametrize("weights", [pytest.param("none", marks=pytest.mark.slow), "int8"])
 def test_a_run_is_loaded_in_parts(tiny_run, weights):
     """No device ever holds all of it; what is read so is what one device reads."""
     config = load(tiny_run)

@@ -8,8 +8,8 @@ from chroma_jax.training.optimizer import OptimizerConfig
 
 FRAMES, ROWS = 4, 8  # of a batch
 RECIPE = CodecRecipe(
-    quantizer_start_step=2,
-    discriminator_start_step=2,
+    quantizer_start_step=0,
+    discriminator_start_step=0,
     loss=CodecLossConfig(resolutions=MelLossConfig((256,), (20,))),
     discriminator=DiscriminatorConfig(windows=(256,), filters=2, dilations=(1,)),
     optimizer=OptimizerConfig(learning_rate=3e-3, b1=0.5, b2=0.9),
