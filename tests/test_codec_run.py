@@ -125,6 +125,7 @@ def test_an_interrupted_run_ends_where_a_straight_one_does(corpus, prepared, pha
 
 
 @pytest.mark.slow
+@pytest.mark.compilations(400)
 def test_a_mesh_trains_the_same_codec(corpus, prepared, phased, tmp_path):
     config = config_for(corpus, **PHASES, mesh=MeshConfig(data=2, fsdp=2, tensor=2))
     train_codec(config, tmp_path / "run", prepared)

@@ -159,7 +159,7 @@ ALONE, DIVIDED = ["--mesh.fsdp", "1"], ["--mesh.data", "2", "--mesh.fsdp", "2", 
 def test_import_and_export_give_every_bit_back(source, onto, tmp_path, mesh):
     run, back = tmp_path / "run", tmp_path / "back"
     as_compiled_by_default("convert", "import", source, run, "--onto", onto, "--keep-unused", *mesh)
-    as_compiled_by_default("convert", "export", run, back, "--shard-gb", "0.0001")
+    as_compiled_by_default("export", run, back, "--shard-gb", "0.0001")
     assert_same(all_in(back), all_in(source))
     index = json.loads((back / "model.safetensors.index.json").read_text())
     files = {p.name for p in back.glob("*.safetensors")}
