@@ -65,7 +65,7 @@ usage: launch/local.sh test [--tier TIER] [ARGS …]
 Installs the package with its "test" extra, then runs pytest in the repository, with JAX on the CPU. The installation takes one or
 two minutes. Results are printed; nothing is kept.
 
-  --tier unit      tests of single parts, with types, shapes and promotions checked strictly; about two minutes on two cores
+  --tier unit      tests of single parts, with types, shapes and promotions checked strictly; under two minutes on two cores
   --tier default   all tests but the slow ones (the default); about nine minutes on two cores
   --tier slow      the slow ones, one at a time because they need much memory; also installs the "dev" extra (PyTorch, transformers)
   ARGS             for pytest, such as -k NAME or paths relative to the repository

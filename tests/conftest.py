@@ -22,7 +22,7 @@ import pytest
 from flax import nnx
 
 jax.config.update("jax_num_cpu_devices", 8)
-jaxtyping.config.update("jaxtyping_disable", True)  # checking shapes takes a third of the time of tracing; tests/unit does it
+jaxtyping.config.update("jaxtyping_disable", True)  # only tests/unit checks shapes: it slows tracing
 nnx.set_graph_mode(False)
 
 
@@ -47,9 +47,11 @@ def memory_mappings() -> int:
 
 @pytest.fixture(autouse=True, scope="module")
 def caches_within_limits():
-    """Compiled programs are kept for later modules unless their memory mappings become too many. The garbage collector runs
-    between modules only, since it would take a tenth of the time. Neither it nor JAX's search for leaked tracers goes through
-    what is left of earlier modules, most of which is caches."""
+    """Clears JAX's caches when a process has too many memory mappings; later modules use them otherwise.
+
+    The garbage collector runs between modules only, since it would take a tenth of the time. Objects of earlier modules, mostly
+    caches, are frozen: neither the collector nor JAX's search for leaked tracers scans them.
+    """
     gc.disable()
     gc.freeze()
     yield

@@ -199,7 +199,7 @@ def test_each_row_of_a_batch_says_what_it_says_alone(programs):
             seen["ended early"] += ours.ended == "eos" and bool(ours.codes)
             seen["closed its text"] += CONFIG.tokens.im_end in tokens_of(ours)
 
-    conversations(check, programs, 15)
+    conversations(check, programs, 20)
     assert len(seen) == 7 and all(seen.values())  # else something was never tried
 
 

@@ -114,6 +114,12 @@ def frames_first(codes: np.ndarray) -> np.ndarray:
     return np.moveaxis(codes, -1, -2)
 
 
+@pytest.mark.slow  # by default, of a Codec of other sizes
+def test_fewer_codebooks_are_a_prefix_of_all(given, expected):
+    codes = jit(lambda codec, audio: codec.encode(audio, num_codebooks=3))(golden_codec(False), jnp.asarray(given["wave_0"]))
+    np.testing.assert_array_equal(codes[0].T, expected["codes_0"][:3])
+
+
 def stream_decode(codec, codes, step, state=None):
     state = codec.decoder_state(codes.shape[0], frames_per_step=2) if state is None else state
     pieces = []

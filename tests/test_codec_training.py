@@ -279,13 +279,13 @@ def waves() -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def run(waves):
-    return trained(MeshConfig(), waves, 24)
+    return trained(MeshConfig(), waves, 40)
 
 
 def test_reconstruction_gets_better(run):
     _, _, history = run
     mel = [m["mel_loss"] for m in history]
-    assert np.isfinite(mel).all() and np.mean(mel[-5:]) < 0.85 * np.mean(mel[:3])
+    assert np.isfinite(mel).all() and np.mean(mel[-5:]) < 0.8 * np.mean(mel[:3])
 
 
 def test_what_is_trained_has_moved_and_codebooks_only_by_their_means(run, waves):

@@ -386,10 +386,10 @@ def expected(trainer) -> dict[str, jax.ShapeDtypeStruct]:
     return values(trainer.abstract.trained) | values(trainer.abstract.frozen)
 
 
-def test_training_starts_from_what_was_imported_and_draws_the_rest(checkpoints, tmp_path, capsys):
+@pytest.mark.parametrize("mesh", [MeshConfig(), pytest.param(MeshConfig(fsdp=2), marks=pytest.mark.slow)], ids=["one", "sharded"])
+def test_training_starts_from_what_was_imported_and_draws_the_rest(checkpoints, tmp_path, capsys, mesh):
     source, ours = checkpoints["Qwen2.5-Omni"]
-    run = imported(tmp_path / "run", source)
-    mesh = make_mesh(MeshConfig())
+    run, mesh = imported(tmp_path / "run", source), make_mesh(mesh)
     with jax.set_mesh(mesh):
         trainer = trainer_of(CONFIG, mesh)
         state = trainer.init(starting_weights(CONFIG, run, expected(trainer)))
@@ -415,12 +415,12 @@ def test_a_run_starts_from_an_import_and_leaves_it_alone(source, tiny_prepared, 
     finite = write(tmp_path / "finite", {name: np.full_like(x, 0.01) for name, x in all_in(source).items()})
     start = imported(tmp_path / "imported", finite, config=config, unused="keep")
     before = {p: p.read_bytes() for p in start.rglob("*") if p.is_file()}
-    flags = ["--dataset_dir", str(prepared), "--data.corpus", config.data.corpus]
+    flags = ["--dataset_dir", str(prepared), "--data.corpus", config.data.corpus, "--training.steps", "1"]
     assert main(["train", onto, str(tmp_path / "run"), *flags, "--init-from", str(start)]) == 0
     assert "initializing from" in capsys.readouterr().out
     assert {p: p.read_bytes() for p in start.rglob("*") if p.is_file()} == before
     embedding = weights_of(tmp_path / "run")["reasoner/embedding/table"]
-    assert np.abs(embedding - 0.01).max() < 0.05  # four steps of Adam at a learning rate of 0.01 away
+    assert np.abs(embedding - 0.01).max() < 0.02  # one step of Adam at a learning rate of 0.01 away
     (tmp_path / "run" / "codec.safetensors").write_bytes((start / "codec.safetensors").read_bytes())  # the data has none
     export_checkpoint(tmp_path / "run", tmp_path / "back")
     back, given = all_in(tmp_path / "back"), all_in(finite)

@@ -26,16 +26,15 @@ def assert_close(found, exact, rounded):
         np.testing.assert_allclose(a, b, atol=ROUNDED * np.abs(b).max(), err_msg=name)
 
 
-@pytest.mark.slow  # by default, tests/unit/test_flash runs these kernels on shorter rows
 @pytest.mark.parametrize(
     "block, kv, group, head",
     [
         pytest.param(256, 2, 4, 64, id="heads of 64-block 256"),
-        pytest.param(512, 1, 2, 128, id="heads of 128-one block"),
-        pytest.param(128, 2, 4, 64, id="heads of 64-block 128"),
-        pytest.param(512, 2, 4, 64, id="heads of 64-one block"),
-        pytest.param(128, 1, 2, 128, id="heads of 128-block 128"),
-        pytest.param(256, 1, 2, 128, id="heads of 128-block 256"),
+        pytest.param(512, 1, 2, 128, marks=pytest.mark.slow, id="heads of 128-one block"),
+        pytest.param(128, 2, 4, 64, marks=pytest.mark.slow, id="heads of 64-block 128"),
+        pytest.param(512, 2, 4, 64, marks=pytest.mark.slow, id="heads of 64-one block"),
+        pytest.param(128, 1, 2, 128, marks=pytest.mark.slow, id="heads of 128-block 128"),
+        pytest.param(256, 1, 2, 128, marks=pytest.mark.slow, id="heads of 128-block 256"),
     ],
 )
 def test_the_kernels_compute_what_the_plain_way_does(block, kv, group, head, monkeypatch):

@@ -258,7 +258,7 @@ def test_a_reasoner_is_trained_alone_without_computing_the_rest(tiny_prepared, b
     mesh = make_mesh(MeshConfig())
     with jax.set_mesh(mesh):
         trainer = trainer_of(reasoner_alone(tiny_prepared[0]), mesh)
-        metrics = trainer.eval_step(started(trainer, weights), place(batch, trainer))
+        _, metrics = trainer.train_step(started(trainer, weights), place(batch, trainer))
     assert "c0_loss" not in metrics and metrics["text_loss"] > 0 and metrics["ctc_loss"] > 0
     expected = metrics["text_loss"] + 0.5 * metrics["ctc_loss"]
     np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-6)
@@ -428,9 +428,9 @@ def test_a_run_goes_on_on_another_mesh(tiny_prepared, straight, tmp_path):
 
 def test_the_second_stage_starts_from_the_firsts_weights_with_more_of_them_frozen(tiny_prepared, straight, tmp_path, capsys):
     config, prepared = tiny_prepared
-    second = replace(config, "optimizer.freeze", FROZEN)
+    second = replace(replace(config, "optimizer.freeze", FROZEN), "training.steps", 1)
     state = train(second, tmp_path / "run", prepared, init_from=straight[0])
-    assert "initializing from" in capsys.readouterr().out and int(state.step) == 4
+    assert "initializing from" in capsys.readouterr().out and int(state.step) == 1
     with Checkpoints(straight[0], config.checkpoint, access="read") as checkpoints:
         first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         held = {p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=first) for p, x in checkpoints.held().items()}
@@ -439,8 +439,8 @@ def test_the_second_stage_starts_from_the_firsts_weights_with_more_of_them_froze
         np.testing.assert_array_equal(x, before[path], err_msg=path)
     trained = values(state.trained)
     assert {path.split("/")[0] for path in trained} == {"backbone", "decoder", "audio_embedding"}
-    for path, x in trained.items():  # four steps of Adam at a learning rate of 0.01, and weight decay
-        assert 0 < np.abs(x - before[path]).max() < 0.08, path
+    for path, x in trained.items():  # one step of Adam at a learning rate of 0.01, and weight decay
+        assert 0 < np.abs(x - before[path]).max() < 0.02, path
 
 
 def test_weights_that_know_other_tokens_than_the_data_are_refused(tiny_prepared, straight, tmp_path):
@@ -476,8 +476,12 @@ def test_tiny_losses_fall(straight):
     assert len(losses) == 4 and losses[-1] < losses[0]
 
 
-def test_no_step_is_compiled_twice(tiny_prepared, batch, weights):
-    config, mesh = tiny_prepared[0], make_mesh(MeshConfig())
+MESHES = [MeshConfig(), pytest.param(MeshConfig(data=2, fsdp=2, tensor=2), marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=["1x1x1", "2x2x2"])
+def test_no_step_is_compiled_twice(tiny_prepared, batch, weights, mesh):
+    config, mesh = tiny_prepared[0], make_mesh(mesh)
     with jax.set_mesh(mesh):
         trainer = trainer_of(config, mesh)
         rows = place(batch, trainer)

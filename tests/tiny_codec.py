@@ -1,4 +1,4 @@
-"""The recipe by which the tiny Codec is trained; one for all tests, so that they share their compiled programs."""
+"""Training recipe of the tiny Codec. All tests use it, so that its programs are compiled once."""
 
 from chroma_jax.training.codec.discriminator import DiscriminatorConfig
 from chroma_jax.training.codec.losses import CodecLossConfig, MelLossConfig

@@ -15,7 +15,6 @@ import soundfile
 from chroma_jax.audio import load as audio
 from chroma_jax.config import Config
 from chroma_jax.runs.load import load_run
-from chroma_jax.sequence.interleave import FRAMES_PER_PAIR
 from chroma_jax.serving.engine import Engine, EngineConfig
 from chroma_jax.serving.session import Session
 from chroma_jax.utils.atomic_io import replaced_files
@@ -52,8 +51,14 @@ def chat(
     asked = [audio.load(path, audio.REASONER_RATE) for path in questions]
     r = config.generation
     lead = 2.0 if play or not asked else None
-    few = {"slots": 1, "frames_per_call": FRAMES_PER_PAIR}  # more frames at once would only be more to compile
-    sizes = EngineConfig(**few, max_seconds=r.max_seconds, dtype=r.dtype, cache=r.cache, lead_seconds=lead)
+    sizes = EngineConfig(
+        slots=1,
+        frames_per_call=2,  # a user waits for the compilation of each further decode step
+        max_seconds=r.max_seconds,
+        dtype=r.dtype,
+        cache=r.cache,
+        lead_seconds=lead,
+    )
     engine = Engine(model, codec, encoder(tokenizer), tokenizer.decode, sizes)
     player = Player(rate) if play or not asked else None
     print("compiling …", flush=True)

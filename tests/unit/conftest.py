@@ -1,5 +1,5 @@
-"""Tests of single parts run under JAX's strict modes, no implicit promotion of dtypes or ranks and no tracer leaks, and with the
-shapes in signatures checked."""
+"""Tests of single parts run with jaxtyping's shape checks and JAX's strict modes: no implicit promotion of dtypes or ranks, no
+tracer leaks."""
 
 import jax
 import jaxtyping

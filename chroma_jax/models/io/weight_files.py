@@ -1,8 +1,8 @@
 """Weights in and out of safetensors by the name tables, tensor by tensor.
 
-Reading maps the files into memory and copies what each device needs into its part of an array; nothing is compiled, and every
-process reads the bytes of its own devices alone. Writing goes straight from the arrays to the file. Neither holds more than a few
-tensors beside the arrays.
+Reading maps the files into memory and copies each device's shard from there. It compiles nothing, and each process reads only the
+bytes of its own devices. Writing goes straight from the arrays to the file. Neither holds more than a few tensors in addition to
+the arrays.
 """
 
 import functools
@@ -32,8 +32,14 @@ DTYPES = tuple(TYPES.values())
 
 
 class Tensor(NamedTuple):
-    """What a header says of a tensor. dtype: numpy's name for a type of weights. file, offset: where it is, from which byte on;
-    None in a manifest."""
+    """Header entry of a tensor.
+
+    Attributes:
+        shape: Shape.
+        dtype: NumPy's name of a type in `DTYPES`; safetensors' name of any other type.
+        file: The safetensors file; None in a manifest.
+        offset: First byte of the tensor in the file.
+    """
 
     shape: tuple[int, ...]
     dtype: str
@@ -45,12 +51,12 @@ class Tensor(NamedTuple):
         return math.prod(self.shape) * jnp.dtype(self.dtype).itemsize
 
     def mapped(self) -> np.ndarray:
-        """The tensor in its file, of which only what is used is read."""
+        """Maps the tensor's file into memory, read-only. The system reads the pages that are used."""
         assert self.file is not None  # tensors of a manifest are not read
-        if not self.nbytes:
+        if not self.nbytes:  # an empty range cannot be mapped
             return np.zeros(self.shape, jnp.dtype(self.dtype))
-        found = np.memmap(self.file, np.uint8, "r", self.offset, self.nbytes)
-        return found.view(jnp.dtype(self.dtype)).reshape(self.shape)
+        stored = np.memmap(self.file, np.uint8, "r", self.offset, self.nbytes)
+        return stored.view(jnp.dtype(self.dtype)).reshape(self.shape)
 
 
 Header = Mapping[str, Tensor]  # by name
@@ -105,8 +111,8 @@ def read_header(source: Path) -> dict[str, Tensor]:
             for name, entry in entries.items():
                 if name in header and (other := header[name].file):
                     raise InputError(f"{source}: {name} is both in {other.name} and in {file.name}")
-                begins = 8 + size + entry["data_offsets"][0]
-                header[name] = Tensor(tuple(entry["shape"]), TYPES.get(entry["dtype"], entry["dtype"]), file, begins)
+                dtype: str = entry["dtype"]
+                header[name] = Tensor(tuple(entry["shape"]), TYPES.get(dtype, dtype), file, 8 + size + entry["data_offsets"][0])
         except (SafetensorError, OSError) as e:
             raise InputError(f"{file}: not a readable safetensors file ({e})") from e
     return header
@@ -156,9 +162,16 @@ def read_weights(
     abstract: Mapping[str, jax.ShapeDtypeStruct],
     progress: Callable[[int], object] = lambda _: None,
 ) -> dict[str, jax.Array]:
-    """The weights of a table, by path, from the files that a header names; `problems` must have found none.
+    """Reads the weights of a table; `problems` must have found none.
 
-    abstract: shape, dtype and sharding of each weight by path. progress: is told how many bytes of the files are done.
+    Args:
+        rows: The table.
+        header: Header entries of the source by tensor name.
+        abstract: Shape, dtype and sharding of each weight by path.
+        progress: Called with the number of bytes of each weight that has been read.
+
+    Returns:
+        The weights by path.
     """
     return {row.path: _read(row, header, abstract[row.path], progress) for row in rows}
 
@@ -173,8 +186,9 @@ def _read(row: NameRow, header: Header, target: jax.ShapeDtypeStruct, progress: 
     expected = foreign_shape(row.transform, shape)
     layers = [row.transform.to_ours(x.mapped()[: expected[0]] if expected else x.mapped(), shape) for x in tensors]
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
-        """What a device holds, copied: an array that lies in a file could not be donated."""
+    def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+        """Copies one device's shard. JAX could alias the mapped file otherwise, and a donated buffer is written to."""
+        assert index is not None  # shards of arrays have one
         out = np.empty([len(range(*s.indices(n))) for s, n in zip(index, target.shape, strict=True)], target.dtype)
         if row.layers is None:
             out[...] = layers[0][index]
@@ -183,13 +197,12 @@ def _read(row: NameRow, header: Header, target: jax.ShapeDtypeStruct, progress: 
                 out[i] = layer[index[1:]]
         return out
 
-    weight = jax.make_array_from_callback(target.shape, target.sharding, part, dtype=target.dtype)
+    weight = jax.make_array_from_callback(target.shape, target.sharding, shard, dtype=target.dtype)
     progress(sum(x.nbytes for x in tensors))
     return weight
 
 
 # Writing
-
 
 # Numbers travel as unsigned integers, which every device moves as they are; as floats, some are computed with on the way, which
 # quietens NaN and flushes what is tiny.

@@ -1,6 +1,6 @@
 """Where a run's wall time goes: RUN/goodput.jsonl, over all the processes that ever worked on it.
 
-One JSON object per line: ``time`` (UTC, up to which it accounts), ``kind``, ``from_step``, ``to_step``, ``seconds``. Lines are
+One JSON object per line: ``time`` (UTC; the line accounts up to it), ``kind``, ``from_step``, ``to_step``, ``seconds``. Lines are
 added when metrics are, so that all time between two log lines is accounted for, by kind:
 
     start, restart   from the start of the process to its first step: imports, weights, the checkpoint; ``restart`` on a later one
@@ -67,7 +67,7 @@ class GoodputLog:
         self.progress, self.clock, self.step, self.first = progress, clock, step, True
         before = read_goodput_log(run) if self.path else []
         now, self.mark = time.time(), time.perf_counter()
-        self.epoch = now - self.mark  # of the clock that measures
+        self.epoch = now - self.mark  # of time.perf_counter, in seconds since the Unix epoch
         if self.path and before and not self.path.read_bytes().endswith(b"\n"):  # cut short by a crash
             with self.path.open("a") as file:
                 file.write("\n")
@@ -138,7 +138,7 @@ class GoodputLog:
             self.line(kind, step, max(0.0, seconds))
 
     def line(self, kind: str, step: int, seconds: float, *, at: float | None = None, **more) -> None:
-        """Of the moment up to which time is accounted for, or of ``at``."""
+        """Appends a line. Its time is ``at``, or the last call of `write`; both are readings of `time.perf_counter`."""
         if self.path is None:
             return
         moment = datetime.datetime.fromtimestamp(self.epoch + (self.mark if at is None else at), datetime.UTC)
