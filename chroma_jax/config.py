@@ -24,6 +24,7 @@ from chroma_jax.training.optimizer import OptimizerConfig
 from chroma_jax.training.state import PrecisionConfig
 from chroma_jax.utils.build import build
 from chroma_jax.utils.errors import InputError, check_format, near
+from chroma_jax.utils.fields import PositiveInt, ReplySeconds
 from data_pipelines.prepare import DataConfig
 from data_pipelines.waves import CodecDataConfig
 
@@ -48,11 +49,11 @@ class GenerationConfig(SamplingParams):
         50
     """
 
-    max_seconds: float = 20.0
+    max_seconds: ReplySeconds = 20.0
     dtype: typing.Literal["float32", "bfloat16"] = "float32"
     weights: CacheDType = "none"
     cache: CacheDType = "none"
-    tensor: int = 1
+    tensor: PositiveInt = 1
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,7 @@ import numpy as np
 
 from chroma_jax.audio.load import Clip
 from chroma_jax.utils.errors import InputError
+from chroma_jax.utils.fields import Checked, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, Speed
 from data_pipelines.dialogues import SPLITS, Corpus
 from data_pipelines.facts import Exchange, exchanges, normalised
 from data_pipelines.recordings import SOUNDS
@@ -24,7 +25,7 @@ READ_ALOUD = "Say: "
 
 
 @dataclasses.dataclass(frozen=True)
-class CurriculumConfig:
+class CurriculumConfig(Checked):
     """Which examples a pass over the train split has. The valid and test splits have each dialogue once, and each utterance read
     aloud.
 
@@ -50,35 +51,27 @@ class CurriculumConfig:
         max_voices: Number of voices, in alphabetical order, that speak replies; 0 for all.
     """
 
-    dialogue: float = 1.0
-    speech_qa: float = 0.0
-    asr: float = 0.0
-    text_qa: float = 0.0
-    tts: float = 0.0
-    continuation: float = 0.0
+    dialogue: NonNegativeFloat = 1.0
+    speech_qa: NonNegativeFloat = 0.0
+    asr: NonNegativeFloat = 0.0
+    text_qa: NonNegativeFloat = 0.0
+    tts: NonNegativeFloat = 0.0
+    continuation: NonNegativeFloat = 0.0
     unwritten: tuple[str, ...] = ()
-    facts: int = 0
-    holdout_fraction: float = 0.0
-    pseudo_speech: float = 0.0
+    facts: NonNegativeInt = 0
+    holdout_fraction: Fraction = 0.0
+    pseudo_speech: Fraction = 0.0
     prompts: Literal["references", "any"] = "references"
-    prompt_seconds: float = 8.0
-    no_prompt: float = 0.0
-    speeds: tuple[float, ...] = (1.0,)
-    piece_seconds: float = 9.0
-    max_voices: int = 0
+    prompt_seconds: PositiveFloat = 8.0
+    no_prompt: NonNegativeFloat = 0.0
+    speeds: tuple[Speed, ...] = (1.0,)
+    piece_seconds: PositiveFloat = 9.0
+    max_voices: NonNegativeInt = 0
 
     def __post_init__(self):
-        for name in ("dialogue", "speech_qa", "asr", "text_qa", "tts", "continuation", "facts", "no_prompt", "max_voices"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        for name in ("pseudo_speech", "holdout_fraction"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is a share of 1, got {getattr(self, name)}")
-        if not self.speeds or min(self.speeds) < 0.5 or max(self.speeds) > 2:
-            raise ValueError(f"speeds must lie in 0.5 … 2, got {self.speeds}")
-        for name in ("prompt_seconds", "piece_seconds"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be more than 0, got {getattr(self, name)}")
+        super().__post_init__()
+        if not self.speeds:
+            raise ValueError("speeds is empty, expected at least one")
 
 
 class SpokenText(NamedTuple):

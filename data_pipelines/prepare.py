@@ -26,6 +26,7 @@ from chroma_jax.models.io.weight_files import all_tensors
 from chroma_jax.sequence.batch import PackedShape
 from chroma_jax.utils.atomic_io import written_aside
 from chroma_jax.utils.errors import InputError
+from chroma_jax.utils.fields import Checked, PositiveFloat, PositiveInt, Seed
 from data_pipelines.codes import (
     CodecLike,
     Progress,
@@ -57,7 +58,7 @@ from data_pipelines.tokenizer import encoder, load_tokenizer, train_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Checked):
     """What is prepared.
 
     Attributes:
@@ -76,18 +77,12 @@ class DataConfig:
     corpus: str = "embedded"
     tokenizer: str = "train"
     row: PackedShape = PackedShape()
-    prompts_per_dialogue: int = 2
-    max_seconds: float = 30.0
+    prompts_per_dialogue: PositiveInt = 2
+    max_seconds: PositiveFloat = 30.0
     system: str = ""
-    seed: int = 0
+    seed: Seed = 0
     curriculum: CurriculumConfig = CurriculumConfig()
     on_problem: OnProblem = "skip"
-
-    def __post_init__(self):
-        if self.prompts_per_dialogue < 1:
-            raise ValueError(f"prompts_per_dialogue must be at least 1, got {self.prompts_per_dialogue}")
-        if self.on_problem not in ("skip", "strict"):
-            raise ValueError(f"on_problem must be 'skip' or 'strict', got {self.on_problem!r}")
 
 
 def prepare(

@@ -15,9 +15,11 @@ import random
 import zlib
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
+from typing import Annotated
 
 from chroma_jax.utils.atomic_io import write_whole
 from chroma_jax.utils.errors import InputError
+from chroma_jax.utils.fields import Checked, NonNegativeInt, Range, Seed
 from data_pipelines.dialogues import EMBEDDED, SPLITS, read_lines
 from data_pipelines.facts import Exchange, everything, normalised, of_share
 from data_pipelines.sentences import sentences
@@ -27,9 +29,11 @@ RULES = frozenset({"sum", "difference", "product", "double", "comparison", "next
 MOST_PER_KIND = 6  # dialogues of a kind and sort in valid, and in test
 WORDINGS_LEFT = 2  # wordings of a fact that train keeps when another one is held out
 
+HoldoutFraction = Annotated[float, Range(0, 0.5)]
+
 
 @dataclasses.dataclass(frozen=True)
-class TextsConfig:
+class TextsConfig(Checked):
     """What the generator writes.
 
     Attributes:
@@ -41,19 +45,12 @@ class TextsConfig:
         voice: of every reply and sentence, in all splits; empty lets ``synthesize`` draw voices.
     """
 
-    dialogues: int = 3100
-    sentences: int = 8000
-    held_out_sentences: int = 120
-    holdout_fraction: float = 0.08
-    seed: int = 0
+    dialogues: NonNegativeInt = 3100
+    sentences: NonNegativeInt = 8000
+    held_out_sentences: NonNegativeInt = 120
+    holdout_fraction: HoldoutFraction = 0.08
+    seed: Seed = 0
     voice: str = ""
-
-    def __post_init__(self):
-        for name in ("dialogues", "sentences", "held_out_sentences"):
-            if getattr(self, name) < 0:
-                raise InputError(f"--{name} must not be negative, got {getattr(self, name)}")
-        if not 0 <= self.holdout_fraction < 0.5:
-            raise InputError(f"--holdout_fraction is a share from 0 up to 0.5, got {self.holdout_fraction}")
 
 
 def texts(config: TextsConfig, held_out: Iterable[Exchange] | None = None) -> list[dict[str, str]]:

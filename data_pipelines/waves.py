@@ -20,6 +20,7 @@ from chroma_jax.audio.load import Clip
 from chroma_jax.models.codec import CodecConfig
 from chroma_jax.utils.atomic_io import write_json, written_aside
 from chroma_jax.utils.errors import InputError, check_format
+from chroma_jax.utils.fields import Checked, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Speed
 from data_pipelines.codes import Progress, bad_audio, bar, loaded
 from data_pipelines.dataset import check_same
 from data_pipelines.dialogues import OnProblem, Problem, counted, licence, raise_problems
@@ -33,7 +34,7 @@ SPLITS = ("train", "valid")
 
 
 @dataclasses.dataclass(frozen=True)
-class CodecDataConfig:
+class CodecDataConfig(Checked):
     """What to prepare, and how it is cut.
 
     Of a corpus folder with a dialogues.jsonl or an utterances.jsonl, the recordings of its train split (and the references of
@@ -53,28 +54,21 @@ class CodecDataConfig:
     """
 
     corpora: tuple[str, ...] = ("embedded",)
-    max_seconds: float = 60.0
-    crop_frames: int = 12
-    level_db: float = 6.0
-    speeds: tuple[float, ...] = (1.0,)
-    valid_seconds: float = 4.0
+    max_seconds: PositiveFloat = 60.0
+    crop_frames: PositiveInt = 12
+    level_db: NonNegativeFloat = 6.0
+    speeds: tuple[Speed, ...] = (1.0,)
+    valid_seconds: PositiveFloat = 4.0
     on_problem: OnProblem = "skip"
-    real_share: float | None = None
-    free_input: float = 1.0
+    real_share: Fraction | None = None
+    free_input: Fraction = 1.0
 
     def __post_init__(self):
-        for name in ("real_share", "free_input"):
-            if getattr(self, name) is not None and not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in 0 … 1, got {getattr(self, name)}")
+        super().__post_init__()
         if not self.corpora:
-            raise ValueError("corpora names no folder")
-        for name in ("max_seconds", "crop_frames", "valid_seconds"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be more than 0, got {getattr(self, name)}")
-        if not self.speeds or min(self.speeds) < 0.5 or max(self.speeds) > 2:
-            raise ValueError(f"speeds must lie in 0.5 … 2, got {self.speeds}")
-        if self.level_db < 0:
-            raise ValueError(f"level_db must not be negative, got {self.level_db}")
+            raise ValueError("corpora is empty, expected at least one folder")
+        if not self.speeds:
+            raise ValueError("speeds is empty, expected at least one")
 
 
 class WaveBatch(NamedTuple):

@@ -17,6 +17,7 @@ from tiny_speaker import CONFIG, MAX_FRAMES, SIZES, encode, generator_for, token
 
 from chroma_jax.inference import placement as placing
 from chroma_jax.inference.admission import Admission
+from chroma_jax.inference.detokenizer import Detokenizer
 from chroma_jax.inference.generator import encode_reference
 from chroma_jax.inference.prompt import make_prompt
 from chroma_jax.inference.sampling import SamplingParams
@@ -414,9 +415,9 @@ def test_a_file_that_is_no_voice_of_this_model_is_refused(modules, engine, tmp_p
 
 def test_what_does_not_fit_is_refused_with_a_reason(modules, engine):
     for change, message in (
-        ({"slots": 3}, "slots is 3, must be one of 1, 2, 4"),
-        ({"frames_per_call": 3}, "frames_per_call is 3, must be one of"),
-        ({"chunk": 0}, "chunk is 0, must be more than 0"),
+        ({"slots": 3}, "slots is 3, expected one of 1, 2, 4"),
+        ({"frames_per_call": 3}, "frames_per_call is 3, expected one of"),
+        ({"chunk": 0}, "chunk is 0, expected a whole number of at least 1"),
         ({"max_seconds": 1e-5}, "less than one frame"),
         ({"text_positions": 20}, "text_positions is 20; a reply of .* alone needs"),
     ):
@@ -450,6 +451,155 @@ def test_what_does_not_fit_is_refused_with_a_reason(modules, engine):
     for session in sessions:
         session.close()
     engine.open("low").close()
+
+
+HALF = "\ud83d"  # of an emoji
+BAD_SAMPLING = [
+    *(("seed", value) for value in (-1, 2**32, 2**64, 1.5, "1", None, True, [1])),
+    *(("top_k", value) for value in (-1, 2**31, 2**40, 2.5, "5", None)),
+    *(("temperature", value) for value in (-1, float("nan"), float("inf"), "warm", None, 1e-9, 1e9, 10**400)),
+    *(("top_p", value) for value in (0, -0.1, 1.5, float("nan"), 1e-30, "all", None)),
+]
+BAD_OPENING = [
+    *(("voice", value) for value in ("lov", None, 3, ["low"], HALF)),
+    *(("system", value) for value in (5, None, HALF, "x" * 200, b"x")),
+    *(("sampling", value) for value in ("greedy", None, 0.7, {"seed": 1})),
+    *(("max_frames", value) for value in (0, -1, 2.5, "3", MAX_FRAMES + 1, 2**40, float("nan"), True)),
+]
+BAD_SAMPLES = [
+    *(None, "abc", 3.0, [[0.1], [0.1, 0.2]], np.zeros(10, np.int16), np.zeros((2, 10), np.float32), np.zeros(3, complex)),
+    *(np.array([0.1, value], np.float64) for value in (float("nan"), float("inf"), 1e300, 32768.0)),
+    np.array([0.1, None]),
+]
+BAD_TEXTS = [5, None, b"x", HALF, "x" * 200, ["x"]]
+BAD_PLAYED = [-1, 1.5, "3", float("nan"), True, [1]]
+
+
+def test_one_client_s_bad_values_reach_no_other(modules, engine):
+    """Three conversations go on bit for bit while a fourth client tries everything; its own conversation is unharmed too."""
+    scripts = [script(seed) for seed in range(40, 49)]
+    alone = [perform(engine, s) for s in scripts]
+    with engine.open("low") as session:
+        own = answer(session, 21)
+    together: list = [None] * len(scripts)
+    done = threading.Event()
+
+    def client(first: int) -> None:
+        for i in range(first, len(scripts), 3):
+            together[i] = perform(engine, scripts[i])
+
+    def refused(call, *given, **named) -> None:
+        with pytest.raises(InputError) as caught:
+            call(*given, **named)
+        assert "\n" not in str(caught.value)
+
+    def bad_client() -> None:
+        while not done.is_set():
+            for name, value in BAD_SAMPLING:
+                refused(lambda n=name, v=value: engine.open("low", sampling=SamplingParams(**{n: v})))
+            for name, value in BAD_OPENING:
+                refused(lambda n=name, v=value: engine.open(**({"voice": "low"} | {n: v})))
+            with engine.open("low") as session:
+                for value in BAD_PLAYED:
+                    refused(session.cancel, value)
+                for value in BAD_SAMPLES:
+                    refused(session.feed, value)
+                    refused(engine.add_voice, "new", value, "")
+                for value in BAD_TEXTS:
+                    refused(session.end_turn, value)
+                for value in (5, None, HALF):
+                    refused(engine.add_voice, "new", speech(1, VOICE), value)
+                same(answer(session, 21), own)
+                for value in BAD_PLAYED:
+                    refused(session.cancel, value)
+
+    failures: list[BaseException] = []
+
+    def guarded() -> None:
+        try:
+            bad_client()
+        except BaseException as e:
+            failures.append(e)
+
+    fourth = threading.Thread(target=guarded)
+    fourth.start()
+    others = [threading.Thread(target=client, args=(first,)) for first in range(3)]
+    for thread in others:
+        thread.start()
+    for thread in others:
+        thread.join()
+    done.set()
+    fourth.join()
+    assert not failures, failures
+    for ours, theirs in zip(together, alone, strict=True):
+        for one, other in zip(ours, theirs, strict=True):
+            same(one, other)
+    assert engine.measures()["failures"] == 0 and engine.compilations == 0
+
+
+@pytest.mark.parametrize("where", ["decode", "speech", "begin", "replied", "cut"])
+def test_an_exception_in_one_conversation_ends_it_and_no_other(modules, where, monkeypatch):
+    """Whatever raises on the engine's thread for one conversation: its client gets a typed error, its slot is free again."""
+    with made(modules) as engine:
+        with engine.open("low") as session:
+            expected = answer(session, 21)
+        victim, other = engine.open("high", sampling=SamplingParams()), engine.open("low")
+        if where == "decode":
+            monkeypatch.setattr("chroma_jax.serving.scheduler.Detokenizer", lambda decode, end: Unreadable(decode, end, victim))
+        elif where == "begin":
+            object.__setattr__(victim.sampling, "seed", -1)  # past all checks
+        elif where == "cut":
+            monkeypatch.setattr(engine.scheduler, "cut", broken)
+        else:
+            monkeypatch.setattr(victim.conversation, where, broken)
+        fed(other, speech(21, 5000))
+        fed(victim, speech(22, 5000))
+        with pytest.raises(EngineError, match="the conversation failed"):
+            victim.end_turn()
+            for _ in victim:
+                if where == "cut":
+                    victim.cancel()
+                    wait_until(lambda: victim.closed)
+                    victim.feed(speech(22, 100))
+        other.end_turn()
+        chunks = list(other)
+        same((np.concatenate([c.samples for c in chunks]), [t for _, t in other.reply.tokens]), expected)
+        monkeypatch.undo()
+        sessions = [engine.open("low") for _ in range(SLOTS - 1)]  # all slots but that of the other one
+        for session in sessions:
+            same(answer(session, 21), expected)
+        assert engine.measures()["failures"] == 1 and engine.compilations == 0
+        victim.close()
+
+
+class Unreadable:
+    """A detokenizer that fails for one conversation."""
+
+    def __init__(self, decode, end, victim):
+        self._detokenizer, self._victim = Detokenizer(decode, end), victim
+
+    def add(self, token: int) -> str:
+        if self is self._victim.current.text:
+            raise ValueError("no such token")
+        return self._detokenizer.add(token)
+
+
+def test_a_client_whose_event_loop_is_closed_harms_nobody(engine):
+    with engine.open("low") as session, engine.open("low") as other:
+        fed(session, speech(3, 5000))
+
+        async def leaves_at_once():
+            session.end_turn()
+            waiting = asyncio.ensure_future(anext(aiter(session)))
+            await asyncio.sleep(0)
+            return waiting  # still waiting when the loop is closed
+
+        loop = asyncio.new_event_loop()
+        loop.run_until_complete(leaves_at_once())
+        loop.close()
+        answer(other, 12)
+        wait_until(lambda: session.reply.ended)
+        assert engine.measures()["failures"] == 0
 
 
 def broken(*_):

@@ -6,10 +6,11 @@ import numpy as np
 import scipy.fft
 
 from chroma_jax.audio.log_mel import FeatureConfig
+from chroma_jax.utils.fields import Checked, Fraction, NonNegativeFloat, NonNegativeInt
 
 
 @dataclasses.dataclass(frozen=True)
-class AugmentConfig:
+class AugmentConfig(Checked):
     """Random changes to the user's speech, to its features, and to the frames that the Backbone is fed.
 
     Attributes:
@@ -26,25 +27,21 @@ class AugmentConfig:
             stay.
     """
 
-    gain_db: float = 0.0
-    noise: float = 0.0
+    gain_db: NonNegativeFloat = 0.0
+    noise: NonNegativeFloat = 0.0
     snr_db: tuple[float, float] = (10.0, 40.0)
-    tilt_db: float = 0.0
-    warp: float = 0.0
-    time_masks: int = 0
-    time_mask: int = 20
-    bin_masks: int = 0
-    bin_mask: int = 20
-    frame_substitution_prob: float = 0.0
+    tilt_db: NonNegativeFloat = 0.0
+    warp: NonNegativeFloat = 0.0
+    time_masks: NonNegativeInt = 0
+    time_mask: NonNegativeInt = 20
+    bin_masks: NonNegativeInt = 0
+    bin_mask: NonNegativeInt = 20
+    frame_substitution_prob: Fraction = 0.0
 
     def __post_init__(self):
-        for name in ("gain_db", "noise", "tilt_db", "warp", "time_masks", "bin_masks"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"augment.{name} must not be negative, got {getattr(self, name)}")
+        super().__post_init__()
         if self.snr_db[0] > self.snr_db[1]:
-            raise ValueError(f"augment.snr_db {self.snr_db} does not go from low to high")
-        if not 0 <= self.frame_substitution_prob <= 1:
-            raise ValueError(f"augment.frame_substitution_prob must lie in 0 … 1, got {self.frame_substitution_prob}")
+            raise ValueError(f"snr_db is {self.snr_db}, expected the lower one first")
 
     def wave(self, wave: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """wave: float32 [S]. Returns float32 [S]."""

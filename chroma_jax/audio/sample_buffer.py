@@ -4,6 +4,30 @@ import numpy as np
 
 from chroma_jax.utils.errors import InputError
 
+MAX_LEVEL = 32.0  # far above what clips, far below speech in units of 16-bit integers
+
+
+def checked_samples(samples: object) -> np.ndarray:
+    """Samples of one channel as an array, without a copy.
+
+    Args:
+        samples: float [S] in −1 … 1; S ≥ 0.
+
+    Raises:
+        InputError: Another dtype or shape, values that are not finite, or far outside of −1 … 1.
+    """
+    try:
+        wave = np.asarray(samples)
+    except ValueError:  # lists of different lengths
+        wave = np.array([None])
+    if wave.ndim != 1 or not np.issubdtype(wave.dtype, np.floating):
+        raise InputError(f"samples must be floats [S] in −1 … 1, got {wave.dtype} {list(wave.shape)}")
+    if not np.isfinite(wave).all():
+        raise InputError("samples hold values that are not finite")
+    if len(wave) and (peak := np.abs(wave).max()) > MAX_LEVEL:
+        raise InputError(f"samples reach {peak:.4g}, expected −1 … 1; divide 16-bit integers by 32768")
+    return wave
+
 
 class SampleBuffer:
     """Samples that wait until there are enough of them; joined only then, so that small pieces cost little."""
@@ -16,13 +40,8 @@ class SampleBuffer:
         return self._length
 
     def add(self, samples: np.ndarray) -> None:
-        """samples: float [S] in −1 … 1, S ≥ 0; copied. Raises: InputError for another type or shape, or for values that are
-        not finite."""
-        samples = np.array(samples)  # the caller may use its buffer again
-        if samples.ndim != 1 or not np.issubdtype(samples.dtype, np.floating):
-            raise InputError(f"samples must be floats [S] in −1 … 1, got {samples.dtype} {list(samples.shape)}")
-        if not np.isfinite(samples).all():
-            raise InputError("samples hold values that are not finite")
+        """samples: float [S] in −1 … 1, S ≥ 0; copied. Raises: as `checked_samples`."""
+        samples = np.array(checked_samples(samples))  # the caller may use its buffer again
         self._parts.append(samples)
         self._length += len(samples)
 

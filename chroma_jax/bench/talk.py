@@ -12,7 +12,8 @@ from chroma_jax.models.chroma import ChromaConfig
 from chroma_jax.sequence.chat_template import question
 from chroma_jax.serving.engine import Engine
 from chroma_jax.serving.session import Session
-from chroma_jax.utils.errors import InputError
+from chroma_jax.utils.errors import FieldError, InputError
+from chroma_jax.utils.fields import Checked, NonNegativeInt, PositiveFloat, PositiveInt
 
 RATE = 16_000  # of what the user says
 PIECE = 1280  # samples that a microphone gives at a time, 80 ms
@@ -22,25 +23,23 @@ VOICE = "voice"  # its name
 
 
 @dataclasses.dataclass(frozen=True)
-class Talk:
+class Talk(Checked):
     """Lengths of a conversation's parts. question_tokens: of its text, with everything that stands around the speech;
     voice_tokens: of the transcript. frames: of every reply, no fewer and no more. fed: "live" as a microphone would, "at once"
     when the reply is asked for.
     """
 
-    question_seconds: float = 5.0
-    question_tokens: int = 24
-    voice_seconds: float = 3.0
-    voice_tokens: int = 20
-    frames: int = 40
+    question_seconds: PositiveFloat = 5.0
+    question_tokens: NonNegativeInt = 24
+    voice_seconds: PositiveFloat = 3.0
+    voice_tokens: PositiveInt = 20
+    frames: PositiveInt = 40
     fed: Literal["live", "at once"] = "at once"
 
     def __post_init__(self):
-        for name in ("question_seconds", "voice_seconds", "voice_tokens"):
-            if getattr(self, name) <= 0:
-                raise InputError(f"{name} is {getattr(self, name)}, must be more than 0")
+        super().__post_init__()
         if self.frames < 2:
-            raise InputError(f"frames is {self.frames}, must be at least 2")
+            raise FieldError(f"frames is {self.frames}, expected a whole number of at least 2")
 
     def question(self) -> np.ndarray:
         """float32 [S] at 16 kHz."""

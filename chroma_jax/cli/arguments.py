@@ -7,6 +7,17 @@ from typing import Annotated, Literal
 import tyro
 
 from chroma_jax.parallel.multihost import DistributedConfig
+from chroma_jax.utils.fields import (
+    Checked,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Range,
+    ReplySeconds,
+    Seed,
+)
 
 Positional = tyro.conf.Positional
 Flag = tyro.conf.FlagCreatePairsOff[bool]
@@ -14,7 +25,7 @@ Source = Annotated[Positional[str], tyro.conf.arg(metavar="CONFIG")]
 
 
 @dataclasses.dataclass(frozen=True)
-class Prepare:
+class Prepare(Checked):
     """Prepares a dataset for training: packed sequences of spoken dialogues, or recordings for a Codec.
 
     Attributes:
@@ -33,7 +44,7 @@ class Prepare:
 
 
 @dataclasses.dataclass(frozen=True)
-class Texts:
+class Texts(Checked):
     """Generates questions with answers, and sentences, for ``synthesize``.
 
     Attributes:
@@ -46,15 +57,15 @@ class Texts:
     """
 
     out: Positional[Path]
-    dialogues: int = 3100
-    sentences: int = 8000
-    holdout_fraction: float = 0.08
-    seed: int = 0
+    dialogues: NonNegativeInt = 3100
+    sentences: NonNegativeInt = 8000
+    holdout_fraction: Annotated[float, Range(0, 0.5)] = 0.08
+    seed: Seed = 0
     voice: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
-class Synthesize:
+class Synthesize(Checked):
     """Synthesizes a corpus folder for ``prepare`` from texts, with a text-to-speech engine.
 
     Attributes:
@@ -76,17 +87,17 @@ class Synthesize:
     out: Positional[Path]
     engine: str = "hibari"
     phase: Literal["free", "canonical", "both"] = "free"
-    voices: int = 64
-    held_out_voices: int = 16
-    hours: float | None = None
-    seed: int = 0
-    workers: int | None = None
-    check: float | None = None
-    max_wer: float = 0.5
+    voices: Annotated[int, Range(1, 9999)] = 64
+    held_out_voices: Annotated[int, Range(1, 9999)] = 16
+    hours: PositiveFloat | None = None
+    seed: Seed = 0
+    workers: PositiveInt | None = None
+    check: Fraction | None = None
+    max_wer: NonNegativeFloat = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
-class Train:
+class Train(Checked):
     """Trains a speaking model or a Codec; on an existing run folder, resumes from its newest checkpoint.
 
     SIGTERM and Ctrl-C end it after the running step, with a checkpoint and exit code 75.
@@ -110,7 +121,7 @@ class Train:
 
 
 @dataclasses.dataclass(frozen=True)
-class Status:
+class Status(Checked):
     """Prints a run's progress, where its wall time went, and what interrupted it. The run may be running.
 
     Attributes:
@@ -123,7 +134,7 @@ class Status:
 
 
 @dataclasses.dataclass(frozen=True)
-class Info:
+class Info(Checked):
     """Prints parameters, bytes and FLOPs of a configuration, part by part.
 
     Attributes:
@@ -134,7 +145,7 @@ class Info:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Plan(Checked):
     """Plans a training or decode step ahead of time for a TPU topology: memory, time and cost. No TPU is needed.
 
     Needs the TPU compiler (extra "tpu"). The mesh is the one that the configuration recommends for that pod, unless flags set it.
@@ -157,21 +168,21 @@ class Plan:
 
     source: Source
     topology: str
-    slices: int = 1
+    slices: PositiveInt = 1
     effort: Literal["full", "quick"] = "full"
-    dollars_per_chip_hour: float | None = None
+    dollars_per_chip_hour: NonNegativeFloat | None = None
     search: Flag = False
     out: Path | None = None
     aot_executable: Path | None = None
     step: Literal["train", "stream"] = "train"
-    slots: tuple[int, ...] = (8,)
-    positions: int = 2048
+    slots: tuple[PositiveInt, ...] = (8,)
+    positions: PositiveInt = 2048
     weights: tuple[Literal["float32", "bfloat16", "int8"], ...] = ("bfloat16",)
     cache: Literal["bfloat16", "int8"] = "bfloat16"
 
 
 @dataclasses.dataclass(frozen=True)
-class BenchTrain:
+class BenchTrain(Checked):
     """Measures training steps on full random sequences, alternating with a peer, and prints JSON.
 
     Attributes:
@@ -183,14 +194,14 @@ class BenchTrain:
     """
 
     source: Source
-    batch_size: int = 2
-    rounds: int = 5
+    batch_size: PositiveInt = 2
+    rounds: PositiveInt = 5
     peer: Literal["torch", "none"] = "torch"
     out: Path | None = None
 
 
 @dataclasses.dataclass(frozen=True)
-class BenchStream:
+class BenchStream(Checked):
     """Measures live conversations, alternating with a peer, and prints JSON.
 
     Attributes:
@@ -210,22 +221,22 @@ class BenchStream:
     """
 
     source: Source
-    slots: tuple[int, ...] = (1, 8, 32)
-    frames: int = 40
-    question_seconds: float = 5.0
-    question_tokens: int = 24
-    voice_seconds: float = 3.0
-    voice_tokens: int = 20
+    slots: tuple[PositiveInt, ...] = (1, 8, 32)
+    frames: PositiveInt = 40
+    question_seconds: PositiveFloat = 5.0
+    question_tokens: NonNegativeInt = 24
+    voice_seconds: PositiveFloat = 3.0
+    voice_tokens: PositiveInt = 20
     live: Flag = False
-    rounds: int = 3
-    text_positions: int = 2048
-    chunk: int = 64
+    rounds: PositiveInt = 3
+    text_positions: PositiveInt = 2048
+    chunk: PositiveInt = 64
     peer: Literal["torch", "none"] = "none"
     out: Path | None = None
 
 
 @dataclasses.dataclass(frozen=True)
-class BenchSmall:
+class BenchSmall(Checked):
     """Measures the quality that int8 weights and caches cost, teacher-forced on prepared data, and prints JSON.
 
     Attributes:
@@ -240,13 +251,13 @@ class BenchSmall:
     run: Positional[Path]
     dataset_dir: Path
     split: str = "valid"
-    batch_size: int = 8
-    batches: int | None = None
+    batch_size: PositiveInt = 8
+    batches: PositiveInt | None = None
     out: Path | None = None
 
 
 @dataclasses.dataclass(frozen=True)
-class BenchSoak:
+class BenchSoak(Checked):
     """Runs clients that open, interrupt and close conversations at random, compares each with itself alone, and prints JSON.
 
     Exit code 1 if a conversation differed or something was compiled.
@@ -261,15 +272,15 @@ class BenchSoak:
     """
 
     run: Positional[Path]
-    slots: int = 8
-    minutes: float = 10.0
-    scripts: int = 12
-    max_seconds: float = 4.0
+    slots: PositiveInt = 8
+    minutes: PositiveFloat = 10.0
+    scripts: PositiveInt = 12
+    max_seconds: ReplySeconds = 4.0
     out: Path | None = None
 
 
 @dataclasses.dataclass(frozen=True)
-class Generate:
+class Generate(Checked):
     """Replies to a spoken question in the voice of a reference recording.
 
     Flags beginning with --generation override the run's settings.
@@ -290,7 +301,7 @@ class Generate:
 
 
 @dataclasses.dataclass(frozen=True)
-class Chat:
+class Chat(Checked):
     """Talks with a model, turn by turn: from recordings, or through a microphone.
 
     Flags beginning with --generation override the run's settings.
@@ -318,7 +329,7 @@ class Chat:
 
 
 @dataclasses.dataclass(frozen=True)
-class Prompt:
+class Prompt(Checked):
     """Writes the input of a serving artifact: a spoken question, and a voice to reply in.
 
     Flags beginning with --generation set the sampling.
@@ -341,7 +352,7 @@ class Prompt:
 
 
 @dataclasses.dataclass(frozen=True)
-class Import:
+class Import(Checked):
     """Imports checkpoints: Chroma, or for a warm start Qwen2.5-Omni, CSM-1B and Mimi, in any combination.
 
     Attributes:
@@ -360,7 +371,7 @@ class Import:
 
 
 @dataclasses.dataclass(frozen=True)
-class Export:
+class Export(Checked):
     """Exports a run's newest checkpoint to the Hugging Face layout, or as a serving artifact.
 
     Attributes:
@@ -382,17 +393,17 @@ class Export:
     dest: Positional[Path]
     format: Literal["huggingface", "stablehlo"] = "huggingface"
     dtype: Literal["stored", "float32", "bfloat16"] = "stored"
-    shard_gb: float = 4.0
+    shard_gb: PositiveFloat = 4.0
     platforms: tuple[Literal["cpu", "tpu", "cuda", "rocm"], ...] = ("cpu", "tpu", "cuda")
-    batch_size: int = 1
-    question_seconds: float = 10.0
-    text: int = 320
-    voice: int = 256
-    max_frames: int = 250
+    batch_size: PositiveInt = 1
+    question_seconds: PositiveFloat = 10.0
+    text: PositiveInt = 320
+    voice: PositiveInt = 256
+    max_frames: PositiveInt = 250
 
 
 @dataclasses.dataclass(frozen=True)
-class Verify:
+class Verify(Checked):
     """Runs a suite of golden cases on the device at hand; exit code 1 if any fails.
 
     Attributes:
@@ -405,7 +416,7 @@ class Verify:
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluate:
+class Evaluate(Checked):
     """Evaluates a run on held-out dialogues: its Codec, and a speaking model's replies in text and audio.
 
     Flags beginning with --generation set the sampling.
@@ -428,7 +439,7 @@ class Evaluate:
     suite: str = "parley"
     split: Literal["test", "valid"] = "test"
     corpus: str | None = None
-    limit: int | None = None
+    limit: PositiveInt | None = None
     parts: tuple[Literal["codec", "answers", "ablations", "knowledge", "reading"], ...] = ("codec", "answers")
     asr_model: Path | None = None
     speaker_model: Path | None = None

@@ -77,8 +77,6 @@ def synthesize(args: Synthesize) -> int:
     from data_pipelines.synthesis.synthesize import synthesize
 
     share = 0.02 if args.check is None else args.check
-    if not 0 <= share <= 1 or args.max_wer < 0:
-        raise InputError(f"--check is {share:g} and --max_wer {args.max_wer:g}; expected a share of 0 to 1, and 0 or more")
     config = SynthesisConfig(
         **{name: getattr(args, name) for name in ("engine", "phase", "voices", "held_out_voices", "hours", "seed")}
     )
@@ -253,8 +251,6 @@ def bench_small(args: BenchSmall, config) -> int:
     from chroma_jax.bench.small import bench_small
     from chroma_jax.runs.load import load_run
 
-    if args.batch_size < 1 or (args.batches is not None and args.batches < 1):
-        raise InputError(f"--batch_size is {args.batch_size} and --batches {args.batches}; they must be at least 1")
     reply = dataclasses.replace(config.generation, dtype="float32", weights="none")
     model, _, _ = load_run(args.run, dataclasses.replace(config, generation=reply))
     found = bench_small(model, args.dataset_dir, split=args.split, rows=args.batch_size, batches=args.batches)
@@ -272,9 +268,6 @@ def bench_train(args: BenchTrain, config) -> int:
 
     if not isinstance(config, Config):
         raise InputError("bench train wants the configuration of a speaking model")
-    for name in ("batch_size", "rounds"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name} is {getattr(args, name)}, must be at least 1")
     run_by_caller()
     return measured(bench_train(config, rows=args.batch_size, rounds=args.rounds, peer=args.peer), args.out)
 
@@ -296,8 +289,6 @@ def bench_stream(args: BenchStream, config) -> int:
 
     if not isinstance(config, Config):
         raise InputError("bench stream wants the configuration of a speaking model, or its run folder")
-    if args.rounds < 1:
-        raise InputError(f"--rounds is {args.rounds}, must be at least 1")
     lengths = ("question_seconds", "question_tokens", "voice_seconds", "voice_tokens", "frames")
     talk = Talk(**{name: getattr(args, name) for name in lengths}, fed="live" if args.live else "at once")
     given = {name: getattr(args, name) for name in ("slots", "rounds", "text_positions", "chunk", "peer")}
@@ -311,8 +302,6 @@ def bench_stream(args: BenchStream, config) -> int:
 def bench_soak(args: BenchSoak, config) -> int:
     from chroma_jax.bench.soak import bench_soak
 
-    if args.minutes <= 0 or args.scripts < 1:
-        raise InputError(f"--minutes is {args.minutes:g} and --scripts {args.scripts}; both must be more than 0")
     given = {name: getattr(args, name) for name in ("slots", "minutes", "scripts", "max_seconds")}
     found = bench_soak(args.run, config, **given)
     measured(found, args.out)

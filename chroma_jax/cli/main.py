@@ -45,6 +45,7 @@ COMMANDS: dict[str, tuple[type, Callable, Literal["file", "run", "speaking run",
     "bench soak": (arguments.BenchSoak, commands.bench_soak, "speaking run"),
     "verify": (arguments.Verify, commands.verify, "none"),
 }
+CLASSES = {accepted.__name__ for accepted, *_ in COMMANDS.values()}
 GROUPS = {"convert": "Converts checkpoints", "bench": "Measures speed and quality"}
 ALIASES = {"generate": ("reply",)}
 
@@ -214,4 +215,15 @@ def one_line(box: str) -> str:
             break
         if line and set(line) != {"-"}:
             kept.append(line)
-    return " ".join(kept) or " ".join(lines).strip()
+    return flag_named(" ".join(kept) or " ".join(lines).strip())
+
+
+def flag_named(message: str) -> str:
+    """The message of a field that a dataclass refused, with its flag in place of tyro's path."""
+    found = re.fullmatch(r"Error parsing ([\w.]+): (.*)", message)
+    if found is None:
+        return message
+    path = [part for part in found[1].split(".") if part not in ("__tyro_dummy_inner__", "config", *CLASSES)]
+    if re.match(r"[\w.\[\]]+ (is|are) ", found[2]):
+        return f"--{'.'.join([*path, found[2]])}"
+    return f"--{'.'.join(path)}: {found[2]}" if path else found[2]

@@ -159,6 +159,10 @@ class BatchState:
         with with_place(self._place):
             self._state = self._idle()
 
+    def intact(self) -> bool:
+        """Whether the state is there: a program that fails after it began has used up the state that was donated to it."""
+        return not any(x.is_deleted() for x in jax.tree.leaves(self._state))
+
     def ready(self) -> None:
         """Waits for the device."""
         jax.block_until_ready(self._state)

@@ -1,17 +1,21 @@
 """Choosing a code from logits: greedy, or by temperature, top-k and top-p; each row by its own settings and random key."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Float32, Int32, Key
 
 from chroma_jax.utils.arrays import AnyArray
+from chroma_jax.utils.errors import FieldError
+from chroma_jax.utils.fields import Checked, NonNegativeInt, Range, Seed
+
+MIN_TEMPERATURE = 1e-3  # logits divided by less overflow
 
 
 @dataclasses.dataclass(frozen=True)
-class SamplingParams:
+class SamplingParams(Checked):
     """How codes are sampled.
 
     Attributes:
@@ -25,10 +29,15 @@ class SamplingParams:
         50
     """
 
-    temperature: float = 0.0
-    top_k: int = 50
-    top_p: float = 1.0
-    seed: int = 0
+    temperature: Annotated[float, Range(0, 100)] = 0.0
+    top_k: NonNegativeInt = 50
+    top_p: Annotated[float, Range(1e-6, 1)] = 1.0
+    seed: Seed = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if 0 < self.temperature < MIN_TEMPERATURE:
+            raise FieldError(f"temperature is {self.temperature}, expected 0 (greedy), or a number from {MIN_TEMPERATURE} to 100")
 
 
 class Sampling(NamedTuple):

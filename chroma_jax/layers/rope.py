@@ -11,10 +11,11 @@ from jaxtyping import Float, Float32, Int
 
 from chroma_jax.parallel.sharding import active, on_tpu
 from chroma_jax.utils.arrays import AnyArray
+from chroma_jax.utils.fields import Checked, PositiveFloat, PositiveInt
 
 
 @dataclasses.dataclass(frozen=True)
-class RopeConfig:
+class RopeConfig(Checked):
     """Rotary position embeddings.
 
     Attributes:
@@ -26,12 +27,12 @@ class RopeConfig:
         original_max_position_embeddings: Context length before the stretch.
     """
 
-    theta: float = 500_000.0
+    theta: PositiveFloat = 500_000.0
     scaling: Literal["none", "llama3"] = "none"
-    factor: float = 32.0
-    low_freq_factor: float = 0.125
-    high_freq_factor: float = 0.5
-    original_max_position_embeddings: int = 1024
+    factor: PositiveFloat = 32.0
+    low_freq_factor: PositiveFloat = 0.125
+    high_freq_factor: PositiveFloat = 0.5
+    original_max_position_embeddings: PositiveInt = 1024
 
 
 def inverse_frequencies(config: RopeConfig, head_dim: int) -> Float32[np.ndarray, "{head_dim//2}"]:

@@ -27,6 +27,7 @@ from chroma_jax.layers.linear import LayerNorm, Linear, RMSNorm, for_compute, we
 from chroma_jax.layers.rope import RopeConfig
 from chroma_jax.parallel.sharding import RULES, AxisRules
 from chroma_jax.utils.arrays import AnyArray
+from chroma_jax.utils.fields import Checked, PositiveFloat, PositiveInt
 
 Remat = Literal["none", "dots", "attention", "full"]
 DOTS = ("dots", SAVED)  # named where they are computed: here, in `attention`, `xla_attention` and the kernels
@@ -90,7 +91,7 @@ def through_cached(
 
 
 @dataclasses.dataclass(frozen=True)
-class LlamaConfig:
+class LlamaConfig(Checked):
     """Sizes of a Llama stack.
 
     Attributes:
@@ -108,13 +109,13 @@ class LlamaConfig:
         rules: Logical axis → mesh axes.
     """
 
-    num_hidden_layers: int
-    hidden_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    intermediate_size: int
-    rms_norm_eps: float = 1e-5
+    num_hidden_layers: PositiveInt
+    hidden_size: PositiveInt
+    num_attention_heads: PositiveInt
+    num_key_value_heads: PositiveInt
+    head_dim: PositiveInt
+    intermediate_size: PositiveInt
+    rms_norm_eps: PositiveFloat = 1e-5
     qkv_bias: bool = False
     rope: RopeConfig = RopeConfig()
     remat: Remat = "none"
@@ -122,11 +123,14 @@ class LlamaConfig:
     rules: AxisRules = RULES
 
     def __post_init__(self):
+        super().__post_init__()
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
-                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
+                f"num_attention_heads is {self.num_attention_heads}, expected a multiple of "
                 f"num_key_value_heads {self.num_key_value_heads}"
             )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim is {self.head_dim}, expected an even number")
 
     def empty_cache(self, batch: int, capacity: int, dtype) -> KVCache:
         return KVCache.zeros(self.num_hidden_layers, batch, capacity, self.num_key_value_heads, self.head_dim, dtype, self.rules)
@@ -223,7 +227,7 @@ class Llama(nnx.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class EncoderConfig:
+class EncoderConfig(Checked):
     """Sizes of an encoder stack.
 
     Attributes:
@@ -242,16 +246,16 @@ class EncoderConfig:
         rules: Logical axis → mesh axes.
     """
 
-    num_hidden_layers: int
-    hidden_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    intermediate_size: int
-    norm_eps: float = 1e-5
+    num_hidden_layers: PositiveInt
+    hidden_size: PositiveInt
+    num_attention_heads: PositiveInt
+    num_key_value_heads: PositiveInt
+    head_dim: PositiveInt
+    intermediate_size: PositiveInt
+    norm_eps: PositiveFloat = 1e-5
     attention_bias: str = ""
     mlp_bias: bool = False
-    layer_scale: float | None = None
+    layer_scale: PositiveFloat | None = None
     rope: RopeConfig | None = None
     remat: Remat = "none"
     rules: AxisRules = RULES

@@ -24,12 +24,13 @@ from chroma_jax.layers.linear import LayerNorm, Linear, for_compute, normal, wei
 from chroma_jax.layers.transformer import Encoder, EncoderConfig, Remat
 from chroma_jax.parallel.sharding import RULES, AxisRules, active, leading_spec, reshape_rows
 from chroma_jax.utils.arrays import AnyArray
+from chroma_jax.utils.fields import Checked, PositiveInt
 
 Count = TypeVar("Count", int, Int[jax.Array, "*B"], Int[np.ndarray, "*B"])
 
 
 @dataclasses.dataclass(frozen=True)
-class AudioEncoderConfig:
+class AudioEncoderConfig(Checked):
     """Sizes of the audio encoder.
 
     Attributes:
@@ -44,23 +45,24 @@ class AudioEncoderConfig:
         rules: Logical axis → mesh axes.
     """
 
-    num_hidden_layers: int = 32
-    hidden_size: int = 1280
-    num_attention_heads: int = 20
-    intermediate_size: int = 5120
-    mel_bins: int = 128
-    block_frames: int = 200
-    output_dim: int = 2048
+    num_hidden_layers: PositiveInt = 32
+    hidden_size: PositiveInt = 1280
+    num_attention_heads: PositiveInt = 20
+    intermediate_size: PositiveInt = 5120
+    mel_bins: PositiveInt = 128
+    block_frames: PositiveInt = 200
+    output_dim: PositiveInt = 2048
     remat: Remat = "none"
     rules: AxisRules = RULES
 
     def __post_init__(self):
+        super().__post_init__()
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
-                f"audio encoder width {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
+                f"hidden_size is {self.hidden_size}, expected a multiple of num_attention_heads {self.num_attention_heads}"
             )
         if self.block_frames % 2:
-            raise ValueError(f"block_frames {self.block_frames} is odd")
+            raise ValueError(f"block_frames is {self.block_frames}, expected an even number")
 
     @property
     def encoder(self) -> EncoderConfig:

@@ -1,6 +1,7 @@
 """Chroma: the four parts and how a packed row flows through them. The axis ``answers`` counts the reply tokens of a row."""
 
 import dataclasses
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +17,11 @@ from chroma_jax.models.reasoner import Reasoner, ReasonerConfig
 from chroma_jax.parallel.sharding import RULES, AxisRules, constrain, take_rows
 from chroma_jax.sequence.batch import Batch, is_present
 from chroma_jax.sequence.chat_template import SpecialTokens
+from chroma_jax.utils.fields import INT_MAX, Checked, NonNegativeInt, PositiveInt, Range
 
 
 @dataclasses.dataclass(frozen=True)
-class ChromaConfig:
+class ChromaConfig(Checked):
     """The whole model. The defaults are the released 4B model's sizes.
 
     Attributes:
@@ -31,7 +33,7 @@ class ChromaConfig:
         num_codebooks: Codebooks of each frame that the model predicts; the Codec may have more.
         audio_vocab_size: Entries per codebook, special ones included.
         codebook_pad_token_id: Code of a finished row in the reference implementation's output.
-        codebook_eos_token_id: A frame of this code ends a reply.
+        codebook_eos_token_id: A frame of this code ends a reply; -1 for none.
 
     Example:
         >>> chroma_jax.ChromaConfig().codec.frame_rate
@@ -59,12 +61,13 @@ class ChromaConfig:
     )
     codec: CodecConfig = CodecConfig()
     tokens: SpecialTokens = SpecialTokens()
-    num_codebooks: int = 8
-    audio_vocab_size: int = 2051
-    codebook_pad_token_id: int = 2050
-    codebook_eos_token_id: int = 0
+    num_codebooks: PositiveInt = 8
+    audio_vocab_size: PositiveInt = 2051
+    codebook_pad_token_id: NonNegativeInt = 2050
+    codebook_eos_token_id: Annotated[int, Range(-1, INT_MAX)] = 0
 
     def __post_init__(self):
+        super().__post_init__()
         if self.backbone.hidden_size != self.reasoner.text.hidden_size:
             raise ValueError(
                 f"backbone.hidden_size {self.backbone.hidden_size} differs from "

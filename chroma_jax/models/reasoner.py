@@ -16,10 +16,11 @@ from chroma_jax.models.audio_encoder import AudioEncoder, AudioEncoderConfig
 from chroma_jax.parallel.sharding import constrain, take_rows
 from chroma_jax.sequence.batch import is_present
 from chroma_jax.utils.arrays import AnyArray
+from chroma_jax.utils.fields import Checked, PositiveInt
 
 
 @dataclasses.dataclass(frozen=True)
-class ReasonerConfig:
+class ReasonerConfig(Checked):
     """Audio encoder, text model and vocabulary. The defaults are those of the released checkpoint.
 
     Attributes:
@@ -40,9 +41,10 @@ class ReasonerConfig:
         qkv_bias=True,
         rope=RopeConfig(theta=1e6),
     )
-    vocab_size: int = 151_936
+    vocab_size: PositiveInt = 151_936
 
     def __post_init__(self):
+        super().__post_init__()
         if self.audio.output_dim != self.text.hidden_size:
             raise ValueError(f"audio.output_dim {self.audio.output_dim} differs from text.hidden_size {self.text.hidden_size}")
 

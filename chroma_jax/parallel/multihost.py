@@ -30,10 +30,11 @@ from chroma_jax.parallel.heartbeats import Heartbeats, on_abort
 from chroma_jax.parallel.progress import Progress, process_started
 from chroma_jax.parallel.sharding import MeshConfig
 from chroma_jax.utils.errors import PEER_LOST, InputError, TrainingStopped
+from chroma_jax.utils.fields import Checked, NonNegativeInt, PositiveFloat, PositiveInt
 
 
 @dataclasses.dataclass(frozen=True)
-class DistributedConfig:
+class DistributedConfig(Checked):
     """Which process of a training this is. On a TPU pod the hosts find each other without flags.
 
     Attributes:
@@ -45,20 +46,19 @@ class DistributedConfig:
     """
 
     coordinator: str | None = None
-    processes: int | None = None
-    process: int | None = None
-    peer_seconds: float = 30.0
+    processes: PositiveInt | None = None
+    process: NonNegativeInt | None = None
+    peer_seconds: PositiveFloat = 30.0
 
     def __post_init__(self):
+        super().__post_init__()
         given = (self.coordinator, self.processes, self.process)
         if given not in ((None, None, None), (None, 1, None)) and None in given:
             raise ValueError("coordinator, processes and process belong together")
-        if self.processes is not None and (self.processes < 1 or not 0 <= (self.process or 0) < self.processes):
-            raise ValueError(f"process {self.process} of {self.processes}; they are counted from 0")
+        if self.processes is not None and (self.process or 0) >= self.processes:
+            raise ValueError(f"process is {self.process} of {self.processes}; they are counted from 0")
         if self.coordinator is not None and not self.coordinator.rpartition(":")[2].isdigit():
-            raise ValueError(f"coordinator {self.coordinator!r}, expected HOST:PORT")
-        if self.peer_seconds <= 0:
-            raise ValueError(f"peer_seconds is {self.peer_seconds}, must be more than 0")
+            raise ValueError(f"coordinator is {self.coordinator!r}, expected HOST:PORT")
 
 
 @contextlib.contextmanager

@@ -21,13 +21,14 @@ from jax.sharding import PartitionSpec as P
 
 from chroma_jax.utils.arrays import AnyArray
 from chroma_jax.utils.errors import InputError
+from chroma_jax.utils.fields import Checked, PositiveInt
 
 MESH_AXES = ("data", "fsdp", "tensor", "context")
 Device: TypeAlias = jax.Device  # pyright: ignore[reportInvalidTypeForm]: JAX assigns the class to a variable
 
 
 @dataclasses.dataclass(frozen=True)
-class MeshConfig:
+class MeshConfig(Checked):
     """Sizes of the mesh axes; their product is the number of devices.
 
     Attributes:
@@ -41,10 +42,10 @@ class MeshConfig:
         8
     """
 
-    data: int = 1
-    fsdp: int = 1
-    tensor: int = 1
-    context: int = 1
+    data: PositiveInt = 1
+    fsdp: PositiveInt = 1
+    tensor: PositiveInt = 1
+    context: PositiveInt = 1
 
     @property
     def num_devices(self) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import soundfile
+from flax import nnx
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
@@ -18,6 +19,7 @@ from chroma_jax.audio.log_mel import FeatureConfig
 from chroma_jax.config import Config, GenerationConfig
 from chroma_jax.inference.detokenizer import Detokenizer
 from chroma_jax.inference.generator import Generation, Generator, encode_reference
+from chroma_jax.inference.placement import place_of, with_place
 from chroma_jax.inference.prefill import Prompt
 from chroma_jax.inference.prompt import make_prompt
 from chroma_jax.inference.running_maximum import deviation
@@ -158,7 +160,9 @@ def generate(
 def listening(wave: np.ndarray, model: Chroma) -> dict:
     """How far the Reasoner's hearing of a question would be off, had it been heard while it was spoken, as a live front end does
     it, with the loudest value so far in place of the whole question's: largest and root mean square, relative to the level."""
-    found = deviation(wave, model.reasoner.audio, FeatureConfig(mel_bins=model.config.reasoner.audio.mel_bins))
+    encoder, features = model.reasoner.audio, FeatureConfig(mel_bins=model.config.reasoner.audio.mel_bins)
+    with with_place(place_of(jax.tree.leaves(nnx.state(encoder))[0])):
+        found = deviation(wave, encoder, features)
     kinds = {"features": found.mel, "encoder_outputs": found.outputs}
     return {name: {"max": round(x.max, 6), "relative": round(x.relative, 6)} for name, x in kinds.items()}
 

@@ -46,6 +46,7 @@ from chroma_jax.runs.load import load_run
 from chroma_jax.sequence.interleave import NONE_TOKEN
 from chroma_jax.utils.atomic_io import check_new, replaced_file, written_aside
 from chroma_jax.utils.errors import InputError
+from chroma_jax.utils.fields import Checked, PositiveFloat, PositiveInt
 from data_pipelines.tokenizer import encoder
 
 FORMAT = 1  # of artefact.json
@@ -68,7 +69,7 @@ Arrays = dict[str, Any]  # name → array, or its ShapeDtypeStruct
 
 
 @dataclasses.dataclass(frozen=True)
-class ArtifactSizes:
+class ArtifactSizes(Checked):
     """What the programs of an artifact are made for; a shorter prompt is padded on the right, a longer one does not fit.
 
     rows: conversations at once. question_seconds: the longest question. text: positions of its text: 25 for each second of
@@ -76,16 +77,11 @@ class ArtifactSizes:
     reference recording, the tokens of its transcript, and three. max_frames: of a reply.
     """
 
-    rows: int = 1
-    question_seconds: float = 10.0
-    text: int = 320
-    voice: int = 256
-    max_frames: int = 250
-
-    def __post_init__(self):
-        for name, value in dataclasses.asdict(self).items():
-            if value <= 0:
-                raise InputError(f"{name} is {value:g}, must be more than 0")
+    rows: PositiveInt = 1
+    question_seconds: PositiveFloat = 10.0
+    text: PositiveInt = 320
+    voice: PositiveInt = 256
+    max_frames: PositiveInt = 250
 
 
 def export_stablehlo(

@@ -34,10 +34,11 @@ import jax
 import jax.numpy as jnp
 
 from chroma_jax.utils.arrays import AnyArray, Array
+from chroma_jax.utils.fields import Checked, NonNegativeInt, PositiveInt
 
 
 @dataclasses.dataclass(frozen=True)
-class PackedShape:
+class PackedShape(Checked):
     """Capacities of a packed sequence.
 
     Attributes:
@@ -49,12 +50,12 @@ class PackedShape:
         ctc_targets: Tokens of the users' transcripts; 0 leaves no CTC loss to train with.
     """
 
-    blocks: int = 8
-    text: int = 512
-    answers: int = 64
-    positions: int = 768
-    frames: int = 256
-    ctc_targets: int = 0
+    blocks: PositiveInt = 8
+    text: PositiveInt = 512
+    answers: PositiveInt = 64
+    positions: PositiveInt = 768
+    frames: PositiveInt = 256
+    ctc_targets: NonNegativeInt = 0
 
 
 class Batch(NamedTuple, Generic[Array]):

@@ -3,11 +3,13 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 
+from chroma_jax.utils.fields import Checked, NonNegativeInt
+
 Encode = Callable[[str], list[int]]  # text → token ids, without special tokens
 
 
 @dataclasses.dataclass(frozen=True)
-class SpecialTokens:
+class SpecialTokens(Checked):
     """Ids of tokens with a meaning of their own; the defaults are Qwen2.5's and Chroma's.
 
     Attributes:
@@ -21,14 +23,14 @@ class SpecialTokens:
         text_end: Ends a transcript.
     """
 
-    pad: int = 151_643
-    im_start: int = 151_644
-    im_end: int = 151_645
-    audio: int = 151_646
-    audio_start: int = 151_647
-    audio_end: int = 151_648
-    text_start: int = 151_665
-    text_end: int = 151_666
+    pad: NonNegativeInt = 151_643
+    im_start: NonNegativeInt = 151_644
+    im_end: NonNegativeInt = 151_645
+    audio: NonNegativeInt = 151_646
+    audio_start: NonNegativeInt = 151_647
+    audio_end: NonNegativeInt = 151_648
+    text_start: NonNegativeInt = 151_665
+    text_end: NonNegativeInt = 151_666
 
 
 def question(encode: Encode, tokens: SpecialTokens, *, heard: Sequence[int] = (), said: str = "", system: str = "") -> list[int]:

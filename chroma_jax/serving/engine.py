@@ -15,8 +15,9 @@ import jax
 import numpy as np
 
 from chroma_jax.audio.log_mel import FeatureConfig, num_frames
+from chroma_jax.audio.sample_buffer import checked_samples
 from chroma_jax.inference.admission import Admission, Chunk
-from chroma_jax.inference.batch_state import BUCKETS, DECODE_STEPS, FRAMES_PER_CALL, BatchState
+from chroma_jax.inference.batch_state import BUCKETS, DECODE_STEPS, BatchState
 from chroma_jax.inference.detokenizer import Decode
 from chroma_jax.inference.placement import on_first
 from chroma_jax.inference.sampling import SamplingParams
@@ -34,11 +35,12 @@ from chroma_jax.serving.scheduler import Scheduler
 from chroma_jax.serving.session import Reply, Session
 from chroma_jax.serving.voices import fingerprint, load_voice, save_voice
 from chroma_jax.utils.compilations import counted_compilations
-from chroma_jax.utils.errors import EngineError, InputError, near
+from chroma_jax.utils.errors import EngineError, FieldError, InputError, near
+from chroma_jax.utils.fields import Checked, NonNegativeFloat, PositiveInt, ReplySeconds, checked_text, checked_value
 
 
 @dataclasses.dataclass(frozen=True)
-class EngineConfig:
+class EngineConfig(Checked):
     """Capacities of an engine.
 
     Attributes:
@@ -57,24 +59,20 @@ class EngineConfig:
         True
     """
 
-    slots: int = 8
-    text_positions: int = 2048
-    voice_positions: int = 256
-    max_seconds: float = 20.0
-    chunk: int = 64
+    slots: PositiveInt = 8
+    text_positions: PositiveInt = 2048
+    voice_positions: PositiveInt = 256
+    max_seconds: ReplySeconds = 20.0
+    chunk: PositiveInt = 64
     frames_per_call: Literal[1, 2, 4, 8] = 8
-    lead_seconds: float | None = None
+    lead_seconds: NonNegativeFloat | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     cache: CacheDType = "none"
 
     def __post_init__(self):
+        super().__post_init__()
         if self.slots not in BUCKETS:
-            raise InputError(f"slots is {self.slots}, must be one of {', '.join(map(str, BUCKETS))}")
-        if self.frames_per_call not in FRAMES_PER_CALL:
-            raise InputError(f"frames_per_call is {self.frames_per_call}, must be one of {', '.join(map(str, FRAMES_PER_CALL))}")
-        for name in ("text_positions", "voice_positions", "chunk", "max_seconds"):
-            if getattr(self, name) <= 0:
-                raise InputError(f"{name} is {getattr(self, name)}, must be more than 0")
+            raise FieldError(f"slots is {self.slots}, expected one of {', '.join(map(str, BUCKETS))}")
 
 
 class Engine:
@@ -172,9 +170,9 @@ class Engine:
 
         samples: float [S] at the Codec's rate. Raises: InputError for an empty or too long recording, or a name that is taken.
         """
-        if name in self._voices:
-            raise InputError(f"voice {name!r} exists already")
-        pieces, done = self._recorder.make(np.asarray(samples), transcript), threading.Event()
+        self._check_new_voice(name)
+        pieces = self._recorder.make(checked_samples(samples), checked_text(transcript, "transcript"))
+        done = threading.Event()
         found: list[Voice | BaseException] = []
 
         def job() -> bool:
@@ -200,8 +198,7 @@ class Engine:
     def load_voice(self, name: str, path: Path) -> None:
         """Takes a voice from a file of `save_voice`. Raises: InputError when it is none, of another model or too long, or when
         the name is taken."""
-        if name in self._voices:
-            raise InputError(f"voice {name!r} exists already")
+        self._check_new_voice(name)
         self._voices[name] = load_voice(path, self._made_by, self._slots)
 
     def open(
@@ -217,9 +214,11 @@ class Engine:
         Raises: InputError for an unknown voice, a system text that is too long, or when all slots are taken.
         """
         self.check()
-        found, most = self._voice(voice), self.max_frames if max_frames is None else max_frames
-        if not 1 <= most <= self.max_frames:
-            raise InputError(f"max_frames is {most}, must be 1 … {self.max_frames}, which max_seconds is")
+        found, system = self._voice(voice), checked_text(system, "system")
+        sampling = checked_value(sampling, SamplingParams, "sampling")
+        most = self.max_frames if max_frames is None else checked_value(max_frames, PositiveInt, "max_frames")
+        if most > self.max_frames:
+            raise FieldError(f"max_frames is {most}, expected at most {self.max_frames}, which max_seconds is")
         head = len(system_turn(self._encode, self._tokens, system))
         if self._room(head) < 1:
             raise InputError(
@@ -318,12 +317,12 @@ class Engine:
     def cancel(self, session: Session, reply: Reply, heard: int) -> None:
         """The device stops before its next decode step; heard: frames of the reply that its listener knows."""
         asked = time.perf_counter()
-        self._notify(lambda: self.scheduler.orders.append(lambda: self.scheduler.cut(session, reply, heard, asked)))
+        self._notify(lambda: self.scheduler.orders.append((session, lambda: self.scheduler.cut(session, reply, heard, asked))))
 
     def release(self, session: Session) -> None:
         if not session.closed:
             session.closed = True
-            self._notify(lambda: self.scheduler.orders.append(lambda: self.scheduler.leave(session)))
+            self._notify(lambda: self.scheduler.orders.append((session, lambda: self.scheduler.leave(session))))
 
     # The engine's thread
 
@@ -375,8 +374,12 @@ class Engine:
             with self._news:
                 self._news.wait_for(lambda: done() or self._failure is not None or self._closing, 0.1)
 
+    def _check_new_voice(self, name: str) -> None:
+        if checked_text(name, "name") in self._voices:
+            raise InputError(f"voice {name!r} exists already")
+
     def _voice(self, name: str) -> Voice:
-        if name not in self._voices:
+        if checked_text(name, "voice") not in self._voices:
             known = ", ".join(self._voices) or "none"
             raise InputError(f"voice {name!r} is unknown{near(name, self._voices)}; there are: {known}")
         return self._voices[name]

@@ -7,8 +7,9 @@ frames are asked for in one call once every listener has twice the time of it wa
 frame or may soon, and never more than are computed in the time of one."""
 
 import collections
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -86,7 +87,7 @@ class Scheduler:
         self._reserved, self._frames_per_call, self._lead_seconds = reserved, frames_per_call, lead_seconds
         self._frame_seconds = 1 / slots.config.codec.frame_rate
         self.sessions: list[Session | None] = [None] * slots.count
-        self.orders: collections.deque[Callable[[], None]] = collections.deque()
+        self.orders: collections.deque[tuple[Session, Callable[[], None]]] = collections.deque()
         self.jobs: collections.deque[Callable[[], bool]] = collections.deque()
         self._joining: list[Session] = []  # whose time of joining is not known yet
         self._opens_pair = True  # whether the next decode step does
@@ -99,7 +100,9 @@ class Scheduler:
         """One round. Returns after how many seconds the next one is due: 0 for at once, None when only news bring work."""
         began = time.perf_counter()
         while self.orders:
-            self.orders.popleft()()
+            session, order = self.orders.popleft()
+            with self._alone(session):
+                order()
         speaking = self._in_phase("speaking")
         lead = min((self._lead(s, began) for s in speaking), default=0.0)
         units = 0
@@ -107,7 +110,8 @@ class Scheduler:
             units += 1
         if self._opens_pair or not speaking:
             for session in self._in_phase("ready"):
-                self._begin(session)
+                with self._alone(session):
+                    self._begin(session)
         speaking = self._in_phase("speaking")
         wanted = self._wanted(speaking, began) if speaking else None  # seconds until a decode step is
         before, self._flight = self._flight, None
@@ -116,6 +120,21 @@ class Scheduler:
         if before is not None:
             self._fetch(before)
         return 0 if units or before is not None or self._flight is not None else wanted
+
+    @contextlib.contextmanager
+    def _alone(self, session: Session) -> Iterator[None]:
+        """Work for one conversation. An exception in it ends this conversation and no other, unless the device failed or the
+        state of all is gone."""
+        try:
+            yield
+        except Exception as e:
+            if isinstance(e, jax.errors.JaxRuntimeError) or not self._slots.intact():
+                raise
+            failure = EngineError(f"the conversation failed: {type(e).__name__}: {e}")
+            failure.__cause__ = e
+            session.fail(failure)
+            self.leave(session)
+            self._meter.failed()
 
     def _in_phase(self, phase: str) -> list[Session]:
         return [s for s in self.sessions if s is not None and not s.closed and s.phase == phase]
@@ -127,7 +146,8 @@ class Scheduler:
         waiting = [s for s in self.sessions if s is not None and s.work and not s.closed and s.phase in ("listening", "asked")]
         if waiting:
             session = min(waiting, key=self._urgency)
-            session.work.extendleft(reversed(session.work.popleft()() or []))
+            with self._alone(session):
+                session.work.extendleft(reversed(session.work.popleft()() or []))
             return True
         if self.jobs:
             if not self.jobs[0]():
@@ -235,7 +255,9 @@ class Scheduler:
         for i in range(count):
             for session, reply in owners:
                 if session.phase == "speaking" and session.current is reply and not reply.ended:
-                    self._give(session, reply, samples[i, session.slot], int(token[i, session.slot]), live[i, session.slot], now)
+                    with self._alone(session):
+                        of_slot = samples[i, session.slot], int(token[i, session.slot]), live[i, session.slot]
+                        self._give(session, reply, *of_slot, now)
 
     def _give(self, session: Session, reply: Reply, samples: np.ndarray, token: int, live: bool, now: float) -> None:
         if not live:

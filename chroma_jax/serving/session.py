@@ -2,6 +2,7 @@
 
 import asyncio
 import collections
+import contextlib
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -9,12 +10,14 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from chroma_jax.audio.sample_buffer import checked_samples
 from chroma_jax.inference.detokenizer import Detokenizer
 from chroma_jax.inference.sampling import SamplingParams
 from chroma_jax.inference.streaming_audio_encoder import StreamingLogMel
 from chroma_jax.models.audio_encoder import PoolCarry
 from chroma_jax.serving.conversation import Conversation, Turn
 from chroma_jax.utils.errors import EngineError, InputError
+from chroma_jax.utils.fields import NonNegativeInt, checked_text, checked_value
 
 
 class AudioChunk(NamedTuple):
@@ -75,7 +78,8 @@ class Reply:
             self._news.notify_all()
             waiting, self._waiting = self._waiting, []
         for loop, future in waiting:
-            loop.call_soon_threadsafe(lambda f=future: f.done() or f.set_result(None))
+            with contextlib.suppress(RuntimeError):  # its loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(lambda f=future: f.done() or f.set_result(None))
 
     def _take(self) -> AudioChunk | None:
         """The next chunk, or None at the end or where there is none yet. Raises: EngineError when the engine failed."""
@@ -169,12 +173,13 @@ class Session:
         self._replies = 0
 
     def feed(self, samples: np.ndarray) -> None:
-        """samples: float [S] at 16 kHz, S ≥ 0, a piece of any size of what the user says.
+        """samples: float [S] at 16 kHz in −1 … 1, S ≥ 0, a piece of any size of what the user says.
 
         Raises: InputError for samples of another kind, for a turn longer than a conversation may be, for a closed session;
         EngineError after a failure of the engine.
         """
         self._check_open()
+        samples = checked_samples(samples)
         self.engine.check_turn(self, self._samples + len(samples), "")
         mel = self._mel or self.engine.front_end()
         blocks = mel.feed(samples)
@@ -187,6 +192,7 @@ class Session:
         Raises: InputError for a turn without speech and text, one that is too long, or a closed session.
         """
         self._check_open()
+        said = checked_text(said, "said")
         if not self._samples and not said:
             raise InputError("end_turn: the turn is empty; feed samples, or give a text")
         self.engine.check_turn(self, self._samples, said)
@@ -203,10 +209,9 @@ class Session:
         played_samples: of the reply; by default all that were taken. Cuts the conversation also when the reply has been computed
         to its end, as long as nothing of the next turn was fed. Does nothing before the first ``end_turn``.
         """
+        played_samples = checked_value(played_samples, NonNegativeInt | None, "played_samples")
         if self.reply is None:
             return
-        if played_samples is not None and played_samples < 0:
-            raise InputError(f"cancel: played_samples is {played_samples}, must be at least 0")
         frame = self.engine.samples_per_frame
         heard = self.reply.taken if played_samples is None else -(-played_samples // frame)
         self.reply.end("cancelled")

@@ -22,11 +22,12 @@ import orbax.checkpoint.experimental.v1 as ocp
 from chroma_jax.parallel.multihost import all_processes_agree, log
 from chroma_jax.utils.atomic_io import write_whole
 from chroma_jax.utils.errors import InputError
+from chroma_jax.utils.fields import Checked, PositiveInt
 from chroma_jax.utils.tree_paths import flat, nested
 
 
 @dataclasses.dataclass(frozen=True)
-class CheckpointConfig:
+class CheckpointConfig(Checked):
     """When checkpoints are saved, and how many are kept.
 
     Attributes:
@@ -34,15 +35,8 @@ class CheckpointConfig:
         max_to_keep: Number of newest checkpoints that are kept.
     """
 
-    save_interval_steps: int = 1000
-    max_to_keep: int = 3
-
-    def __post_init__(self):
-        if self.save_interval_steps < 1 or self.max_to_keep < 1:
-            raise ValueError(
-                f"checkpoint.save_interval_steps {self.save_interval_steps} and "
-                f"checkpoint.max_to_keep {self.max_to_keep} must be at least 1"
-            )
+    save_interval_steps: PositiveInt = 1000
+    max_to_keep: PositiveInt = 3
 
 
 class State(Protocol):

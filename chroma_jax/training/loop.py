@@ -22,10 +22,11 @@ from chroma_jax.training.runtime.malloc import keep_freed
 from chroma_jax.training.runtime.watchdog import Watchdog
 from chroma_jax.training.task import StepMetrics, Task
 from chroma_jax.utils.errors import DIVERGED, STOPPED, InputError, TrainingStopped
+from chroma_jax.utils.fields import Checked, NonNegativeFloat, NonNegativeInt, PositiveInt, Seed
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainingConfig:
+class TrainingConfig(Checked):
     """Length and rhythm of a training.
 
     Attributes:
@@ -44,35 +45,23 @@ class TrainingConfig:
         profile_steps: First and last step that JAX's profiler records to RUN/profile; empty for none.
     """
 
-    steps: int = 100_000
-    global_batch_size: int = 32
-    gradient_accumulation_steps: int = 1
-    eval_interval_steps: int = 1000
-    log_interval_steps: int = 10
-    seed: int = 0
-    skip_step_grad_norm: float = 0.0
-    max_skipped: int = 10
-    stall_seconds: float = 600.0
-    max_minutes: float = 0.0
-    profile_steps: tuple[int, ...] = ()
+    steps: PositiveInt = 100_000
+    global_batch_size: PositiveInt = 32
+    gradient_accumulation_steps: PositiveInt = 1
+    eval_interval_steps: PositiveInt = 1000
+    log_interval_steps: PositiveInt = 10
+    seed: Seed = 0
+    skip_step_grad_norm: NonNegativeFloat = 0.0
+    max_skipped: PositiveInt = 10
+    stall_seconds: NonNegativeFloat = 600.0
+    max_minutes: NonNegativeFloat = 0.0
+    profile_steps: tuple[NonNegativeInt, ...] = ()
 
     def __post_init__(self):
-        for name in (
-            "steps",
-            "global_batch_size",
-            "gradient_accumulation_steps",
-            "eval_interval_steps",
-            "log_interval_steps",
-            "max_skipped",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"training.{name} is {getattr(self, name)}, must be at least 1")
-        for name in ("skip_step_grad_norm", "stall_seconds", "max_minutes"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"training.{name} is {getattr(self, name)}, must not be negative")
+        super().__post_init__()
         at = self.profile_steps
-        if at and (len(at) != 2 or not 0 <= at[0] < at[1]):
-            raise ValueError(f"training.profile_steps is {at}, expected two steps, the first before the last")
+        if at and (len(at) != 2 or at[0] >= at[1]):
+            raise ValueError(f"profile_steps is {at}, expected two steps, the first before the last")
 
 
 def train_on(task: Task, config, run: Path, abstract: Any, init: Callable[[], Any], progress: Progress | None = None) -> Any:

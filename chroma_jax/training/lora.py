@@ -14,13 +14,14 @@ from jax.sharding import SingleDeviceSharding
 from chroma_jax.layers.linear import Lora, linears
 from chroma_jax.training.checkpoint import Checkpoints
 from chroma_jax.utils.errors import InputError, near
+from chroma_jax.utils.fields import Checked, PositiveInt
 
 MARK = "/lora/"  # in the path of every weight that is added
 Model = TypeVar("Model", bound=nnx.Module)
 
 
 @dataclasses.dataclass(frozen=True)
-class LoraConfig:
+class LoraConfig(Checked):
     """Low-rank adapters (Hu et al., arXiv 2106.09685). Adapted weights are trained too unless optimizer.freeze names them.
 
     Attributes:
@@ -31,17 +32,16 @@ class LoraConfig:
     """
 
     targets: tuple[str, ...] = ()
-    rank: int = 16
+    rank: PositiveInt = 16
     alpha: float = 32.0
 
     def __post_init__(self):
-        if self.rank < 1:
-            raise ValueError(f"lora.rank is {self.rank}, must be at least 1")
+        super().__post_init__()
         for pattern in self.targets:
             try:
                 re.compile(pattern)
             except re.error as e:
-                raise ValueError(f"lora.targets: {pattern!r} is not a regular expression ({e})") from e
+                raise ValueError(f"targets is {pattern!r}, expected a regular expression ({e})") from e
 
     @property
     def scale(self) -> float:

@@ -5,12 +5,13 @@ import math
 from typing import Literal
 
 from chroma_jax.utils.errors import InputError
+from chroma_jax.utils.fields import Checked, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFraction, PositiveInt
 
 DECODER_WEIGHT = 0.5  # the report's λ
 
 
 @dataclasses.dataclass(frozen=True)
-class LossConfig:
+class LossConfig(Checked):
     """Weights of the losses of a speaking model, and how they are computed.
 
     Attributes:
@@ -32,45 +33,32 @@ class LossConfig:
         stop_gradient_hidden: Whether the Decoder's loss stops at the Backbone's hidden state.
     """
 
-    decoder_weight: float = DECODER_WEIGHT
-    codebook_weights: tuple[float, ...] = ()
-    prompt_weight: float = 0.0
-    prompt_frames: int = 256
-    speech_weight: float = 1.0
+    decoder_weight: Fraction = DECODER_WEIGHT
+    codebook_weights: tuple[NonNegativeFloat, ...] = ()
+    prompt_weight: NonNegativeFloat = 0.0
+    prompt_frames: PositiveInt = 256
+    speech_weight: NonNegativeFloat = 1.0
     reasoner: Literal["computed", "stored"] = "computed"
-    text_weight: float = 0.0
-    logits_chunk_size: int = 0
-    ctc_weight: float = 0.0
-    decoder_chunk_size: int = 0
-    decoder_frame_fraction: float = 1.0
+    text_weight: NonNegativeFloat = 0.0
+    logits_chunk_size: NonNegativeInt = 0
+    ctc_weight: NonNegativeFloat = 0.0
+    decoder_chunk_size: NonNegativeInt = 0
+    decoder_frame_fraction: PositiveFraction = 1.0
     stop_gradient_hidden: bool = True
 
     def __post_init__(self):
-        if not 0 < self.decoder_frame_fraction <= 1:
-            raise ValueError(f"loss.decoder_frame_fraction {self.decoder_frame_fraction} is not in (0, 1]")
-        if not 0 <= self.decoder_weight <= 1:
-            raise ValueError(f"loss.decoder_weight {self.decoder_weight} is not in [0, 1]")
-        if self.codebook_weights:
-            if min(self.codebook_weights) < 0 or not 0 < sum(self.codebook_weights) < math.inf:
-                raise ValueError(
-                    f"loss.codebook_weights {self.codebook_weights}: expected weights >= 0 with a positive, finite sum"
-                )
-            if self.decoder_weight != DECODER_WEIGHT:
-                raise ValueError(
-                    f"loss.codebook_weights and loss.decoder_weight {self.decoder_weight} are both set;"
-                    f" leave decoder_weight at {DECODER_WEIGHT} or remove codebook_weights"
-                )
-        if not 0 <= self.prompt_weight < math.inf:
-            raise ValueError(f"loss.prompt_weight is {self.prompt_weight}, expected a finite weight >= 0")
-        if self.prompt_frames < 1:
-            raise ValueError(f"loss.prompt_frames is {self.prompt_frames}, must be at least 1; loss.prompt_weight 0 turns it off")
+        super().__post_init__()
+        if self.codebook_weights and not 0 < sum(self.codebook_weights) < math.inf:
+            raise ValueError(f"codebook_weights is {self.codebook_weights}, expected weights with a positive, finite sum")
+        if self.codebook_weights and self.decoder_weight != DECODER_WEIGHT:
+            raise ValueError(
+                f"codebook_weights and decoder_weight {self.decoder_weight} are both set;"
+                f" leave decoder_weight at {DECODER_WEIGHT} or remove codebook_weights"
+            )
         if self.prompt_weight and not self.speech_weight:
-            raise ValueError("loss.prompt_weight is set, but loss.speech_weight is 0; set speech_weight, or prompt_weight to 0")
+            raise ValueError("prompt_weight is set, but speech_weight is 0; set speech_weight, or prompt_weight to 0")
         if self.reasoner == "stored" and (self.text_weight or self.ctc_weight or not self.speech_weight):
-            raise ValueError("loss.reasoner 'stored' leaves no loss but that of speech; set text_weight and ctc_weight to 0")
-        for name in ("logits_chunk_size", "decoder_chunk_size"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"loss.{name} is {getattr(self, name)}, must not be negative")
+            raise ValueError("reasoner 'stored' leaves no loss but that of speech; set text_weight and ctc_weight to 0")
 
     @property
     def prompt_slots(self) -> int:

@@ -16,12 +16,13 @@ from chroma_jax.kernels import sums
 from chroma_jax.parallel.sharding import active, reshape_rows, reshard
 from chroma_jax.training.lora import MARK
 from chroma_jax.utils.errors import InputError, near
+from chroma_jax.utils.fields import Checked, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 Weights = TypeVar("Weights", bound=optax.Params)
 
 
 @dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(Checked):
     """AdamW with linear warmup and decay; the defaults are the report's, whose learning rate is constant.
 
     Attributes:
@@ -43,25 +44,26 @@ class OptimizerConfig:
     """
 
     kind: Literal["adamw", "muon", "adafactor"] = "adamw"
-    learning_rate: float = 5e-5
-    warmup_steps: int = 0
+    learning_rate: NonNegativeFloat = 5e-5
+    warmup_steps: NonNegativeInt = 0
     schedule: Literal["constant", "cosine", "linear"] = "constant"
-    decay_steps: int = 100_000
-    min_lr_ratio: float = 0.1
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
-    momentum: float = 0.95
-    weight_decay: float = 0.01
-    grad_clip_norm: float = 1.0
+    decay_steps: PositiveInt = 100_000
+    min_lr_ratio: Fraction = 0.1
+    b1: Fraction = 0.9
+    b2: Fraction = 0.95
+    eps: PositiveFloat = 1e-8
+    momentum: Fraction = 0.95
+    weight_decay: NonNegativeFloat = 0.01
+    grad_clip_norm: NonNegativeFloat = 1.0
     freeze: tuple[str, ...] = ()
 
     def __post_init__(self):
+        super().__post_init__()
         for pattern in self.freeze:
             try:
                 re.compile(pattern)
             except re.error as e:
-                raise ValueError(f"optimizer.freeze: {pattern!r} is not a regular expression ({e})") from e
+                raise ValueError(f"freeze is {pattern!r}, expected a regular expression ({e})") from e
 
 
 def learning_rate(config: OptimizerConfig) -> optax.Schedule:

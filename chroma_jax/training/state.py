@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from chroma_jax.utils.fields import Checked
 from chroma_jax.utils.tree_paths import filled, flat, nested, values
 
 DType = Literal["float32", "bfloat16"]
@@ -27,7 +28,7 @@ State = TypeVar("State", bound=SteppedState)
 
 
 @dataclasses.dataclass(frozen=True)
-class PrecisionConfig:
+class PrecisionConfig(Checked):
     """Dtypes of the training; trained weights and their moments are always float32.
 
     Attributes:

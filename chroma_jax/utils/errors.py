@@ -28,6 +28,10 @@ class InputError(Exception):
     """
 
 
+class FieldError(InputError, ValueError):
+    """A field of a configuration has another type or is out of bounds. Begins with the field's name."""
+
+
 class EngineError(RuntimeError):
     """A failure of the engine that ended a conversation. The engine goes on: open another session.
 

@@ -3,8 +3,10 @@
 import dataclasses
 import hashlib
 from collections.abc import Iterable, Sequence
+from typing import Annotated
 
 from chroma_jax.utils.errors import InputError
+from chroma_jax.utils.fields import Checked, PositiveFloat, Range, Seed
 from data_pipelines.dialogues import SPLITS
 from data_pipelines.synthesis.engine import Phase
 from data_pipelines.synthesis.texts import VOICE_FIELDS, Text
@@ -31,9 +33,11 @@ PROMPTS = (
     "Our dog likes to sleep in the sun, but he wakes up at once when somebody says his name.",
 )
 
+NumVoices = Annotated[int, Range(1, 9999)]  # names of voices have four digits
+
 
 @dataclasses.dataclass(frozen=True)
-class SynthesisConfig:
+class SynthesisConfig(Checked):
     """What the corpus depends on apart from the texts.
 
     Attributes:
@@ -47,19 +51,10 @@ class SynthesisConfig:
 
     engine: str = "hibari"
     phase: Phase = "free"
-    voices: int = 64
-    held_out_voices: int = 16
-    hours: float | None = None
-    seed: int = 0
-
-    def __post_init__(self):
-        for name in ("voices", "held_out_voices"):
-            if not 1 <= getattr(self, name) <= 9999:
-                raise InputError(f"--{name} is {getattr(self, name)}, expected 1 to 9999")
-        if self.hours is not None and not self.hours > 0:
-            raise InputError(f"--hours is {self.hours:g}, expected more than 0")
-        if self.seed < 0:
-            raise InputError(f"--seed is {self.seed}, expected 0 or more")
+    voices: NumVoices = 64
+    held_out_voices: NumVoices = 16
+    hours: PositiveFloat | None = None
+    seed: Seed = 0
 
 
 @dataclasses.dataclass(frozen=True)

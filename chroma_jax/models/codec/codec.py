@@ -29,6 +29,7 @@ from chroma_jax.models.codec.seanet import SeanetConfig, SeanetDecoder, SeanetEn
 from chroma_jax.parallel.sharding import RULES, AxisRules
 from chroma_jax.utils.arrays import AnyArray, with_rank
 from chroma_jax.utils.errors import InputError
+from chroma_jax.utils.fields import Checked, PositiveInt
 
 MIMI_TRANSFORMER = EncoderConfig(
     num_hidden_layers=8,
@@ -46,7 +47,7 @@ RING = 8  # rows of a TPU's tiles: a ring of a multiple of it is not copied befo
 
 
 @dataclasses.dataclass(frozen=True)
-class CodecConfig:
+class CodecConfig(Checked):
     """Sizes of the Codec; the defaults are kyutai's Mimi.
 
     Attributes:
@@ -64,22 +65,21 @@ class CodecConfig:
         1920
     """
 
-    sampling_rate: int = 24_000
+    sampling_rate: PositiveInt = 24_000
     seanet: SeanetConfig = SeanetConfig()
     transformer: EncoderConfig = MIMI_TRANSFORMER
     quantizer: QuantizerConfig = QuantizerConfig()
-    stride: int = 2
-    upsample_groups: int = 512
-    sliding_window: int | None = 250
+    stride: PositiveInt = 2
+    upsample_groups: PositiveInt = 512
+    sliding_window: PositiveInt | None = 250
 
     def __post_init__(self):
-        for name in ("sampling_rate", "stride", "upsample_groups"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        super().__post_init__()
         if self.transformer.hidden_size % self.upsample_groups:
-            raise ValueError(f"upsample_groups {self.upsample_groups} does not divide the width {self.transformer.hidden_size}")
-        if self.sliding_window is not None and self.sliding_window < 1:
-            raise ValueError(f"sliding_window must be at least 1 or None, got {self.sliding_window}")
+            raise ValueError(
+                f"upsample_groups is {self.upsample_groups}, expected a divisor of "
+                f"transformer.hidden_size {self.transformer.hidden_size}"
+            )
 
     @property
     def samples_per_frame(self) -> int:

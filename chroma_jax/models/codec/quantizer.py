@@ -14,12 +14,13 @@ from jaxtyping import Float, Float32, Int, Int32
 from chroma_jax.layers.linear import Linear, for_compute, normal, ones, weight
 from chroma_jax.parallel.sharding import active, leading_spec
 from chroma_jax.utils.arrays import AnyArray, with_rank
+from chroma_jax.utils.fields import Checked, PositiveInt
 
 MIN_USAGE = 1e-5  # a code is never divided by less
 
 
 @dataclasses.dataclass(frozen=True)
-class QuantizerConfig:
+class QuantizerConfig(Checked):
     """Sizes of the residual quantizer.
 
     Attributes:
@@ -29,18 +30,15 @@ class QuantizerConfig:
         codebook_dim: Width of a code; projections lead to it where it differs from the hidden size.
     """
 
-    num_codebooks: int = 32
-    num_semantic: int = 1
-    codebook_size: int = 2048
-    codebook_dim: int = 256
+    num_codebooks: PositiveInt = 32
+    num_semantic: PositiveInt = 1
+    codebook_size: PositiveInt = 2048
+    codebook_dim: PositiveInt = 256
 
     def __post_init__(self):
-        if not 1 <= self.num_semantic < self.num_codebooks:
-            most = self.num_codebooks - 1
-            raise ValueError(f"num_semantic must lie in 1 … num_codebooks − 1 = {most}, got {self.num_semantic}")
-        for name in ("codebook_size", "codebook_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        super().__post_init__()
+        if self.num_semantic >= self.num_codebooks:
+            raise ValueError(f"num_semantic is {self.num_semantic}, expected less than num_codebooks {self.num_codebooks}")
 
 
 class Codebooks(nnx.Module):

@@ -13,10 +13,11 @@ from jaxtyping import Float
 
 from chroma_jax.models.codec.conv import Conv, ConvState, ConvTranspose
 from chroma_jax.parallel.sharding import reshape_rows
+from chroma_jax.utils.fields import Checked, NonNegativeInt, PositiveInt
 
 
 @dataclasses.dataclass(frozen=True)
-class SeanetConfig:
+class SeanetConfig(Checked):
     """Sizes of the convolutional stacks.
 
     Attributes:
@@ -31,28 +32,22 @@ class SeanetConfig:
         shortcut: Shortcut of the residual layers.
     """
 
-    num_filters: int = 64
-    ratios: tuple[int, ...] = (8, 6, 5, 4)
-    kernel_size: int = 7
-    last_kernel_size: int = 3
-    residual_kernel_size: int = 3
-    num_residual_layers: int = 1
-    dilation_growth: int = 2
-    compress: int = 2
+    num_filters: PositiveInt = 64
+    ratios: tuple[PositiveInt, ...] = (8, 6, 5, 4)
+    kernel_size: PositiveInt = 7
+    last_kernel_size: PositiveInt = 3
+    residual_kernel_size: PositiveInt = 3
+    num_residual_layers: NonNegativeInt = 1
+    dilation_growth: PositiveInt = 2
+    compress: PositiveInt = 2
     shortcut: Literal["identity", "conv"] = "identity"
 
     def __post_init__(self):
-        for name in ("num_filters", "kernel_size", "last_kernel_size", "residual_kernel_size", "dilation_growth", "compress"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not self.ratios or min(self.ratios) < 1:
-            raise ValueError(f"ratios must be strides of at least 1, got {self.ratios}")
-        if self.num_residual_layers < 0:
-            raise ValueError(f"num_residual_layers must not be negative, got {self.num_residual_layers}")
-        if self.num_filters // self.compress < 1:
-            raise ValueError(f"compress {self.compress} leaves nothing of num_filters {self.num_filters}")
-        if self.shortcut not in ("identity", "conv"):
-            raise ValueError(f"shortcut must be 'identity' or 'conv', got {self.shortcut!r}")
+        super().__post_init__()
+        if not self.ratios:
+            raise ValueError("ratios is empty, expected at least one stride")
+        if self.num_filters < self.compress:
+            raise ValueError(f"compress is {self.compress}, expected at most num_filters {self.num_filters}")
 
     @property
     def hop(self) -> int:

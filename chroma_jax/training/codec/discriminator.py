@@ -18,12 +18,13 @@ from chroma_jax.layers.linear import for_compute, normal, ones, weight, zeros
 from chroma_jax.parallel.sharding import reshape_rows
 from chroma_jax.training.codec.spectra import stft
 from chroma_jax.utils.arrays import AnyArray, with_rank
+from chroma_jax.utils.fields import Checked, PositiveFraction, PositiveInt
 
 DiscriminatorLoss = Literal["hinge", "least_squares"]
 
 
 @dataclasses.dataclass(frozen=True)
-class DiscriminatorConfig:
+class DiscriminatorConfig(Checked):
     """Sizes of the discriminators.
 
     Attributes:
@@ -36,26 +37,21 @@ class DiscriminatorConfig:
         loss: "hinge", or "least_squares" as in Kong et al., section 2.4.
     """
 
-    windows: tuple[int, ...] = (2048, 1024, 512, 256, 128)
-    filters: int = 32
-    dilations: tuple[int, ...] = (1, 2, 4)
-    compression: float = 1.0
-    periods: tuple[int, ...] = ()
+    windows: tuple[PositiveInt, ...] = (2048, 1024, 512, 256, 128)
+    filters: PositiveInt = 32
+    dilations: tuple[PositiveInt, ...] = (1, 2, 4)
+    compression: PositiveFraction = 1.0
+    periods: tuple[PositiveInt, ...] = ()
     loss: DiscriminatorLoss = "hinge"
 
     def __post_init__(self):
+        super().__post_init__()
         if not self.windows and not self.periods:
             raise ValueError("windows and periods are both empty: there is no discriminator")
-        if self.periods and min(self.periods) < 1:
-            raise ValueError(f"periods must be at least 1 sample, got {self.periods}")
-        if self.loss not in ("hinge", "least_squares"):
-            raise ValueError(f"loss must be 'hinge' or 'least_squares', got {self.loss!r}")
         if self.windows and (min(self.windows) < 16 or any(w % 4 for w in self.windows)):
-            raise ValueError(f"windows must be multiples of 4 of at least 16 samples, got {self.windows}")
-        if self.filters < 1 or not self.dilations or min(self.dilations) < 1:
-            raise ValueError(f"filters {self.filters} and dilations {self.dilations} must be at least 1")
-        if not 0 < self.compression <= 1:
-            raise ValueError(f"compression {self.compression} is not in (0, 1]")
+            raise ValueError(f"windows is {self.windows}, expected multiples of 4 of at least 16 samples")
+        if not self.dilations:
+            raise ValueError("dilations is empty, expected at least one")
 
 
 class DiscriminatorOutput(NamedTuple):

@@ -15,10 +15,11 @@ from chroma_jax.parallel.sharding import reshape_rows
 from chroma_jax.training.codec.discriminator import Discriminator, DiscriminatorLoss, DiscriminatorOutput
 from chroma_jax.training.codec.spectra import log_mel
 from chroma_jax.utils.arrays import AnyArray
+from chroma_jax.utils.fields import Checked, Fraction, NonNegativeFloat, PositiveInt
 
 
 @dataclasses.dataclass(frozen=True)
-class MelLossConfig:
+class MelLossConfig(Checked):
     """Resolutions of the mel loss.
 
     Attributes:
@@ -26,16 +27,17 @@ class MelLossConfig:
         bins: Mel bins of each window.
     """
 
-    windows: tuple[int, ...] = (32, 64, 128, 256, 512, 1024, 2048)
-    bins: tuple[int, ...] = (5, 10, 20, 40, 80, 160, 320)
+    windows: tuple[PositiveInt, ...] = (32, 64, 128, 256, 512, 1024, 2048)
+    bins: tuple[PositiveInt, ...] = (5, 10, 20, 40, 80, 160, 320)
 
     def __post_init__(self):
+        super().__post_init__()
         if len(self.windows) != len(self.bins) or not self.windows:
             raise ValueError(f"windows and bins must be as many, got {len(self.windows)} and {len(self.bins)}")
 
 
 @dataclasses.dataclass(frozen=True)
-class CodecLossConfig:
+class CodecLossConfig(Checked):
     """Shares of the balanced gradient, and weights of the losses that are added to it.
 
     Attributes:
@@ -51,20 +53,16 @@ class CodecLossConfig:
         resolutions: of the mel loss.
     """
 
-    mel: float = 1.0
-    wave: float = 0.0
-    pre_emphasis: float = 0.0
-    adversarial: float = 3.0
-    features: float = 3.0
-    commitment: float = 1.0
-    distillation: float = 1.0
-    latents: float = 0.0
-    spectrum: float = 0.0
+    mel: NonNegativeFloat = 1.0
+    wave: NonNegativeFloat = 0.0
+    pre_emphasis: Fraction = 0.0
+    adversarial: NonNegativeFloat = 3.0
+    features: NonNegativeFloat = 3.0
+    commitment: NonNegativeFloat = 1.0
+    distillation: NonNegativeFloat = 1.0
+    latents: NonNegativeFloat = 0.0
+    spectrum: NonNegativeFloat = 0.0
     resolutions: MelLossConfig = MelLossConfig()
-
-    def __post_init__(self):
-        if not 0 <= self.pre_emphasis <= 1:
-            raise ValueError(f"pre_emphasis must be in 0 … 1, got {self.pre_emphasis}")
 
 
 def mel_distance(made: jax.Array, real: AnyArray, sample_rate: int, config: MelLossConfig = MelLossConfig()) -> jax.Array:

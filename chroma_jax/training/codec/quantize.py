@@ -15,10 +15,11 @@ from jax.sharding import PartitionSpec as P
 
 from chroma_jax.models.codec.quantizer import MIN_USAGE, ResidualQuantizer, SplitQuantizer, nearest
 from chroma_jax.parallel.sharding import active, leading_spec, reshard
+from chroma_jax.utils.fields import Checked, Fraction
 
 
 @dataclasses.dataclass(frozen=True)
-class QuantizerTraining:
+class QuantizerTraining(Checked):
     """How codebooks follow the vectors that choose them.
 
     Attributes:
@@ -29,15 +30,10 @@ class QuantizerTraining:
         dropout: Probability that a quantized recording keeps only its first acoustic codebooks, a uniform number of them.
     """
 
-    decay: float = 0.99
-    dead_code_threshold: float = 0.1
-    quantized: float = 0.5
-    dropout: float = 0.5
-
-    def __post_init__(self):
-        for name in ("decay", "dead_code_threshold", "quantized", "dropout"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie in 0 … 1, got {getattr(self, name)}")
+    decay: Fraction = 0.99
+    dead_code_threshold: Fraction = 0.1
+    quantized: Fraction = 0.5
+    dropout: Fraction = 0.5
 
 
 class Statistics(NamedTuple):

@@ -11,10 +11,11 @@ from chroma_jax.training.codec.losses import CodecLossConfig
 from chroma_jax.training.codec.pitch import codebook_indices
 from chroma_jax.training.codec.quantize import QuantizerTraining
 from chroma_jax.training.optimizer import OptimizerConfig
+from chroma_jax.utils.fields import Checked, NonNegativeFloat, NonNegativeInt
 
 
 @dataclasses.dataclass(frozen=True)
-class CodecRecipe:
+class CodecRecipe(Checked):
     """How a codec is trained, data and duration aside.
 
     Attributes:
@@ -35,12 +36,12 @@ class CodecRecipe:
         discriminator_optimizer: of the discriminator.
     """
 
-    decoder_start_step: int = 0
-    quantizer_start_step: int = 0
-    discriminator_start_step: int = 0
+    decoder_start_step: NonNegativeInt = 0
+    quantizer_start_step: NonNegativeInt = 0
+    discriminator_start_step: NonNegativeInt = 0
     teacher: str = ""
-    pitch_weight: float = 0.0
-    pitch_codebooks: tuple[int, ...] = (1,)
+    pitch_weight: NonNegativeFloat = 0.0
+    pitch_codebooks: tuple[NonNegativeInt, ...] = (1,)
     loss: CodecLossConfig = CodecLossConfig()
     quantizer: QuantizerTraining = QuantizerTraining()
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
@@ -48,8 +49,7 @@ class CodecRecipe:
     discriminator_optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-4, b1=0.5, b2=0.9)
 
     def __post_init__(self):
-        if self.pitch_weight < 0:
-            raise ValueError(f"pitch_weight must not be negative, got {self.pitch_weight}")
+        super().__post_init__()
         if self.pitch_weight and not self.pitch_codebooks:
             raise ValueError("pitch_weight is set, but pitch_codebooks names no codebook")
 

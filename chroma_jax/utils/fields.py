@@ -1,0 +1,179 @@
+"""The types and bounds of configuration fields: declared in the annotation, checked whenever a dataclass is made.
+
+A field `warmup_steps: NonNegativeInt` refuses −1, 2.5 and "ten", whoever makes the dataclass: a configuration file, a flag, a
+run folder or a program. Needs nothing but Python.
+"""
+
+import dataclasses
+import functools
+import math
+import numbers
+import sys
+import types
+import typing
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any
+
+from chroma_jax.utils.errors import FieldError
+
+INT_MAX = 2**31 - 1  # counters and indices are int32 on the device
+EXPECTED = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """Bounds of a number. Infinity and NaN are outside of all bounds.
+
+    Attributes:
+        least: The smallest value.
+        most: The largest value.
+        above: Values must be greater than this one.
+    """
+
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
+
+    def __contains__(self, value: float) -> bool:
+        low = self.least is None or value >= self.least
+        return low and (self.above is None or value > self.above) and (self.most is None or value <= self.most)
+
+    def __str__(self) -> str:
+        most = None if self.most == INT_MAX else self.most
+        if self.above is not None:
+            return f"above {self.above}" + ("" if most is None else f", at most {most}")
+        if self.least is not None:
+            return f"of at least {self.least}" if most is None else f"from {self.least} to {most}"
+        return f"of at most {most}"
+
+
+PositiveInt = Annotated[int, Range(1, INT_MAX)]
+NonNegativeInt = Annotated[int, Range(0, INT_MAX)]
+PositiveFloat = Annotated[float, Range(above=0)]
+NonNegativeFloat = Annotated[float, Range(0)]
+Fraction = Annotated[float, Range(0, 1)]
+PositiveFraction = Annotated[float, Range(above=0, most=1)]
+Speed = Annotated[float, Range(0.5, 2)]  # of a recording, 1 for unchanged
+ReplySeconds = Annotated[float, Range(above=0, most=3600)]
+Seed = Annotated[int, Range(0, 2**32 - 1)]
+
+
+class Checked:
+    """Base of dataclasses whose fields are checked against their annotations.
+
+    Values that mean the same are stored in the declared type: a list for a tuple, a whole number for a float, a NumPy scalar
+    for a Python one.
+
+    Raises:
+        FieldError: A field has another type or is out of bounds.
+
+    Example:
+        >>> chroma_jax.SamplingParams(seed=-1)
+        Traceback (most recent call last):
+        chroma_jax.utils.errors.FieldError: seed is -1, expected a whole number from 0 to 4294967295
+    """
+
+    def __post_init__(self):
+        hints = field_types(type(self))
+        for field in dataclasses.fields(typing.cast(Any, self)):
+            value = getattr(self, field.name)
+            object.__setattr__(self, field.name, checked_value(value, hints[field.name], field.name))
+
+
+@functools.cache
+def field_types(cls: type) -> dict[str, Any]:
+    """Field → its annotation, bounds included."""
+    return typing.get_type_hints(cls, include_extras=True)
+
+
+Nested = Callable[[type, Mapping[str, Any], str], Any]
+
+
+def checked_value(value: Any, hint: Any, name: str, nested: Nested | None = None) -> Any:
+    """The value as a field with this annotation stores it.
+
+    Args:
+        value: Any value.
+        hint: The annotation, bounds included.
+        name: Of the field, for messages.
+        nested: Makes a dataclass of a mapping: (class, mapping, name) → instance. By default mappings are refused.
+
+    Raises:
+        FieldError: The value has another type or is out of bounds.
+    """
+    kind, options = typing.get_origin(hint), typing.get_args(hint)
+    if kind is Annotated:
+        value = checked_value(value, options[0], name, nested)
+        for bounds in (mark for mark in options[1:] if isinstance(mark, Range)):
+            if value not in bounds:
+                most = f"at most {INT_MAX}" if bounds.most == INT_MAX < value else bounds
+                raise FieldError(f"{name} is {shown(value)}, expected {described(options[0])} {most}")
+        return value
+    if kind in (typing.Union, types.UnionType):  # T | None
+        rest = [option for option in options if option is not types.NoneType]
+        if (value is None and len(rest) < len(options)) or len(rest) > 1:
+            return value
+        return checked_value(value, rest[0], name, nested)
+    if kind is tuple and isinstance(value, list | tuple):
+        of = [options[0]] * len(value) if options[1:] == (...,) else options
+        if len(of) == len(value):
+            return tuple(checked_value(x, item, f"{name}[{i}]", nested) for i, (x, item) in enumerate(zip(value, of)))
+    if nested is not None and dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+        return nested(typing.cast(type, hint), value, name)
+    number = not isinstance(value, bool)
+    if hint is int and number and isinstance(value, numbers.Integral):
+        value = int(value)
+    elif hint is float and number and isinstance(value, numbers.Real):
+        value = float(value) if abs(value) < sys.float_info.max else value
+    if not fits(value, hint):
+        what = "a finite number" if hint is float and isinstance(value, float) else described(hint)
+        raise FieldError(f"{name} is {shown(value)}, expected {what}")
+    return value
+
+
+def checked_text(value: Any, name: str) -> str:
+    """A text that a person wrote, which must be Unicode: half of a surrogate pair has no UTF-8.
+
+    Raises:
+        FieldError: It is no text, or has a lone surrogate.
+    """
+    text = checked_value(value, str, name)
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        at = f"character {e.start} is U+{ord(text[e.start]):04X}, half of a character"
+        raise FieldError(f"{name} is not Unicode text: {at}; remove it or write the whole character") from e
+    return text
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value has the type of an annotation without bounds and options. Of other annotations than types, any has."""
+    if typing.get_origin(hint) is typing.Literal:
+        return any(value == option and type(value) is type(option) for option in typing.get_args(hint))
+    if hint is float:
+        return type(value) is float and math.isfinite(value)
+    if hint in EXPECTED:
+        return type(value) is hint
+    if typing.get_origin(hint) is tuple:
+        return False
+    return isinstance(value, hint) if isinstance(hint, type) else True
+
+
+def shown(value: Any) -> str:
+    """The value for a message: one line of at most 80 characters."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}…"
+
+
+def described(hint: Any) -> str:
+    """What an annotation asks for, in words."""
+    kind, options = typing.get_origin(hint), typing.get_args(hint)
+    if kind is Annotated:
+        return described(options[0])
+    if kind is typing.Literal:
+        return "one of " + ", ".join(map(repr, options))
+    if kind is tuple:
+        return f"a list of {described(options[0])}" if options[1:] == (...,) else f"a list of {len(options)} values"
+    if dataclasses.is_dataclass(hint):
+        return "a table of fields"
+    return EXPECTED.get(hint) or getattr(hint, "__name__", str(hint))
