@@ -84,6 +84,12 @@ class DataConfig(Checked):
     curriculum: CurriculumConfig = CurriculumConfig()
     on_problem: OnProblem = "skip"
 
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("blocks", "text", "answers", "positions", "frames"):
+            if not getattr(self.row, name):
+                raise ValueError(f"row.{name} is 0, expected a whole number, at least 1")
+
 
 def prepare(
     config: DataConfig, model: ChromaConfig, codec: CodecLike | None, out: Path | str, *, progress: Progress = "bar"

@@ -29,7 +29,7 @@ RULES = frozenset({"sum", "difference", "product", "double", "comparison", "next
 MOST_PER_KIND = 6  # dialogues of a kind and sort in valid, and in test
 WORDINGS_LEFT = 2  # wordings of a fact that train keeps when another one is held out
 
-HoldoutFraction = Annotated[float, Range(0, 0.5)]
+HoldoutFraction = Annotated[float, Range(0, below=0.5)]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -75,4 +75,4 @@ def test_a_peer_that_is_not_installed_is_named(config):
 @pytest.mark.parametrize("wrong", [["nano", "--batch_size", "0"], ["nano", "--rounds", "0"], ["codec_nano"]])
 def test_what_cannot_be_measured_is_an_error(wrong, capsys):
     assert main(["bench", "train", *wrong]) == 2
-    assert "must be at least 1" in (err := capsys.readouterr().err) or "speaking model" in err
+    assert "expected a whole number, at least 1" in (err := capsys.readouterr().err) or "speaking model" in err

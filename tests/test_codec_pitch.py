@@ -82,7 +82,7 @@ def test_codebooks_count_from_either_end():
     assert codebook_indices((1, -1, 7), 8) == (1, 7)
     with pytest.raises(InputError, match=r"recipe\.pitch_codebooks: 8 is out of range; the codec has 8 codebooks"):
         codebook_indices((8,), 8)
-    with pytest.raises(ValueError, match="pitch_weight must not be negative"):
+    with pytest.raises(ValueError, match="pitch_weight is -1"):
         CodecRecipe(pitch_weight=-1.0)
     with pytest.raises(ValueError, match="pitch_codebooks names no codebook"):
         CodecRecipe(pitch_weight=1.0, pitch_codebooks=())

@@ -417,7 +417,7 @@ def test_what_does_not_fit_is_refused_with_a_reason(modules, engine):
     for change, message in (
         ({"slots": 3}, "slots is 3, expected one of 1, 2, 4"),
         ({"frames_per_call": 3}, "frames_per_call is 3, expected one of"),
-        ({"chunk": 0}, "chunk is 0, expected a whole number of at least 1"),
+        ({"chunk": 0}, "chunk is 0, expected a whole number, at least 1"),
         ({"max_seconds": 1e-5}, "less than one frame"),
         ({"text_positions": 20}, "text_positions is 20; a reply of .* alone needs"),
     ):

@@ -39,7 +39,7 @@ class Talk(Checked):
     def __post_init__(self):
         super().__post_init__()
         if self.frames < 2:
-            raise FieldError(f"frames is {self.frames}, expected a whole number of at least 2")
+            raise FieldError(f"frames is {self.frames}, expected a whole number, at least 2")
 
     def question(self) -> np.ndarray:
         """float32 [S] at 16 kHz."""

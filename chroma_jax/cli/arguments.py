@@ -59,7 +59,7 @@ class Texts(Checked):
     out: Positional[Path]
     dialogues: NonNegativeInt = 3100
     sentences: NonNegativeInt = 8000
-    holdout_fraction: Annotated[float, Range(0, 0.5)] = 0.08
+    holdout_fraction: Annotated[float, Range(0, below=0.5)] = 0.08
     seed: Seed = 0
     voice: str = ""
 

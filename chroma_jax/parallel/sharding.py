@@ -20,7 +20,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from chroma_jax.utils.arrays import AnyArray
-from chroma_jax.utils.errors import InputError
+from chroma_jax.utils.errors import FieldError, InputError
 from chroma_jax.utils.fields import Checked, PositiveInt
 
 MESH_AXES = ("data", "fsdp", "tensor", "context")
@@ -62,7 +62,7 @@ class MeshConfig(Checked):
 
 
 @dataclasses.dataclass(frozen=True)
-class AxisRules:
+class AxisRules(Checked):
     """Logical axis → mesh axes. An axis without a field here is an error, never a silent replication.
 
     Attributes:
@@ -104,6 +104,13 @@ class AxisRules:
     norm: tuple[str, ...] = ()
     width: tuple[str, ...] = ()  # a second model width of the same weight
     rank: tuple[str, ...] = ()  # between the two matrices of LoRA
+
+    def __post_init__(self):
+        super().__post_init__()
+        for field in dataclasses.fields(self):
+            axes = getattr(self, field.name)
+            if not set(axes) <= set(MESH_AXES):
+                raise FieldError(f"{field.name} is {axes}, expected some of {', '.join(MESH_AXES)}")
 
     def param_spec(self, axes: tuple[str | None, ...]) -> P:
         """PartitionSpec of an array as it is stored."""

@@ -34,7 +34,7 @@ import jax
 import jax.numpy as jnp
 
 from chroma_jax.utils.arrays import AnyArray, Array
-from chroma_jax.utils.fields import Checked, NonNegativeInt, PositiveInt
+from chroma_jax.utils.fields import Checked, NonNegativeInt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,11 +50,11 @@ class PackedShape(Checked):
         ctc_targets: Tokens of the users' transcripts; 0 leaves no CTC loss to train with.
     """
 
-    blocks: PositiveInt = 8
-    text: PositiveInt = 512
-    answers: PositiveInt = 64
-    positions: PositiveInt = 768
-    frames: PositiveInt = 256
+    blocks: NonNegativeInt = 8
+    text: NonNegativeInt = 512
+    answers: NonNegativeInt = 64
+    positions: NonNegativeInt = 768
+    frames: NonNegativeInt = 256
     ctc_targets: NonNegativeInt = 0
 
 

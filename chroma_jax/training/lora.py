@@ -14,7 +14,7 @@ from jax.sharding import SingleDeviceSharding
 from chroma_jax.layers.linear import Lora, linears
 from chroma_jax.training.checkpoint import Checkpoints
 from chroma_jax.utils.errors import InputError, near
-from chroma_jax.utils.fields import Checked, PositiveInt
+from chroma_jax.utils.fields import Checked, PositiveFloat, PositiveInt
 
 MARK = "/lora/"  # in the path of every weight that is added
 Model = TypeVar("Model", bound=nnx.Module)
@@ -33,7 +33,7 @@ class LoraConfig(Checked):
 
     targets: tuple[str, ...] = ()
     rank: PositiveInt = 16
-    alpha: float = 32.0
+    alpha: PositiveFloat = 32.0
 
     def __post_init__(self):
         super().__post_init__()

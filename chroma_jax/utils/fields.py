@@ -28,23 +28,24 @@ class Range:
         least: The smallest value.
         most: The largest value.
         above: Values must be greater than this one.
+        below: Values must be less than this one.
     """
 
     least: float | None = None
     most: float | None = None
     above: float | None = None
+    below: float | None = None
 
     def __contains__(self, value: float) -> bool:
-        low = self.least is None or value >= self.least
-        return low and (self.above is None or value > self.above) and (self.most is None or value <= self.most)
+        low = (self.least is None or value >= self.least) and (self.above is None or value > self.above)
+        return low and (self.most is None or value <= self.most) and (self.below is None or value < self.below)
 
     def __str__(self) -> str:
-        most = None if self.most == INT_MAX else self.most
-        if self.above is not None:
-            return f"above {self.above}" + ("" if most is None else f", at most {most}")
-        if self.least is not None:
-            return f"of at least {self.least}" if most is None else f"from {self.least} to {most}"
-        return f"of at most {most}"
+        if self.least is not None and self.most not in (None, INT_MAX):
+            return f" from {self.least} to {self.most}"
+        bounds = {"at least": self.least, "above": self.above, "below": self.below}
+        bounds["at most"] = None if self.most == INT_MAX else self.most
+        return "".join(f", {word} {bound}" for word, bound in bounds.items() if bound is not None)
 
 
 PositiveInt = Annotated[int, Range(1, INT_MAX)]
@@ -106,8 +107,8 @@ def checked_value(value: Any, hint: Any, name: str, nested: Nested | None = None
         value = checked_value(value, options[0], name, nested)
         for bounds in (mark for mark in options[1:] if isinstance(mark, Range)):
             if value not in bounds:
-                most = f"at most {INT_MAX}" if bounds.most == INT_MAX < value else bounds
-                raise FieldError(f"{name} is {shown(value)}, expected {described(options[0])} {most}")
+                most = f", at most {INT_MAX}" if bounds.most == INT_MAX < value else bounds
+                raise FieldError(f"{name} is {shown(value)}, expected {described(options[0])}{most}")
         return value
     if kind in (typing.Union, types.UnionType):  # T | None
         rest = [option for option in options if option is not types.NoneType]
@@ -124,7 +125,7 @@ def checked_value(value: Any, hint: Any, name: str, nested: Nested | None = None
     if hint is int and number and isinstance(value, numbers.Integral):
         value = int(value)
     elif hint is float and number and isinstance(value, numbers.Real):
-        value = float(value) if abs(value) < sys.float_info.max else value
+        value = float(value) if not isinstance(value, int) or abs(value) < sys.float_info.max else value
     if not fits(value, hint):
         what = "a finite number" if hint is float and isinstance(value, float) else described(hint)
         raise FieldError(f"{name} is {shown(value)}, expected {what}")

@@ -250,7 +250,7 @@ def test_the_time_limit_saves_and_exits_with_75_and_the_run_resumes_bit_for_bit(
 
 
 def test_a_negative_time_limit_is_named():
-    with pytest.raises(ValueError, match="training.max_minutes is -1"):
+    with pytest.raises(ValueError, match="max_minutes is -1"):
         TrainingConfig(max_minutes=-1)
 
 

@@ -50,7 +50,7 @@ def test_mini_has_about_fifty_million_parameters():
         (
             "model.backbone.num_attention_heads = 4",
             "model.backbone.num_attention_heads = 3",
-            "not a multiple of num_key_value_heads",
+            "expected a multiple of num_key_value_heads",
         ),
     ],
 )

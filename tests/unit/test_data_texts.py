@@ -181,9 +181,9 @@ def test_the_command_writes_lines_and_counts_them(tmp_path, capsys):
 def test_impossible_requests_are_named(tmp_path):
     with pytest.raises(InputError, match=r"--dialogues 100000: the generator has \d+ for train"):
         write_texts(TextsConfig(dialogues=100_000), tmp_path / "a.jsonl")
-    with pytest.raises(InputError, match="--holdout_fraction is a share"):
+    with pytest.raises(InputError, match=r"holdout_fraction is 0.5, expected a number, at least 0, below 0.5"):
         TextsConfig(holdout_fraction=0.5)
-    with pytest.raises(InputError, match="--sentences must not be negative"):
+    with pytest.raises(InputError, match="sentences is -1, expected a whole number, at least 0"):
         TextsConfig(sentences=-1)
     assert not (tmp_path / "a.jsonl").exists()
 
