@@ -6,6 +6,7 @@ import importlib.util
 import re
 import types
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -152,12 +153,9 @@ def read_config(source: str) -> Config | CodecRun:
     if pod and pod not in pods:
         known = ", ".join(pods) or "none"
         raise InputError(f"{path}: no mesh for {pod!r}{near(pod, pods)}; it has {known}; or set --mesh")
-    try:
-        config = module.config(pod) if pod else module.config()
-    except InputError:
-        raise
-    except Exception as e:
-        raise InputError(f"{path}: {type(e).__name__}: {e}") from e
+    if not callable(getattr(module, "config", None)):
+        raise InputError(f"{path}: has no function config(), which returns a chroma_jax.Config or CodecRun")
+    config = of_user(path, module.config, *([pod] if pod else []))
     if not isinstance(config, tuple(KINDS.values())):
         raise InputError(f"{path}: config() returned {type(config).__name__}, expected chroma_jax.config.Config or CodecRun")
     return config
@@ -182,13 +180,17 @@ def module_of(source: str) -> tuple[Path, types.ModuleType]:
     if spec is None or spec.loader is None:
         raise InputError(f"{path}: not a Python file")
     module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except InputError:
-        raise
-    except Exception as e:
-        raise InputError(f"{path}: {type(e).__name__}: {e}") from e
+    of_user(path, spec.loader.exec_module, module)
     return path, module
+
+
+def of_user(path: Path, function: Callable, *given: Any) -> Any:
+    """Runs a function of a configuration file. Raises: InputError naming the file, whatever the function raises."""
+    try:
+        return function(*given)
+    except (Exception, SystemExit) as e:
+        what = str(e) if isinstance(e, InputError) else f"{type(e).__name__}: {e}"
+        raise InputError(f"{path}: {what}") from e
 
 
 def fields(config: Any, prefix: str = "") -> dict[str, Any]:

@@ -30,6 +30,9 @@ def files(tmp_path, tiny_prepared, run):
     (tmp_path / "broken.py").write_text("def config(:\n")
     (tmp_path / "other.py").write_text("def config():\n    return {'model': 1}\n")
     (tmp_path / "raises.py").write_text("def config():\n    return undefined_name\n")
+    (tmp_path / "exits.py").write_text("import sys\n\ndef config():\n    sys.exit(3)\n")
+    (tmp_path / "empty.py").write_text("")
+    (tmp_path / "zero.py").write_text("import chroma_jax\n\ndef config():\n    return chroma_jax.MeshConfig(data=0)\n")
     (tmp_path / "text.txt").write_text("this is not audio")
     soundfile.write(tmp_path / "empty.wav", np.zeros(0, np.float32), 16_000)
     soundfile.write(tmp_path / "speech.wav", 0.1 * np.ones(16_000, np.float32), 16_000)
@@ -56,6 +59,9 @@ BAD = {
     "configuration with a syntax error": ("info {tmp}/broken.py", ["broken.py", "SyntaxError"]),
     "configuration that raises": ("info {tmp}/raises.py", ["raises.py", "undefined_name"]),
     "configuration of another type": ("info {tmp}/other.py", ["other.py", "returned dict", "Config"]),
+    "configuration that exits": ("info {tmp}/exits.py", ["exits.py", "SystemExit: 3"]),
+    "configuration without its function": ("info {tmp}/empty.py", ["empty.py", "has no function config()"]),
+    "configuration with a field out of bounds": ("info {tmp}/zero.py", ["zero.py: data is 0, expected"]),
     "unknown field": (
         "info nano --model.backbone.num_layer 3",
         ["--model.backbone.num_layer", "--model.backbone.num_hidden_layers"],
@@ -64,9 +70,21 @@ BAD = {
     "unknown choice": ("info nano --optimizer.schedule stepwise", ["stepwise", "cosine"]),
     "fields that contradict each other": (
         "info nano --model.backbone.num_key_value_heads 3",
-        ["num_attention_heads 4", "num_key_value_heads 3"],
+        ["num_attention_heads is 4", "num_key_value_heads 3"],
     ),
     "value out of range": ("info nano --loss.decoder_frame_fraction 1.5", ["decoder_frame_fraction", "1.5"]),
+    **{
+        f"{name} {value}": (f"{REPLY} --generation.{name} {value}", [f"--generation.{name} is ", "expected"])
+        for name, values in {
+            "temperature": ("-1", "nan", "inf", "1e-9", "1e9"),
+            "top_p": ("0", "-0.5", "1.5", "nan"),
+            "top_k": ("-5", "1099511627776"),
+            "seed": ("-1", "4294967296", "18446744073709551616"),
+            "max_seconds": ("0", "-1", "nan", "inf", "1e12"),
+            "tensor": ("0", "-1"),
+        }.items()
+        for value in values
+    },
     "missing argument": ("train nano", ["Run folder", "--dataset_dir"]),
     "corpus absent": ("prepare {tmp}/tiny.py {out} --data.corpus {tmp}/nowhere", ["nowhere"]),
     "data folder is something else": ("prepare {tmp}/tiny.py {tmp}/full --codec {run}/codec.safetensors", ["full"]),
@@ -129,6 +147,24 @@ def test_bad_input(name, files, capsys):
     after = [p for p in files["tmp"].rglob("*") if "__pycache__" not in p.parts]
     assert sorted(after) == before, "something was left behind"
     assert sorted(files["run"].rglob("*")) == run_before
+
+
+def test_a_fault_of_the_program_is_one_line_and_debug_shows_its_traceback(monkeypatch, capsys):
+    def broken(args, config):
+        raise KeyError("no such\nkey")
+
+    monkeypatch.setitem(COMMANDS, "info", (COMMANDS["info"][0], broken, "file"))
+    assert main(["info", "nano"]) == 1
+    assert capsys.readouterr().err.splitlines() == [
+        "chroma-jax: fault: KeyError: 'no such\\nkey'; please report it with the output of the same command and --debug"
+    ]
+    assert main(["info", "nano", "--debug"]) == 1
+    assert "in broken" in capsys.readouterr().err
+
+
+def test_debug_shows_where_bad_input_was_refused(capsys):
+    assert main(["--debug", "info", "nanno"]) == 2
+    assert "Traceback" in (err := capsys.readouterr().err) and err.splitlines()[-1].startswith("chroma-jax: error: ")
 
 
 def test_a_damaged_checkpoint_is_named(files, capsys):

@@ -12,6 +12,7 @@ import io
 import os
 import re
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -52,19 +53,33 @@ ALIASES = {"generate": ("reply",)}
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code; see `chroma_jax.utils.errors.EXIT_CODES`."""
+    argv = sys.argv[1:] if argv is None else argv
+    debug = "--debug" in argv
     try:
-        return dispatch(sys.argv[1:] if argv is None else argv)
-    except InputError as e:
-        print(f"{PROGRAM}: error: {' '.join(str(e).split())}", file=sys.stderr)
-        return 2
-    except TrainingStopped as e:
-        print(f"{PROGRAM}: {e}", file=sys.stderr)
-        return e.code
+        return dispatch([word for word in argv if word != "--debug"])
+    except Exception as e:
+        if debug:
+            traceback.print_exc()
+        return reported(e)
     except SystemExit:  # help was printed
         return 0
     except KeyboardInterrupt:
         print(f"{PROGRAM}: interrupted", file=sys.stderr)
         return 130
+
+
+def reported(failure: Exception) -> int:
+    """Prints one line about an exception. Returns the exit code: 1 for a fault of the program, which nobody has foreseen."""
+    line = " ".join(str(failure).split())
+    if isinstance(failure, TrainingStopped):
+        print(f"{PROGRAM}: {failure}", file=sys.stderr)
+        return failure.code
+    if isinstance(failure, InputError):
+        print(f"{PROGRAM}: error: {line}", file=sys.stderr)
+        return 2
+    where = f"{type(failure).__name__}: {line[:500]}"
+    print(f"{PROGRAM}: fault: {where}; please report it with the output of the same command and --debug", file=sys.stderr)
+    return 1
 
 
 def dispatch(argv: list[str]) -> int:
@@ -103,6 +118,7 @@ def overview() -> str:
     codes = [f"{code}: {meaning}" for code, meaning in EXIT_CODES.items()]
     fields = f"CONFIG is a configuration file or the name of a shipped one ({', '.join(shipped())}), as NAME or NAME@POD. "
     fields += "Flags override any field of it, as in --model.backbone.num_hidden_layers 4."
+    fields += "\n\n--debug shows the traceback of an error."
     return "\n\n".join(["Trains, evaluates and serves speaking models.", fields, "\n".join(["Exit codes:", *codes])])
 
 

@@ -9,7 +9,7 @@ STOPPED, PEER_LOST, DIVERGED = 75, 76, 77
 # simply repeat it; after 77 a person should look first.
 EXIT_CODES = {
     0: "done",
-    1: "a check failed, or the program has a fault (then with a traceback)",
+    1: "a check failed, or the program has a fault (--debug shows where)",
     2: "bad input",
     STOPPED: "training stopped on request (SIGTERM, Ctrl-C or training.max_minutes) after saving a checkpoint; rerun to resume",
     PEER_LOST: "another process of the training died, hung, failed or never came; repeated on all hosts, it goes on",
