@@ -4,11 +4,11 @@ A field `warmup_steps: NonNegativeInt` refuses −1, 2.5 and "ten", whoever make
 run folder or a program. Needs nothing but Python.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
 import numbers
-import sys
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -125,7 +125,8 @@ def checked_value(value: Any, hint: Any, name: str, nested: Nested | None = None
     if hint is int and number and isinstance(value, numbers.Integral):
         value = int(value)
     elif hint is float and number and isinstance(value, numbers.Real):
-        value = float(value) if not isinstance(value, int) or abs(value) < sys.float_info.max else value
+        with contextlib.suppress(OverflowError):
+            value = float(value)
     if not fits(value, hint):
         what = "a finite number" if hint is float and isinstance(value, float) else described(hint)
         raise FieldError(f"{name} is {shown(value)}, expected {what}")
