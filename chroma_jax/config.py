@@ -256,4 +256,10 @@ def load(run: Path) -> Config | CodecRun:
     path = Path(run) / "config.txt"
     if not path.is_file():
         raise InputError(f"{run}: not a run folder (no config.txt in it)")
-    return parse(path.read_text(), str(path))
+    text = path.read_text(encoding="utf-8", errors="replace")
+    kind = re.search(r"^kind = '(\w+)'$", text, re.MULTILINE)
+    sections = fields(KINDS[kind[1]]()) if kind and kind[1] in KINDS else {}
+    missing = [name for name in dict.fromkeys(name.partition(".")[0] for name in sections) if f"\n{name}." not in text]
+    if kind is None or missing or not text.endswith("\n"):
+        raise InputError(f"{path}: cut short{f', {missing[0]} is missing' if missing else ''}; copy it again from the run")
+    return parse(text, str(path))

@@ -6,6 +6,7 @@ tokenizer.json
 """
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 
@@ -29,6 +30,15 @@ def model_facts(model: ChromaConfig) -> dict:
         "samples_per_frame": model.codec.samples_per_frame,
         "tokens": dataclasses.asdict(model.tokens),
     }
+
+
+def content(path: Path) -> str:
+    """A digest of a file's contents; "" for a file that cannot be read, which the preparation names."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    except OSError:
+        return ""
 
 
 def differences(there: dict, here: dict, prefix: str = "") -> list[str]:

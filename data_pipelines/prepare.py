@@ -24,7 +24,7 @@ from chroma_jax.models.codec import Codec, fit_quantizer
 from chroma_jax.models.io.name_tables import codec_rows
 from chroma_jax.models.io.weight_files import all_tensors
 from chroma_jax.sequence.batch import PackedShape
-from chroma_jax.utils.atomic_io import written_aside
+from chroma_jax.utils.atomic_io import finish_publishing, is_new, written_aside
 from chroma_jax.utils.errors import InputError
 from chroma_jax.utils.fields import Checked, PositiveFloat, PositiveInt, Seed
 from data_pipelines.codes import (
@@ -40,7 +40,7 @@ from data_pipelines.codes import (
     sizes,
 )
 from data_pipelines.curriculum import CurriculumConfig, Example, held_out_examples, sample_examples, unwritten, written
-from data_pipelines.dataset import VERSION, Dataset, check_same, model_facts, open_dataset, read_manifest
+from data_pipelines.dataset import VERSION, Dataset, check_same, content, model_facts, open_dataset, read_manifest
 from data_pipelines.dialogues import (
     SPLITS,
     Corpus,
@@ -120,10 +120,12 @@ def prepare(
     out = Path(out)
     corpus = read_corpus(config.corpus, on_problem=config.on_problem)
     wanted = configuration(config, model, codec, corpus)
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    if out.is_dir():
+        finish_publishing(out)
+    if not is_new(out):
         check_same(out, read_manifest(out)["config"], wanted, progress)
         return open_dataset(out)
-    with written_aside(out) as partial:
+    with written_aside(out, last="dataset.json") as partial:
         fill(partial, config, model, codec, corpus, wanted, progress)
     return open_dataset(out, model)
 
@@ -141,6 +143,7 @@ def configuration(config: DataConfig, model: ChromaConfig, codec: CodecLike, cor
         "model": model_facts(model),
         "codec": fingerprint(codec) if codec is not None else {"fitted": sizes(model.codec)},
         "corpus": hashlib.sha256(contents).hexdigest()[:16],
+        "recordings": hashlib.sha256("".join(map(content, recordings(corpus))).encode()).hexdigest()[:16],
     }
     return json.loads(json.dumps(facts))  # as they are read back
 

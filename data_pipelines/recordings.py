@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from chroma_jax.utils.errors import InputError
+from data_pipelines.dataset import content
 from data_pipelines.dialogues import EMBEDDED, Problem, read_corpus, read_utterances
 
 SOUNDS = (".flac", ".wav", ".ogg", ".opus", ".mp3")
@@ -81,15 +82,15 @@ def target_of(root: Path, audio: Path) -> Path | None:
 
 
 def digest(corpora: dict[str, dict[str, list[Recording]]]) -> str:
-    """Identifies recordings by their places and sizes. Unpaired recordings have the digest of earlier versions.
+    """Identifies recordings by their places and contents.
 
     Args:
         corpora: corpus → split → recordings.
     """
-    sizes = []
+    found = []
     for corpus, splits in corpora.items():
-        place = lambda path, root=corpus_folder(corpus): (path.relative_to(root).as_posix(), path.stat().st_size)
+        place = lambda path, root=corpus_folder(corpus): (path.relative_to(root).as_posix(), content(path))
         for split, recordings in splits.items():
             for r in recordings:
-                sizes.append((split, *place(r.audio), *(() if r.target is None else place(r.target))))
-    return hashlib.sha256(json.dumps(sizes).encode()).hexdigest()[:16]
+                found.append((split, *place(r.audio), *(() if r.target is None else place(r.target))))
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]

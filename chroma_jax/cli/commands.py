@@ -153,9 +153,9 @@ def train(args: Train, config) -> int:
     with joined(args.distributed, config.mesh) as progress:
         if isinstance(config, CodecRun):
             init_from = None if args.init_from is None else pretrained.found(args.init_from)
-            train_codec(config, args.run, args.dataset_dir, init_from, progress)
+            train_codec(config, args.run, args.dataset_dir, init_from, progress, take_over=args.take_over)
         else:
-            train(config, args.run, args.dataset_dir, args.init_from, progress, args.aot_executable)
+            train(config, args.run, args.dataset_dir, args.init_from, progress, args.aot_executable, take_over=args.take_over)
     return 0
 
 

@@ -90,10 +90,15 @@ def dispatch(argv: list[str]) -> int:
     name = next(name for name, (accepted, *_) in COMMANDS.items() if type(first) is lenient(accepted))
     accepted, function, source = COMMANDS[name]
     keep_compiled_programs()
+    check_paths(first)
     if source == "none":
-        return function(read(tree(named=name), argv))
+        args = read(tree(named=name), argv)
+        check_outputs(args)
+        return function(args)
     base = base_configuration(name, source, first)
     args = read(tree(lambda other: configured(other, base) if other is accepted else other, named=name), argv)
+    check_paths(args.config)
+    check_outputs(args)
     if source in ("run", "speaking run"):
         from chroma_jax import pretrained
 
@@ -101,6 +106,33 @@ def dispatch(argv: list[str]) -> int:
     if source != "file" and hasattr(args.config, "generation"):
         virtual_devices(args.config.generation.tensor)
     return function(args, args.config)
+
+
+def check_paths(given: Any, prefix: str = "--") -> None:
+    """Raises: InputError for a URL where a path is expected; as a path it would be a local folder named "gs:"."""
+    for field in dataclasses.fields(given):
+        value = getattr(given, field.name)
+        if dataclasses.is_dataclass(value):
+            check_paths(value, f"{prefix}{field.name}.")
+        for path in value if isinstance(value, tuple) else (value,):
+            if isinstance(path, str | Path) and re.match(r"(?!file:)[A-Za-z][A-Za-z0-9+.-]+:/+[^/\s]", str(path)):
+                positional = tyro.conf.Positional in getattr(field.type, "__metadata__", ())
+                flag = "an argument" if positional else prefix + field.name
+                remedy = "object storage is not supported; copy it to a local folder, or mount the bucket and name that folder"
+                raise InputError(f"{flag} is {str(path)!r}: {remedy}")
+
+
+OUTPUTS = ("out", "dest", "keep_voice", "aot_executable")
+
+
+def check_outputs(args: Any) -> None:
+    """Raises: InputError, before any work, where a result could not be written."""
+    from chroma_jax.utils.atomic_io import check_writable
+
+    for name in OUTPUTS:
+        path = getattr(args, name, None)
+        if isinstance(path, Path) and not (name == "aot_executable" and isinstance(args, arguments.Train)):
+            check_writable(path / "x" if path.is_dir() else path)
 
 
 def no_command(argv: list[str], unknown: list[str]) -> int:

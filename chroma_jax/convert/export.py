@@ -53,7 +53,7 @@ def export_checkpoint(run: Path | str, dest: Path | str, dtype: DType = "stored"
     if not isinstance(config, Config):
         raise InputError(f"{run}: a codec, expected a speaking model")
     check_new(dest)
-    with written_aside(dest) as folder:
+    with written_aside(dest, last="config.json") as folder:
         weights = stored_weights(run, config)
         tensors = tensors_of(config, weights, run / UNUSED, dtype)
         size = write_shards(folder, tensors, shard_bytes)

@@ -150,7 +150,7 @@ def import_sources(plan: ImportPlan, dest: Path, unused: str = "leave") -> str:
         carried = {released: (a, name) for name, released in a.carried.items()} | carried
     read = [tensor for a in plan.accounts for tensor in _tensors(a)]
     size = sum(x.nbytes for x in read) + sum(a.header[name].nbytes for a, name in carried.values())
-    with written_aside(dest) as folder, tqdm(total=size, unit="B", unit_scale=True, desc="import") as bar:
+    with written_aside(dest, last="config.txt") as folder, tqdm(total=size, unit="B", unit_scale=True, desc="import") as bar:
         speaking = place(plan)
         weights: dict[str, jax.Array] = {}
         for a in plan.accounts:

@@ -89,7 +89,7 @@ def evaluate(
         part, replies = evaluate_speaking(speaker, asked, conditions, metric_models)
         found |= part
         sounds.add_replies(replies)
-    with written_aside(out) as folder:
+    with written_aside(out, last="report.json") as folder:
         report.write(folder, found, sounds)
     return found
 

@@ -21,7 +21,7 @@ from chroma_jax.parallel.progress import Progress
 from chroma_jax.parallel.sharding import make_mesh
 from chroma_jax.planning.training_step import codec_trainer_of
 from chroma_jax.runs.codec_teacher import load_teacher
-from chroma_jax.runs.run_folder import check_run, has_checkpoint, keep
+from chroma_jax.runs.run_folder import check_contents, check_run, has_checkpoint, keep, owned
 from chroma_jax.runs.starting_weights import Shapes, starting_weights
 from chroma_jax.training.codec.quantize import perplexity
 from chroma_jax.training.codec.recipe import Phase
@@ -38,7 +38,13 @@ COLLAPSED = 0.02  # an alarm is given when a codebook's held-out perplexity is b
 
 
 def train_codec(
-    config: CodecRun, run: Path, prepared: Path, init_from: Path | None = None, progress: Progress | None = None
+    config: CodecRun,
+    run: Path,
+    prepared: Path,
+    init_from: Path | None = None,
+    progress: Progress | None = None,
+    *,
+    take_over: bool = False,
 ) -> CodecTrainState:
     """Trains from the run folder's newest checkpoint (or from ``init_from``, or from scratch) to ``config.training.steps``.
 
@@ -48,6 +54,7 @@ def train_codec(
         prepared: a folder that ``chroma-jax prepare`` wrote.
         init_from: weights that a new run begins with, see `starting_weights`.
         progress: of the process, see `chroma_jax.parallel.multihost.joined`.
+        take_over: whether a training that is running in the run folder loses it.
 
     Returns:
         The last state.
@@ -67,11 +74,13 @@ def train_codec(
     check_run(config, run)
     teacher = load_teacher(config.recipe.teacher, config.model.sampling_rate)
     mesh = make_mesh(config.mesh)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), owned(run, take_over=take_over):
         trainer = codec_trainer_of(config, mesh, teacher)
         shapes = cast(Shapes, trainer.abstract.weights())
         weights = starting_weights(config, None if has_checkpoint(run) else init_from, shapes)
-        keep(config, run, [])
+        data = [prepared / "dataset.json"]
+        check_contents(run, data)
+        keep(config, run, data)
         task = CodecTask(config, prepared, trainer)
         return train_on(task, config, run, trainer.abstract, lambda: trainer.init(weights), progress)
 

@@ -106,7 +106,7 @@ def export_stablehlo(
     model, codec, _ = load_run(run, config)
     prompt = prompt_shapes(model.config, sizes)
     weights = dict(zip(weight_names(model, codec), jax.tree.leaves(nnx.state((model, codec))), strict=True))
-    with written_aside(dest) as folder:
+    with written_aside(dest, last="artefact.json") as folder:
         programs = export_programs(model, codec, config.generation.dtype, prompt, sizes.max_frames, platforms)
         for name, program in programs.items():
             (folder / f"{name}.jax_export").write_bytes(program.serialize())

@@ -18,7 +18,7 @@ from chroma_jax.parallel.multihost import data_shard
 from chroma_jax.parallel.progress import Progress
 from chroma_jax.parallel.sharding import make_mesh
 from chroma_jax.planning.training_step import abstract_batch, compiled_from, trainer_of
-from chroma_jax.runs.run_folder import check_run, has_checkpoint, keep
+from chroma_jax.runs.run_folder import check_contents, check_run, has_checkpoint, keep, owned
 from chroma_jax.runs.starting_weights import Shapes, starting_weights
 from chroma_jax.sequence.batch import Batch
 from chroma_jax.training.flops import step_flops
@@ -42,6 +42,8 @@ def train(
     init_from: Path | None = None,
     progress: Progress | None = None,
     aot_executable: Path | None = None,
+    *,
+    take_over: bool = False,
 ) -> TrainState:
     """Trains a speaking model, from the run folder's newest checkpoint, else from ``init_from``, else from random weights.
 
@@ -52,6 +54,7 @@ def train(
         init_from: Run folder or import that a new run is initialized from.
         progress: Of the process, see `chroma_jax.parallel.multihost.joined`.
         aot_executable: File with the compiled step, see `chroma_jax.training.runtime.aot_executable`.
+        take_over: Whether a training that is running in the run folder loses it.
 
     Returns:
         The last state.
@@ -74,7 +77,7 @@ def train(
     check_stored(config)
     mesh = make_mesh(config.mesh)
     check_run(config, run)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), owned(run, take_over=take_over):
         trainer = trainer_of(config, mesh)
         train_step = trainer.train_step
         if aot_executable is not None:
@@ -84,6 +87,7 @@ def train(
             check_tokenizer(dataset_dir, given)
         shapes = cast(Shapes, values(trainer.abstract.trained) | values(trainer.abstract.frozen))
         weights = starting_weights(config, given, shapes)
+        check_contents(run, kept(dataset_dir, None))
         keep(config, run, kept(dataset_dir, given))
         task = SpeakingTask(config, dataset_dir, trainer, train_step)
         return train_on(task, config, run, trainer.abstract, lambda: trainer.init(weights), progress)

@@ -75,15 +75,23 @@ def chat(
             if player is not None and not asked:
                 lines = Lines()
                 turns = spoken(session, player, lines)
-            replies = [answered(session, player, lines) for _ in turns]
-        measured = engine.measures()
-    if out is not None:
-        with replaced_files(out) as folder:
-            for number, (wave, _) in enumerate(replies, 1):
-                soundfile.write(folder / f"reply-{number}.wav", audio.to_int16(wave), rate, subtype="PCM_16")
-            (folder / "conversation.txt").write_text("".join(f"{text}\n" for _, text in replies), encoding="utf-8")
-            (folder / "measures.json").write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
-    return measured
+            replies = []
+            try:
+                for _ in turns:
+                    replies.append(answered(session, player, lines))
+            finally:  # what was said before a failure is kept
+                if out is not None and replies:
+                    keep(out, replies, rate, engine.measures())
+        return engine.measures()
+
+
+def keep(out: Path, replies: list[tuple[np.ndarray, str]], rate: int, measured: dict) -> None:
+    """Writes the replies of a conversation, their text and what was measured. rate: Hz."""
+    with replaced_files(out) as folder:
+        for number, (wave, _) in enumerate(replies, 1):
+            soundfile.write(folder / f"reply-{number}.wav", audio.to_int16(wave), rate, subtype="PCM_16")
+        (folder / "conversation.txt").write_text("".join(f"{text}\n" for _, text in replies), encoding="utf-8")
+        (folder / "measures.json").write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
 
 
 def recorded(session: Session, names: tuple[Path, ...], waves: list[np.ndarray], pace: Pace) -> Iterator[None]:

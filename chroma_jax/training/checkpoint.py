@@ -8,9 +8,13 @@ missing or cut short, but a changed byte in an array it reads as it is.
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import logging
 import math
+import os
+import re
+import tempfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,9 +24,10 @@ import jax
 import orbax.checkpoint.experimental.v1 as ocp
 
 from chroma_jax.parallel.multihost import all_processes_agree, log
-from chroma_jax.utils.atomic_io import write_whole
+from chroma_jax.utils.atomic_io import refusals_named, write_whole
 from chroma_jax.utils.errors import InputError
 from chroma_jax.utils.fields import Checked, PositiveInt
+from chroma_jax.utils.locks import JobLock, aside
 from chroma_jax.utils.tree_paths import flat, nested
 
 
@@ -58,12 +63,16 @@ class Checkpoints:
         """access "read" leaves the folder as it is, also what another process is just writing there."""
         logging.getLogger("absl").setLevel(logging.ERROR)
         self.folder = (run / "checkpoints").absolute()
+        writes = access == "write" and jax.process_index() == 0
+        with refusals_named(run):
+            run.mkdir(parents=True, exist_ok=True) if writes else None
+        self._lock = JobLock(run, inside=True) if writes else None
         self.config = config
         self.saving: int | None = None  # the step that is being written, or was last
         context = ocp.Context()
         context.asynchronous.post_finalization_callback = lambda: self._seal()  # a function, as Orbax copies what it is given
         self.manager = ocp.training.Checkpointer(
-            str(self.folder),
+            str(without_patterns(self.folder)),
             context=context,
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),  # pyright: ignore[reportArgumentType]: Orbax types it by an older class
             preservation_policy=ocp.training.preservation_policies.LatestN(config.max_to_keep),  # pyright: ignore[reportArgumentType]: likewise
@@ -74,7 +83,12 @@ class Checkpoints:
         return self
 
     def __exit__(self, *_) -> None:
-        self.manager.close()
+        try:
+            with refusals_named(self.folder):
+                self.manager.close()
+        finally:
+            if self._lock is not None:
+                self._lock.release()
 
     @property
     def latest(self) -> int | None:
@@ -93,11 +107,15 @@ class Checkpoints:
         if step != self.latest:
             self.wait()
             self.saving = step
-            self.manager.save_checkpointables_async(step, state.tree())
+            if self._lock is not None:
+                self._lock.check()
+            with refusals_named(self.folder):
+                self.manager.save_checkpointables_async(step, state.tree())
 
     def wait(self) -> None:
-        """Until what is being written is complete."""
-        self.manager.wait()
+        """Until what is being written is complete. Raises: InputError when the system refuses the write."""
+        with refusals_named(self.folder):
+            self.manager.wait()
 
     def _seal(self) -> None:
         """Called by Orbax in the thread that writes a checkpoint, when all of it is there but its final name."""
@@ -201,6 +219,24 @@ class Checkpoints:
     def _unreadable(self, step: int, e: Exception) -> InputError:
         lines = str(e).strip().splitlines() or [type(e).__name__]
         return InputError(f"{self.folder / str(step)}: cannot be read into this configuration ({lines[0][:300]})")
+
+
+def without_patterns(folder: Path) -> Path:
+    """The folder by a path that Orbax can search: it takes brackets, stars and question marks in a path for patterns, and finds
+    nothing that it wrote there. Such a folder is reached through a link, which has the same name on every host."""
+    if not re.search(r"[\[\]*?\\]", str(folder)):
+        return folder
+    links = Path(tempfile.gettempdir()).resolve() / f"chroma_jax-{os.getuid()}"
+    link = links / hashlib.sha256(str(folder).encode()).hexdigest()[:24]
+    with refusals_named(links):
+        links.mkdir(mode=0o700, exist_ok=True)
+        if not link.is_symlink():
+            whole = aside(link)
+            whole.symlink_to(folder)
+            os.replace(whole, link)
+    if links.stat().st_uid != os.getuid() or link.readlink() != folder:
+        raise InputError(f"{link}: is not a link to {folder}; remove {links}, or set TMPDIR")
+    return link
 
 
 def seal(folder: Path) -> None:

@@ -30,16 +30,17 @@ def flat(metrics: dict, prefix: str = "") -> dict[str, float]:
 class MetricsWriter:
     """Appends to RUN/metrics.jsonl and writes RUN/tensorboard. Only one process of a run should hold one.
 
-    Steps past ``step`` that an interrupted run left in the file are dropped, so that the file reads as one straight run.
+    Steps past ``step`` that an interrupted run left in the file are dropped, so that the file reads as one straight run. All
+    other lines stay as they are, damaged ones too.
     """
 
     def __init__(self, run: Path, step: int):
         from tensorboardX import SummaryWriter
 
         self.path = run / "metrics.jsonl"
-        kept = [line for line in read_lines(self.path) if line["step"] <= step]
-        write_whole(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-        self.file = self.path.open("a")
+        kept = [text for text in journal(self.path) if (line := parsed(text)) is None or line["step"] <= step]
+        write_whole(self.path, "".join(f"{text}\n" for text in kept))
+        self.file = self.path.open("a", encoding="utf-8")
         self.board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
@@ -59,16 +60,25 @@ class MetricsWriter:
 
 
 def read_lines(path: Path) -> list[dict]:
-    """The lines of a metrics file; a last line cut short by a crash is left out."""
-    if not path.exists():
+    """The lines of a metrics file; damaged ones are left out."""
+    return [line for line in map(parsed, journal(path)) if line is not None]
+
+
+def journal(path: Path) -> list[str]:
+    """The lines of a file as they are, without a last one that a crash has cut short."""
+    if not path.is_file():
         return []
-    lines = []
-    for line in path.read_text().splitlines():
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            break
-    return lines
+    *whole, last = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    return whole if not last or parsed(last) is None else [*whole, last]
+
+
+def parsed(text: str) -> dict | None:
+    """What a line of a metrics file says; None for a damaged one."""
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return line if isinstance(line, dict) and type(line.get("step")) is int else None
 
 
 def audio_hours_at(run: Path, step: int) -> float | None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -29,12 +30,18 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
 
 
 def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path):
-    left = [tmp_path / f".x.{NOBODY}.partial", tmp_path / f".x.json.{NOBODY}.partial"]
-    others = [tmp_path / f".x.json.{os.getpid()}.partial", tmp_path / ".x.notes.partial", tmp_path / f".y.{NOBODY}.partial"]
+    host = socket.gethostname()
+    left = [tmp_path / ".x.partial", tmp_path / f".y.json.{host}.{NOBODY}.ab.partial"]
+    others = [
+        f".y.json.{host}.{os.getpid()}.ab.partial",
+        f".y.json.elsewhere.{NOBODY}.ab.partial",
+        f".z.{host}.{NOBODY}.ab.partial",
+    ]
+    others = [tmp_path / name for name in others]
     for path in left + others:
         path.touch()
-    with written_aside(tmp_path / "x"):
-        pass
+    with written_aside(tmp_path / "x"), replaced_file(tmp_path / "y.json") as partial:
+        partial.touch()
     assert not any(path.exists() for path in left) and all(path.exists() for path in others)
 
 

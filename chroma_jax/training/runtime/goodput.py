@@ -156,9 +156,11 @@ class GoodputLog:
 def read_goodput_log(run: Path) -> list[dict]:
     """The lines of a run's ledger; those that crashes have cut short are left out."""
     lines = []
-    for text in (run / NAME).read_text().splitlines() if (run / NAME).exists() else []:
-        with contextlib.suppress(ValueError):
-            lines.append(json.loads(text))
+    for text in (run / NAME).read_text(errors="replace").splitlines() if (run / NAME).exists() else []:
+        with contextlib.suppress(ValueError, RecursionError, KeyError, TypeError):
+            line = json.loads(text)
+            when(line)
+            lines.append(line)
     return lines
 
 
