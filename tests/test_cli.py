@@ -34,6 +34,8 @@ def files(tmp_path, tiny_prepared, run):
     (tmp_path / "empty.py").write_text("")
     (tmp_path / "zero.py").write_text("import chroma_jax\n\ndef config():\n    return chroma_jax.MeshConfig(data=0)\n")
     (tmp_path / "text.txt").write_text("this is not audio")
+    shutil.copytree(prepared, tmp_path / "others")
+    (tmp_path / "others" / "tokenizer.json").write_text((prepared / "tokenizer.json").read_text() + "\n")
     soundfile.write(tmp_path / "empty.wav", np.zeros(0, np.float32), 16_000)
     soundfile.write(tmp_path / "speech.wav", 0.1 * np.ones(16_000, np.float32), 16_000)
     (tmp_path / "full").mkdir()
@@ -101,6 +103,24 @@ BAD = {
     "more devices than there are": (TRAIN + " --mesh.context 16 --training.global_batch_size 16", ["16 devices", "8 present"]),
     "mesh that does not divide a weight": (TRAIN + " --mesh.tensor 8", ["kernel", "heads", "not divisible"]),
     "freeze pattern that fits nothing": (TRAIN + " --optimizer.freeze bakbone", ["bakbone", "matches no weight"]),
+    "data with another tokenizer than the run's": (
+        "train {tmp}/tiny.py {run} --dataset_dir {tmp}/others",
+        ["its tokenizer.json differs", "--init-from"],
+    ),
+    **{
+        f"{url} as {what}": (command.replace("URL", url), [url, "object storage is not supported"])
+        for url in ("gs://bucket/x", "s3://bucket/x", "hf://a/b")
+        for what, command in {
+            "a dataset": TRAIN.replace("{prepared}", "URL"),
+            "a run folder": TRAIN.replace("{out}", "URL"),
+            "a corpus": "prepare {tmp}/tiny.py {out} --data.corpus URL",
+            "a run to reply from": REPLY.replace("{run}", "URL"),
+            "a recording": REPLY.replace("{tmp}/speech.wav --reference", "URL --reference"),
+            "a folder to write": REPLY.replace("{out}", "URL"),
+            "a source": "convert import URL {out}",
+        }.items()
+    },
+    "results below a file": (REPLY.replace("{out}", "{tmp}/text.txt/out"), ["text.txt is not a folder"]),
     "run folder is something else": ("train {tmp}/tiny.py {tmp}/full --dataset_dir {prepared}", ["full", "not a run folder"]),
     "run of another model": (
         "train {tmp}/tiny.py {run} --dataset_dir {prepared} --model.decoder.rms_norm_eps 1e-4",

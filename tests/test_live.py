@@ -74,6 +74,17 @@ def test_recordings_are_answered_and_the_replies_kept(speaker, recordings, tmp_p
         np.testing.assert_array_equal(soundfile.read(tmp_path / "second" / f"reply-{i}.wav")[0], wave)
 
 
+def test_what_was_said_before_a_failure_is_kept(speaker, recordings, tmp_path, capsys):
+    """The second question is too long for a conversation; the first reply is there."""
+    soundfile.write(tmp_path / "long.wav", np.full(16_000 * 20, 0.1), 16_000)
+    questions = [str(recordings / "one.wav"), str(tmp_path / "long.wav")]
+    asked = ["chat", str(speaker), "--questions", *questions, "--pace", "at once", "--generation.max_seconds", str(SECONDS)]
+    voice = ["--voice", str(recordings / "voice.wav"), "--transcript", "it is", "--out", str(tmp_path / "out")]
+    assert main([*asked, *voice]) == 2
+    assert "the turn is too long" in capsys.readouterr().err
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["conversation.txt", "measures.json", "reply-1.wav"]
+
+
 @pytest.mark.slow
 def test_a_divided_model_replies_the_same(speaker, recordings, tmp_path):
     replies = []

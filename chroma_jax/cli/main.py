@@ -119,7 +119,8 @@ def check_paths(given: Any, prefix: str = "--") -> None:
                 positional = tyro.conf.Positional in getattr(field.type, "__metadata__", ())
                 flag = "an argument" if positional else prefix + field.name
                 remedy = "object storage is not supported; copy it to a local folder, or mount the bucket and name that folder"
-                raise InputError(f"{flag} is {str(path)!r}: {remedy}")
+                url = re.sub(":/+", "://", str(path))
+                raise InputError(f"{flag} is {url!r}: {remedy}")
 
 
 OUTPUTS = ("out", "dest", "keep_voice", "aot_executable")

@@ -16,7 +16,7 @@ from chroma_jax.utils.locks import JobLock
 
 def has_checkpoint(run: Path) -> bool:
     """Whether a training there goes on from a checkpoint; the same on every process."""
-    found = jax.process_index() == 0 and any(path.name.isdigit() for path in (run / "checkpoints").glob("*"))
+    found = jax.process_index() == 0 and any(path.name.isdigit() and path.is_dir() for path in (run / "checkpoints").glob("*"))
     return bool(broadcast_one_to_all(found))
 
 

@@ -72,7 +72,7 @@ class Checkpoints:
         context = ocp.Context()
         context.asynchronous.post_finalization_callback = lambda: self._seal()  # a function, as Orbax copies what it is given
         self.manager = ocp.training.Checkpointer(
-            str(without_patterns(self.folder)),
+            str(without_patterns(self.folder.parent) / self.folder.name),
             context=context,
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),  # pyright: ignore[reportArgumentType]: Orbax types it by an older class
             preservation_policy=ocp.training.preservation_policies.LatestN(config.max_to_keep),  # pyright: ignore[reportArgumentType]: likewise

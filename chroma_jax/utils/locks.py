@@ -65,7 +65,9 @@ class Owner:
 
 
 class JobLock:
-    """A lock that this process holds, from its construction to `release`. A context manager. Taken again by the same thread, it is the same.
+    """A lock that this process holds, from its construction to `release`. A context manager.
+
+    Taken again by the same thread, it is the same lock.
 
     Args:
         path: What is locked. The lock's file lies next to it, or within it where it is a folder that exists.
@@ -109,7 +111,7 @@ class JobLock:
         if self._outer is not None:
             return
         self._thread.join()
-        del _held[self._key]
+        _held.pop(self._key, None)
         if self._token(self._file) == self._owner.token:
             self._file.unlink(missing_ok=True)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -207,3 +208,16 @@ def test_a_record_that_was_altered_is_noticed(prepared):
 def test_a_dataset_for_another_model_is_an_error(prepared):
     with pytest.raises(InputError, match="prepared for another model: model.num_codebooks: 4 there, 2 here"):
         records.open_dataset(prepared.folder, dataclasses.replace(MODEL, num_codebooks=2))
+
+
+def test_a_replaced_recording_is_other_data(corpus, tmp_path):
+    """Of the same name and the same size."""
+    copy = tmp_path / "corpus"
+    shutil.copytree(corpus, copy)
+    config = data_config(copy)
+    prepare(config, MODEL, StandInCodec(), tmp_path / "set", progress="none")
+    path = copy / read_manifest(copy / "dialogues.jsonl")[0]["answer_audio"]
+    wave, rate = soundfile.read(path, dtype="float32")
+    soundfile.write(path, wave[::-1], rate)
+    with pytest.raises(InputError, match=r"already holds a dataset that differs: recordings: "):
+        prepare(config, MODEL, StandInCodec(), tmp_path / "set", progress="none")
