@@ -184,10 +184,14 @@ def module_of(source: str) -> tuple[Path, types.ModuleType]:
     return path, module
 
 
-def of_user(path: Path, function: Callable, *given: Any) -> Any:
-    """Runs a function of a configuration file. Raises: InputError naming the file, whatever the function raises."""
+def of_user(path: Path, function: Callable, *args: Any) -> Any:
+    """Calls a function of a configuration file.
+
+    Raises:
+        InputError: The function raised an exception or exited. Names the file.
+    """
     try:
-        return function(*given)
+        return function(*args)
     except (Exception, SystemExit) as e:
         what = str(e) if isinstance(e, InputError) else f"{type(e).__name__}: {e}"
         raise InputError(f"{path}: {what}") from e

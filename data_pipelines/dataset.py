@@ -33,7 +33,7 @@ def model_facts(model: ChromaConfig) -> dict:
 
 
 def content(path: Path) -> str:
-    """A digest of a file's contents; "" for a file that cannot be read, which the preparation names."""
+    """Digest of the contents of a file; "" if it cannot be read."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()[:16]

@@ -87,10 +87,10 @@ def digest(corpora: dict[str, dict[str, list[Recording]]]) -> str:
     Args:
         corpora: corpus → split → recordings.
     """
-    found = []
+    entries = []
     for corpus, splits in corpora.items():
         place = lambda path, root=corpus_folder(corpus): (path.relative_to(root).as_posix(), content(path))
         for split, recordings in splits.items():
             for r in recordings:
-                found.append((split, *place(r.audio), *(() if r.target is None else place(r.target))))
-    return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]
+                entries.append((split, *place(r.audio), *(() if r.target is None else place(r.target))))
+    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()[:16]

@@ -38,6 +38,7 @@ from chroma_jax.runs.load import load_run
 from chroma_jax.runs.starting_weights import starting_weights
 from chroma_jax.training.checkpoint import Checkpoints
 from chroma_jax.utils.errors import InputError
+from chroma_jax.utils.locks import Owner
 from chroma_jax.utils.tree_paths import values
 
 MANIFEST = Path(__file__).parent / "golden" / "manifest.json"
@@ -555,13 +556,12 @@ def test_an_interrupted_import_leaves_nothing_and_can_be_run_again(source, tmp_p
 
 
 def test_what_a_killed_import_left_is_cleared_by_the_next_one(source, tmp_path):
-    dead = tmp_path / ".run.x.999999999.partial"
-    alive = tmp_path / f".run.x.{os.getpid()}.partial"
-    for folder in (dead, alive):
-        folder.mkdir()
-        (folder / "half").write_text("")
+    (tmp_path / ".run.partial").mkdir()
+    (tmp_path / ".run.partial" / "half").write_text("")
+    dead = dataclasses.replace(Owner.this(), process=999_999_999)
+    (tmp_path / ".run.lock.0").write_text(json.dumps(dataclasses.asdict(dead)))
     imported(tmp_path / "run", source)
-    assert not dead.exists() and alive.exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["run"] and not (tmp_path / "run" / "half").exists()
 
 
 def test_an_interrupted_export_leaves_nothing(source, tmp_path, monkeypatch):

@@ -4,21 +4,21 @@ import numpy as np
 
 from chroma_jax.utils.errors import InputError
 
-MAX_LEVEL = 32.0  # far above what clips, far below speech in units of 16-bit integers
+MAX_LEVEL = 32.0  # well above clipping, well below 16-bit integer scale
 
 
 def checked_samples(samples: object) -> np.ndarray:
-    """Samples of one channel as an array, without a copy.
+    """Checks samples of one channel. Returns them as an array without a copy.
 
     Args:
         samples: float [S] in −1 … 1; S ≥ 0.
 
     Raises:
-        InputError: Another dtype or shape, values that are not finite, or far outside of −1 … 1.
+        InputError: The dtype or shape is wrong, or values are not finite or far outside −1 … 1.
     """
     try:
         wave = np.asarray(samples)
-    except ValueError:  # lists of different lengths
+    except ValueError:  # nested lists of different lengths
         wave = np.array([None])
     if wave.ndim != 1 or not np.issubdtype(wave.dtype, np.floating):
         raise InputError(f"samples must be floats [S] in −1 … 1, got {wave.dtype} {list(wave.shape)}")

@@ -109,7 +109,7 @@ class Train(Checked):
         init_from: Weights that a new run is initialized from; the others are random. Another run folder or one that ``convert
             import`` wrote, for a Codec also an exported folder, safetensors or a shipped name.
         aot_executable: Compiled step that ``plan --aot_executable`` wrote for this configuration and pod.
-        take_over: Take the run folder from a training that is running there; that one ends. One that died needs no flag.
+        take_over: Take the run folder from a training that is still running; that training ends. Not needed after a crash.
         distributed: Which one of several processes this is.
     """
 

@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def reported(failure: Exception) -> int:
-    """Prints one line about an exception. Returns the exit code: 1 for a fault of the program, which nobody has foreseen."""
+    """Prints one line about an exception and returns the exit code. An unexpected exception is a fault of the program, code 1."""
     line = " ".join(str(failure).split())
     if isinstance(failure, TrainingStopped):
         print(f"{PROGRAM}: {failure}", file=sys.stderr)
@@ -108,10 +108,18 @@ def dispatch(argv: list[str]) -> int:
     return function(args, args.config)
 
 
-def check_paths(given: Any, prefix: str = "--") -> None:
-    """Raises: InputError for a URL where a path is expected; as a path it would be a local folder named "gs:"."""
-    for field in dataclasses.fields(given):
-        value = getattr(given, field.name)
+def check_paths(args: Any, prefix: str = "--") -> None:
+    """Refuses URLs in paths; otherwise ``gs://bucket`` would become a local folder named "gs:".
+
+    Args:
+        args: Arguments of a command, or a configuration.
+        prefix: Prefix of the flags of its fields.
+
+    Raises:
+        InputError: A field is a URL.
+    """
+    for field in dataclasses.fields(args):
+        value = getattr(args, field.name)
         if dataclasses.is_dataclass(value):
             check_paths(value, f"{prefix}{field.name}.")
         for path in value if isinstance(value, tuple) else (value,):
@@ -127,7 +135,11 @@ OUTPUTS = ("out", "dest", "keep_voice", "aot_executable")
 
 
 def check_outputs(args: Any) -> None:
-    """Raises: InputError, before any work, where a result could not be written."""
+    """Checks that every output of a command can be written, before any work is done.
+
+    Raises:
+        InputError: An output cannot be written.
+    """
     from chroma_jax.utils.atomic_io import check_writable
 
     for name in OUTPUTS:
@@ -268,11 +280,11 @@ def one_line(box: str) -> str:
 
 
 def flag_named(message: str) -> str:
-    """The message of a field that a dataclass refused, with its flag in place of tyro's path."""
-    found = re.fullmatch(r"Error parsing ([\w.]+): (.*)", message)
-    if found is None:
+    """Replaces tyro's path to a refused field by the flag."""
+    match = re.fullmatch(r"Error parsing ([\w.]+): (.*)", message)
+    if match is None:
         return message
-    path = [part for part in found[1].split(".") if part not in ("__tyro_dummy_inner__", "config", *CLASSES)]
-    if re.match(r"[\w.\[\]]+ (is|are) ", found[2]):
-        return f"--{'.'.join([*path, found[2]])}"
-    return f"--{'.'.join(path)}: {found[2]}" if path else found[2]
+    path = [part for part in match[1].split(".") if part not in ("__tyro_dummy_inner__", "config", *CLASSES)]
+    if re.match(r"[\w.\[\]]+ (is|are) ", match[2]):
+        return f"--{'.'.join([*path, match[2]])}"
+    return f"--{'.'.join(path)}: {match[2]}" if path else match[2]

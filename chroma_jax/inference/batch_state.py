@@ -160,7 +160,7 @@ class BatchState:
             self._state = self._idle()
 
     def intact(self) -> bool:
-        """Whether the state is there: a program that fails after it began has used up the state that was donated to it."""
+        """Whether the state still exists. A program that fails while it runs has consumed the donated state."""
         return not any(x.is_deleted() for x in jax.tree.leaves(self._state))
 
     def ready(self) -> None:

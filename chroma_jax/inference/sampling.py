@@ -11,7 +11,7 @@ from chroma_jax.utils.arrays import AnyArray
 from chroma_jax.utils.errors import FieldError
 from chroma_jax.utils.fields import Checked, NonNegativeInt, Range, Seed
 
-MIN_TEMPERATURE = 1e-3  # logits divided by less overflow
+MIN_TEMPERATURE = 1e-3  # smaller values overflow the logits
 
 
 @dataclasses.dataclass(frozen=True)

@@ -54,7 +54,7 @@ def train_codec(
         prepared: a folder that ``chroma-jax prepare`` wrote.
         init_from: weights that a new run begins with, see `starting_weights`.
         progress: of the process, see `chroma_jax.parallel.multihost.joined`.
-        take_over: whether a training that is running in the run folder loses it.
+        take_over: Whether to take the run folder from a training that is running there.
 
     Returns:
         The last state.

@@ -33,34 +33,34 @@ def check_run(config, run: Path) -> None:
 
 
 def check_contents(run: Path, files: Sequence[Path]) -> None:
-    """Makes sure that a run that goes on has the data that it began with: same tokenizer, same Codec, same records.
+    """Checks that a resumed run has the same data as before: tokenizer, Codec and records.
 
     Args:
         run: Run folder.
-        files: What `keep` would copy there.
+        files: The files that `keep` copies to it.
 
     Raises:
-        InputError: Names the first file whose contents differ.
+        InputError: The contents of a file differ.
     """
     for file in filter(Path.is_file, files):
-        kept = run / file.name
-        if kept.is_file() and kept.read_bytes() != file.read_bytes():
+        own = run / file.name
+        if own.is_file() and own.read_bytes() != file.read_bytes():
             raise InputError(
-                f"{run}: its {file.name} differs from that of {file.parent}; go on with the dataset that the run began with,"
+                f"{run}: its {file.name} differs from that of {file.parent}; resume with the dataset of this run,"
                 f" or train another run folder with --init-from {run}"
             )
 
 
 @contextlib.contextmanager
 def owned(run: Path, *, take_over: bool = False) -> Iterator[None]:
-    """The run folder belongs to this training while it is entered; of several processes, the first one holds the lock.
+    """Locks the run folder for this training. With several processes, process 0 holds the lock.
 
     Args:
-        run: Run folder; made when absent, and removed again if nothing was written there.
-        take_over: Whether a training that is running there loses it.
+        run: Run folder. Created if it does not exist, and removed if it is empty at the end.
+        take_over: Whether to take the folder from a training that is running there.
 
     Raises:
-        InputError: Another training is running there, or nothing can be written.
+        InputError: Another training is running there, or the folder cannot be written.
     """
     if jax.process_index() > 0:
         yield
@@ -72,7 +72,7 @@ def owned(run: Path, *, take_over: bool = False) -> Iterator[None]:
             yield
     finally:
         with contextlib.suppress(OSError):
-            run.rmdir()  # only if it is empty
+            run.rmdir()  # fails unless it is empty
 
 
 def keep(config, run: Path, files: Sequence[Path]) -> None:

@@ -54,7 +54,7 @@ def train(
         init_from: Run folder or import that a new run is initialized from.
         progress: Of the process, see `chroma_jax.parallel.multihost.joined`.
         aot_executable: File with the compiled step, see `chroma_jax.training.runtime.aot_executable`.
-        take_over: Whether a training that is running in the run folder loses it.
+        take_over: Whether to take the run folder from a training that is running there.
 
     Returns:
         The last state.

@@ -79,14 +79,21 @@ def chat(
             try:
                 for _ in turns:
                     replies.append(answered(session, player, lines))
-            finally:  # what was said before a failure is kept
+            finally:  # a failure does not discard earlier replies
                 if out is not None and replies:
                     keep(out, replies, rate, engine.measures())
         return engine.measures()
 
 
 def keep(out: Path, replies: list[tuple[np.ndarray, str]], rate: int, measured: dict) -> None:
-    """Writes the replies of a conversation, their text and what was measured. rate: Hz."""
+    """Writes the replies of a conversation as files.
+
+    Args:
+        out: Folder.
+        replies: Samples, float32 [S], and text of each reply.
+        rate: Sample rate in Hz.
+        measured: Latencies, see `Engine.measures`.
+    """
     with replaced_files(out) as folder:
         for number, (wave, _) in enumerate(replies, 1):
             soundfile.write(folder / f"reply-{number}.wav", audio.to_int16(wave), rate, subtype="PCM_16")

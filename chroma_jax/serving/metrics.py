@@ -44,7 +44,7 @@ class EngineMetrics:
             self._times["decode_step"].extend([seconds / frames] * frames)
 
     def failed(self) -> None:
-        """A failure that ended one conversation or all."""
+        """Counts a failure that ended one session or all sessions."""
         with self._lock:
             self._failures += 1
 

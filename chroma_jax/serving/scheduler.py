@@ -123,8 +123,10 @@ class Scheduler:
 
     @contextlib.contextmanager
     def _alone(self, session: Session) -> Iterator[None]:
-        """Work for one conversation. An exception in it ends this conversation and no other, unless the device failed or the
-        state of all is gone."""
+        """Isolates work for one session: an exception ends this session only.
+
+        Device failures, and exceptions after which the shared state is gone, propagate.
+        """
         try:
             yield
         except Exception as e:

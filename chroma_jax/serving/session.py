@@ -78,7 +78,7 @@ class Reply:
             self._news.notify_all()
             waiting, self._waiting = self._waiting, []
         for loop, future in waiting:
-            with contextlib.suppress(RuntimeError):  # its loop is closed: nobody waits any more
+            with contextlib.suppress(RuntimeError):  # the event loop is closed
                 loop.call_soon_threadsafe(lambda f=future: f.done() or f.set_result(None))
 
     def _take(self) -> AudioChunk | None:

@@ -113,7 +113,11 @@ class Checkpoints:
                 self.manager.save_checkpointables_async(step, state.tree())
 
     def wait(self) -> None:
-        """Until what is being written is complete. Raises: InputError when the system refuses the write."""
+        """Waits for the running save.
+
+        Raises:
+            InputError: A write failed, such as on a full disk.
+        """
         with refusals_named(self.folder):
             self.manager.wait()
 
@@ -222,8 +226,15 @@ class Checkpoints:
 
 
 def without_patterns(folder: Path) -> Path:
-    """The folder by a path that Orbax can search: it takes brackets, stars and question marks in a path for patterns, and finds
-    nothing that it wrote there. Such a folder is reached through a link, which has the same name on every host."""
+    """Returns a path to ``folder`` without glob characters.
+
+    Orbax globs in its directory without escaping the path. It does not find its files if the path contains brackets, stars,
+    question marks or backslashes. For such a folder this makes a symbolic link in the temporary folder, with the same name on
+    every host.
+
+    Raises:
+        InputError: The link cannot be made, or belongs to somebody else.
+    """
     if not re.search(r"[\[\]*?\\]", str(folder)):
         return folder
     links = Path(tempfile.gettempdir()).resolve() / f"chroma_jax-{os.getuid()}"
@@ -235,7 +246,7 @@ def without_patterns(folder: Path) -> Path:
             whole.symlink_to(folder)
             os.replace(whole, link)
     if links.stat().st_uid != os.getuid() or link.readlink() != folder:
-        raise InputError(f"{link}: is not a link to {folder}; remove {links}, or set TMPDIR")
+        raise InputError(f"{link}: not a link to {folder}; remove {links}, or set TMPDIR")
     return link
 
 

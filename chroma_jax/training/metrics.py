@@ -30,16 +30,15 @@ def flat(metrics: dict, prefix: str = "") -> dict[str, float]:
 class MetricsWriter:
     """Appends to RUN/metrics.jsonl and writes RUN/tensorboard. Only one process of a run should hold one.
 
-    Steps past ``step`` that an interrupted run left in the file are dropped, so that the file reads as one straight run. All
-    other lines stay as they are, damaged ones too.
+    Lines after ``step``, which an interrupted run left, are removed. All other lines stay unchanged, also damaged ones.
     """
 
     def __init__(self, run: Path, step: int):
         from tensorboardX import SummaryWriter
 
         self.path = run / "metrics.jsonl"
-        kept = [text for text in journal(self.path) if (line := parsed(text)) is None or line["step"] <= step]
-        write_whole(self.path, "".join(f"{text}\n" for text in kept))
+        lines = [text for text in journal(self.path) if (line := parsed(text)) is None or line["step"] <= step]
+        write_whole(self.path, "".join(f"{text}\n" for text in lines))
         self.file = self.path.open("a", encoding="utf-8")
         self.board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
 
@@ -60,12 +59,12 @@ class MetricsWriter:
 
 
 def read_lines(path: Path) -> list[dict]:
-    """The lines of a metrics file; damaged ones are left out."""
+    """Reads the lines of a metrics file; skips damaged lines."""
     return [line for line in map(parsed, journal(path)) if line is not None]
 
 
 def journal(path: Path) -> list[str]:
-    """The lines of a file as they are, without a last one that a crash has cut short."""
+    """Reads the unparsed lines of a file, without an incomplete last line."""
     if not path.is_file():
         return []
     *whole, last = path.read_text(encoding="utf-8", errors="replace").split("\n")
@@ -73,7 +72,7 @@ def journal(path: Path) -> list[str]:
 
 
 def parsed(text: str) -> dict | None:
-    """What a line of a metrics file says; None for a damaged one."""
+    """Parses a line of a metrics file. Returns None for a damaged line."""
     try:
         line = json.loads(text)
     except (ValueError, RecursionError):

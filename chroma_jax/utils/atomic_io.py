@@ -1,14 +1,14 @@
 """Atomic writes: files and folders that appear whole or not at all. The only such mechanism; needs nothing but Python.
 
-A file is written aside and takes the place of the old one in one step. A new folder is written aside too, under a lock:
+A file is written to a temporary name and then renamed. A new folder is written under a lock:
 
-    DEST is absent              .NAME.partial next to it, which is renamed at the end
-    DEST is an empty folder     DEST/.partial, as a folder like ``.`` or a mount point cannot be replaced itself; at the end it is
-                                renamed to DEST/.publishing.LAST, and its contents are moved up, LAST at the end: the file that
-                                readers look for
+    DEST does not exist         written to .NAME.partial next to it, then renamed
+    DEST is an empty folder     written to DEST/.partial, since a folder such as ``.`` or a mount point cannot be replaced. Then
+                                .partial is renamed to DEST/.publishing.LAST and its contents are moved to DEST, LAST at the end.
+                                LAST is the file by which readers recognize a complete folder.
 
-Renaming to ``.publishing`` is the decision: whoever comes after a kill moves the rest up. Until then nothing has happened, and
-the next writer starts afresh.
+The rename to ``.publishing`` commits the result. After a later crash, the next reader or writer moves the remaining files. After
+an earlier crash, the next writer starts again.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from chroma_jax.utils.errors import InputError
 from chroma_jax.utils.locks import JobLock, aside, short_name
 
 PARTIAL, PUBLISHING = ".partial", ".publishing."
-IGNORED = ("lost+found",)  # of an empty disk
+IGNORED = ("lost+found",)  # exists on every new ext4 file system
 REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG, errno.ENAMETOOLONG}
 
 UMASK = os.umask(0)
@@ -31,33 +31,36 @@ os.umask(UMASK)
 
 
 def check_new(dest: Path) -> None:
-    """Checks, before any work, that a new folder can be written.
+    """Checks that a new folder can be written, before any work is done. First completes an interrupted publication there.
 
     Args:
-        dest: Folder to make. Its contents of an interrupted run that were decided on are published first.
+        dest: Folder to create.
 
     Raises:
-        InputError: ``dest`` exists and is not an empty folder, or nothing can be written there.
+        InputError: ``dest`` exists and is not an empty folder, or cannot be written.
     """
     if dest.is_dir():
         finish_publishing(dest)
     if dest.is_symlink() and not dest.exists():
-        raise InputError(f"{dest}: a link to nothing; remove it, or choose another folder")
+        raise InputError(f"{dest}: a broken link; remove it, or choose another folder")
     if not is_new(dest):
         raise InputError(f"{dest}: exists already; choose another folder")
     check_writable(dest / "x" if dest.is_dir() else dest)
 
 
 def is_new(dest: Path) -> bool:
-    """Whether there is nothing, or an empty folder."""
+    """Whether a path does not exist, or is an empty folder."""
     return not dest.exists() or (dest.is_dir() and not any(True for _ in _contents(dest)))
 
 
 def check_writable(dest: Path) -> None:
-    """Checks, before any work, that a file or folder can be written at ``dest``. Nothing stays.
+    """Checks that a file or folder can be written, before any work is done. Leaves nothing behind.
+
+    Args:
+        dest: File or folder.
 
     Raises:
-        InputError: Names ``dest`` and why not.
+        InputError: ``dest`` cannot be written.
     """
     folder = dest.parent
     while not folder.exists() and folder != folder.parent:
@@ -77,11 +80,11 @@ def check_writable(dest: Path) -> None:
 
 @contextlib.contextmanager
 def refusals_named(dest: Path, *, every: bool = False) -> Iterator[None]:
-    """What the system refuses within, of writing ``dest``, becomes an InputError: no room, no permission, a name too long.
+    """Converts errors of the operating system in its block to InputError: disk full, no permission, read-only file system.
 
     Args:
-        dest: What is written, for the message.
-        every: Whether every error of the system is such a refusal.
+        dest: The file or folder that the block writes, for the message.
+        every: Whether to convert every OSError.
     """
     try:
         yield
@@ -91,7 +94,7 @@ def refusals_named(dest: Path, *, every: bool = False) -> Iterator[None]:
         raise InputError(f"{dest}: cannot be written ({e.strerror}); make room there, or choose another place") from e
     except InputError:
         raise
-    except Exception as e:  # libraries have their own types for a full disk
+    except Exception as e:  # libraries raise exceptions of their own for a full disk
         with contextlib.suppress(OSError):
             if free_bytes(dest) < 2**16:
                 raise InputError(f"{dest}: cannot be written (no space left); make room there, or choose another place") from e
@@ -99,7 +102,7 @@ def refusals_named(dest: Path, *, every: bool = False) -> Iterator[None]:
 
 
 def free_bytes(dest: Path) -> int:
-    """Room on the disk of the nearest folder that exists."""
+    """Free bytes on the file system of ``dest``, which may not exist yet."""
     folder = dest.absolute()
     while not folder.exists():
         folder = folder.parent
@@ -108,16 +111,16 @@ def free_bytes(dest: Path) -> int:
 
 @contextlib.contextmanager
 def written_aside(dest: Path, *, last: str = "") -> Iterator[Path]:
-    """Yields a folder to write into. What it holds becomes ``dest`` when the block ends.
+    """Yields a temporary folder that becomes ``dest`` when the block ends.
 
-    Nothing stays of it when the block raises. What a killed process left is removed first.
+    If the block raises, the temporary folder is removed. Temporary files of dead processes are removed first.
 
     Args:
-        dest: Folder to make; its parent is made when absent.
-        last: Name of the file in it that readers look for.
+        dest: Folder to create, together with its parents.
+        last: File by which readers recognize a complete folder.
 
     Raises:
-        InputError: ``dest`` exists and is not an empty folder, another job writes it, or the system refuses a write.
+        InputError: ``dest`` exists and is not an empty folder, another job is writing it, or a write fails.
     """
     dest = Path(dest)
     check_new(dest)
@@ -136,8 +139,11 @@ def written_aside(dest: Path, *, last: str = "") -> Iterator[Path]:
 
 
 def _renamed(partial: Path, dest: Path) -> None:
-    """Gives a folder its name. Where another process has made something of that name meanwhile, nothing is lost: the result gets
-    a name next to it, which the error says."""
+    """Renames the finished folder. If ``dest`` was created in the meantime, uses a free name next to it.
+
+    Raises:
+        InputError: ``dest`` was created in the meantime. Names the folder that holds the result.
+    """
     try:
         os.rename(partial, dest)
         return
@@ -148,20 +154,20 @@ def _renamed(partial: Path, dest: Path) -> None:
     while (free := dest.with_name(f"{dest.name}.{number}")).exists():
         number += 1
     os.rename(partial, free)
-    raise InputError(f"{dest}: another process has made it meanwhile; the result is in {free}")
+    raise InputError(f"{dest}: another process created it in the meantime; the result is in {free}")
 
 
 @contextlib.contextmanager
 def replaced_files(dest: Path) -> Iterator[Path]:
-    """Yields a folder to write into. When the block ends, its files replace those of the same names in ``dest``.
+    """Yields a temporary folder. When the block ends, its files replace the files of the same names in ``dest``.
 
-    Nothing is changed when the block raises. A kill while they are replaced is made good by the next writer of ``dest``.
+    If the block raises, nothing changes. If the process is killed while it replaces files, the next writer replaces the rest.
 
     Args:
-        dest: Folder; made when absent.
+        dest: Folder, created if it does not exist.
 
     Raises:
-        InputError: Another job writes ``dest``, or the system refuses a write.
+        InputError: Another job is writing ``dest``, or a write fails.
     """
     dest = Path(dest)
     if not dest.exists():
@@ -176,7 +182,7 @@ def replaced_files(dest: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _published(dest: Path, lock: JobLock, last: str = "") -> Iterator[Path]:
-    """A folder within ``dest``, whose contents are moved up when the block ends."""
+    """Yields a temporary folder in ``dest`` and moves its contents to ``dest`` when the block ends."""
     with _removed_if_raised(dest / PARTIAL) as partial:
         yield partial
         lock.check()
@@ -186,7 +192,7 @@ def _published(dest: Path, lock: JobLock, last: str = "") -> Iterator[Path]:
 
 
 def finish_publishing(folder: Path) -> None:
-    """Moves up what was decided on to be published, if there is any; the file that readers look for comes last."""
+    """Completes an interrupted publication: moves committed files to ``folder``, the file that readers look for at the end."""
     for publishing in [path for path in folder.iterdir() if path.name.startswith(PUBLISHING) and path.is_dir()]:
         last = publishing.name.removeprefix(PUBLISHING)
         _moved_up(publishing, folder, last)
@@ -194,8 +200,8 @@ def finish_publishing(folder: Path) -> None:
 
 
 def _moved_up(source: Path, dest: Path, last: str = "") -> None:
-    """Moves what a folder holds into another one, over files of the same names, and removes the empty folder."""
-    with contextlib.suppress(FileNotFoundError):  # another process moves it too
+    """Moves the contents of ``source`` to ``dest``, replaces files of the same names, and removes ``source``."""
+    with contextlib.suppress(FileNotFoundError):  # another process moves the same files
         for path in sorted(source.iterdir(), key=lambda path: (path.name == last, path.name)):
             if path.is_dir() and (dest / path.name).is_dir():
                 _moved_up(path, dest / path.name)
@@ -207,7 +213,7 @@ def _moved_up(source: Path, dest: Path, last: str = "") -> None:
 
 @contextlib.contextmanager
 def _removed_if_raised(partial: Path) -> Iterator[Path]:
-    """A new folder; what a killed process left under its name is removed. The caller has the lock."""
+    """Yields a new empty folder and removes it if the block raises. The caller holds the lock."""
     remove(partial)
     partial.mkdir()
     try:
@@ -219,15 +225,15 @@ def _removed_if_raised(partial: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replaced_file(dest: Path) -> Iterator[Path]:
-    """Yields a file name next to ``dest`` to write to. The file takes the place of ``dest`` when the block ends.
+    """Yields a temporary file name next to ``dest``. The file replaces ``dest`` when the block ends.
 
-    The file is removed when the block raises. A file that a killed process of this machine left is removed first.
+    If the block raises, the temporary file is removed. Those of dead processes of this host are removed first.
 
     Args:
-        dest: File to write; its folder is made when absent.
+        dest: File to write; its folder is created if it does not exist.
 
     Raises:
-        InputError: The system refuses a write.
+        InputError: A write fails.
     """
     dest = Path(dest)
     with refusals_named(dest):
@@ -256,13 +262,13 @@ def write_json(path: Path, value) -> None:
 
 
 def is_partial(path: Path) -> bool:
-    """Whether a path is what a killed process has not finished writing, or a lock."""
+    """Whether a path is a temporary file or folder of this module, or a lock."""
     name = path.name
     return name.startswith(".") and (name.endswith(PARTIAL) or name.startswith(PUBLISHING) or ".lock." in name)
 
 
 def remove(path: Path) -> None:
-    """Removes a file or folder, if it is there."""
+    """Removes a file or folder if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -270,14 +276,14 @@ def remove(path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Waits until a file, or all of a folder, is on the disk. Files get the permissions that new files have."""
+    """Flushes a file, or all files of a folder, to disk. Applies the umask to files that only their owner can read."""
     if path.is_dir():
         for entry in path.iterdir():
             if not entry.is_symlink():
                 sync(entry)
         sync_names(path)
         return
-    if path.stat().st_mode & 0o777 == 0o600:  # safetensors makes files for their owner alone
+    if path.stat().st_mode & 0o777 == 0o600:  # safetensors >= 0.8 creates files with this mode
         path.chmod(0o666 & ~UMASK)
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -287,7 +293,7 @@ def sync(path: Path) -> None:
 
 
 def sync_names(folder: Path) -> None:
-    """Waits until the names in a folder are on the disk, where the system can do that."""
+    """Flushes the entries of a folder to disk, if the file system supports it."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -297,5 +303,5 @@ def sync_names(folder: Path) -> None:
 
 
 def _contents(folder: Path) -> Iterator[Path]:
-    """What a folder holds apart from locks, unfinished writes and what every disk has."""
+    """Yields the entries of a folder except locks, temporary files and ``lost+found``."""
     return (path for path in folder.iterdir() if not is_partial(path) and path.name not in IGNORED)

@@ -1,6 +1,6 @@
-"""The types and bounds of configuration fields: declared in the annotation, checked whenever a dataclass is made.
+"""Types and bounds of configuration fields. The annotation declares them, and every new instance is checked.
 
-A field `warmup_steps: NonNegativeInt` refuses −1, 2.5 and "ten", whoever makes the dataclass: a configuration file, a flag, a
+A field ``warmup_steps: NonNegativeInt`` refuses −1, 2.5 and "ten", whether the value comes from a configuration file, a flag, a
 run folder or a program. Needs nothing but Python.
 """
 
@@ -16,19 +16,19 @@ from typing import Annotated, Any
 
 from chroma_jax.utils.errors import FieldError
 
-INT_MAX = 2**31 - 1  # counters and indices are int32 on the device
+INT_MAX = 2**31 - 1  # devices count in int32
 EXPECTED = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """Bounds of a number. Infinity and NaN are outside of all bounds.
+    """Bounds of a number. NaN is never within them.
 
     Attributes:
-        least: The smallest value.
-        most: The largest value.
-        above: Values must be greater than this one.
-        below: Values must be less than this one.
+        least: Minimum.
+        most: Maximum.
+        above: Exclusive minimum.
+        below: Exclusive maximum.
     """
 
     least: float | None = None
@@ -54,16 +54,15 @@ PositiveFloat = Annotated[float, Range(above=0)]
 NonNegativeFloat = Annotated[float, Range(0)]
 Fraction = Annotated[float, Range(0, 1)]
 PositiveFraction = Annotated[float, Range(above=0, most=1)]
-Speed = Annotated[float, Range(0.5, 2)]  # of a recording, 1 for unchanged
+Speed = Annotated[float, Range(0.5, 2)]  # playback speed of a recording
 ReplySeconds = Annotated[float, Range(above=0, most=3600)]
 Seed = Annotated[int, Range(0, 2**32 - 1)]
 
 
 class Checked:
-    """Base of dataclasses whose fields are checked against their annotations.
+    """Base class of dataclasses that check their fields against the annotations.
 
-    Values that mean the same are stored in the declared type: a list for a tuple, a whole number for a float, a NumPy scalar
-    for a Python one.
+    Equivalent values are converted to the declared type: lists to tuples, whole numbers to floats, NumPy to Python scalars.
 
     Raises:
         FieldError: A field has another type or is out of bounds.
@@ -83,7 +82,7 @@ class Checked:
 
 @functools.cache
 def field_types(cls: type) -> dict[str, Any]:
-    """Field → its annotation, bounds included."""
+    """Returns the annotation of every field, including bounds."""
     return typing.get_type_hints(cls, include_extras=True)
 
 
@@ -91,13 +90,13 @@ Nested = Callable[[type, Mapping[str, Any], str], Any]
 
 
 def checked_value(value: Any, hint: Any, name: str, nested: Nested | None = None) -> Any:
-    """The value as a field with this annotation stores it.
+    """Checks a value against an annotation, and converts it to the declared type.
 
     Args:
-        value: Any value.
-        hint: The annotation, bounds included.
-        name: Of the field, for messages.
-        nested: Makes a dataclass of a mapping: (class, mapping, name) → instance. By default mappings are refused.
+        value: The value.
+        hint: The annotation, including bounds.
+        name: Name of the field, for messages.
+        nested: Builds a nested dataclass: (class, mapping, name) → instance. None refuses mappings.
 
     Raises:
         FieldError: The value has another type or is out of bounds.
@@ -134,10 +133,10 @@ def checked_value(value: Any, hint: Any, name: str, nested: Nested | None = None
 
 
 def checked_text(value: Any, name: str) -> str:
-    """A text that a person wrote, which must be Unicode: half of a surrogate pair has no UTF-8.
+    """Checks that a value is valid Unicode text. A lone surrogate cannot be encoded as UTF-8.
 
     Raises:
-        FieldError: It is no text, or has a lone surrogate.
+        FieldError: It is not text, or contains a lone surrogate.
     """
     text = checked_value(value, str, name)
     try:
@@ -149,7 +148,7 @@ def checked_text(value: Any, name: str) -> str:
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a value has the type of an annotation without bounds and options. Of other annotations than types, any has."""
+    """Whether a value has the type of an annotation without bounds. True for annotations that are not types."""
     if typing.get_origin(hint) is typing.Literal:
         return any(value == option and type(value) is type(option) for option in typing.get_args(hint))
     if hint is float:
@@ -162,13 +161,13 @@ def fits(value: Any, hint: Any) -> bool:
 
 
 def shown(value: Any) -> str:
-    """The value for a message: one line of at most 80 characters."""
+    """Returns the value for a message, in at most 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}…"
 
 
 def described(hint: Any) -> str:
-    """What an annotation asks for, in words."""
+    """Describes the values that an annotation accepts."""
     kind, options = typing.get_origin(hint), typing.get_args(hint)
     if kind is Annotated:
         return described(options[0])

@@ -1,9 +1,11 @@
-"""One lock per job, on one machine or on a disk that several share: whoever writes a folder owns it until it ends.
+"""One lock per job. It also works across hosts that share a disk.
 
-A lock is a small file next to what it protects, ``.NAME.lock.N``. It says who the owner is, and its time of modification
-changes every few seconds as long as the owner lives. An owner on this machine is dead when its process is gone or the machine
-was started anew. Of an owner elsewhere, only a heartbeat that stays away says so; clocks are never compared. The lock of a dead
-owner is taken over, so that unattended restarts go on. Needs nothing but Python.
+The lock is a small JSON file next to the path that it protects, ``.NAME.lock.N``. It names its owner. A heartbeat thread updates
+the modification time of the file every few seconds.
+
+The owner is dead if its process does not exist on this host, or if this host was rebooted since. An owner on another host is dead
+if its heartbeat stops; clocks of different hosts are never compared. A new job takes over the lock of a dead owner, so that
+unattended restarts work. Needs nothing but Python.
 """
 
 import contextlib
@@ -20,10 +22,10 @@ from pathlib import Path
 
 from chroma_jax.utils.errors import InputError
 
-BEAT_SECONDS = 5.0  # between two heartbeats
-SILENT_SECONDS = 30.0  # without a heartbeat, an owner elsewhere is dead
+BEAT_SECONDS = 5.0  # heartbeat interval
+SILENT_SECONDS = 30.0  # an owner on another host without a heartbeat for this time is dead
 
-_held: dict[tuple[str, int], "JobLock"] = {}  # of this process, by file and thread
+_held: dict[tuple[str, int], "JobLock"] = {}  # locks of this process by file and thread
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,12 +33,12 @@ class Owner:
     """Who holds a lock.
 
     Attributes:
-        host: Name of the machine.
-        boot: Identity of the machine's start and process namespace; "" where the system does not tell.
-        process: Process number.
-        started: When the process started, in the system's own count; "" where the system does not tell.
-        since: When it took the lock, for people.
-        token: Of this lock alone.
+        host: Host name.
+        boot: Boot and PID namespace of the host; "" if unknown.
+        process: Process ID.
+        started: Start time of the process in clock ticks since boot; "" if unknown.
+        since: Local time at which the lock was taken, for messages.
+        token: Random identity of this lock.
     """
 
     host: str
@@ -48,16 +50,16 @@ class Owner:
 
     @classmethod
     def this(cls) -> "Owner":
-        """This process as the owner of a new lock."""
+        """Returns this process as the owner of a new lock."""
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         return cls(socket.gethostname(), boot_identity(), os.getpid(), started(os.getpid()), since, secrets.token_hex(8))
 
     def is_here(self) -> bool:
-        """Whether the process table of this machine can tell if the owner lives."""
+        """Whether the owner's process ID refers to this host's process table."""
         return (self.host, self.boot) == (socket.gethostname(), boot_identity())
 
-    def lives(self) -> bool:
-        """Whether an owner that `is_here` is a running process."""
+    def is_running(self) -> bool:
+        """Whether the process of an owner on this host exists."""
         return runs(self.process) and self.started == started(self.process)
 
     def __str__(self) -> str:
@@ -65,18 +67,18 @@ class Owner:
 
 
 class JobLock:
-    """A lock that this process holds, from its construction to `release`. A context manager.
+    """A lock that this process holds until `release`. Also a context manager.
 
-    Taken again by the same thread, it is the same lock.
+    If the same thread locks the same path again, it shares the lock.
 
     Args:
-        path: What is locked. The lock's file lies next to it, or within it where it is a folder that exists.
-        inside: Whether it lies within.
-        take_over: Whether a living owner loses its lock; it ends at its next `check`.
-        silent_seconds: So long without a heartbeat, an owner on another machine is dead.
+        path: File or folder to lock.
+        inside: Whether the lock file is in the folder ``path`` instead of next to it.
+        take_over: Whether to take the lock from a running owner, whose next `check` then fails.
+        silent_seconds: Time without a heartbeat after which an owner on another host is dead.
 
     Raises:
-        InputError: Another job that lives holds the lock, or nothing can be written there.
+        InputError: Another running job holds the lock, or the lock file cannot be written.
     """
 
     def __init__(self, path: Path, *, inside: bool = False, take_over: bool = False, silent_seconds: float = SILENT_SECONDS):
@@ -99,12 +101,16 @@ class JobLock:
         self.release()
 
     def check(self) -> None:
-        """Raises: InputError when another job has taken the lock over."""
+        """Checks that this process still holds the lock.
+
+        Raises:
+            InputError: Another job took it over.
+        """
         if self._token(self._file) != self._owner.token:
-            raise InputError(f"{self.path}: another job has taken it over; this one must not write there any more")
+            raise InputError(f"{self.path}: another job took it over; this job must stop writing there")
 
     def release(self) -> None:
-        """Gives the lock up. Does nothing the second time."""
+        """Releases the lock. Calling it again has no effect."""
         if self._ended.is_set():
             return
         self._ended.set()
@@ -117,15 +123,15 @@ class JobLock:
 
     def _beats(self) -> None:
         while not self._ended.wait(self._beat):
-            with contextlib.suppress(OSError):  # taken over, or the disk is away for a while
+            with contextlib.suppress(OSError):  # taken over, or a network disk is unavailable
                 os.utime(self._file)
 
     def _acquire(self, take_over: bool, silent_seconds: float) -> Path:
-        """A new file is ours if no other owner's is there after it was made. Its number is above that of all dead ones."""
+        """Creates the lock file, numbered above those of dead owners. It is valid if no other owner's file exists afterwards."""
         for attempt in range(8):
             dead = []
             for file in self._files():
-                if take_over or not self._wait_for_life(file, silent_seconds):
+                if take_over or not self._is_alive(file, silent_seconds):
                     dead.append(file)
                     continue
                 raise InputError(
@@ -139,12 +145,12 @@ class JobLock:
                 for file in dead:
                     file.unlink(missing_ok=True)
                 return ours
-            ours.unlink(missing_ok=True)  # two at once: both try again
+            ours.unlink(missing_ok=True)  # a race: both jobs retry
             time.sleep(secrets.randbelow(100) / 1000 * (attempt + 1))
-        raise InputError(f"{self.path}: several jobs start at once; try again")
+        raise InputError(f"{self.path}: several jobs started at the same time; repeat the command")
 
     def _made(self, ours: Path) -> bool:
-        """Makes a lock's file with its contents at once. False when it exists already."""
+        """Creates a lock file together with its contents. Returns False if it exists."""
         whole = aside(self._folder / f"{self._prefix}new")
         try:
             with whole.open("w", encoding="utf-8") as file:
@@ -155,7 +161,7 @@ class JobLock:
                 os.link(whole, ours)
             except FileExistsError:
                 return False
-            except OSError:  # a disk without links: nearly at once
+            except OSError:  # a file system without hard links
                 with contextlib.suppress(FileExistsError):
                     os.close(os.open(ours, os.O_CREAT | os.O_EXCL))
                     os.replace(whole, ours)
@@ -163,25 +169,29 @@ class JobLock:
                 return False
             return True
         except OSError as e:
-            raise InputError(f"{self.path}: nothing can be written there ({e.strerror}); choose another place") from e
+            raise InputError(f"{self.path}: cannot be written ({e.strerror}); make room there, or choose another place") from e
         finally:
             with contextlib.suppress(OSError):
                 whole.unlink(missing_ok=True)
 
     def _files(self) -> list[Path]:
         with contextlib.suppress(FileNotFoundError):
-            found = [file for file in self._folder.iterdir() if file.name.startswith(self._prefix)]
-            return [file for file in found if file.name.removeprefix(self._prefix).isdigit()]
+            files = [file for file in self._folder.iterdir() if file.name.startswith(self._prefix)]
+            return [file for file in files if file.name.removeprefix(self._prefix).isdigit()]
         return []
 
-    def _wait_for_life(self, file: Path, silent_seconds: float) -> bool:
-        """Whether the owner lives. Of one on another machine, it is seen by a change of the file."""
+    def _is_alive(self, file: Path, silent_seconds: float) -> bool:
+        """Whether the owner is running. Waits for a heartbeat of an owner on another host."""
         owner = self._owner_of(file)
         if owner is not None and owner.is_here():
-            return owner.lives()
+            return owner.is_running()
         before, end = modified(file), time.monotonic() + silent_seconds
         if owner is not None:
-            print(f"{self.path}: held by {owner}; watching {silent_seconds:g} s for its heartbeat", file=sys.stderr, flush=True)
+            print(
+                f"{self.path}: locked by {owner}; waiting up to {silent_seconds:g} s for its heartbeat",
+                file=sys.stderr,
+                flush=True,
+            )
         while time.monotonic() < end:
             time.sleep(min(0.5, silent_seconds / 20))
             if (now := modified(file)) != before:
@@ -190,8 +200,8 @@ class JobLock:
 
     def _owner_of(self, file: Path) -> Owner | None:
         try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-            return Owner(**{field.name: found[field.name] for field in dataclasses.fields(Owner)})
+            values = json.loads(file.read_text(encoding="utf-8"))
+            return Owner(**{field.name: values[field.name] for field in dataclasses.fields(Owner)})
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
@@ -201,14 +211,13 @@ class JobLock:
 
 
 def short_name(path: Path) -> str:
-    """The name, or its beginning and a digest of it: names made of it must not be too long."""
+    """The name of a path; a long one is shortened with a digest, as file names have a maximum length."""
     name = path.name
     return name if len(name.encode()) <= 100 else f"{name[:24]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
 
 
 def aside(path: Path) -> Path:
-    """A name next to ``path`` that no other process uses, for what is written before it gets its name. What killed processes of
-    this machine left under such names is removed."""
+    """Returns a unique temporary name next to ``path``. Removes such files of dead processes of this host."""
     prefix = f"{path.name}.{socket.gethostname()}."
     for left in path.parent.iterdir() if path.parent.is_dir() else ():
         process, _, rest = left.name.removeprefix(prefix).partition(".")
@@ -219,7 +228,7 @@ def aside(path: Path) -> Path:
 
 
 def runs(process: int) -> bool:
-    """Whether there is a process of this number on this machine."""
+    """Whether a process with this ID exists on this host."""
     try:
         os.kill(process, 0)
     except PermissionError:
@@ -230,7 +239,7 @@ def runs(process: int) -> bool:
 
 
 def modified(file: Path) -> int | None:
-    """Time of modification in ns, as a network disk has it now; None for a file that is gone."""
+    """Modification time in ns, without the attribute cache of a network file system; None if the file does not exist."""
     try:
         with file.open("rb") as opened:
             return os.fstat(opened.fileno()).st_mtime_ns
@@ -239,7 +248,7 @@ def modified(file: Path) -> int | None:
 
 
 def boot_identity() -> str:
-    """Differs between two starts of a machine, and between its containers."""
+    """Identity of this boot and PID namespace: differs after a reboot, and between containers."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -248,7 +257,7 @@ def boot_identity() -> str:
 
 
 def started(process: int) -> str:
-    """When a process started, in ticks since the machine's start; "" for one that is gone, or where the system does not tell."""
+    """Start time of a process in clock ticks since boot; "" if it does not exist or the system does not report it."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):
