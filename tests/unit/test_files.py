@@ -143,7 +143,7 @@ def test_a_disk_that_fills_up_is_named_and_nothing_half_written_stays(tmp_path):
 def test_what_is_no_folder_is_refused(tmp_path):
     (tmp_path / "file").write_text("keep me")
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
-    for dest, message in (("file", "exists already"), ("file/x", "is not a folder"), ("dangling", "a link to nothing")):
+    for dest, message in (("file", "exists already"), ("file/x", "is not a folder"), ("dangling", "a broken link")):
         with pytest.raises(InputError, match=message):
             check_new(tmp_path / dest)
     assert (tmp_path / "file").read_text() == "keep me"
@@ -233,7 +233,7 @@ def test_a_living_owner_that_was_taken_over_notices(tmp_path, monkeypatch):
     monkeypatch.setattr(locks, "_held", {})  # as another process would see it
     with JobLock(tmp_path / "run", take_over=True) as second:
         second.check()
-        with pytest.raises(InputError, match="another job has taken it over"):
+        with pytest.raises(InputError, match="another job took it over"):
             first.check()
     assert list(tmp_path.iterdir()) == []
 

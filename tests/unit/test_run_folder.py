@@ -53,7 +53,7 @@ def test_a_link_that_leads_elsewhere_is_refused(tmp_path, monkeypatch):
     link = without_patterns(tmp_path / "[a]")
     link.unlink()
     link.symlink_to(tmp_path)
-    with pytest.raises(InputError, match="is not a link to"):
+    with pytest.raises(InputError, match="not a link to"):
         without_patterns(tmp_path / "[a]")
 
 
@@ -89,7 +89,7 @@ def test_a_training_that_fails_before_it_wrote_anything_leaves_nothing(tmp_path)
 def test_a_checkpoint_is_not_saved_into_a_folder_that_another_job_took_over(tmp_path, monkeypatch):
     with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
         monkeypatch.setattr("chroma_jax.utils.locks._held", {})
-        with JobLock(tmp_path, inside=True, take_over=True), pytest.raises(InputError, match="another job has taken it over"):
+        with JobLock(tmp_path, inside=True, take_over=True), pytest.raises(InputError, match="another job took it over"):
             checkpoints.save(1, State())
 
 
