@@ -28,11 +28,12 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from chroma_jax.utils.atomic_io import write_json, written_aside
 from chroma_jax.utils.build import build
 from chroma_jax.utils.errors import InputError
+from chroma_jax.utils.fields import Checked, Range
 from launch.background_process import ROOT, own_environment, read_json
 
 STATE = "background.json"
@@ -55,7 +56,7 @@ class Stage:
 
 
 @dataclasses.dataclass(frozen=True)
-class Background:
+class Background(Checked):
     """A background training.
 
     Attributes:
@@ -86,16 +87,15 @@ class Background:
     train_command: tuple[str, ...] = TRAIN
     init_from: str | None = None
     cores: str = "0"
-    nice: int = 19
+    nice: Annotated[int, Range(0, 19)] = 19
     python: str = ""
     install: bool = True
 
     def __post_init__(self):
+        super().__post_init__()
         for name in (self.tag, self.name, *(stage.name for stage in self.stages)):
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._/-]*", name):
                 raise InputError(f"{name!r} is not a name: expected letters, digits, '.', '_', '-' for tag, name and stages")
-        if not 0 <= self.nice <= 19:
-            raise InputError(f"nice is {self.nice}, expected 0 to 19")
         if len({stage.name for stage in self.stages}) < len(self.stages):
             raise InputError("stages: two have the same name")
         core_set(self.cores)

@@ -8,13 +8,14 @@ from typing import Any
 
 from chroma_jax.utils.build import build
 from chroma_jax.utils.errors import InputError
+from chroma_jax.utils.fields import Checked, NonNegativeInt, PositiveInt
 from launch.tpu import Slice, slice_of
 
 BUCKET = "/bucket"  # where a job sees the bucket
 
 
 @dataclasses.dataclass(frozen=True)
-class Slurm:
+class Slurm(Checked):
     """Training on a GPU cluster: one process per node, with all its GPUs.
 
     folder: takes the bucket's place; on a file system that all nodes see. python: of the environment in which chroma-jax is
@@ -22,14 +23,14 @@ class Slurm:
     """
 
     folder: str
-    nodes: int = 1
-    gpus: int = 8
+    nodes: PositiveInt = 1
+    gpus: PositiveInt = 8
     python: str = "python3"
     options: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
-class Description:
+class Description(Checked):
     """A training.
 
     config: a shipped configuration's name, or a file in the bucket (gs://… or PATH.py). run: the job's name; the run folder is
@@ -52,13 +53,13 @@ class Description:
     init_from: str | None = None
     flags: tuple[str, ...] = ()
     topology: str | None = None
-    slices: int = 1
+    slices: PositiveInt = 1
     project: str | None = None
     zone: str | None = None
     bucket: str | None = None
     image: str | None = None
     extras: str = "tpu"
-    image_user: int = 1000
+    image_user: NonNegativeInt = 1000
     spot: bool = False
     reservation: str | None = None
     cluster: str | None = None
@@ -67,11 +68,12 @@ class Description:
     queue: str | None = None
     kubernetes_account: str | None = None
     service_account: str | None = None
-    restarts: int = 20
-    grace_seconds: int = 300
+    restarts: NonNegativeInt = 20
+    grace_seconds: PositiveInt = 300
     slurm: Slurm | None = None
 
     def __post_init__(self):
+        super().__post_init__()
         # it becomes part of Pods' names (NAME-slice-7-63-abcde, 63 letters at most) and of TPU VMs'; xpk allows 40 letters
         if not re.fullmatch(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?", self.run):
             raise InputError(f"run is {self.run!r}, expected a name of a-z, 0-9 and -, from a letter on, of at most 40")
@@ -81,12 +83,6 @@ class Description:
             raise InputError(f"zone is {self.zone!r}, expected a zone such as us-central1-a")
         if self.spot and self.reservation:
             raise InputError(f"spot is true and reservation is {self.reservation!r}; capacity is of one kind")
-        for name, least in (("slices", 1), ("restarts", 0), ("grace_seconds", 1), ("image_user", 0)):
-            if getattr(self, name) < least:
-                raise InputError(f"{name} is {getattr(self, name)}, must be at least {least}")
-        for name in ("nodes", "gpus"):
-            if self.slurm is not None and getattr(self.slurm, name) < 1:
-                raise InputError(f"slurm.{name} is {getattr(self.slurm, name)}, must be at least 1")
         if self.topology is not None:
             slice_of(self.topology)
         for name in ("config", "prepared", "init_from"):

@@ -173,9 +173,20 @@ def test_a_process_that_fails_ends_the_others_with_its_reason(failing, tmp_path)
     own = [["--fault", "fail", 5] if i == failing else [] for i in range(2)]
     with toys(tmp_path / "run", own=own) as processes:
         codes = processes.ended(within=60)
-    assert codes[failing] == 1 and codes[1 - failing] == PEER_LOST
+    assert codes == [1, 1]
     assert "OSError: the disk is on fire" in processes.said(failing)
     assert f"process {failing} failed (OSError: the disk is on fire)" in processes.said(1 - failing)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("refusing", [0, 1])
+def test_a_refusal_of_one_process_ends_all_with_its_exit_code(refusing, tmp_path):
+    own = [["--fault", "refuse", 5] if i == refusing else [] for i in range(2)]
+    with toys(tmp_path / "run", own=own) as processes:
+        first = processes.ended(refusing, within=60)
+        ended = time.monotonic()
+        assert first == [2] and processes.ended(1 - refusing, within=60) == [2] and time.monotonic() - ended < 10
+    assert f"process {refusing} failed (InputError: data: a record is damaged)" in processes.said(1 - refusing)
 
 
 @pytest.mark.slow

@@ -110,6 +110,8 @@ class Toy:
             os.kill(os.getpid(), signal.SIGTERM)
         if step == self.faults.get("fail"):
             raise OSError("the disk is on fire")
+        if step == self.faults.get("refuse"):
+            raise InputError("data: a record is damaged")
         if step >= self.faults.get("nan", 1 << 30):
             batch = batch * jnp.nan
         if step == self.faults.get("spike"):

@@ -42,6 +42,7 @@ class Peer:
     state: Literal["running", "failed", "gone", "left"] = "running"
     failed: float = math.inf
     why: str = ""
+    code: int = PEER_LOST  # its exit code
     rest: bytes = b""
 
     def __str__(self) -> str:
@@ -95,12 +96,12 @@ class Heartbeats:
         self.tell({"left": True})
         self.over.set()
 
-    def fail(self, error: BaseException) -> None:
-        """This process is about to end, and the others with it. Returns when they know; when another one is the reason, this has
-        ended with its name before."""
+    def fail(self, error: BaseException, code: int) -> None:
+        """Ends the other processes with the exit code of this one, which is about to end. Returns when they know the reason. If
+        another process is the root cause, this one has ended with its reason before."""
         bad_input = isinstance(error, InputError)  # which the others have as well
         self.judging = not bad_input
-        self.tell({"failed": f"{type(error).__name__}: {error}".splitlines()[0][:300]})
+        self.tell({"failed": f"{type(error).__name__}: {error}".splitlines()[0][:300], "code": code})
         until = time.monotonic() + GRACE - 1
         while time.monotonic() < until and not (bad_input and self.alone):
             time.sleep(0.05)
@@ -166,8 +167,9 @@ class Heartbeats:
                 peer.state = "left"
             elif "failed" in said:
                 peer.state, peer.failed, peer.why = "failed", peer.heard, said["failed"]
+                peer.code = said.get("code", PEER_LOST)
             elif said.get("lost", self.process) != self.process and self.judging:
-                self.end(said["why"])
+                self.end(said["why"], said.get("code", PEER_LOST))
 
     def send(self, message: dict) -> None:
         step, doing, _ = self.progress.state
@@ -192,22 +194,22 @@ class Heartbeats:
 
     def lost(self, peer: Peer, how: str) -> None:
         message = f"process {peer.process} {how}; {peer}"
-        self.send({"lost": peer.process, "why": message})
-        self.end(message)
+        self.send({"lost": peer.process, "why": message, "code": peer.code})
+        self.end(message, peer.code)
 
     def described(self) -> str:
         return "; ".join(str(peer) for peer in self.peers.values() if peer.process is not None)
 
-    def end(self, message: str) -> None:
+    def end(self, message: str, code: int = PEER_LOST) -> None:
         """Ends this process, whatever its other threads are waiting for."""
         self.over.set()
         step = self.progress.step
         own = f"process {self.process} ends " + (f"after step {step}" if step >= 0 else "as well")
         tqdm.get_lock().acquire(True, 1)  # these are the last words: no progress bar after them
-        print(f"\nchroma-jax: error: {message}; {own}, exit code {PEER_LOST}", file=sys.stderr, flush=True)
+        print(f"\nchroma-jax: error: {message}; {own}, exit code {code}", file=sys.stderr, flush=True)
         with contextlib.suppress(Exception):  # a folder that cannot be written must not keep the process alive
             self.progress.last_words(message)
-        os._exit(PEER_LOST)
+        os._exit(code)
 
 
 ABORT = ctypes.CFUNCTYPE(None, ctypes.c_int)

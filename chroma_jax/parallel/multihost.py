@@ -85,7 +85,7 @@ def joined(config: DistributedConfig, mesh: MeshConfig) -> Iterator[Progress]:
     except BaseException as error:
         code = log_failure(error)
         if peers is not None:
-            peers.fail(error)
+            peers.fail(error, code)
         sys.stdout.flush()
         os._exit(code)  # the usual way out waits for the others, who wait for this one
     leave(peers)

@@ -12,7 +12,7 @@ EXIT_CODES = {
     1: "a check failed, or the program has a fault (--debug shows where)",
     2: "bad input",
     STOPPED: "training stopped on request (SIGTERM, Ctrl-C or training.max_minutes) after saving a checkpoint; rerun to resume",
-    PEER_LOST: "another process of the training died, hung, failed or never came; repeated on all hosts, it goes on",
+    PEER_LOST: "another process of the training died, hung or never came; repeat the command on all hosts to resume",
     DIVERGED: "too many training steps in a row had to be skipped; the last good checkpoint is named",
     130: "interrupted",
 }

@@ -238,7 +238,7 @@ def test_errors_name_the_file_and_the_field(command, tmp_path):
         build(Background, {"tag": "v1", "flag": []}, "file.toml")
     with pytest.raises(InputError, match="file.toml: flags is 'x', expected a list of text"):
         build(Background, {"tag": "v1", "flags": "x"}, "file.toml")
-    with pytest.raises(InputError, match="file.toml: nice is 20, expected 0 to 19"):
+    with pytest.raises(InputError, match="file.toml: nice is 20, expected a whole number from 0 to 19"):
         build(Background, {"tag": "v1", "nice": 20}, "file.toml")
     with pytest.raises(InputError, match="cores is '0;1'"):
         core_set("0;1")
