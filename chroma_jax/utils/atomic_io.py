@@ -88,17 +88,38 @@ def refusals_named(dest: Path, *, every: bool = False) -> Iterator[None]:
     """
     try:
         yield
-    except OSError as e:
-        if not every and e.errno not in REFUSALS:
+    except Exception as e:
+        if (reason := refusal(dest, e, every=every)) is None:
             raise
-        raise InputError(f"{dest}: cannot be written ({e.strerror}); make room there, or choose another place") from e
-    except InputError:
-        raise
-    except Exception as e:  # libraries raise exceptions of their own for a full disk
-        with contextlib.suppress(OSError):
-            if free_bytes(dest) < 2**16:
-                raise InputError(f"{dest}: cannot be written (no space left); make room there, or choose another place") from e
-        raise
+        raise InputError(f"{dest}: cannot be written ({reason}); make room there, or choose another place") from e
+
+
+def refusal(dest: Path, failure: BaseException, *, every: bool = False) -> str | None:
+    """Returns why the operating system refused a write, or None if the exception has another cause.
+
+    Libraries raise exceptions of their own for a full disk. Their messages, and those of their causes, contain the system's.
+    """
+    if isinstance(failure, InputError):
+        return None
+    if isinstance(failure, OSError) and failure.filename is not None and not _is_near(failure.filename, dest):
+        return None  # a file that was read
+    if isinstance(failure, OSError) and (every or failure.errno in REFUSALS):
+        return failure.strerror
+    link: BaseException | None = failure
+    while link is not None:
+        for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
+            if os.strerror(number) in str(link):
+                return os.strerror(number)
+        link = link.__cause__ or link.__context__
+    with contextlib.suppress(OSError):
+        if isinstance(failure, Exception) and free_bytes(dest) < 2**16:
+            return os.strerror(errno.ENOSPC)
+    return None
+
+
+def _is_near(name: object, dest: Path) -> bool:
+    """Whether a file name of an error is in the folder of ``dest`` or below."""
+    return not isinstance(name, str) or Path(name).absolute().is_relative_to(dest.absolute().parent)
 
 
 def free_bytes(dest: Path) -> int:
@@ -130,7 +151,7 @@ def written_aside(dest: Path, *, last: str = "") -> Iterator[Path]:
                 yield partial
             return
         dest.parent.mkdir(parents=True, exist_ok=True)
-        with JobLock(dest) as lock, _removed_if_raised(dest.with_name(f".{short_name(dest)}{PARTIAL}")) as partial:
+        with JobLock(dest) as lock, _removed_if_raised(dest.with_name(f".{short_name(dest)}{PARTIAL}"), dest) as partial:
             yield partial
             lock.check()
             sync(partial)
@@ -183,7 +204,7 @@ def replaced_files(dest: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def _published(dest: Path, lock: JobLock, last: str = "") -> Iterator[Path]:
     """Yields a temporary folder in ``dest`` and moves its contents to ``dest`` when the block ends."""
-    with _removed_if_raised(dest / PARTIAL) as partial:
+    with _removed_if_raised(dest / PARTIAL, dest) as partial:
         yield partial
         lock.check()
         sync(partial)
@@ -212,12 +233,13 @@ def _moved_up(source: Path, dest: Path, last: str = "") -> None:
 
 
 @contextlib.contextmanager
-def _removed_if_raised(partial: Path) -> Iterator[Path]:
-    """Yields a new empty folder and removes it if the block raises. The caller holds the lock."""
+def _removed_if_raised(partial: Path, dest: Path) -> Iterator[Path]:
+    """Yields a new empty folder, which becomes ``dest``, and removes it if the block raises. The caller holds the lock."""
     remove(partial)
     partial.mkdir()
     try:
-        yield partial
+        with refusals_named(dest):  # before the removal makes room
+            yield partial
     except BaseException:
         remove(partial)
         raise

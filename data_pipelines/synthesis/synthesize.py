@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from chroma_jax.utils.atomic_io import is_partial, replaced_files, write_json, write_whole
 from chroma_jax.utils.errors import InputError
+from chroma_jax.utils.locks import JobLock
 from data_pipelines.dialogues import EMBEDDED, SPLITS, Problem, counted
 from data_pipelines.synthesis import record as recorder
 from data_pipelines.synthesis.check import CheckModels, check, rate
@@ -117,27 +118,28 @@ def synthesize(
         "texts": hashlib.sha256(texts.read_bytes()).hexdigest()[:16],
     }
     claim(out, settings)
-    start = time.perf_counter()
-    results = {r.key: r for r in recorded(plan.recordings(), config, out, workers, progress)}
-    wall = time.perf_counter() - start
-    problems += failures(plan, results)
-    report = None
-    unclear: set[str] = set()
-    if loaded is not None:
-        made = [r for r in plan.recordings() if results[r.key].samples]
-        references = [r for r in plan.references if results[r.key].samples]
-        report = check(out, made, references, check_share, loaded, progress=progress)
-        if check_share >= 1:
-            unclear = {key for key, value in report["measured"]["words"].items() if rate(value) > max_wer}
-            problems += [
-                Problem("word error rate too high", e.id, f"more than {max_wer:g}")
-                for e in plan.entries
-                if any(r.key in unclear for r in e.recordings)
-            ]
-    facts = write_manifests(out, plan, results, unclear, settings, problems, report)
-    new = [r for r in results.values() if r.is_new]
-    kept = sum(1 for r in results.values() if r.samples and not r.is_new)
-    return Summary(facts, len(new), kept, sum(r.samples for r in new) / SAMPLE_RATE, wall, report)
+    with JobLock(out, inside=True):
+        start = time.perf_counter()
+        results = {r.key: r for r in recorded(plan.recordings(), config, out, workers, progress)}
+        wall = time.perf_counter() - start
+        problems += failures(plan, results)
+        report = None
+        unclear: set[str] = set()
+        if loaded is not None:
+            made = [r for r in plan.recordings() if results[r.key].samples]
+            references = [r for r in plan.references if results[r.key].samples]
+            report = check(out, made, references, check_share, loaded, progress=progress)
+            if check_share >= 1:
+                unclear = {key for key, value in report["measured"]["words"].items() if rate(value) > max_wer}
+                problems += [
+                    Problem("word error rate too high", e.id, f"more than {max_wer:g}")
+                    for e in plan.entries
+                    if any(r.key in unclear for r in e.recordings)
+                ]
+        facts = write_manifests(out, plan, results, unclear, settings, problems, report)
+        new = [r for r in results.values() if r.is_new]
+        kept = sum(1 for r in results.values() if r.samples and not r.is_new)
+        return Summary(facts, len(new), kept, sum(r.samples for r in new) / SAMPLE_RATE, wall, report)
 
 
 def claim(out: Path, settings: dict) -> None:

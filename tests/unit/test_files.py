@@ -140,6 +140,25 @@ def test_a_disk_that_fills_up_is_named_and_nothing_half_written_stays(tmp_path):
         assert os.listdir(disk) == []
 
 
+@pytest.mark.parametrize("raised", [RuntimeError("I/O error: No space left on device (os error 28)"), ValueError("disk")])
+@root
+def test_a_library_s_own_error_of_a_full_disk_is_named_too(tmp_path, raised):
+    disk = tmp_path / "disk"
+    with mounted(disk, "size=64k"):
+        full = r"out: cannot be written \(No space left on device\)"
+        with pytest.raises(InputError, match=full), written_aside(disk / "out") as partial:
+            with contextlib.suppress(OSError):
+                (partial / "a").write_bytes(bytes(2**20))
+            raise raised
+        assert os.listdir(disk) == []
+
+
+def test_a_file_that_cannot_be_read_is_not_taken_for_the_output(tmp_path):
+    with pytest.raises(PermissionError), written_aside(tmp_path / "sub" / "out"):
+        raise PermissionError(13, "Permission denied", "/elsewhere/question.wav")
+    assert not (tmp_path / "sub" / "out").exists()
+
+
 def test_what_is_no_folder_is_refused(tmp_path):
     (tmp_path / "file").write_text("keep me")
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
