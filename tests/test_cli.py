@@ -109,7 +109,16 @@ BAD = {
     ),
     **{
         f"{url} as {what}": (command.replace("URL", url), [url, "object storage is not supported"])
-        for url in ("gs://bucket/x", "s3://bucket/x", "hf://a/b")
+        for url, what, command in [
+            ("s3://bucket/x", "a dataset", TRAIN.replace("{prepared}", "URL")),
+            ("hf://a/b", "a corpus", "prepare {tmp}/tiny.py {out} --data.corpus URL"),
+        ]
+    },
+    **{
+        f"gs://bucket/x as {what}": (
+            command.replace("URL", "gs://bucket/x"),
+            ["gs://bucket/x", "object storage is not supported"],
+        )
         for what, command in {
             "a dataset": TRAIN.replace("{prepared}", "URL"),
             "a run folder": TRAIN.replace("{out}", "URL"),

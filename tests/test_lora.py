@@ -87,5 +87,5 @@ def test_targets_that_fit_nothing_are_errors(config):
     abstract = nnx.eval_shape(lambda: Chroma(nnx.Rngs(0), config.model))
     with pytest.raises(InputError, match=r"lora.targets: 'reasoner/text/blocks/attn/q' matches no product.*attention/q"):
         adapted(abstract, LoraConfig(("reasoner/text/blocks/attn/q",)), nnx.Rngs(0))
-    with pytest.raises(ValueError, match="not a regular expression"):
+    with pytest.raises(ValueError, match="expected a regular expression"):
         LoraConfig(("(",))

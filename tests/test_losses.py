@@ -118,9 +118,9 @@ def test_a_share_of_the_frames_is_its_own_mean(parts):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"codebook_weights": (1.0, -1.0)}, "expected weights >= 0"),
+        ({"codebook_weights": (1.0, -1.0)}, r"codebook_weights\[1\] is -1.0, expected a number, at least 0"),
         ({"codebook_weights": (0.0, 0.0)}, "positive, finite sum"),
-        ({"codebook_weights": (1.0, math.nan)}, "positive, finite sum"),
+        ({"codebook_weights": (1.0, math.nan)}, r"codebook_weights\[1\] is nan, expected a finite number"),
         ({"codebook_weights": (1.0, 1.0), "decoder_weight": 0.875}, "are both set; leave decoder_weight at 0.5"),
     ],
 )

@@ -124,7 +124,7 @@ def test_a_run_is_loaded_in_parts(tiny_run, weights):
 
 def test_more_devices_than_there_are(tiny_run):
     config = load(tiny_run)
-    for tensor, said in ((0, "must be at least 1"), (64, "needs 64 devices, 8 present")):
+    for tensor, said in ((0, "tensor is 0, expected a whole number, at least 1"), (64, "needs 64 devices, 8 present")):
         with pytest.raises(InputError, match=said):
             load_run(tiny_run, dataclasses.replace(config, generation=dataclasses.replace(config.generation, tensor=tensor)))
 

@@ -71,13 +71,17 @@ class Checkpoints:
         self.saving: int | None = None  # the step that is being written, or was last
         context = ocp.Context()
         context.asynchronous.post_finalization_callback = lambda: self._seal()  # a function, as Orbax copies what it is given
-        self.manager = ocp.training.Checkpointer(
-            str(without_patterns(self.folder.parent) / self.folder.name),
-            context=context,
-            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),  # pyright: ignore[reportArgumentType]: Orbax types it by an older class
-            preservation_policy=ocp.training.preservation_policies.LatestN(config.max_to_keep),  # pyright: ignore[reportArgumentType]: likewise
-            cleanup_tmp_directories=access == "write",
-        )
+        try:
+            self.manager = ocp.training.Checkpointer(
+                str(without_patterns(self.folder.parent) / self.folder.name),
+                context=context,
+                save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),  # pyright: ignore[reportArgumentType]: Orbax types it by an older class
+                preservation_policy=ocp.training.preservation_policies.LatestN(config.max_to_keep),  # pyright: ignore[reportArgumentType]: likewise
+                cleanup_tmp_directories=access == "write",
+            )
+        except BaseException:
+            self._release()
+            raise
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -87,8 +91,11 @@ class Checkpoints:
             with refusals_named(self.folder):
                 self.manager.close()
         finally:
-            if self._lock is not None:
-                self._lock.release()
+            self._release()
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
 
     @property
     def latest(self) -> int | None:

@@ -41,7 +41,7 @@ NAMES = st.text(st.characters(exclude_characters="/\0", exclude_categories=("Cs"
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(NAMES, st.sampled_from(["absent", "empty", "link"]))
 def test_a_folder_of_any_name_can_be_written(tmp_path, name, kind):
     base = tmp_path / os.urandom(6).hex()
@@ -303,7 +303,7 @@ def test_of_processes_that_start_at_once_one_at_a_time_owns_it(tmp_path, dead):
     assert list(tmp_path.iterdir()) == []
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(st.sampled_from(["folder", "files", "file"]), min_size=2, max_size=2),
     st.text(string.ascii_letters + "[]*?\\ ", min_size=1, max_size=8),

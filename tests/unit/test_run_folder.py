@@ -38,7 +38,7 @@ def test_a_checkpoint_can_be_read_whatever_its_path_is_called(name, tmp_path):
             np.testing.assert_array_equal(np.asarray(found[path], np.float32), np.asarray(x, np.float32))
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.text(st.characters(exclude_characters="/\0", exclude_categories=("Cs",)), min_size=1, max_size=20))
 def test_orbax_gets_a_path_without_patterns(tmp_path, name):
     folder = tmp_path / f"{name}x"
