@@ -39,7 +39,7 @@ from chroma_jax.models.io.weight_files import (
 )
 from chroma_jax.parallel.sharding import make_mesh, state_shardings
 from chroma_jax.training.checkpoint import Checkpoints
-from chroma_jax.utils.atomic_io import check_new, write_json, written_aside
+from chroma_jax.utils.atomic_io import check_new, check_room, write_json, written_aside
 from chroma_jax.utils.errors import InputError
 from chroma_jax.utils.tree_paths import values
 
@@ -150,6 +150,7 @@ def import_sources(plan: ImportPlan, dest: Path, unused: str = "leave") -> str:
         carried = {released: (a, name) for name, released in a.carried.items()} | carried
     read = [tensor for a in plan.accounts for tensor in _tensors(a)]
     size = sum(x.nbytes for x in read) + sum(a.header[name].nbytes for a, name in carried.values())
+    check_room(dest, size)
     with written_aside(dest, last="config.txt") as folder, tqdm(total=size, unit="B", unit_scale=True, desc="import") as bar:
         speaking = place(plan)
         weights: dict[str, jax.Array] = {}

@@ -24,7 +24,7 @@ import jax
 import orbax.checkpoint.experimental.v1 as ocp
 
 from chroma_jax.parallel.multihost import all_processes_agree, log
-from chroma_jax.utils.atomic_io import refusals_named, write_whole
+from chroma_jax.utils.atomic_io import check_room, refusals_named, write_whole
 from chroma_jax.utils.errors import InputError
 from chroma_jax.utils.fields import Checked, PositiveInt
 from chroma_jax.utils.locks import JobLock, aside
@@ -116,8 +116,12 @@ class Checkpoints:
             self.saving = step
             if self._lock is not None:
                 self._lock.check()
+            tree = state.tree()
+            if jax.process_index() == 0:
+                here = (x.nbytes // jax.process_count() for x in jax.tree.leaves(tree) if isinstance(x, jax.Array))
+                check_room(self.folder, sum(here))
             with refusals_named(self.folder):
-                self.manager.save_checkpointables_async(step, state.tree())
+                self.manager.save_checkpointables_async(step, tree)
 
     def wait(self) -> None:
         """Waits for the running save.

@@ -15,6 +15,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,6 +47,27 @@ def check_new(dest: Path) -> None:
     if not is_new(dest):
         raise InputError(f"{dest}: exists already; choose another folder")
     check_writable(dest / "x" if dest.is_dir() else dest)
+
+
+def check_room(dest: Path, nbytes: int) -> None:
+    """Checks that a disk has room for a result of known size, before it is written. Compression may halve the size.
+
+    Args:
+        dest: File or folder to write.
+        nbytes: Its size in bytes, uncompressed.
+
+    Raises:
+        InputError: Less than half of it is free.
+    """
+    with contextlib.suppress(OSError):
+        if (free := free_bytes(dest)) < nbytes // 2:
+            needed = f"needs up to {nbytes / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free"
+            raise InputError(f"{visible(dest)}: cannot be written ({needed}); make room there, or choose another place")
+
+
+def visible(path: Path) -> Path:
+    """The path of a result by the path of its temporary folder."""
+    return Path(re.sub(r"(^|/)\.([^/]+)\.partial(?=/|$)", r"\1\2", str(path)))
 
 
 def is_new(dest: Path) -> bool:
@@ -91,7 +113,7 @@ def refusals_named(dest: Path, *, every: bool = False) -> Iterator[None]:
     except Exception as e:
         if (reason := refusal(dest, e, every=every)) is None:
             raise
-        raise InputError(f"{dest}: cannot be written ({reason}); make room there, or choose another place") from e
+        raise InputError(f"{visible(dest)}: cannot be written ({reason}); make room there, or choose another place") from e
 
 
 def refusal(dest: Path, failure: BaseException, *, every: bool = False) -> str | None:

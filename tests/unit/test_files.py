@@ -18,7 +18,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from chroma_jax.utils import locks
-from chroma_jax.utils.atomic_io import check_new, check_writable, finish_publishing, replaced_files, write_whole, written_aside
+from chroma_jax.utils.atomic_io import (
+    check_new,
+    check_room,
+    check_writable,
+    finish_publishing,
+    replaced_files,
+    write_whole,
+    written_aside,
+)
 from chroma_jax.utils.errors import InputError
 from chroma_jax.utils.locks import JobLock, Owner
 
@@ -151,6 +159,14 @@ def test_a_library_s_own_error_of_a_full_disk_is_named_too(tmp_path, raised):
                 (partial / "a").write_bytes(bytes(2**20))
             raise raised
         assert os.listdir(disk) == []
+
+
+def test_a_result_that_does_not_fit_is_refused_before_it_is_written(tmp_path):
+    check_room(tmp_path / "new" / "out", 1000)
+    with pytest.raises(
+        InputError, match=r"run/checkpoints: cannot be written \(needs up to 1,000,000,000,000.0 MB, [\d,.]+ MB are free"
+    ):
+        check_room(tmp_path / ".run.partial" / "checkpoints", 10**18)
 
 
 def test_a_file_that_cannot_be_read_is_not_taken_for_the_output(tmp_path):
