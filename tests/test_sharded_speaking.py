@@ -24,6 +24,7 @@ from chroma_jax.models.chroma import Chroma
 from chroma_jax.models.codec import Codec
 from chroma_jax.models.quantization import quantized
 from chroma_jax.parallel.sharding import MeshConfig, make_mesh
+from chroma_jax.runs.generate import listening
 from chroma_jax.runs.load import load_run
 from chroma_jax.sequence.interleave import NONE_TOKEN
 from chroma_jax.serving.voices import load_voice, save_voice
@@ -120,6 +121,8 @@ def test_a_run_is_loaded_in_parts(tiny_run, weights):
         np.testing.assert_array_equal(other[...], one[...], err_msg="/".join(map(str, path)))
     assert halves >= 10  # products of the three transformers
     assert all(x.is_fully_replicated and len(x.devices()) == 2 for x in jax.tree.leaves(nnx.state(codec)))
+    question = np.random.default_rng(0).normal(size=3000).astype(np.float32) * 0.1
+    assert listening(question, model)["features"] == listening(question, whole)["features"]  # outside of a mesh
 
 
 def test_more_devices_than_there_are(tiny_run):
