@@ -214,7 +214,7 @@ class Engine:
         Raises: InputError for an unknown voice, a system text that is too long, or when all slots are taken.
         """
         self.check()
-        found, system = self._voice(voice), checked_text(system, "system")
+        prompt, system = self._voice(voice), checked_text(system, "system")
         sampling = checked_value(sampling, SamplingParams, "sampling")
         most = self.max_frames if max_frames is None else checked_value(max_frames, PositiveInt, "max_frames")
         if most > self.max_frames:
@@ -235,7 +235,7 @@ class Engine:
                 raise InputError(f"all {self.config.slots} slots are taken; close a session, or make an engine with more slots")
             slot = sessions.index(None)
             session = sessions[slot] = Session(self, slot, conversation, sampling, most)
-        self.submit(session, [lambda: self.scheduler.enter(session, found)])
+        self.submit(session, [lambda: self.scheduler.enter(session, prompt)])
         return session
 
     def start(self) -> "Engine":

@@ -5,7 +5,7 @@ A file is written to a temporary name and then renamed. A new folder is written 
     DEST does not exist         written to .NAME.partial next to it, then renamed
     DEST is an empty folder     written to DEST/.partial, since a folder such as ``.`` or a mount point cannot be replaced. Then
                                 .partial is renamed to DEST/.publishing.LAST and its contents are moved to DEST, LAST at the end.
-                                LAST is the file by which readers recognize a complete folder.
+                                Readers recognize a complete folder by the file LAST.
 
 The rename to ``.publishing`` commits the result. After a later crash, the next reader or writer moves the remaining files. After
 an earlier crash, the next writer starts again.
@@ -160,7 +160,7 @@ def written_aside(dest: Path, *, last: str = "") -> Iterator[Path]:
 
     Args:
         dest: Folder to create, together with its parents.
-        last: File by which readers recognize a complete folder.
+        last: Readers recognize a complete folder by this file.
 
     Raises:
         InputError: ``dest`` exists and is not an empty folder, another job is writing it, or a write fails.
