@@ -5,8 +5,10 @@ import json
 import re
 import shutil
 
+import jax
 import numpy as np
 import pytest
+from flax import nnx
 from tiny import replace
 
 from chroma_jax import config as configs
@@ -157,15 +159,20 @@ def test_utterances_of_the_corpus_are_read_aloud(tiny_run, corpus, tmp_path):
 def test_knowledge_is_what_would_be_written(tiny_run, corpus, tmp_path):
     config = configs.load(tiny_run)
     model, _, tokenizer = load_run(tiny_run, config)
-    reasoner, encode = model.reasoner, encoder(tokenizer)
+    encode, (graph, state) = encoder(tokenizer), nnx.split(model.reasoner)
     width, rows = model.config.reasoner.text.hidden_size, []
+
+    @jax.jit  # one program per length; op by op, there would be hundreds
+    def logits(state, *inputs):
+        reasoner = nnx.merge(graph, state)
+        return reasoner.logits(reasoner.read(*inputs))
+
     for asked in ("What?", "How many days are in a week?"):
         given, written = question(encode, model.config.tokens, said=asked), []
         for _ in range(5):  # the likeliest token after all before it, one at a time
             tokens = np.array([*given, *written])[None]
             at = (np.zeros((1, 1, width), np.float32), tokens, np.arange(tokens.size)[None], np.ones_like(tokens))
-            hidden = reasoner.read(*at, np.full_like(tokens, NONE_TOKEN))
-            written.append(int(reasoner.logits(hidden)[0, -1].argmax()))
+            written.append(int(logits(state, *at, np.full_like(tokens, NONE_TOKEN))[0, -1].argmax()))
         rows += [(given, written), (given, [*written[:4], written[4] ^ 1]), (given, [written[0] ^ 1, *written[1:]])]
     assert would_write(model, rows * 7) == [True, False, False] * 14
     found = evaluate(tiny_run, config, tmp_path / "out", corpus=corpus, parts=("knowledge",), metric_models=STAND_INS)[
