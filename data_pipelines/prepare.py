@@ -24,7 +24,7 @@ from chroma_jax.models.codec import Codec, fit_quantizer
 from chroma_jax.models.io.name_tables import codec_rows
 from chroma_jax.models.io.weight_files import all_tensors
 from chroma_jax.sequence.batch import PackedShape
-from chroma_jax.utils.atomic_io import finish_publishing, is_new, written_aside
+from chroma_jax.utils.atomic_io import is_new, written_aside
 from chroma_jax.utils.errors import InputError
 from chroma_jax.utils.fields import Checked, PositiveFloat, PositiveInt, Seed
 from data_pipelines.codes import (
@@ -120,8 +120,6 @@ def prepare(
     out = Path(out)
     corpus = read_corpus(config.corpus, on_problem=config.on_problem)
     wanted = configuration(config, model, codec, corpus)
-    if out.is_dir():
-        finish_publishing(out)
     if not is_new(out):
         check_same(out, read_manifest(out)["config"], wanted, progress)
         return open_dataset(out)

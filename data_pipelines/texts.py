@@ -15,11 +15,10 @@ import random
 import zlib
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Annotated
 
 from chroma_jax.utils.atomic_io import write_whole
 from chroma_jax.utils.errors import InputError
-from chroma_jax.utils.fields import Checked, NonNegativeInt, Range, Seed
+from chroma_jax.utils.fields import Checked, HoldoutFraction, NonNegativeInt, Seed
 from data_pipelines.dialogues import EMBEDDED, SPLITS, read_lines
 from data_pipelines.facts import Exchange, everything, normalised, of_share
 from data_pipelines.sentences import sentences
@@ -28,8 +27,6 @@ HELD_OUT = ("valid", "test")
 RULES = frozenset({"sum", "difference", "product", "double", "comparison", "next", "letter", "ordinal", "calendar", "clock"})
 MOST_PER_KIND = 6  # dialogues of a kind and sort in valid, and in test
 WORDINGS_LEFT = 2  # wordings of a fact that train keeps when another one is held out
-
-HoldoutFraction = Annotated[float, Range(0, below=0.5)]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ import numpy as np
 from chroma_jax.audio import load as audio
 from chroma_jax.audio.load import Clip
 from chroma_jax.models.codec import CodecConfig
-from chroma_jax.utils.atomic_io import finish_publishing, is_new, write_json, written_aside
+from chroma_jax.utils.atomic_io import is_new, write_json, written_aside
 from chroma_jax.utils.errors import InputError, check_format
 from chroma_jax.utils.fields import Checked, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Speed
 from data_pipelines.codes import Progress, bad_audio, bar, loaded
@@ -123,8 +123,6 @@ def prepare_waves(config: CodecDataConfig, codec: CodecConfig, out: Path | str, 
         "sampling_rate": codec.sampling_rate,
         "recordings": digest(found),
     }
-    if out.is_dir():
-        finish_publishing(out)
     if not is_new(out):
         dataset = open_waves(out)
         check_same(out, dataset.manifest["config"], wanted, progress)

@@ -44,7 +44,9 @@ def one_file(dest: Path) -> None:
     atomic_io.write_whole(dest / "a.bin", NEW)
 
 
-# scenario → (what lies there before, what is done, whether a reader may see the old state, and the new one)
+# What exists before the write.
+
+
 def absent(base: Path) -> Path:
     return base / "dest"
 

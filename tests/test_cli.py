@@ -129,6 +129,7 @@ BAD = {
             "a source": "convert import URL {out}",
         }.items()
     },
+    "a file URL": (TRAIN.replace("{prepared}", "file:///data"), ["--dataset_dir is 'file://data'", "name the path alone"]),
     "results below a file": (REPLY.replace("{out}", "{tmp}/text.txt/out"), ["text.txt is not a folder"]),
     "run folder is something else": ("train {tmp}/tiny.py {tmp}/full --dataset_dir {prepared}", ["full", "not a run folder"]),
     "run of another model": (

@@ -10,11 +10,12 @@ from chroma_jax.parallel.multihost import DistributedConfig
 from chroma_jax.utils.fields import (
     Checked,
     Fraction,
+    HoldoutFraction,
     NonNegativeFloat,
     NonNegativeInt,
+    NumVoices,
     PositiveFloat,
     PositiveInt,
-    Range,
     ReplySeconds,
     Seed,
 )
@@ -59,7 +60,7 @@ class Texts(Checked):
     out: Positional[Path]
     dialogues: NonNegativeInt = 3100
     sentences: NonNegativeInt = 8000
-    holdout_fraction: Annotated[float, Range(0, below=0.5)] = 0.08
+    holdout_fraction: HoldoutFraction = 0.08
     seed: Seed = 0
     voice: str = ""
 
@@ -87,8 +88,8 @@ class Synthesize(Checked):
     out: Positional[Path]
     engine: str = "hibari"
     phase: Literal["free", "canonical", "both"] = "free"
-    voices: Annotated[int, Range(1, 9999)] = 64
-    held_out_voices: Annotated[int, Range(1, 9999)] = 16
+    voices: NumVoices = 64
+    held_out_voices: NumVoices = 16
     hours: PositiveFloat | None = None
     seed: Seed = 0
     workers: PositiveInt | None = None

@@ -108,6 +108,10 @@ def dispatch(argv: list[str]) -> int:
     return function(args, args.config)
 
 
+TEXTS = ("transcript", "system")  # may begin with a URL
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/+[^/\s]")  # also after pathlib has merged slashes
+
+
 def check_paths(args: Any, prefix: str = "--") -> None:
     """Refuses URLs in paths; otherwise ``gs://bucket`` would become a local folder named "gs:".
 
@@ -123,11 +127,12 @@ def check_paths(args: Any, prefix: str = "--") -> None:
         if dataclasses.is_dataclass(value):
             check_paths(value, f"{prefix}{field.name}.")
         for path in value if isinstance(value, tuple) else (value,):
-            if isinstance(path, str | Path) and re.match(r"(?!file:)[A-Za-z][A-Za-z0-9+.-]+:/+[^/\s]", str(path)):
+            if field.name not in TEXTS and isinstance(path, str | Path) and URL.match(str(path)):
                 positional = tyro.conf.Positional in getattr(field.type, "__metadata__", ())
                 flag = "an argument" if positional else prefix + field.name
-                remedy = "object storage is not supported; copy it to a local folder, or mount the bucket and name that folder"
                 url = re.sub(":/+", "://", str(path))
+                remedy = "object storage is not supported; copy it to a local folder, or mount the bucket and name that folder"
+                remedy = "name the path alone" if url.startswith("file:") else remedy
                 raise InputError(f"{flag} is {url!r}: {remedy}")
 
 

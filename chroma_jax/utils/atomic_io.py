@@ -27,7 +27,7 @@ PARTIAL, PUBLISHING = ".partial", ".publishing."
 IGNORED = ("lost+found",)  # exists on every new ext4 file system
 REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG, errno.ENAMETOOLONG}
 
-UMASK = os.umask(0)
+UMASK = os.umask(0)  # it can only be read by setting it
 os.umask(UMASK)
 
 
@@ -40,8 +40,6 @@ def check_new(dest: Path) -> None:
     Raises:
         InputError: ``dest`` exists and is not an empty folder, or cannot be written.
     """
-    if dest.is_dir():
-        finish_publishing(dest)
     if dest.is_symlink() and not dest.exists():
         raise InputError(f"{dest}: a broken link; remove it, or choose another folder")
     if not is_new(dest):
@@ -71,7 +69,9 @@ def visible(path: Path) -> Path:
 
 
 def is_new(dest: Path) -> bool:
-    """Whether a path does not exist, or is an empty folder."""
+    """Whether a path does not exist, or is an empty folder. First completes an interrupted publication there."""
+    if dest.is_dir():
+        finish_publishing(dest)
     return not dest.exists() or (dest.is_dir() and not any(True for _ in _contents(dest)))
 
 
@@ -295,13 +295,13 @@ def replaced_file(dest: Path) -> Iterator[Path]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a text file whole or not at all; its folder is made when absent."""
+    """Writes a text file whole or not at all. Creates its folder if it does not exist."""
     with replaced_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value) -> None:
-    """Writes a JSON file whole or not at all; its folder is made when absent."""
+    """Writes a JSON file whole or not at all. Creates its folder if it does not exist."""
     write_whole(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 

@@ -55,6 +55,8 @@ NonNegativeFloat = Annotated[float, Range(0)]
 Fraction = Annotated[float, Range(0, 1)]
 PositiveFraction = Annotated[float, Range(above=0, most=1)]
 Speed = Annotated[float, Range(0.5, 2)]  # playback speed of a recording
+NumVoices = Annotated[int, Range(1, 9999)]  # names of synthetic voices have four digits
+HoldoutFraction = Annotated[float, Range(0, below=0.5)]
 ReplySeconds = Annotated[float, Range(above=0, most=3600)]
 Seed = Annotated[int, Range(0, 2**32 - 1)]
 

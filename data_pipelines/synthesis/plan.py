@@ -3,10 +3,9 @@
 import dataclasses
 import hashlib
 from collections.abc import Iterable, Sequence
-from typing import Annotated
 
 from chroma_jax.utils.errors import InputError
-from chroma_jax.utils.fields import Checked, PositiveFloat, Range, Seed
+from chroma_jax.utils.fields import Checked, NumVoices, PositiveFloat, Seed
 from data_pipelines.dialogues import SPLITS
 from data_pipelines.synthesis.engine import Phase
 from data_pipelines.synthesis.texts import VOICE_FIELDS, Text
@@ -32,8 +31,6 @@ PROMPTS = (
     "In winter the lake is covered with thick ice, and people come from far away to skate.",
     "Our dog likes to sleep in the sun, but he wakes up at once when somebody says his name.",
 )
-
-NumVoices = Annotated[int, Range(1, 9999)]  # names of voices have four digits
 
 
 @dataclasses.dataclass(frozen=True)
